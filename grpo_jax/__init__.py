@@ -1,0 +1,43 @@
+"""GRPO in JAX: pure functions for advantages, log-probabilities and losses.
+
+Importing this package loads jax and numpy and touches no device. Training lives in
+`grpo_jax.train`, models in `grpo_jax.models`, tasks in `grpo_jax.tasks`.
+"""
+
+from grpo_jax.core.advantages import (
+  batch_normalized,
+  batch_whitened,
+  group_centered,
+  group_normalized,
+  leave_one_out,
+  max_rl,
+  multi_objective,
+  process_advantages,
+)
+from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
+from grpo_jax.core.logprobs import head_logprobs, token_logprobs
+from grpo_jax.core.losses import grpo_loss, policy_loss
+from grpo_jax.core.masks import completion_mask, token_weights
+from grpo_jax.core.terms import kl_k1, kl_k2, kl_k3
+
+__all__ = [
+  "ALGORITHMS",
+  "Algorithm",
+  "batch_normalized",
+  "batch_whitened",
+  "completion_mask",
+  "group_centered",
+  "group_normalized",
+  "grpo_loss",
+  "head_logprobs",
+  "kl_k1",
+  "kl_k2",
+  "kl_k3",
+  "leave_one_out",
+  "max_rl",
+  "multi_objective",
+  "policy_loss",
+  "process_advantages",
+  "token_logprobs",
+  "token_weights",
+]

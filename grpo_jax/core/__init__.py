@@ -1,0 +1,1 @@
+"""Pure functions on arrays: jax, numpy and jaxtyping, nothing else."""

@@ -1,0 +1,212 @@
+"""The policy loss: `sum(weights * -(correction * objective - beta * kl))`."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
+from grpo_jax.core.masks import masked_mean, token_weights
+from grpo_jax.core.terms import CORRECTIONS, KLS, RATIOS, TRUST_REGIONS, finite_exp
+from grpo_jax.core.types import Array, as_float, as_mask, check_shape, lookup
+
+Metrics = dict[str, jax.Array]
+
+
+def grpo_loss(
+  logp: Float[Array, "... T"],
+  advantages: Float[Array, "..."],
+  mask: Bool[Array, "... T"],
+  *,
+  old_logp: Float[Array, "... T"] | None = None,
+  ref_logp: Float[Array, "... T"] | None = None,
+  beta: float = 0.0,
+  clip_low: float = 0.2,
+  clip_high: float = 0.2,
+  average: str = "sequence",
+  max_length: int | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+  """GRPO: `loss = mean_i (1/|o_i|) sum_t -( min(r A, clip(r) A) - beta k3 )`.
+
+  With `r = exp(logp - old_logp)` and `k3 = exp(ref_logp - logp) - (ref_logp - logp) - 1`. With
+  `old_logp=None` the ratio is `exp(logp - stop_grad(logp))`: it is exactly 1, the clip never
+  binds, and the gradient per token is `-(A - beta (1 - exp(ref_logp - logp)))` times its weight.
+  Source: DeepSeekMath, arXiv 2402.03300, eq. 3 and 4. Arguments, gradient, masking and errors are
+  those of `policy_loss`.
+
+  Args:
+    beta: coefficient of the KL term; above 0 it needs `ref_logp`.
+    clip_low, clip_high: the ratio is held in [1 - clip_low, 1 + clip_high].
+    average: `sequence`, `token` or `constant`, see `token_weights`.
+    max_length: completion budget in tokens, for `average="constant"`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> logp = jnp.log(jnp.array([[[0.5, 0.5], [0.25, 0.25]]]))  # [P=1, G=2, T=2]
+    >>> mask = jnp.array([[[True, True], [True, False]]])
+    >>> loss = lambda logp: grpo_loss(logp, jnp.array([[1.0, -1.0]]), mask)[0]
+    >>> jax.grad(loss)(logp).tolist()
+    [[[-0.25, -0.25], [0.5, 0.0]]]
+  """
+  algorithm = Algorithm(
+    trust_region="clip",
+    clip_low=clip_low,
+    clip_high=clip_high,
+    kl="k3",
+    beta=beta,
+    average=average,
+  )
+  return policy_loss(
+    algorithm,
+    logp,
+    advantages,
+    mask,
+    old_logp=old_logp,
+    ref_logp=ref_logp,
+    max_length=max_length,
+  )
+
+
+def policy_loss(
+  algorithm: str | Algorithm,
+  logp: Float[Array, "... T"],
+  advantages: Float[Array, "..."],
+  mask: Bool[Array, "... T"],
+  *,
+  old_logp: Float[Array, "... T"] | None = None,
+  ref_logp: Float[Array, "... T"] | None = None,
+  sampler_logp: Float[Array, "... T"] | None = None,
+  weights: Float[Array, "... T"] | None = None,
+  max_length: int | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+  """`loss = sum(weights * -(correction * objective - beta * kl))` for a row of the table.
+
+  Only `logp` receives gradient. Masked slots of every argument may hold anything, NaN and
+  infinity included.
+
+  Args:
+    algorithm: a key of `ALGORITHMS`, or an `Algorithm`.
+    logp: log-probabilities of the completion tokens under the policy being trained, nats; any
+      leading axes, usually [P, G, T].
+    advantages: one per sequence ([P, G]) or one per token ([P, G, T]).
+    mask: true on completion tokens, up to and including EOS.
+    old_logp: the same under the policy before this batch's updates. None = the current policy,
+      which makes every ratio exactly 1.
+    ref_logp: the same under the reference; needed where `beta > 0`, otherwise it only adds the
+      metric `kl`.
+    sampler_logp: as recorded by the sampler; needed where the row has a correction, otherwise it
+      only adds the metrics `sampling/*`.
+    weights: from `token_weights` on the mask of the whole global batch. None = this batch is the
+      whole batch. Give them for micro-batches: the losses of the parts then add up to the whole.
+    max_length: completion budget in tokens, for `average="constant"` without `weights`.
+
+  Returns:
+    (loss, metrics), scalars. Metrics are means over this batch's tokens unless their name says
+    otherwise: `clip_ratio/{low_mean,high_mean,region_mean}`, `ratio/{mean,max}`, and where their
+    arguments are given `kl`, `sampling/sampling_logp_difference/{mean,max}`,
+    `sampling/importance_sampling_ratio/{min,mean,max}`.
+
+  Errors: ValueError naming the argument, for shapes, dtypes, unknown names, and arguments that
+  the row needs and did not get.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> mask = jnp.ones((1, 2, 3), bool)
+    >>> logp, advantages = jnp.full((1, 2, 3), -1.0), jnp.array([[1.0, -1.0]])
+    >>> loss, metrics = policy_loss("dapo", logp, advantages, mask)
+    >>> float(loss), sorted(metrics)[0]
+    (0.0, 'clip_ratio/high_mean')
+  """
+  algorithm = lookup_algorithm(algorithm)
+  logp = as_float("logp", logp)
+  if logp.ndim == 0:
+    raise ValueError("logp has shape (), expected at least one axis [..., T]")
+  mask = as_mask("mask", mask, logp.shape)
+  _check_needed(algorithm, ref_logp, sampler_logp)
+
+  def clean(name: str, value: Array | None) -> jax.Array | None:
+    if value is None:
+      return None
+    value = as_float(name, value)
+    check_shape(name, value, logp.shape)
+    return jax.lax.stop_gradient(jnp.where(mask, value, 0.0))
+
+  logp = jnp.where(mask, logp, 0.0)
+  current = jax.lax.stop_gradient(logp)
+  old = current if old_logp is None else clean("old_logp", old_logp)
+  ref, sampler = clean("ref_logp", ref_logp), clean("sampler_logp", sampler_logp)
+  advantages = _per_token(advantages, mask)
+  if weights is None:
+    weights = token_weights(mask, algorithm.average, max_length=max_length)
+  weights = clean("weights", weights)
+
+  log_ratio = lookup("ratio", RATIOS, algorithm.ratio)(logp, old, mask)
+  region = lookup("trust_region", TRUST_REGIONS, algorithm.trust_region)
+  objective, low, high = region(
+    log_ratio, logp, old, advantages, **algorithm.settings("trust_region")
+  )
+  ratio = finite_exp(jax.lax.stop_gradient(log_ratio))
+  metrics = {
+    "clip_ratio/low_mean": masked_mean(low, mask),
+    "clip_ratio/high_mean": masked_mean(high, mask),
+    "clip_ratio/region_mean": masked_mean(low | high, mask),
+    "ratio/mean": masked_mean(ratio, mask),
+    "ratio/max": jnp.max(ratio, where=mask, initial=0.0),
+  }
+  if sampler is not None:
+    correct = lookup("correction", CORRECTIONS, algorithm.correction)
+    gap = old - sampler
+    correction = correct(gap, mask, **algorithm.settings("correction"))
+    objective = objective * correction
+    metrics |= _sampling_metrics(gap, correction, mask)
+  per_token = -objective
+  if ref is not None:
+    estimate = lookup("kl", KLS, "k3" if algorithm.kl == "none" else algorithm.kl)
+    kl = estimate(logp, ref, finite_exp(logp - old))
+    if algorithm.beta > 0:
+      per_token = per_token + algorithm.beta * kl
+    metrics["kl"] = masked_mean(jax.lax.stop_gradient(kl), mask)
+  loss = jnp.sum(weights * jnp.where(mask, per_token, 0.0))
+  return loss, metrics
+
+
+def lookup_algorithm(algorithm: str | Algorithm) -> Algorithm:
+  """The row of that name; an `Algorithm` stands for itself."""
+  if isinstance(algorithm, Algorithm):
+    return algorithm
+  return lookup("algorithm", ALGORITHMS, algorithm)
+
+
+def _check_needed(algorithm: Algorithm, ref_logp, sampler_logp) -> None:
+  if algorithm.beta > 0 and ref_logp is None:
+    raise ValueError(
+      f"beta={algorithm.beta} needs ref_logp, the reference's log-probabilities; pass them, or "
+      "use dataclasses.replace(algorithm, beta=0.0) to train without a reference"
+    )
+  if algorithm.correction != "none" and sampler_logp is None:
+    raise ValueError(f"correction={algorithm.correction!r} needs sampler_logp")
+
+
+def _per_token(advantages: Array, mask: jax.Array) -> jax.Array:
+  """Advantages with a token axis, 0 where masked."""
+  advantages = as_float("advantages", advantages)
+  if advantages.shape == mask.shape[:-1]:
+    advantages = jnp.broadcast_to(advantages[..., None], mask.shape)
+  elif advantages.shape != mask.shape:
+    raise ValueError(
+      f"advantages has shape {advantages.shape}, expected {mask.shape[:-1]} (one per sequence) "
+      f"or {mask.shape} (one per token)"
+    )
+  return jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
+
+
+def _sampling_metrics(gap: jax.Array, correction: jax.Array, mask: jax.Array) -> Metrics:
+  """How far the sampler's log-probabilities are from the trainer's, and the weights that gives."""
+  difference = jnp.abs(gap)
+  name = "sampling/importance_sampling_ratio"
+  return {
+    "sampling/sampling_logp_difference/mean": masked_mean(difference, mask),
+    "sampling/sampling_logp_difference/max": jnp.max(difference, where=mask, initial=0.0),
+    f"{name}/min": jnp.min(jnp.where(mask, correction, 1.0)),
+    f"{name}/mean": masked_mean(correction, mask),
+    f"{name}/max": jnp.max(correction, where=mask, initial=0.0),
+  }

@@ -1,0 +1,104 @@
+"""Which completion tokens count, and how much."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax.core.types import Array, as_mask, as_tokens, check_positive
+
+
+def completion_mask(
+  tokens: Int[Array, "... T"], eos_ids: int | Sequence[int] | Array
+) -> Bool[Array, "... T"]:
+  """True up to and including the first end-of-sequence token; all true where there is none.
+
+  The mask depends on the position of the first EOS and never on a pad id, so padding that
+  shares its id with EOS is handled: the EOS itself is trained on, what follows it is not.
+
+  Args:
+    tokens: completion token ids, without the prompt.
+    eos_ids: every id that ends a completion; an empty sequence means "never ends".
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> completion_mask(jnp.array([[5, 2, 2, 2], [2, 7, 7, 7], [5, 6, 7, 8]]), 2).astype(int)
+    Array([[1, 1, 0, 0],
+           [1, 0, 0, 0],
+           [1, 1, 1, 1]], dtype=int32)
+  """
+  tokens = as_tokens("tokens", tokens)
+  if tokens.ndim == 0:
+    raise ValueError("tokens has shape (), expected at least one axis [..., T]")
+  eos = jnp.asarray(eos_ids, dtype=tokens.dtype).reshape(-1)
+  is_eos = (tokens[..., None] == eos).any(-1).astype(jnp.int32)
+  ended_before = jnp.cumsum(is_eos, axis=-1) - is_eos
+  return ended_before == 0
+
+
+def _sequence(mask: jax.Array, max_length: int | None) -> jax.Array:
+  lengths = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+  return 1.0 / (lengths * _sequences(mask))
+
+
+def _token(mask: jax.Array, max_length: int | None) -> jax.Array:
+  return jnp.broadcast_to(1.0 / jnp.maximum(mask.sum(), 1), mask.shape)
+
+
+def _constant(mask: jax.Array, max_length: int | None) -> jax.Array:
+  if max_length is None:
+    raise ValueError(
+      "average='constant' needs max_length, the completion budget in tokens: "
+      "the padded width of this batch would make the loss depend on padding"
+    )
+  check_positive("max_length", max_length)
+  return jnp.broadcast_to(1.0 / (_sequences(mask) * max_length), mask.shape)
+
+
+def _sequences(mask: jax.Array) -> int:
+  return max(mask.size // max(mask.shape[-1], 1), 1)
+
+
+AVERAGES = {"sequence": _sequence, "token": _token, "constant": _constant}
+
+
+def token_weights(
+  mask: Bool[Array, "... T"], average: str, *, max_length: int | None = None
+) -> Float[Array, "... T"]:
+  """How much each token counts, so that the loss is `sum(weights * per_token)`.
+
+  | `average`  | weight of a completion token              | used by                             |
+  |------------|-------------------------------------------|-------------------------------------|
+  | `sequence` | 1 / (number of sequences · own length)    | GRPO (arXiv 2402.03300, eq. 3)      |
+  | `token`    | 1 / (tokens in the batch)                 | DAPO (arXiv 2503.14476, eq. 8)      |
+  | `constant` | 1 / (number of sequences · `max_length`)  | Dr. GRPO (arXiv 2503.20783, sec. 3) |
+
+  Masked tokens weigh 0. Compute the weights once, from the mask of the whole global batch, and
+  slice them: a sum needs no denominator, so micro-batches, devices and packing cannot change
+  the loss. A sequence without tokens still counts as a sequence.
+
+  Args:
+    mask: true on completion tokens; any leading axes, usually [P, G, T].
+    average: a key of the table above.
+    max_length: the completion budget in tokens; used by `constant` only, which requires it.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> mask = jnp.array([[[True, True], [True, False]]])
+    >>> token_weights(mask, "sequence").tolist()
+    [[[0.25, 0.25], [0.5, 0.0]]]
+  """
+  mask = as_mask("mask", mask)
+  if mask.ndim == 0:
+    raise ValueError("mask has shape (), expected at least one axis [..., T]")
+  if average not in AVERAGES:
+    raise ValueError(f"unknown average {average!r}; known: {', '.join(AVERAGES)}")
+  weights = AVERAGES[average](mask, max_length)
+  return jnp.where(mask, weights, 0.0).astype(jnp.result_type(float))
+
+
+def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
+  """Mean of `values` where `mask`; 0 where nothing is true. Masked values may be NaN."""
+  total = jnp.where(mask, values, 0.0).sum()
+  return total / jnp.maximum(mask.sum(), 1)

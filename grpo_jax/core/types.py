@@ -1,0 +1,75 @@
+"""Array types and argument checks shared by the pure functions.
+
+Every check runs on shapes and dtypes only, so it costs nothing under `jit` and raises before
+anything compiles.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+def as_float(name: str, value: Array) -> jax.Array:
+  """`value` as floating point of at least 32 bits: bfloat16 and float16 are widened, float64 kept.
+
+  Integers are accepted (rewards are often 0 and 1); complex numbers and strings are not.
+  """
+  try:
+    value = jnp.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{name} must be an array of numbers, got {value!r:.200}") from error
+  if jnp.issubdtype(value.dtype, jnp.complexfloating):
+    raise ValueError(f"{name} must be real, got dtype {value.dtype}")
+  if not jnp.issubdtype(value.dtype, jnp.floating):
+    return value.astype(jnp.result_type(float))
+  return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def as_mask(name: str, value: Array, shape: tuple[int, ...] | None = None) -> jax.Array:
+  """`value` as booleans; integers count as true where they are not 0, floats are refused."""
+  value = jnp.asarray(value)
+  if not (value.dtype == jnp.bool_ or jnp.issubdtype(value.dtype, jnp.integer)):
+    raise ValueError(
+      f"{name} must be boolean (or 0/1 integers), got dtype {value.dtype}; "
+      f"pass {name}.astype(bool), and per-token weights as `weights`"
+    )
+  if shape is not None:
+    check_shape(name, value, shape)
+  return value != 0 if value.dtype != jnp.bool_ else value
+
+
+def as_tokens(name: str, value: Array, shape: tuple[int, ...] | None = None) -> jax.Array:
+  """`value` as integer token ids."""
+  value = jnp.asarray(value)
+  if not jnp.issubdtype(value.dtype, jnp.integer):
+    raise ValueError(f"{name} must hold integer token ids, got dtype {value.dtype}")
+  if shape is not None:
+    check_shape(name, value, shape)
+  return value
+
+
+def check_shape(name: str, value: Array, shape: tuple[int, ...]) -> None:
+  if value.shape != shape:
+    raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
+
+
+def check_rank(name: str, value: Array, rank: int, axes: str) -> None:
+  if value.ndim != rank:
+    raise ValueError(f"{name} has shape {value.shape}, expected {rank} axes [{axes}]")
+
+
+def check_positive(name: str, value: float) -> None:
+  """Refuses a concrete number that is not finite and above 0 (traced values pass)."""
+  if isinstance(value, int | float | np.number) and not (np.isfinite(value) and value > 0):
+    raise ValueError(f"{name} must be a finite number above 0, got {value}")
+
+
+def lookup(kind: str, table: dict, choice: object) -> object:
+  """`table[choice]`; a callable stands for itself, so that a new idea needs no table entry."""
+  if callable(choice):
+    return choice
+  if choice not in table:
+    raise ValueError(f"unknown {kind} {choice!r}; known: {', '.join(sorted(table))}")
+  return table[choice]

@@ -1,0 +1,40 @@
+"""Tasks by name. A new task is a new file here that returns a `Task`, and one row in `TASKS`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from grpo_jax.tasks.base import Example, RewardError, RewardFunction, Task, score, unknown
+from grpo_jax.tasks.jsonl import jsonl_task
+from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
+
+__all__ = ["TASKS", "Example", "RewardError", "RewardFunction", "Task", "make_task", "score"]
+
+TASKS: dict[str, Callable[..., Task]] = {
+  "reasoning_gym": reasoning_gym_task,
+  "jsonl": jsonl_task,
+}
+
+
+def make_task(name: str, **settings: Any) -> Task:
+  """The task called `name`, built with its own settings.
+
+  Raises ValueError for an unknown name or setting (listing the known ones) and for a setting that
+  the task cannot do without.
+
+  >>> make_task("reasoning_gym", dataset="chain_sun")
+  Traceback (most recent call last):
+  ValueError: unknown reasoning-gym dataset 'chain_sun': did you mean 'chain_sum'...
+  """
+  if name not in TASKS:
+    raise unknown("task", name, TASKS)
+  parameters = inspect.signature(TASKS[name]).parameters
+  for setting in settings:
+    if setting not in parameters:
+      raise unknown(f"setting of task {name!r}", setting, parameters)
+  for setting, parameter in parameters.items():
+    if parameter.default is parameter.empty and setting not in settings:
+      raise ValueError(f"task {name!r} needs the setting {setting!r}, which was not given")
+  return TASKS[name](**settings)

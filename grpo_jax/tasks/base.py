@@ -1,0 +1,290 @@
+"""What a task is, and how its reward functions are called.
+
+A task is where examples come from, how the prompt looks, and how an answer is scored. Everything
+here is plain Python on the host; the device is never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import inspect
+import math
+import numbers
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Prompt = str | list[dict[str, str]]
+RewardFunction = Callable[..., Any]
+"""Called by keyword, `f(prompts=..., completions=..., **columns) -> list[float | None]`."""
+
+
+class RewardError(ValueError):
+  """A reward function failed or returned something that is not one number per completion."""
+
+
+@dataclass(frozen=True)
+class Example:
+  """One problem: its prompt (text or chat messages), what the rewards need, and its identity.
+
+  `key` says which problem this is, whatever the wording around it (for a sum, `"3 + 4"`): no key is
+  in both the training and the evaluation split.
+  """
+
+  prompt: Prompt
+  columns: Mapping[str, Any]
+  key: str
+
+
+@dataclass(frozen=True)
+class Task:
+  """Examples by split ("train", "eval"), weighted rewards, and what counts as a right answer.
+
+  `rewards` maps a name to (function, weight). `accuracy` is a function of the same form that gives
+  1.0 exactly when the answer is right. Generation ends where a string of `stop` appears.
+  """
+
+  name: str
+  splits: Mapping[str, Sequence[Example]]
+  rewards: Mapping[str, tuple[RewardFunction, float]]
+  accuracy: RewardFunction
+  stop: tuple[str, ...] = ()
+
+
+def unknown(what: str, name: object, known: Iterable[str], advice: str = "") -> ValueError:
+  """The error for a name that is not in a table: the close matches first, then what there is.
+
+  >>> print(unknown("reward", "exactt", ["exact", "score"]))
+  unknown reward 'exactt': did you mean 'exact'? Known (2): exact, score
+  """
+  names = sorted(known)
+  close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+  hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
+  return ValueError(
+    f"unknown {what} {name!r}{hint} Known ({len(names)}): {', '.join(names)}"
+    + (f". {advice}" if advice else "")
+  )
+
+
+def score(
+  rewards: Mapping[str, tuple[RewardFunction, float]],
+  prompts: Sequence[Prompt],
+  completions: Sequence[Sequence[str]],
+  columns: Mapping[str, Sequence[Any]],
+) -> tuple[Float[np.ndarray, "P G"], dict[str, Float[np.ndarray, "P G"]]]:
+  """Weighted sum of the reward functions, `sum_i weight_i * reward_i`, over those that apply.
+
+  Args:
+    rewards: name -> (function, weight). Functions are called once each, by keyword, with one entry
+      per completion (prompts and columns repeated for their group). `async` ones run together.
+    prompts: [P], text or chat messages.
+    completions: [P][G], text; every prompt has the same number of completions.
+    columns: name -> [P], handed to the functions under their names.
+
+  Returns:
+    (total [P, G], name -> values [P, G]), float64. `None` or NaN from a function means "does not
+    apply": that function is left out of the sum. Where no function with a non-zero weight applies,
+    the total is NaN ("not scored").
+
+  Raises:
+    RewardError: a function raised, or did not return one finite number (or None) per completion.
+      The message names the function and shows the completion.
+    ValueError: the arguments do not fit each other.
+
+  >>> def short(prompts, completions, **columns):
+  ...   return [1.0 if len(text) < 3 else None for text in completions]
+  >>> score({"short": (short, 0.5)}, ["5 - 9 ="], [["-4", "minus four"]], {})[0]
+  array([[0.5, nan]])
+  """
+  shape = _shape(rewards, prompts, completions, columns)
+  if 0 in shape:
+    return np.zeros(shape), {name: np.zeros(shape) for name in rewards}
+  group = range(shape[1])
+  entries = {name: [value for value in values for _ in group] for name, values in columns.items()}
+  entries["prompts"] = [prompt for prompt in prompts for _ in group]
+  entries["completions"] = [text for texts in completions for text in texts]
+
+  results = _call_all({name: function for name, (function, _) in rewards.items()}, entries)
+  per_name = {
+    name: _numbers(_label(name, rewards[name][0]), result, entries).reshape(shape)
+    for name, result in results.items()
+  }
+  total, scored = np.zeros(shape), np.zeros(shape, bool)
+  for name, (_, weight) in rewards.items():
+    applies = ~np.isnan(per_name[name]) & (weight != 0)
+    total += np.where(applies, weight * np.where(applies, per_name[name], 0.0), 0.0)
+    scored |= applies
+  return np.where(scored, total, np.nan), per_name
+
+
+def _shape(
+  rewards: Mapping[str, Any],
+  prompts: Sequence[Prompt],
+  completions: Sequence[Sequence[str]],
+  columns: Mapping[str, Sequence[Any]],
+) -> tuple[int, int]:
+  if not rewards:
+    raise ValueError("rewards is empty: a task needs at least one reward function")
+  for name, (_, weight) in rewards.items():
+    if not math.isfinite(weight):
+      raise ValueError(f"the weight of reward {name!r} is {weight}: it must be a finite number")
+  if len(completions) != len(prompts):
+    raise ValueError(f"{len(prompts)} prompts but {len(completions)} lists of completions")
+  sizes = {len(texts) for texts in completions}
+  if len(sizes) > 1:
+    raise ValueError(f"every prompt needs the same number of completions, got {sorted(sizes)}")
+  for name, values in columns.items():
+    if name in ("prompts", "completions"):
+      raise ValueError(f"a column may not be called {name!r}: rewards get that name already")
+    if len(values) != len(prompts):
+      raise ValueError(f"column {name!r} has {len(values)} values for {len(prompts)} prompts")
+  return len(prompts), sizes.pop() if sizes else 0
+
+
+def _call_all(
+  functions: Mapping[str, RewardFunction], entries: Mapping[str, list[Any]]
+) -> dict[str, Any]:
+  """Plain functions one after the other, then the asynchronous ones together."""
+  results: dict[str, Any] = {}
+  waiting: dict[str, Awaitable[Any]] = {}
+  try:
+    for name, function in functions.items():
+      _check_signature(_label(name, function), function, entries)
+      try:
+        results[name] = function(**entries)
+      except Exception as error:
+        raise _raised(name, function, error, entries) from error
+      if inspect.isawaitable(results[name]):
+        waiting[name] = results[name]
+  except RewardError:
+    for coroutine in waiting.values():
+      if inspect.iscoroutine(coroutine):
+        coroutine.close()  # it will not run: without this Python warns that it was never awaited
+    raise
+  if waiting:
+    for name, value in zip(waiting, _await_together(list(waiting.values()))):
+      if isinstance(value, Exception):
+        raise _raised(name, functions[name], value, entries) from value
+      results[name] = value
+  return results
+
+
+def _await_together(awaitables: list[Awaitable[Any]]) -> list[Any]:
+  """Results in order, an exception standing for its own result; works inside a notebook too."""
+
+  async def together() -> list[Any]:
+    return await asyncio.gather(*awaitables, return_exceptions=True)
+
+  try:
+    asyncio.get_running_loop()
+  except RuntimeError:
+    return asyncio.run(together())
+  # A notebook has a running loop, in which asyncio.run refuses to work: use another thread's.
+  results: list[Any] = []
+  thread = threading.Thread(target=lambda: results.extend(asyncio.run(together())), daemon=True)
+  thread.start()
+  thread.join()
+  return results
+
+
+def _check_signature(label: str, function: RewardFunction, entries: Mapping[str, Any]) -> None:
+  try:
+    parameters = inspect.signature(function).parameters.values()
+  except (TypeError, ValueError):  # some callables written in C have no signature to look at
+    return
+  have = ", ".join(sorted(entries))
+  by_name = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+  missing = [n for n, p in by_name.items() if p.default is p.empty and n not in entries]
+  if missing:
+    raise RewardError(f"{label} asks for {', '.join(missing)}, which is not given. Given: {have}")
+  extra = sorted(set(entries) - set(by_name))
+  if extra and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    raise RewardError(
+      f"{label} does not take {', '.join(extra)}: end its parameters with **columns, as in "
+      f"`def f(prompts, completions, **columns)`. Given: {have}"
+    )
+
+
+def _numbers(label: str, values: Any, entries: Mapping[str, list[Any]]) -> np.ndarray:
+  count = len(entries["completions"])
+  if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    raise RewardError(
+      f"{label} returned {type(values).__name__} {_short(values)}: it must return a list with one "
+      f"number (or None) per completion, here {count}\n{_shown(entries, 0)}"
+    )
+  values = list(values)
+  if len(values) != count:
+    raise RewardError(
+      f"{label} returned {len(values)} values for {count} completions: it must return one number "
+      f"(or None) for each\n{_shown(entries, min(len(values), count - 1))}"
+    )
+  out = np.full(count, np.nan)
+  for i, value in enumerate(values):
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # an array of no dimensions
+      value = value.item()
+    if value is None:
+      continue
+    number = math.inf
+    if isinstance(value, numbers.Real):
+      try:
+        number = float(value)
+      except OverflowError:  # an integer beyond the floats: as useless as an infinity
+        number = math.inf
+    if math.isinf(number):
+      raise RewardError(
+        f"{label} returned {type(value).__name__} {_short(value)} at position {i}: it must be a "
+        f"finite number, or None where it does not apply\n{_shown(entries, i)}"
+      )
+    out[i] = number
+  return out
+
+
+def _raised(
+  name: str, function: RewardFunction, error: Exception, entries: Mapping[str, list[Any]]
+) -> RewardError:
+  """The error of a function that raised, showing a completion that alone makes it raise."""
+
+  def fails(start: int, stop: int) -> bool:
+    try:
+      result = function(**{column: values[start:stop] for column, values in entries.items()})
+      if inspect.isawaitable(result):
+        return isinstance(_await_together([result])[0], Exception)
+      return False
+    except Exception:
+      return True
+
+  start, stop = 0, len(entries["completions"])
+  while stop - start > 1:  # halving keeps this to a few calls, for functions that are slow
+    middle = (start + stop) // 2
+    start, stop = (start, middle) if fails(start, middle) else (middle, stop)
+  alone = fails(start, stop)
+  note = "" if alone else "  (no completion raises it alone; this is the first)\n"
+  return RewardError(
+    f"{_label(name, function)} raised {type(error).__name__}: {error}\n{note}"
+    + _shown(entries, start if alone else 0)
+  )
+
+
+def _label(name: str, function: RewardFunction) -> str:
+  code = getattr(inspect.unwrap(function), "__code__", None)
+  where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+  return f"reward function {name!r}{where}"
+
+
+def _shown(entries: Mapping[str, list[Any]], i: int) -> str:
+  return (
+    f"  prompt:     {_short(entries['prompts'][i])}\n"
+    f"  completion: {_short(entries['completions'][i])}"
+  )
+
+
+def _short(value: Any, width: int = 400) -> str:
+  text = repr(value)
+  if len(text) <= width:
+    return text
+  return f"{text[: width // 2]} ... {text[-width // 2 :]}"
