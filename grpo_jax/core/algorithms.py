@@ -34,6 +34,8 @@ _SETTINGS = (
   "correction_min",
   "correction_max",
 )
+# Numbers that must lie above a bound; all others must be at least 0.
+_ABOVE = {"clip_dual": 1.0, "tau_positive": 0.0, "tau_negative": 0.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Algorithm:
   trust_region: str | Callable = "none"
   kl: str | Callable = "none"
   correction: str | Callable = "none"
-  average: str = "sequence"
+  average: str | Callable = "sequence"
   beta: float = 0.0
   clip_low: float | None = None
   clip_high: float | None = None
@@ -102,9 +104,22 @@ class Algorithm:
         f"trust_region={self.trust_region!r} with correction={self.correction!r} needs "
         f"{', '.join(sorted(needed - given))}"
       )
+    self._check_numbers(given)
+
+  def _check_numbers(self, given: set[str]) -> None:
     for name in ("beta", *sorted(given)):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+      value = getattr(self, name)
+      if name in _ABOVE and not value > _ABOVE[name]:
+        raise ValueError(f"{name} must be above {_ABOVE[name]}, got {value}")
+      if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    for low, high in (("ratio_min", "ratio_max"), ("correction_min", "correction_max")):
+      if {low, high} <= given and getattr(self, low) > getattr(self, high):
+        raise ValueError(
+          f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}: nothing lies between"
+        )
+    if self.beta == float("inf"):
+      raise ValueError("beta must be finite, got inf")
     if self.beta > 0 and self.kl == "none":
       raise ValueError(f"beta={self.beta} has no effect with kl='none'; known: {', '.join(KLS)}")
 

@@ -19,15 +19,15 @@ def token_logprobs(
 
   Both in nats, computed in float32 or wider. `logits[..., t, :]` must be the distribution that
   `tokens[..., t]` was drawn from: align before calling. Gradient flows from both results to
-  `logits`. A logit of -inf is a token of probability 0.
+  `logits`. A logit of -inf is a token of probability 0; a token outside [0, V) gives NaN.
 
   Errors: a shape or dtype that does not fit, a temperature that is not above 0.
 
   Example:
     >>> import jax.numpy as jnp
     >>> logp, entropy = token_logprobs(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([1]))
-    >>> print(jnp.exp(logp), entropy.round(3))
-    [0.75] [0.562]
+    >>> print(jnp.exp(logp), entropy)  # 0.25 log 4 + 0.75 log (4 / 3)
+    [0.75] [0.562335...]
   """
   logits = as_float("logits", logits)
   check_positive("temperature", temperature)
@@ -35,7 +35,9 @@ def token_logprobs(
     raise ValueError(f"logits has shape {logits.shape}, expected at least two axes [..., T, V]")
   tokens = as_tokens("tokens", tokens, logits.shape[:-1])
   logps = jax.nn.log_softmax(logits / temperature, axis=-1)
-  logp = jnp.take_along_axis(logps, tokens[..., None], axis=-1)[..., 0]
+  # Out of range is NaN (mode "fill"), also for negative ids, which would count from the end.
+  column = jnp.where(tokens < 0, logits.shape[-1], tokens)
+  logp = jnp.take_along_axis(logps, column[..., None], axis=-1, mode="fill")[..., 0]
   impossible = jnp.isneginf(logps)
   safe = jnp.where(impossible, 0.0, logps)
   entropy = -jnp.sum(jnp.where(impossible, 0.0, jnp.exp(safe)) * safe, axis=-1)
@@ -56,7 +58,7 @@ def head_logprobs(
   The vocabulary is walked in tiles: the forward pass keeps a running log-sum-exp and a running
   `sum p z` for the entropy, the backward pass recomputes each tile. Products accumulate in
   float32 also for bfloat16 inputs. Gradient flows from `logp` and `entropy` to `hidden` and
-  `head`.
+  `head`. A token outside [0, V) gives NaN.
 
   Args:
     hidden: final hidden states, `hidden[..., t, :]` predicting `tokens[..., t]`.
@@ -115,9 +117,14 @@ def _over_tiles(body, carry, rows: int, vocab: int):
   return body(carry, count * width, rest) if rest else carry
 
 
+def _bits(x: jax.Array) -> jax.Array:
+  """16-bit floats as integers: XLA's CPU backend widens a whole bfloat16 array to slice it."""
+  return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
 def _tile_logits(hidden, head, start, width, temperature, softcap, dtype):
   """Scaled logits of one tile, `d logits / d (hidden @ head)`, and the tile of the head."""
-  tile = jax.lax.dynamic_slice_in_dim(head, start, width, axis=1)
+  tile = jax.lax.dynamic_slice_in_dim(_bits(head), start, width, axis=1).view(head.dtype)
   raw = jnp.matmul(hidden, tile, preferred_element_type=dtype)
   if softcap is None:
     return raw / temperature, 1.0 / temperature, tile
@@ -167,17 +174,17 @@ def _tiled_backward(temperature, softcap, saved, cotangents):
     z, slope, tile = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
     logps = z - logsumexp[:, None]
     p = jnp.exp(logps)
-    is_token = (tokens - start)[:, None] == jnp.arange(width)
+    is_token = (tokens - start)[:, None] == jnp.arange(width)[None, :]
     surprise = jnp.where(p > 0, p * (logps + entropy[:, None]), 0.0)
     d_z = d_logp[:, None] * (is_token - p) - d_entropy[:, None] * surprise
     d_raw = (d_z * slope).astype(hidden.dtype)
     d_hidden += jnp.matmul(d_raw, tile.T, preferred_element_type=dtype)
     d_tile = jnp.matmul(hidden.T, d_raw, preferred_element_type=dtype).astype(head.dtype)
-    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=1)
+    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, _bits(d_tile), start, axis=1)
 
-  carry = (jnp.zeros(hidden.shape, dtype), jnp.zeros_like(head))
+  carry = (jnp.zeros(hidden.shape, dtype), _bits(jnp.zeros_like(head)))
   d_hidden, d_head = _over_tiles(body, carry, rows, vocab)
-  return d_hidden.astype(hidden.dtype), d_head, None
+  return d_hidden.astype(hidden.dtype), d_head.view(head.dtype), None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

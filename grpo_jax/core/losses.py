@@ -206,7 +206,7 @@ def _sampling_metrics(gap: jax.Array, correction: jax.Array, mask: jax.Array) ->
   return {
     "sampling/sampling_logp_difference/mean": masked_mean(difference, mask),
     "sampling/sampling_logp_difference/max": jnp.max(difference, where=mask, initial=0.0),
-    f"{name}/min": jnp.min(jnp.where(mask, correction, 1.0)),
+    f"{name}/min": jnp.where(mask.any(), jnp.min(correction, where=mask, initial=jnp.inf), 0.0),
     f"{name}/mean": masked_mean(correction, mask),
     f"{name}/max": jnp.max(correction, where=mask, initial=0.0),
   }

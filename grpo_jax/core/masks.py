@@ -1,12 +1,13 @@
 """Which completion tokens count, and how much."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.types import Array, as_mask, as_tokens, check_positive
+from grpo_jax.core.types import Array, as_mask, as_tokens, check_positive, lookup
 
 
 def completion_mask(
@@ -31,8 +32,9 @@ def completion_mask(
   tokens = as_tokens("tokens", tokens)
   if tokens.ndim == 0:
     raise ValueError("tokens has shape (), expected at least one axis [..., T]")
-  eos = jnp.asarray(eos_ids, dtype=tokens.dtype).reshape(-1)
-  is_eos = (tokens[..., None] == eos).any(-1).astype(jnp.int32)
+  # An empty list has no dtype of its own.
+  eos = as_tokens("eos_ids", eos_ids if np.size(eos_ids) else np.zeros(0, np.int32))
+  is_eos = jnp.isin(tokens, eos).astype(jnp.int32)
   ended_before = jnp.cumsum(is_eos, axis=-1) - is_eos
   return ended_before == 0
 
@@ -64,7 +66,7 @@ AVERAGES = {"sequence": _sequence, "token": _token, "constant": _constant}
 
 
 def token_weights(
-  mask: Bool[Array, "... T"], average: str, *, max_length: int | None = None
+  mask: Bool[Array, "... T"], average: str | Callable, *, max_length: int | None = None
 ) -> Float[Array, "... T"]:
   """How much each token counts, so that the loss is `sum(weights * per_token)`.
 
@@ -80,7 +82,7 @@ def token_weights(
 
   Args:
     mask: true on completion tokens; any leading axes, usually [P, G, T].
-    average: a key of the table above.
+    average: a key of the table above, or a function `(mask, max_length) -> weights`.
     max_length: the completion budget in tokens; used by `constant` only, which requires it.
 
   Example:
@@ -92,9 +94,7 @@ def token_weights(
   mask = as_mask("mask", mask)
   if mask.ndim == 0:
     raise ValueError("mask has shape (), expected at least one axis [..., T]")
-  if average not in AVERAGES:
-    raise ValueError(f"unknown average {average!r}; known: {', '.join(AVERAGES)}")
-  weights = AVERAGES[average](mask, max_length)
+  weights = lookup("average", AVERAGES, average)(mask, max_length)
   return jnp.where(mask, weights, 0.0).astype(jnp.result_type(float))
 
 

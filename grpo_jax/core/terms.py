@@ -138,10 +138,12 @@ def _no_region(log_ratio, logp, old_logp, advantages):
 def _clip(log_ratio, logp, old_logp, advantages, *, clip_low, clip_high):
   """`min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`: PPO, arXiv 1707.06347, eq. 7."""
   ratio = finite_exp(log_ratio)
-  clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
   low = (ratio < 1.0 - clip_low) & (advantages < 0)
   high = (ratio > 1.0 + clip_high) & (advantages > 0)
-  return jnp.minimum(ratio * advantages, clipped * advantages), low, high
+  # The minimum, spelt out by the sign of A: a ratio on the boundary keeps its whole gradient,
+  # where minimum and clip would split it.
+  bounded = jnp.where(low, 1.0 - clip_low, jnp.where(high, 1.0 + clip_high, ratio))
+  return bounded * advantages, low, high
 
 
 def _dual_clip(log_ratio, logp, old_logp, advantages, *, clip_low, clip_high, clip_dual):

@@ -11,15 +11,19 @@ import numpy as np
 Array = jax.Array | np.ndarray
 
 
+def _as_array(name: str, value: Array) -> jax.Array:
+  try:
+    return jnp.asarray(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{name} must be an array of numbers, got {value!r:.200}") from error
+
+
 def as_float(name: str, value: Array) -> jax.Array:
   """`value` as floating point of at least 32 bits: bfloat16 and float16 are widened, float64 kept.
 
   Integers are accepted (rewards are often 0 and 1); complex numbers and strings are not.
   """
-  try:
-    value = jnp.asarray(value)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{name} must be an array of numbers, got {value!r:.200}") from error
+  value = _as_array(name, value)
   if jnp.issubdtype(value.dtype, jnp.complexfloating):
     raise ValueError(f"{name} must be real, got dtype {value.dtype}")
   if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -29,7 +33,7 @@ def as_float(name: str, value: Array) -> jax.Array:
 
 def as_mask(name: str, value: Array, shape: tuple[int, ...] | None = None) -> jax.Array:
   """`value` as booleans; integers count as true where they are not 0, floats are refused."""
-  value = jnp.asarray(value)
+  value = _as_array(name, value)
   if not (value.dtype == jnp.bool_ or jnp.issubdtype(value.dtype, jnp.integer)):
     raise ValueError(
       f"{name} must be boolean (or 0/1 integers), got dtype {value.dtype}; "
@@ -41,13 +45,13 @@ def as_mask(name: str, value: Array, shape: tuple[int, ...] | None = None) -> ja
 
 
 def as_tokens(name: str, value: Array, shape: tuple[int, ...] | None = None) -> jax.Array:
-  """`value` as integer token ids."""
-  value = jnp.asarray(value)
+  """`value` as int32 token ids, so that narrow or unsigned ids do not wrap around."""
+  value = _as_array(name, value)
   if not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(f"{name} must hold integer token ids, got dtype {value.dtype}")
   if shape is not None:
     check_shape(name, value, shape)
-  return value
+  return value.astype(jnp.int32)
 
 
 def check_shape(name: str, value: Array, shape: tuple[int, ...]) -> None:
@@ -70,6 +74,6 @@ def lookup(kind: str, table: dict, choice: object) -> object:
   """`table[choice]`; a callable stands for itself, so that a new idea needs no table entry."""
   if callable(choice):
     return choice
-  if choice not in table:
+  if not isinstance(choice, str) or choice not in table:
     raise ValueError(f"unknown {kind} {choice!r}; known: {', '.join(sorted(table))}")
   return table[choice]

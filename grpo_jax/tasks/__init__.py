@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_jax.tasks.base import Example, RewardError, RewardFunction, Task, score, unknown
 from grpo_jax.tasks.jsonl import jsonl_task
+from grpo_jax.tasks.letters import letters_task
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
 
 __all__ = ["TASKS", "Example", "RewardError", "RewardFunction", "Task", "make_task", "score"]
@@ -15,6 +16,7 @@ __all__ = ["TASKS", "Example", "RewardError", "RewardFunction", "Task", "make_ta
 TASKS: dict[str, Callable[..., Task]] = {
   "reasoning_gym": reasoning_gym_task,
   "jsonl": jsonl_task,
+  "letters": letters_task,
 }
 
 

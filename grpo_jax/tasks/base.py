@@ -56,8 +56,10 @@ class Task:
   stop: tuple[str, ...] = ()
 
 
-def unknown(what: str, name: object, known: Iterable[str], advice: str = "") -> ValueError:
+def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
   """The error for a name that is not in a table: the close matches first, then what there is.
+
+  A long table is listed only when nothing in it comes close.
 
   >>> print(unknown("reward", "exactt", ["exact", "score"]))
   unknown reward 'exactt': did you mean 'exact'? Known (2): exact, score
@@ -65,10 +67,9 @@ def unknown(what: str, name: object, known: Iterable[str], advice: str = "") -> 
   names = sorted(known)
   close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
   hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
-  return ValueError(
-    f"unknown {what} {name!r}{hint} Known ({len(names)}): {', '.join(names)}"
-    + (f". {advice}" if advice else "")
-  )
+  if close and len(names) > 40:
+    return ValueError(f"unknown {what} {name!r}{hint} ({len(names)} are known)")
+  return ValueError(f"unknown {what} {name!r}{hint} Known ({len(names)}): {', '.join(names)}")
 
 
 def score(

@@ -206,8 +206,8 @@ def _held_out(keys: set[str], fraction: float, seed: int) -> set[str]:
     return set()
   if len(keys) < 2:
     raise ValueError(
-      f"cannot hold out eval_fraction={fraction}: all lines are one problem. Add lines, set `key` to "
-      "a column that tells problems apart, or set eval_fraction=0"
+      f"cannot hold out eval_fraction={fraction}: all lines are one problem. Add lines, set `key` "
+      "to a column that tells problems apart, or set eval_fraction=0"
     )
   ranked = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
   return set(ranked[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])

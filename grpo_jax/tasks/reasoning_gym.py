@@ -196,18 +196,19 @@ def _distinct(
   make: Callable[..., Any], stream: str, count: int, used: set[str], found: int
 ) -> Iterator[dict[str, Any]]:
   """Up to `count` entries whose keys are not in `used`, which they join; fewer if none is left."""
+  if count == 0:
+    return
   fruitless = 0
-  # A missed problem of n equally likely ones stays unseen for 10 n draws once in 22,000 times.
-  while count > 0 and fruitless <= max(2000, 10 * found):
-    for entry in _entries(make, stream):
-      key = _key(entry)
-      fruitless += 1
-      if key not in used:
-        used.add(key)
-        found, count, fruitless = found + 1, count - 1, 0
-        yield entry
-      if count == 0 or fruitless > max(2000, 10 * found):
-        return
+  for entry in _entries(make, stream):
+    key = _key(entry)
+    fruitless += 1
+    if key not in used:
+      used.add(key)
+      found, count, fruitless = found + 1, count - 1, 0
+      yield entry
+    # One problem of n equally likely ones stays unseen for 10 n draws once in 22,000 times.
+    if count == 0 or fruitless > max(2000, 10 * found):
+      return
 
 
 def _entries(make: Callable[..., Any], stream: str) -> Iterator[dict[str, Any]]:
@@ -232,7 +233,15 @@ def _expression(entry: Mapping[str, Any]) -> str | None:
 
 
 def _key(entry: Mapping[str, Any]) -> str:
-  return " ".join((_expression(entry) or entry["question"]).split())
+  """Which problem it is: 3 + 4 and 4 + 3 are the same one."""
+  expression = _expression(entry)
+  if expression is None:
+    return " ".join(entry["question"].split())
+  for sign in ("+", "*"):
+    operands = [operand.strip() for operand in expression.split(sign)]
+    if all(operand.isdigit() for operand in operands):
+      return f" {sign} ".join(sorted(operands, key=int))
+  return " ".join(expression.split())
 
 
 def _completion(shots: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> str:
@@ -267,11 +276,11 @@ def _rewards(scorers: Sequence[Any], numeric_only: bool) -> dict[str, RewardFunc
   """The two rewards. In chat a reply is prose, so a numeric answer is looked for inside it."""
 
   def one(text: str, part: int, entry: Mapping[str, Any]) -> float:
-    answer, right = text.strip(), entry["answer"]
+    answer, right, scorer = text.strip(), entry["answer"], scorers[part]
     if numeric_only and isinstance(right, str) and NUMBER.fullmatch(right.strip()):
       answer = extract_number(answer)
     try:
-      return float(scorers[part].score_answer(answer, entry))
+      return float(scorer.score_answer(answer, entry))
     except Exception:  # a few datasets raise on text they cannot parse, which is a wrong answer
       return 0.0
 

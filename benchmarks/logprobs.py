@@ -1,0 +1,108 @@
+"""`head_logprobs` against forming the logits: time and memory of forward + backward.
+
+    python -m benchmarks.logprobs --batch 4 --tokens 128 --width 576 --vocab 49152
+
+Both compute log-probabilities and entropy, and the gradients of a weighted sum of both to hidden
+states and head. They run in alternation in one process, so that a busy machine disturbs both
+alike. Memory is what XLA's compiled program asks for beside its arguments and results, in units
+of one float32 array [B, T, V]. Prints a table, then one JSON line per way.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import grpo_jax
+
+
+def plain(hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The way that forms `[B, T, V]` logits."""
+  logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+  return grpo_jax.token_logprobs(logits, tokens)
+
+
+def compiled(function: Callable, inputs: tuple[jax.Array, ...]) -> jax.stages.Compiled:
+  """Value and gradients of `sum(a * logp + b * entropy)`, ready to run."""
+
+  def loss(hidden, head, tokens, a, b):
+    logp, entropy = function(hidden, head, tokens)
+    return jnp.sum(a * logp + b * entropy)
+
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*inputs).compile()
+
+
+def measure(
+  batch: int, tokens: int, width: int, vocab: int, dtype: str, repeats: int
+) -> list[dict]:
+  """One row per way: median and spread in seconds, temporary memory."""
+  rng = np.random.default_rng(0)
+  inputs = (
+    jnp.asarray(rng.normal(size=(batch, tokens, width)), dtype),
+    jnp.asarray(rng.normal(size=(width, vocab)) / width**0.5, dtype),
+    jnp.asarray(rng.integers(0, vocab, (batch, tokens)), jnp.int32),
+    jnp.asarray(rng.normal(size=(batch, tokens)), jnp.float32),
+    jnp.asarray(rng.normal(size=(batch, tokens)), jnp.float32),
+  )
+  programs = {
+    "head_logprobs": compiled(grpo_jax.head_logprobs, inputs),
+    "plain logits": compiled(plain, inputs),
+  }
+  seconds: dict[str, list[float]] = {name: [] for name in programs}
+  for round_number in range(repeats + 1):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(program(*inputs))
+      if round_number > 0:  # the first round warms up
+        seconds[name].append(time.perf_counter() - start)
+  rows = []
+  for name, program in programs.items():
+    temporary = program.memory_analysis().temp_size_in_bytes
+    low, median, high = np.percentile(seconds[name], (25, 50, 75))
+    rows.append(
+      {
+        "way": name,
+        "batch": batch,
+        "tokens": tokens,
+        "width": width,
+        "vocab": vocab,
+        "dtype": dtype,
+        "device": jax.devices()[0].device_kind,
+        "seconds_median": round(float(median), 5),
+        "seconds_quartiles": [round(float(low), 5), round(float(high), 5)],
+        "temporary_bytes": temporary,
+        "temporary_per_logits": round(temporary / (4 * batch * tokens * vocab), 4),
+      }
+    )
+  for row in rows:
+    row["time_per_plain"] = round(row["seconds_median"] / rows[-1]["seconds_median"], 3)
+  return rows
+
+
+def main() -> None:
+  raw = argparse.RawTextHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  parser.add_argument("--batch", type=int, default=4, help="sequences")
+  parser.add_argument("--tokens", type=int, default=128, help="tokens per sequence")
+  parser.add_argument("--width", type=int, default=576, help="model width D")
+  parser.add_argument("--vocab", type=int, default=49152, help="vocabulary V")
+  parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  parser.add_argument("--repeats", type=int, default=9, help="timed rounds of each way")
+  rows = measure(**vars(parser.parse_args()))
+  print(f"{'way':<16}{'median s':>10}{'quartiles':>22}{'x plain':>10}{'memory / [B,T,V]':>18}")
+  for row in rows:
+    quartiles = "{:.4f} .. {:.4f}".format(*row["seconds_quartiles"])
+    print(
+      f"{row['way']:<16}{row['seconds_median']:>10.4f}{quartiles:>22}"
+      f"{row['time_per_plain']:>10.3f}{row['temporary_per_logits']:>18.3f}"
+    )
+  for row in rows:
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,1 @@
+"""Language models as pure functions of their parameters; flax.linen is used nowhere else."""

@@ -1,0 +1,81 @@
+"""The mesh, and the one table that says how parameters lie on it.
+
+Mesh axes: `data` splits the prompts and copies the parameters, `fsdp` splits both, `tensor` splits
+heads, MLP and vocabulary. No model contains sharding code: XLA's partitioner follows the layout of
+the arrays it is given.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+# Ordered (pattern on the end of a parameter's path, layout); the first that matches counts.
+# Layers are stacked on a leading axis, which is never split.
+RULES: tuple[tuple[str, P], ...] = (
+  (r"(embed|head)$", P("tensor", "fsdp")),
+  (r"layers/.*norm$", P()),
+  (r"final_norm$", P()),
+  (r"layers/(q|k|v|gate|up)$", P(None, "fsdp", "tensor")),
+  (r"layers/(o|down)$", P(None, "tensor", "fsdp")),
+)
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
+  """A mesh of axes data, fsdp, tensor over all devices, partitioned automatically."""
+  devices = np.asarray(jax.devices() if devices is None else devices).reshape(shape)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def param_shardings(mesh: Mesh, tree: Any, *, sampling: bool = False) -> Any:
+  """A NamedSharding for every leaf of parameters or of an optimizer state built on them.
+
+  Scalars are replicated. An axis that does not divide its dimension is left whole. A parameter
+  that no rule matches raises, naming it.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs, layers stacked or (for sampling) a tuple.
+    sampling: the layout of the sampler: whole over `fsdp`, split over `tensor`.
+  """
+
+  def one(path, leaf) -> NamedSharding:
+    if leaf.ndim == 0:
+      return NamedSharding(mesh, P())
+    name = re.sub(r"layers/\d+/", "layers/", _name(path))
+    for pattern, spec in RULES:
+      if re.search(pattern, name):
+        unstacked = name != _name(path)
+        return NamedSharding(
+          mesh, _fit(mesh, spec[1:] if unstacked else spec, leaf.shape, sampling)
+        )
+    raise ValueError(f"no sharding rule matches parameter {_name(path)!r} of shape {leaf.shape}")
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Layout of everything that has prompts as its first axis."""
+  return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, P())
+
+
+def _fit(mesh: Mesh, spec: Any, shape: tuple[int, ...], sampling: bool) -> P:
+  axes = []
+  for size, axis in zip(shape, tuple(spec) + (None,) * len(shape)):
+    keep = axis is not None and size % mesh.shape[axis] == 0 and not (sampling and axis == "fsdp")
+    axes.append(axis if keep else None)
+  return P(*axes)
+
+
+def _name(path: tuple) -> str:
+  return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)

@@ -1,0 +1,200 @@
+"""Training: `python -m grpo_jax.train --config experiments/X.py --workdir DIR [--config.a.b=v]`.
+
+A work directory that holds a checkpoint is continued. Ctrl-C finishes the step, saves and exits.
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from grpo_jax import checkpoint, data, metrics, rollout
+from grpo_jax import config as configs
+from grpo_jax.build import Run, advantage_function, build
+from grpo_jax.evaluate import evaluate, table
+from grpo_jax.forecast import describe
+from grpo_jax.train_step import Batch, make_score, make_train_step
+
+# Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
+FREE = ("steps", "eval.", "checkpoint.", "log.", "mesh.", "train.micro_batches")
+INTERRUPTED = 130  # exit code of a run that was stopped by Ctrl-C, as shells have it
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+  """Trains to `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
+
+  Leaves metrics.jsonl, TensorBoard events, samples/, curve.png, config.json and checkpoints/.
+
+  Returns:
+    The metrics of the last evaluation.
+
+  Errors: ConfigError with everything that is wrong with the config, before anything compiles;
+  KeyboardInterrupt after a Ctrl-C, with the finished steps saved.
+  """
+  c, workdir = config, Path(workdir)
+  check_workdir(c, workdir)
+  r = build(c)
+  workdir.mkdir(parents=True, exist_ok=True)
+  checkpoint.write_config(workdir, c.to_dict())
+  state, score = r.initial_state(), _reference_scorer(c, r)
+  to_sampler, advantage = r.for_sampling(), advantage_function(r.algorithm)
+  train_step = make_train_step(
+    r.model,
+    r.algorithm,
+    r.optimizer,
+    r.schedule,
+    temperature=c.rollout.temperature,
+    max_length=c.rollout.completion_length,
+    micro_batches=c.train.micro_batches,
+  )
+  with checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints, _CtrlC() as ctrl_c:
+    start = checkpoints.latest() or 0
+    if start:
+      state = checkpoints.restore(start, state)
+    with metrics.MetricsWriter(workdir, c.steps, resume_step=start) as writer:
+      print(describe(c, r, start), flush=True)
+      late, num_tokens = metrics.OneStepLate(writer.write), metrics.last(workdir, "num_tokens", 0)
+      results = {} if start else _evaluate(c, r, to_sampler(state.params), 0, writer)
+      for step in range(start, c.steps):
+        began = time.monotonic()
+        rolled = rollout.collect(
+          r.sampler,
+          to_sampler(state.params),
+          r.task,
+          data.examples(r.task.splits["train"], step, c.rollout.prompts_per_step, c.seed),
+          jax.random.fold_in(jax.random.key(c.seed), step),
+          group=c.rollout.group_size,
+          temperature=c.rollout.temperature,
+          advantage=advantage,
+        )
+        state, measured = train_step(state, score(rolled.batch))
+        num_tokens += rolled.num_tokens
+        jax.block_until_ready(state.step)
+        measured |= rolled.metrics() | _timing(rolled.num_tokens, num_tokens, began)
+        late.push(step, measured)
+        writer.write_samples(step, rolled.samples)
+        if c.log.samples_every and step % c.log.samples_every == 0:
+          writer.print_samples(rolled.samples[: c.log.samples])
+        done = step + 1
+        if ctrl_c.pressed or done % c.checkpoint.every == 0 or done == c.steps:
+          late.flush()
+          checkpoints.save(done, state)
+        if ctrl_c.pressed:
+          raise KeyboardInterrupt(f"stopped after step {done}, which is saved")
+        if done == c.steps or (c.eval.every and done % c.eval.every == 0):
+          results = _evaluate(c, r, to_sampler(state.params), done, writer)
+  metrics.curve(workdir)
+  return results
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+  """Refuses a work directory that was started with another config, listing the differences."""
+  saved = checkpoint.read_config(workdir)
+  if saved is None:
+    return
+  found = [
+    line
+    for line in configs.differences(saved, config.to_dict())
+    if not line.startswith(tuple(f if f.endswith(".") else f"{f}:" for f in FREE))
+  ]
+  if found:
+    raise configs.ConfigError(
+      [
+        f"{workdir} was started with another config; use a new --workdir, or put back {line}"
+        for line in found
+      ]
+    )
+
+
+def _evaluate(c: ConfigDict, r: Run, params, step: int, writer) -> dict[str, float]:
+  """Evaluates on the held-out split and writes the numbers and the completions down."""
+  examples = r.task.splits["eval"]
+  if not examples:
+    return {}
+  result = evaluate(
+    r.sampler,
+    params,
+    r.task,
+    examples,
+    samples=c.eval.samples,
+    temperature=c.rollout.temperature,
+    batch_prompts=c.eval.batch_prompts,
+    key=jax.random.key(c.seed),
+  )
+  writer.write(step, result.metrics)
+  writer.write_samples(step, result.samples, kind="eval")
+  return result.metrics
+
+
+def _reference_scorer(c: ConfigDict, r: Run) -> Callable[[Batch], Batch]:
+  """Adds the reference's log-probs to a batch where the algorithm has a KL term."""
+  if r.algorithm.beta == 0:
+    return lambda batch: batch
+  reference = r.initial_params()
+  score = make_score(r.model, temperature=c.rollout.temperature)
+  return lambda batch: dataclasses.replace(batch, ref_logp=score(reference, batch))
+
+
+def _timing(step_tokens: int, num_tokens: int, began: float) -> dict[str, float]:
+  """Seconds of the step, tokens (prompts once, and completions) per second, and in all so far."""
+  seconds = time.monotonic() - began
+  return {
+    "step_time": seconds,
+    "tokens_per_second": step_tokens / seconds,
+    "num_tokens": num_tokens,
+  }
+
+
+class _CtrlC:
+  """Turns the first Ctrl-C into a request to stop after the step; the second stops at once."""
+
+  def __init__(self) -> None:
+    self.pressed = False
+
+  def __enter__(self) -> "_CtrlC":
+    try:
+      self._before = signal.signal(signal.SIGINT, self._press)
+    except ValueError:  # not in the main thread: signals are somebody else's business
+      self._before = None
+    return self
+
+  def _press(self, *_: object) -> None:
+    self.pressed = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("\nCtrl-C: finishing this step, then saving (again: stop at once)", flush=True)
+
+  def __exit__(self, *_: object) -> None:
+    if self._before is not None:
+      signal.signal(signal.SIGINT, self._before)
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m grpo_jax.train", description=__doc__)
+  parser.add_argument("--config", required=True, help="an experiment file; it is run as a program")
+  parser.add_argument("--workdir", required=True, help="everything the run leaves; made if missing")
+  arguments, overrides = parser.parse_known_args(argv)
+  try:
+    config = configs.load(arguments.config, overrides)
+    results = run(config, arguments.workdir)
+  except configs.ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt as error:
+    print(f"{error or 'stopped'}; the same command continues {arguments.workdir}")
+    return INTERRUPTED
+  before = metrics.at(arguments.workdir, 0, "eval/")
+  if before and results:
+    print(table(before, "before training"))
+    print(table(results, f"after {config.steps} steps"))
+  print(f"in {arguments.workdir}: metrics.jsonl, samples/, tensorboard/, curve.png, checkpoints/")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,178 @@
+"""Configs: overrides, and mistakes that are all reported in one go."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import config as configs
+from grpo_jax.build import build
+from grpo_jax.config import ConfigError, check, default_config, differences, load, mesh_shape
+
+TINY = "experiments/tiny.py"
+
+
+def test_overrides_have_the_type_of_their_field():
+  c = load(
+    TINY,
+    [
+      "--config.steps=7",
+      "--config.optimizer.learning_rate=1",
+      "--config.model.remat=true",
+      "--config.model.source=random:tiny",
+      "--config.algorithm.beta=0.5",
+    ],
+  )
+  assert (c.steps, c.optimizer.learning_rate, c.model.remat) == (7, 1.0, True)
+  assert isinstance(c.optimizer.learning_rate, float)
+  assert c.algorithm.beta == 0.5
+  assert load(TINY, ["--config.algorithm.beta=none"]).algorithm.beta is None
+
+
+def test_all_bad_overrides_are_reported_together():
+  bad = [
+    "--config.stepz=7",
+    "--config.rollout.groupsize=4",
+    "--config.steps=many",
+    "--config.steps=1.5",
+    "--config.model.remat=1",
+    "--config.model=x",
+    "--config.seed",
+    "--steps=3",
+    "--config.rollout.group_size.x=3",
+  ]
+  with pytest.raises(ConfigError) as caught:
+    load(TINY, bad)
+  problems = caught.value.problems
+  assert len(problems) == len(bad)
+  assert "did you mean 'steps'" in problems[0]
+  assert "did you mean 'group_size'" in problems[1]
+  assert "'many' is not of type int" in problems[2]
+  assert "'1.5' is not of type int" in problems[3]
+  assert "write true or false" in problems[4]
+  assert "a group of fields" in problems[5]
+  assert "no override" in problems[6]
+  assert "no override" in problems[7]
+
+
+def test_a_missing_file_lists_the_experiments():
+  with pytest.raises(ConfigError, match=r"no config file .*experiments/tiny\.py"):
+    load("experiments/tinny.py")
+
+
+def test_a_misspelt_field_in_an_experiment_names_the_right_one(tmp_path):
+  file = tmp_path / "x.py"
+  file.write_text(
+    "from grpo_jax.config import default_config\n"
+    "def get_config():\n  c = default_config()\n  c.rollout.groupsize = 3\n  return c\n"
+  )
+  with pytest.raises(ConfigError, match="group_size"):
+    load(str(file))
+
+
+def test_get_on_a_config_is_not_used():
+  """`.get` of a misspelt field gives the default silently, so nothing may call it on a config."""
+  for file in Path("grpo_jax").rglob("*.py"):
+    for line in file.read_text().splitlines():
+      assert "config.get(" not in line, f"{file}: {line}"
+      assert " c.get(" not in line, f"{file}: {line}"
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "words"),
+  [
+    ("steps", 0, "steps is 0, it must be at least 1"),
+    ("rollout.group_size", 1, "a group of one has no spread"),
+    ("rollout.temperature", 0.0, "above 0"),
+    ("rollout.overlong", "cut", "'error' or 'drop'"),
+    ("model.dtype", "float8", "'float32' or 'bfloat16'"),
+    ("optimizer.learning_rate", -1.0, "above 0"),
+    ("optimizer.schedule", "sine", "'constant', 'linear' or 'cosine'"),
+    ("optimizer.beta1", 1.0, r"in \[0, 1\)"),
+    ("train.micro_batches", 3, "must be a multiple of 24"),
+    ("mesh.data", 0, "sizes must be at least 1"),
+    ("mesh.data", 3, "does not divide the 8 device"),
+    ("checkpoint.keep", 0, "at least 1"),
+    ("eval.samples", -1, "at least 0"),
+  ],
+)
+def test_each_wrong_number_is_one_problem(field, value, words):
+  c = default_config()
+  group, _, name = field.rpartition(".")
+  (c[group] if group else c)[name] = value
+  problems = check(c, device_count=8)
+  assert len(problems) == 1, problems
+
+  assert re.search(words, problems[0])
+  assert check(default_config(), device_count=8) == []
+
+
+def test_mesh_shape_fills_the_rest():
+  c = default_config().mesh
+  assert mesh_shape(c, 8) == (8, 1, 1)
+  c.fsdp, c.tensor = 2, 2
+  assert mesh_shape(c, 8) == (2, 2, 2)
+  c.data, c.fsdp = 2, -1
+  assert mesh_shape(c, 8) == (2, 2, 2)
+  c.data = -1
+  with pytest.raises(ValueError, match="one of them may be -1"):
+    mesh_shape(c, 8)
+
+
+def test_build_reports_everything_before_compiling(tmp_path):
+  c = load(
+    TINY,
+    [
+      "--config.algorithm.name=gpro",
+      "--config.task.name=leters",
+      f"--config.model.source={tmp_path / 'nothing'}",
+      "--config.rollout.group_size=1",
+      "--config.mesh.data=1",
+      "--config.mesh.tensor=-1",
+    ],
+  )
+  with pytest.raises(ConfigError) as caught:
+    build(c)
+  text = str(caught.value)
+  assert len(caught.value.problems) == 4
+  for words in ("unknown algorithm 'gpro'", "unknown task 'leters'", "no model at", "group of one"):
+    assert words in text
+
+
+def test_a_budget_beyond_the_context_says_what_would_fit():
+  with pytest.raises(ConfigError, match="context of 512; lower it to 508 or less"):
+    build(load(TINY, ["--config.rollout.completion_length=600"]))
+
+
+def test_a_prompt_over_the_budget_is_shown_or_dropped_and_counted():
+  with pytest.raises(ConfigError, match="'100:'"):
+    build(load(TINY, ["--config.rollout.prompt_length=3"]))
+  c = load(TINY, ["--config.rollout.prompt_length=3", "--config.rollout.overlong=drop",
+                  "--config.task.settings.train_size=110"])  # fmt: skip
+  with pytest.warns(UserWarning, match="10 of 110 prompts exceed"):
+    run = build(c)
+  assert len(run.task.splits["train"]) == 100
+
+
+def test_settings_that_have_no_effect_are_refused():
+  """`reinforce` has no clip: a clip bound given for it would do nothing."""
+  with pytest.raises(ConfigError, match="clip_low has no effect"):
+    build(load(TINY, ["--config.algorithm.name=reinforce", "--config.algorithm.clip_low=0.1"]))
+
+
+def test_differences_name_the_fields():
+  assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}) == [
+    "a.c: 2 -> 4",
+    "d: 3 -> None",
+    "e: None -> 5",
+  ]
+
+
+def test_every_experiment_loads():
+  files = sorted(Path("experiments").glob("*.py"))
+  assert files
+  for file in files:
+    c = load(str(file))
+    assert c.is_locked
+    assert configs.check(c, device_count=1) == [], file
+    assert f"--config experiments/{file.name}" in file.read_text()

@@ -1,0 +1,167 @@
+"""The sampler: exact draws, one stream per row, and the log-probabilities that the trainer gets."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain
+import pytest
+
+from grpo_jax import sampling
+from grpo_jax.core.logprobs import head_logprobs
+from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+
+CONFIG = ModelConfig(vocab_size=23, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
+MODEL = Decoder(CONFIG)
+PROMPTS = jnp.array([[0, 0, 3, 4], [0, 5, 6, 7], [8, 9, 10, 11]], jnp.int32)
+MASK = jnp.array([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]], bool)
+STOP = jnp.array([2])
+
+
+@pytest.fixture(scope="module")
+def params():
+  params = MODEL.init(jax.random.key(0))
+  return params | {"embed": params["embed"] * 0.9}
+
+
+@partial(jax.jit, static_argnames=("length", "temperature", "pad_id"))
+def run(params, prompts, mask, keys, stop, *, length=5, temperature=1.0, pad_id=2):
+  return sampling.generate(
+    MODEL,
+    unstack(params),
+    prompts,
+    mask,
+    keys,
+    stop,
+    length=length,
+    temperature=temperature,
+    pad_id=pad_id,
+  )
+
+
+def keys(step, ids=(0, 1, 2), group=4):
+  return sampling.row_keys(jax.random.key(step), jnp.array(ids), group)
+
+
+def test_draw_inverts_the_distribution_function():
+  """Against the definition in float64: u picks the first token whose cumulative sum exceeds it."""
+  p = np.array([0.1, 0.0, 0.3, 0.05, 0.0, 0.55])
+  for u, want in ((0.0, 0), (0.099, 0), (0.1001, 2), (0.399, 2), (0.41, 3), (0.46, 5), (1.0, 5)):
+    got = sampling._invert(jnp.asarray(p, jnp.float32), jnp.float32(u))
+    assert int(got) == want, (u, int(got))
+
+
+def test_draw_has_the_right_frequencies():
+  logits = jnp.log(jnp.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 1e-30]))
+  many = jax.random.split(jax.random.key(3), 40000)
+  tokens = np.asarray(sampling.draw(jnp.broadcast_to(logits, (40000, 7)), many))
+  share = np.bincount(tokens, minlength=7) / 40000
+  want = np.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 0.0])
+  error = 4.5 * np.sqrt(want * (1 - want) / 40000)  # 4.5 standard errors
+  assert (np.abs(share - want) <= error).all(), share
+  assert share[6] == 0
+
+
+def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
+  """Half the mass lies in one token, the rest evenly in 49,151 tokens of 1e-5 each."""
+  vocab = 49152
+  p = np.full(vocab, 0.5 / (vocab - 1))
+  p[17] = 0.5
+  logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (4000, vocab))
+  draw = jax.jit(lambda k: jax.lax.map(lambda k: sampling.draw(logits[0], k), k, batch_size=100))
+  tokens = np.asarray(draw(jax.random.split(jax.random.key(5), 4000)))
+  rest = tokens[tokens != 17]
+  assert abs(len(rest) / 4000 - 0.5) < 4.5 * 0.5 / np.sqrt(4000)
+  # Uniform over the vocabulary: mean rank within 4.5 standard errors of the middle.
+  assert abs(rest.mean() / vocab - 0.5) < 4.5 * np.sqrt(1 / 12 / len(rest))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_logprobs_are_the_trainers(params, temperature):
+  out = run(params, PROMPTS, MASK, keys(0), STOP, temperature=temperature)
+  hidden = MODEL.score(params, PROMPTS, MASK, out.tokens)
+  logp, _ = head_logprobs(hidden, MODEL.head(params), out.tokens, temperature=temperature)
+  np.testing.assert_allclose(out.logp, jnp.where(out.mask, logp, 0.0), atol=1e-4)
+  assert (np.asarray(out.logp) < 0).sum() == np.asarray(out.mask).sum()
+
+
+def test_steps_differ_and_one_step_repeats(params):
+  first, again, other = (run(params, PROMPTS, MASK, keys(s), STOP) for s in (0, 0, 1))
+  np.testing.assert_array_equal(first.tokens, again.tokens)
+  for p in range(3):
+    assert not np.array_equal(first.tokens[p], other.tokens[p])
+    assert len({tuple(row) for row in np.asarray(first.tokens[p]).tolist()}) > 1
+
+
+def test_how_the_batch_is_split_changes_no_sample(params):
+  whole = run(params, PROMPTS, MASK, keys(0), STOP)
+  for p in range(3):
+    part = run(params, PROMPTS[p : p + 1], MASK[p : p + 1], keys(0, ids=(p,)), STOP)
+    np.testing.assert_array_equal(part.tokens[0], whole.tokens[p])
+  smaller = run(params, PROMPTS, MASK, keys(0, group=2), STOP)
+  np.testing.assert_array_equal(smaller.tokens, whole.tokens[:, :2])
+  order = jnp.array([2, 0, 1])
+  moved = run(params, PROMPTS[order], MASK[order], keys(0, ids=(2, 0, 1)), STOP)
+  np.testing.assert_array_equal(moved.tokens, whole.tokens[order])
+
+
+def test_greedy_is_the_argmax_of_the_plain_model(params):
+  out = run(params, PROMPTS, MASK, keys(0, group=2), STOP, temperature=0.0)
+  for p, prompt in enumerate(([3, 4], [5, 6, 7], [8, 9, 10, 11])):
+    ids = list(prompt)
+    for t in range(5):
+      logits = plain.hidden_states(CONFIG, params, ids)[-1] @ params["embed"].T
+      assert int(out.tokens[p, 0, t]) == int(logits.argmax())
+      ids.append(int(logits.argmax()))
+      if ids[-1] == 2:
+        break
+    np.testing.assert_array_equal(out.tokens[p, 0], out.tokens[p, 1])
+
+
+def test_completions_end_with_the_stop_token_and_are_padded_after_it(params):
+  stop = jnp.array([2, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+  out = run(params, PROMPTS, MASK, keys(0, group=8), stop, length=6, pad_id=1)
+  tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+  lengths = mask.sum(-1)
+  assert lengths.min() == 1  # some stop at once,
+  assert lengths.max() > 1  # some do not
+  ends = np.isin(tokens, np.asarray(stop))
+  for p in range(3):
+    for g in range(8):
+      n = lengths[p, g]
+      assert not ends[p, g, : n - 1].any()
+      assert ends[p, g, n - 1] or n == 6
+      assert (tokens[p, g, n:] == 1).all()
+      assert (np.asarray(out.logp)[p, g, n:] == 0).all()
+
+
+def test_the_loop_ends_when_all_rows_have_stopped(params):
+  """Every token stops: one decode step would already be one too many."""
+  calls = []
+
+  class Counting(Decoder):
+    def decode(self, *args):
+      jax.debug.callback(lambda: calls.append(1))
+      return super().decode(*args)
+
+  out = sampling.generate(
+    Counting(CONFIG),
+    params,
+    PROMPTS,
+    MASK,
+    keys(0),
+    jnp.arange(23),
+    length=5,
+    temperature=1.0,
+    pad_id=0,
+  )
+  jax.effects_barrier()
+  assert np.asarray(out.mask).sum() == 12
+  assert calls == []
+
+
+def test_a_single_token_budget(params):
+  out = run(params, PROMPTS, MASK, keys(0), STOP, length=1)
+  longer = run(params, PROMPTS, MASK, keys(0), STOP, length=5)
+  np.testing.assert_array_equal(out.tokens[..., 0], longer.tokens[..., 0])

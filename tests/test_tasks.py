@@ -1,0 +1,556 @@
+"""Tasks: how rewards are called and what their mistakes look like; problems and their split."""
+
+import asyncio
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+
+from grpo_jax.tasks import RewardError, make_task, score
+from grpo_jax.tasks.base import unknown
+from grpo_jax.tasks.jsonl import load_function
+from grpo_jax.tasks.reasoning_gym import extract_number
+
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+TWO_DIGITS = ONE_DIGIT | {"min_digits": 2, "max_digits": 2}
+
+
+def gym(**settings):
+  settings = {"dataset": "chain_sum", "config": ONE_DIGIT, "train_size": 90} | settings
+  return make_task("reasoning_gym", **({"eval_size": 100} | settings))
+
+
+def keys(task, split):
+  return [example.key for example in task.splits[split]]
+
+
+# score
+
+
+def length(prompts, completions, **columns):
+  return [len(text) for text in completions]
+
+
+def right(prompts, completions, answer, **columns):
+  return [None if a is None else text == a for text, a in zip(completions, answer)]
+
+
+def test_score_is_the_weighted_sum_of_what_applies():
+  rewards = {"length": (length, 0.5), "right": (right, 2.0)}
+  total, per_name = score(
+    rewards, ["p", "q"], [["a", "bb", ""], ["a", "b", "ccc"]], {"answer": ["bb", None]}
+  )
+  np.testing.assert_array_equal(per_name["length"], [[1, 2, 0], [1, 1, 3]])
+  np.testing.assert_array_equal(per_name["right"], [[0, 1, 0], [math.nan] * 3])
+  np.testing.assert_array_equal(total, [[0.5, 3.0, 0.0], [0.5, 0.5, 1.5]])
+  assert total.dtype == np.float64
+
+
+def test_rewards_get_one_entry_per_completion_prompt_by_prompt():
+  seen = {}
+
+  def look(**columns):
+    seen.update(columns)
+    return [0.0] * len(columns["completions"])
+
+  score({"look": (look, 1.0)}, ["p", "q"], [["a", "b"], ["c", "d"]], {"n": [1, 2]})
+  assert seen == {
+    "prompts": ["p", "p", "q", "q"],
+    "completions": ["a", "b", "c", "d"],
+    "n": [1, 1, 2, 2],
+  }
+
+
+def test_not_scored_is_nan_and_a_weight_of_zero_scores_nothing():
+  def nothing(completions, **columns):
+    return [None, float("nan")]
+
+  total, _ = score({"none": (nothing, 1.0)}, ["p"], [["a", "b"]], {})
+  assert np.isnan(total).all()
+  total, per_name = score({"none": (nothing, 1.0), "watch": (length, 0.0)}, ["p"], [["a", "b"]], {})
+  assert np.isnan(total).all()
+  np.testing.assert_array_equal(per_name["watch"], [[1, 1]])
+
+
+def test_numbers_of_any_real_kind():
+  def kinds(completions, **columns):
+    return (True, 2, np.float32(0.5), np.bool_(False), np.int64(3), np.array(4.0))
+
+  total, _ = score({"kinds": (kinds, 1.0)}, ["p"], [["x"] * 6], {})
+  np.testing.assert_array_equal(total, [[1, 2, 0.5, 0, 3, 4]])
+  total, _ = score({"array": (lambda **columns: np.arange(6.0), 1.0)}, ["p"], [["x"] * 6], {})
+  np.testing.assert_array_equal(total, [[0, 1, 2, 3, 4, 5]])
+
+
+def test_async_rewards_run_together_and_inside_a_running_loop():
+  waiting, most = 0, 0
+
+  async def judge(completions, **columns):
+    nonlocal waiting, most
+    waiting += 1
+    most = max(most, waiting)
+    await asyncio.sleep(0.01)
+    waiting -= 1
+    return [len(text) for text in completions]
+
+  rewards = {"one": (judge, 1.0), "two": (judge, 10.0), "plain": (length, 100.0)}
+  total, _ = score(rewards, ["p"], [["a", "bb"]], {})
+  np.testing.assert_array_equal(total, [[111, 222]])
+  assert most == 2
+
+  async def notebook():
+    return score(rewards, ["p"], [["a", "bb"]], {})[0]
+
+  np.testing.assert_array_equal(asyncio.run(notebook()), [[111, 222]])
+
+
+@pytest.mark.parametrize(
+  ("values", "says"),
+  [
+    ([1.0], "returned 1 values for 2 completions"),
+    ([1.0, 2.0, 3.0], "returned 3 values for 2 completions"),
+    ([0.0, "1.0"], "str '1.0' at position 1"),
+    ([0.0, 1j], "complex 1j at position 1"),
+    ([0.0, [1.0]], r"list \[1.0\] at position 1"),
+    ([0.0, np.array([1.0])], "ndarray"),
+    ([0.0, math.inf], "float inf at position 1"),
+    ([0.0, 10**400], "int 1000"),
+    (0.5, "returned float 0.5"),
+    ("ab", "returned str 'ab'"),
+    ({0: 1.0, 1: 1.0}, "returned dict"),
+    (None, "returned NoneType"),
+  ],
+)
+def test_a_wrong_result_names_the_function_and_shows_a_completion(values, says):
+  with pytest.raises(RewardError, match=says) as caught:
+    score({"mine": (lambda **columns: values, 1.0)}, ["what?"], [["good", "bad"]], {})
+  assert "reward function 'mine'" in str(caught.value)
+  assert "test_tasks.py" in str(caught.value)
+  assert "'what?'" in str(caught.value)
+  if isinstance(values, list) and len(values) == 2:
+    assert "'bad'" in str(caught.value)
+
+
+def picky(completions, **columns):
+  return [1 / len(text) for text in completions]
+
+
+async def async_picky(completions, **columns):
+  await asyncio.sleep(0)
+  return [1 / len(text) for text in completions]
+
+
+@pytest.mark.parametrize("function", [picky, async_picky])
+def test_an_exception_shows_the_completion_that_raises_it(function):
+  completions = [["aa", "bb", "cc"], ["dd", "ee", "ff"], ["gg", "", "hh"]]
+  with pytest.raises(RewardError, match="raised ZeroDivisionError: division by zero") as caught:
+    score({"picky": (function, 1.0)}, ["one", "two", "three"], completions, {})
+  assert str(caught.value).endswith("  prompt:     'three'\n  completion: ''")
+  assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_an_exception_that_needs_the_whole_batch():
+  def whole(completions, **columns):
+    assert len(completions) < 4
+    return [0.0] * len(completions)
+
+  with pytest.raises(RewardError, match="no completion raises it alone") as caught:
+    score({"whole": (whole, 1.0)}, ["p"], [["a", "b", "c", "d"]], {})
+  assert "completion: 'a'" in str(caught.value)
+
+
+def test_a_signature_that_does_not_fit():
+  with pytest.raises(RewardError, match="asks for answer, which is not given"):
+    score({"right": (right, 1.0)}, ["p"], [["a"]], {"anwser": ["a"]})
+  with pytest.raises(RewardError, match=r"does not take extra, prompts: .*\*\*columns"):
+    score({"f": (lambda completions: [0.0], 1.0)}, ["p"], [["a"]], {"extra": [1]})
+
+
+def test_a_sync_failure_leaves_no_coroutine_behind(recwarn):
+  with pytest.raises(RewardError):
+    score({"a": (async_picky, 1.0), "b": (picky, 1.0)}, ["p"], [[""]], {})
+  assert not [w for w in recwarn if "never awaited" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (({}, ["p"], [["a"]], {}), "rewards is empty"),
+    (({"f": (length, math.nan)}, ["p"], [["a"]], {}), "weight of reward 'f' is nan"),
+    (({"f": (length, 1.0)}, ["p"], [["a"], ["b"]], {}), "1 prompts but 2 lists"),
+    (({"f": (length, 1.0)}, ["p", "q"], [["a"], ["b", "c"]], {}), r"got \[1, 2\]"),
+    (({"f": (length, 1.0)}, ["p"], [["a"]], {"n": [1, 2]}), "column 'n' has 2 values for 1"),
+    (({"f": (length, 1.0)}, ["p"], [["a"]], {"prompts": [1]}), "may not be called 'prompts'"),
+  ],
+)
+def test_arguments_that_do_not_fit(arguments, says):
+  with pytest.raises(ValueError, match=says):
+    score(*arguments)
+
+
+def test_no_completions_is_an_empty_result():
+  total, per_name = score({"f": (length, 1.0)}, [], [], {})
+  assert total.shape == per_name["f"].shape == (0, 0)
+
+
+# names
+
+
+def test_an_unknown_name_lists_the_known():
+  with pytest.raises(ValueError, match=r"unknown task 'jsonnl'.*'jsonl'.*jsonl, reasoning_gym"):
+    make_task("jsonnl")
+  with pytest.raises(ValueError, match=r"unknown setting of task .* 'train_sise'.*'train_size'"):
+    gym(train_sise=3)
+  with pytest.raises(ValueError, match="task 'jsonl' needs the setting 'path'"):
+    make_task("jsonl", reward="a.py:f")
+  with pytest.raises(ValueError, match=r"'chain_sun': did you mean 'chain_sum'.*\(105 are known\)"):
+    gym(dataset="chain_sun")
+  assert "Known (2): a, b" in str(unknown("thing", "zzz", ["b", "a"]))
+
+
+@pytest.mark.parametrize(
+  ("settings", "says"),
+  [
+    ({"config": {"max_digit": 1}}, "'max_digits'"),
+    ({"config": {"min_digits": 0}}, "min_digits must be positive"),
+    ({"config": {"seed": 1}}, "sets 'seed': use train_size, eval_size and seed"),
+    ({"format": "chatt"}, "did you mean 'chat'"),
+    ({"reward": "exakt"}, "did you mean 'exact'"),
+    ({"train_size": 0}, "train_size is 0"),
+    ({"shots": -1}, "shots is -1"),
+    ({"system": "be brief"}, "format='chat'"),
+    ({"dataset": None}, "either dataset"),
+    ({"mixture": [{"dataset": "products"}]}, "either dataset"),
+    ({"dataset": None, "mixture": [{"dataset": "products"}]}, "each entry has its own config"),
+    ({"dataset": None, "config": None, "mixture": [{"name": "products"}]}, "'name'"),
+    ({"dataset": None, "config": None, "mixture": [{"weight": 1}]}, "no 'dataset'"),
+    (
+      {"dataset": None, "config": None, "mixture": [{"dataset": "products", "weight": 0}]},
+      "weight of products is 0",
+    ),
+  ],
+)
+def test_wrong_settings_of_reasoning_gym(settings, says):
+  with pytest.raises(ValueError, match=says):
+    gym(**settings)
+
+
+# reasoning-gym
+
+
+def test_completion_prompts_are_solved_lines_and_an_open_one():
+  task = gym()
+  for example in task.splits["eval"]:
+    *shots, asked = example.prompt.split("\n")
+    assert len(shots) == 2
+    for line in shots:
+      left, right_side = line.split(" = ")
+      assert eval(left) == int(right_side)
+    assert asked == f"{example.key} ="
+    assert eval(example.key) == int(example.columns["answer"])
+  assert task.stop == ("\n",)
+
+
+def test_questions_without_arithmetic_are_asked_as_questions():
+  task = gym(dataset="gsm_symbolic", config=None, train_size=3, eval_size=2, shots=1)
+  example = task.splits["train"][0]
+  shot, asked = example.prompt.split("\n\n")
+  assert shot.startswith("Q: ")
+  assert "\nA: " in shot
+  assert asked == f"Q: {example.columns['question']}\nA:"
+  assert example.key == " ".join(example.columns["question"].split())
+
+
+def test_an_expression_that_is_the_answer_is_not_shown():
+  task = gym(dataset="countdown", config=None, train_size=5, eval_size=5, shots=0)
+  for example in task.splits["train"]:
+    assert example.columns["entry"]["metadata"]["expression"] not in example.prompt
+
+
+def test_chat_prompts():
+  task = gym(format="chat", system="Be brief.", shots=1, train_size=1, eval_size=1)
+  example = task.splits["eval"][0]
+  assert [message["role"] for message in example.prompt] == ["system", "user", "assistant", "user"]
+  assert example.prompt[0]["content"] == "Be brief."
+  assert example.prompt[-1]["content"] == example.columns["question"]
+  assert example.prompt[1]["content"] != example.columns["question"]
+  assert task.stop == ()
+  example = gym(format="chat").splits["eval"][0]
+  assert example.prompt == [{"role": "user", "content": example.columns["question"]}]
+
+
+def test_answers_of_several_lines_need_chat():
+  with pytest.raises(ValueError, match="format='chat'"):
+    gym(dataset="mini_sudoku", config=None, train_size=1, eval_size=1)
+  task = gym(dataset="mini_sudoku", config=None, train_size=1, eval_size=1, format="chat")
+  example = task.splits["train"][0]
+  total, _ = score(
+    task.rewards,
+    [example.prompt],
+    [[example.columns["answer"], "1 2"]],
+    {name: [value] for name, value in example.columns.items()},
+  )
+  np.testing.assert_array_equal(total, [[1, 0]])
+
+
+def test_no_problem_is_in_both_splits_or_among_the_shots():
+  for seed in range(3):
+    # 200 problems exist (10 * 10 * 2), so 98 + 100 + 2 shots is all of them.
+    task = gym(seed=seed, train_size=98)
+    train, held_out = keys(task, "train"), keys(task, "eval")
+    shown = {line.split(" =")[0] for line in task.splits["eval"][0].prompt.split("\n")[:2]}
+    assert len(set(train)) == 98
+    assert len(set(held_out)) == 100
+    assert not set(train) & set(held_out)
+    assert len(shown) == 2
+    assert not shown & (set(train) | set(held_out))
+
+
+def test_the_split_holds_across_a_mixture_whose_parts_overlap():
+  mixture = [
+    {"dataset": "chain_sum", "weight": 1, "config": ONE_DIGIT},
+    {"dataset": "chain_sum", "weight": 3, "config": ONE_DIGIT | {"max_digits": 2}},
+  ]
+  task = gym(dataset=None, config=None, mixture=mixture, train_size=200, eval_size=40)
+  train, held_out = keys(task, "train"), keys(task, "eval")
+  assert len(set(train)) == 200
+  assert len(set(held_out)) == 40
+  assert not set(train) & set(held_out)
+
+
+def test_a_mixture_has_its_shares_evenly_spread():
+  mixture = [
+    {"dataset": "chain_sum", "weight": 3, "config": TWO_DIGITS},
+    {"dataset": "products", "weight": 1, "config": {"min_digits": 2, "max_digits": 2}},
+  ]
+  task = gym(dataset=None, config=None, mixture=mixture, train_size=41, eval_size=40)
+  names = [example.columns["dataset"] for example in task.splits["eval"]]
+  assert names.count("chain_sum") == 30
+  for start in range(0, 40, 8):
+    assert names[start : start + 8].count("products") == 2
+  assert len(task.splits["train"]) == 41
+  assert task.name == "reasoning_gym:chain_sum+products"
+  for example in task.splits["train"]:
+    sign = "*" if example.columns["dataset"] == "products" else ("+", "-")
+    assert all(any(s in line for s in sign) for line in example.prompt.split("\n"))
+
+
+def test_too_few_problems_says_how_many_there_are():
+  with pytest.raises(ValueError, match=r"only 200 distinct problems, and 202 are needed \(2 shots"):
+    gym(train_size=100)
+  with pytest.raises(ValueError, match="only 200 distinct problems"):
+    gym(eval_size=3000, train_size=1)
+  mixture = [
+    {"dataset": "chain_sum", "config": TWO_DIGITS},
+    {"dataset": "products", "config": {"min_digits": 1, "max_digits": 1}},
+  ]
+  with pytest.raises(ValueError, match="products with these settings has only 100 distinct"):
+    gym(dataset=None, config=None, mixture=mixture, train_size=400, eval_size=20)
+
+
+def test_the_same_settings_give_the_same_problems_and_another_seed_others():
+  def drawn(**settings):
+    return [example.prompt for split in gym(**settings).splits.values() for example in split]
+
+  assert drawn() == drawn()
+  assert drawn(config=TWO_DIGITS) != drawn(config=TWO_DIGITS, seed=1)
+
+
+def test_a_larger_training_split_keeps_evaluation_and_its_own_beginning():
+  small = gym(config=TWO_DIGITS, train_size=50)
+  large = gym(config=TWO_DIGITS, train_size=500)
+  assert small.splits["eval"] == large.splits["eval"]
+  assert keys(small, "train") == keys(large, "train")[:50]
+
+
+def test_a_few_thousand_problems_are_quick():
+  gym()  # loads the library
+  start = time.perf_counter()
+  task = gym(config=TWO_DIGITS, train_size=4000)
+  assert time.perf_counter() - start < 2.0
+  assert len(set(keys(task, "train"))) == 4000
+
+
+def graded(task, example, *completions):
+  columns = {name: [value] for name, value in example.columns.items()}
+  total, _ = score(task.rewards, [example.prompt], [list(completions)], columns)
+  accuracy, _ = score(
+    {"accuracy": (task.accuracy, 1.0)}, [example.prompt], [list(completions)], columns
+  )
+  return total[0].tolist(), accuracy[0].tolist()
+
+
+def test_part_of_the_credit_only_where_asked_for():
+  exact, partial = gym(), gym(reward="score")
+  example = next(e for e in exact.splits["eval"] if e.columns["answer"] == "5")
+  # The library gives len("5") / len("15") to "15", in which "5" is contained.
+  assert graded(exact, example, " 5", "05", "15", "", "6") == ([1, 1, 0, 0, 0], [1, 1, 0, 0, 0])
+  assert graded(partial, example, " 5", "05", "15", "", "6") == (
+    [1, 1, 0.5, 0, 0],
+    [1, 1, 0, 0, 0],
+  )
+  assert list(exact.rewards) == ["exact"]
+  assert list(partial.rewards) == ["score"]
+
+
+def test_a_chat_reply_is_searched_for_its_number():
+  task = gym(format="chat")
+  example = next(e for e in task.splits["eval"] if e.columns["answer"] == "5")
+  replies = ("5", "The answer is 5.", "First 2, then 8 - 3 = 5", "5 or 6", "five", "**5**")
+  assert graded(task, example, *replies)[1] == [1, 1, 1, 0, 0, 1]
+
+
+def test_text_that_a_dataset_cannot_parse_is_a_wrong_answer():
+  task = gym(dataset="prime_factorization", config=None, train_size=1, eval_size=1, shots=0)
+  example = task.splits["train"][0]
+  assert graded(task, example, example.columns["answer"], "no idea") == ([1, 0], [1, 0])
+
+
+@pytest.mark.parametrize(
+  ("reply", "number"),
+  [
+    ("-4", "-4"),
+    ("9-4", "4"),
+    ("5 − 9 = −4", "-4"),
+    ("3 + 4 = 7, so it is 7.", "7"),
+    ("about 1,234.50 dollars", "1,234.50"),
+    ("12345", "12345"),
+    ("7 = x", ""),
+    ("none", ""),
+  ],
+)
+def test_extract_number(reply, number):
+  assert extract_number(reply) == number
+
+
+# JSON lines
+
+
+def write_lines(path, *rows):
+  path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+  return str(path)
+
+
+def rows(count):
+  return [{"prompt": f"Say {i}.", "answer": str(i)} for i in range(count)]
+
+
+def test_a_file_and_a_function_are_a_task(tmp_path):
+  path = write_lines(tmp_path / "mine.jsonl", *rows(20))
+  (tmp_path / "mine.py").write_text(
+    "def right(prompts, completions, answer, **columns):\n"
+    "  return [float(text == a) for text, a in zip(completions, answer)]\n"
+  )
+  task = make_task("jsonl", path=path, reward=f"{tmp_path}/mine.py:right", eval_fraction=0.25)
+  assert len(task.splits["train"]) == 15
+  assert len(task.splits["eval"]) == 5
+  assert not set(keys(task, "train")) & set(keys(task, "eval"))
+  assert list(task.rewards) == ["right"]
+  example = task.splits["eval"][0]
+  assert example.prompt == f"Say {example.columns['answer']}."
+  assert graded(task, example, example.columns["answer"], "no") == ([1, 0], [1, 0])
+
+
+def test_the_split_is_by_key_and_not_by_line_order(tmp_path):
+  lines = [{"prompt": f"{p} {i}", "problem": i} for i in range(10) for p in ("Say", "Write")]
+  path = write_lines(tmp_path / "a.jsonl", *lines)
+  task = make_task("jsonl", path=path, reward=length, key="problem", eval_fraction=0.2)
+  assert len(task.splits["eval"]) == 4
+  assert len(set(keys(task, "eval"))) == 2
+  assert not set(keys(task, "train")) & set(keys(task, "eval"))
+  path = write_lines(tmp_path / "b.jsonl", *lines[::-1])
+  again = make_task("jsonl", path=path, reward=length, key="problem", eval_fraction=0.2)
+  assert set(keys(again, "eval")) == set(keys(task, "eval"))
+  splits = {
+    tuple(keys(make_task("jsonl", path=path, reward=length, key="problem", seed=s), "eval"))
+    for s in range(8)
+  }
+  assert len(splits) > 1
+  task = make_task("jsonl", path=path, reward=length, eval_fraction=0)
+  assert len(task.splits["train"]) == 20
+  assert len(task.splits["eval"]) == 0
+
+
+def test_several_rewards_weights_and_chat_prompts(tmp_path):
+  chat = [{"role": "user", "content": "Say 1."}]
+  path = write_lines(tmp_path / "a.jsonl", {"prompt": chat, "answer": "1"}, "", *rows(3))
+  task = make_task("jsonl", path=path, reward=[length, right], weights=[0.5, 2], accuracy=right)
+  assert chat in [example.prompt for split in task.splits.values() for example in split]
+  example = next(e for split in task.splits.values() for e in split if e.columns["answer"] == "1")
+  assert graded(task, example, "1", "22") == ([2.5, 1.0], [1, 0])
+  with pytest.raises(ValueError, match="1 weights for 2 rewards"):
+    make_task("jsonl", path=path, reward=[length, right], weights=[1])
+  with pytest.raises(ValueError, match="two rewards have one name"):
+    make_task("jsonl", path=path, reward=[length, length])
+
+
+def test_accuracy_of_an_async_reward(tmp_path):
+  async def judge(completions, **columns):
+    return [1.0 if text == "yes" else 0.9 for text in completions]
+
+  task = make_task("jsonl", path=write_lines(tmp_path / "a.jsonl", *rows(4)), reward=judge)
+  assert graded(task, task.splits["train"][0], "yes", "no") == ([1.0, 0.9], [1, 0])
+
+
+@pytest.mark.parametrize(
+  ("line", "says"),
+  [
+    ("{'prompt': 'x'}", "line 3: not JSON"),
+    ('{"prompt": "x", "answer": "1"', "line 3: not JSON"),
+    ('["x"]', "line 3: must be a JSON object"),
+    ('{"answer": "1"}', "line 3: no column 'prompt'; it has: answer"),
+    ('{"prompt": " ", "answer": "1"}', "line 3: 'prompt' must be text that is not empty"),
+    ('{"prompt": 3, "answer": "1"}', "line 3: 'prompt' must be"),
+    ('{"prompt": [], "answer": "1"}', "line 3: 'prompt' must be"),
+    ('{"prompt": [{"role": "user"}], "answer": "1"}', "line 3: 'prompt' must be"),
+    ('{"prompt": "x", "anwser": "1"}', "line 3: has not the columns of line 1.*answer, anwser"),
+  ],
+)
+def test_a_bad_line_is_named(tmp_path, line, says):
+  path = write_lines(tmp_path / "bad.jsonl", *rows(1), "", line, *rows(1))
+  with pytest.raises(ValueError, match=f"bad.jsonl, {says}"):
+    make_task("jsonl", path=path, reward=length)
+
+
+def test_files_that_are_no_good(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere.jsonl"):
+    make_task("jsonl", path=f"{tmp_path}/nowhere.jsonl", reward=length)
+  with pytest.raises(ValueError, match="holds no examples"):
+    make_task("jsonl", path=write_lines(tmp_path / "empty.jsonl", "", ""), reward=length)
+  (tmp_path / "latin.jsonl").write_bytes(
+    '{"prompt": "x"}\n{"prompt": "\u00e9"}\n'.encode("latin-1")
+  )
+  with pytest.raises(ValueError, match="line 2: not UTF-8"):
+    make_task("jsonl", path=f"{tmp_path}/latin.jsonl", reward=length)
+  path = write_lines(tmp_path / "a.jsonl", {"prompt": "x", "prompts": 1})
+  with pytest.raises(ValueError, match="may not be called 'prompts'"):
+    make_task("jsonl", path=path, reward=length)
+  path = write_lines(tmp_path / "one.jsonl", {"prompt": "x"}, {"prompt": " x "})
+  with pytest.raises(ValueError, match="all lines are one problem"):
+    make_task("jsonl", path=path, reward=length)
+  with pytest.raises(ValueError, match=r"unknown key column .* 'prmpt'.*'prompt'"):
+    make_task("jsonl", path=path, reward=length, key="prmpt")
+  with pytest.raises(ValueError, match="eval_fraction is 1"):
+    make_task("jsonl", path=path, reward=length, eval_fraction=1)
+
+
+def test_load_function(tmp_path):
+  (tmp_path / "good.py").write_text("def reward(**columns): ...\nlimit = 3\n")
+  (tmp_path / "bad.py").write_text("import no_such_module_at_all\n")
+  assert load_function(f"{tmp_path}/good.py:reward").__name__ == "reward"
+  assert load_function("math:sqrt") is math.sqrt
+  assert load_function(length) is length
+  with pytest.raises(ValueError, match="did you mean 'reward'"):
+    load_function(f"{tmp_path}/good.py:rewrad")
+  with pytest.raises(ValueError, match="is a int, not a function"):
+    load_function(f"{tmp_path}/good.py:limit")
+  with pytest.raises(ValueError, match="raised ModuleNotFoundError: No module named 'no_such"):
+    load_function(f"{tmp_path}/bad.py:reward")
+  with pytest.raises(ValueError, match="loading no_such_module raised"):
+    load_function("no_such_module:reward")
+  with pytest.raises(FileNotFoundError, match=r"no such file: .*missing.py"):
+    load_function(f"{tmp_path}/missing.py:reward")
+  with pytest.raises(ValueError, match="does not name a function"):
+    load_function("reward")

@@ -1,0 +1,267 @@
+"""Text to ids and back, for the three kinds of tokenizer."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from test_checkpoints import REAL, TIED, UNTIED, needs_real_model
+
+from grpo_jax.tokens import (
+  ByteTokenizer,
+  decode_completions,
+  encode_prompts,
+  load_tokenizer,
+)
+
+TEXT = "12 + 34 = 46\n\n  naïve 東京 🙂\tI'll go.  "
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  """The tokenizer in the metadata of a small GGUF file."""
+  path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+  tiny_gguf.write(path)
+  return load_tokenizer(str(path))
+
+
+def byte_ids(text):
+  return [3 + byte for byte in text.encode()]  # see tiny_gguf.TOKENS
+
+
+# --- from a GGUF file -----------------------------------------------------------------------------
+
+
+def test_ids_of_the_end_and_of_padding_come_from_the_metadata(tiny):
+  assert (tiny.eos_ids, tiny.pad_id, tiny.vocab_size) == ((2,), 2, 264)
+
+
+def test_text_comes_back_from_its_ids(tiny):
+  assert tiny.decode(tiny.encode(TEXT)) == TEXT
+
+
+def test_digits_stand_alone_although_a_merge_joins_them(tiny):
+  assert tiny.encode("12 + 34 = 46") == byte_ids("12 + 34 = 46")
+  assert tiny.encode("he\n\n") == [260, 261]  # the other merges do apply
+
+
+def test_control_tokens_in_text_are_single_ids_and_not_decoded(tiny):
+  ids = tiny.encode("<|im_start|>a<|im_end|><tool>")
+  assert ids == [1, *byte_ids("a"), 2, 262]
+  assert tiny.decode(ids) == "a<tool>"  # a user's token is text, a control token is not
+
+
+def test_chat_is_the_template_with_the_generation_prompt(tiny):
+  assert tiny.chat(HELLO) == [
+    1,
+    *byte_ids("system\nBe brief."),
+    *(2, *byte_ids("\n"), 1),
+    *byte_ids("user\nhi"),
+    *(2, *byte_ids("\n"), 1),
+    *byte_ids("assistant\n"),
+  ]
+
+
+def test_ids_containing_a_text(tiny):
+  assert tiny.ids_containing("\n") == (3 + 10, 261)
+  assert tiny.ids_containing("h") == (3 + ord("h"), 260)
+  assert tiny.ids_containing("|") == (3 + ord("|"),)  # special tokens are not text
+  assert tiny.ids_containing("no token has this") == ()
+  with pytest.raises(ValueError, match="at least one character"):
+    tiny.ids_containing("")
+
+
+def test_metadata_variants(tmp_path):
+  path = tmp_path / "model.gguf"
+  tiny_gguf.write(path, tokenizer__ggml__pre="gpt-2", tokenizer__ggml__add_bos_token=True)
+  joined = load_tokenizer(str(path))
+  assert joined.encode("12") == [1, 259]  # beginning of text, and digits merge
+  assert joined.chat(HELLO)[:2] == [1, byte_ids("s")[0]]  # a template brings its own beginning
+  tiny_gguf.write(path, tokenizer__ggml__eot_token_id=0, tokenizer__ggml__padding_token_id=None)
+  turn = load_tokenizer(str(path))
+  assert (turn.eos_ids, turn.pad_id) == ((2, 0), 2)
+  tiny_gguf.write(path, tokenizer__chat_template=None)
+  with pytest.raises(ValueError, match=r"model\.gguf has no chat template"):
+    load_tokenizer(str(path)).chat(HELLO)
+
+
+@pytest.mark.parametrize(
+  ("metadata", "message"),
+  [
+    ({"tokenizer__ggml__model": "llama"}, "kind 'llama' .* known: 'gpt2' with 'smollm', 'gpt-2'"),
+    ({"tokenizer__ggml__pre": "qwen2"}, "pre-tokenizer 'qwen2'; known"),
+    ({"tokenizer__ggml__merges": None}, r"no tokenizer\.ggml\.merges"),
+    ({"tokenizer__ggml__eos_token_id": None}, "no end-of-text id"),
+  ],
+)
+def test_tokenizers_that_are_not_understood(tmp_path, metadata, message):
+  path = tmp_path / "model.gguf"
+  tiny_gguf.write(path, **metadata)
+  with pytest.raises(ValueError, match=message) as caught:
+    load_tokenizer(str(path))
+  assert str(path) in str(caught.value)
+
+
+# --- from a folder --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [UNTIED, TIED], ids=lambda path: path.name)
+def test_a_folder_gives_the_ids_that_its_maker_gave(folder):
+  tokenizer = load_tokenizer(str(folder))
+  expected = np.load(folder / "expected.npz")
+  text = str(expected["text"])
+  assert tokenizer.encode(text) == expected["text_ids"].tolist()
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+  chat = tokenizer.chat([{"role": "user", "content": "12 + 34"}])
+  assert chat == expected["chat_ids"].tolist()
+  assert (tokenizer.eos_ids, tokenizer.pad_id, tokenizer.vocab_size) == ((2,), 2, 128)
+
+
+def copy_with(tmp_path, file, **changes):
+  folder = Path(shutil.copytree(UNTIED, tmp_path / f"model{len(list(tmp_path.iterdir()))}"))
+  content = json.loads((folder / file).read_text()) | changes
+  (folder / file).write_text(json.dumps(content))
+  return folder
+
+
+def test_digits_stand_alone_whatever_class_the_folder_names(tmp_path):
+  # The class that the published folder of SmolLM2 names; the fixture's merges do join "1" and "2".
+  folder = copy_with(tmp_path, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+  want = load_tokenizer(str(UNTIED)).encode("12")
+  assert len(want) == 2
+  assert load_tokenizer(str(folder)).encode("12") == want
+
+
+def test_every_id_that_ends_a_completion_is_known(tmp_path):
+  folder = copy_with(tmp_path, "generation_config.json", eos_token_id=[0, 2, 5])
+  assert load_tokenizer(str(folder)).eos_ids == (0, 2, 5)
+  folder = copy_with(tmp_path, "config.json", eos_token_id=7)
+  assert load_tokenizer(str(folder)).eos_ids == (2,)  # generation_config.json comes first
+  (folder / "generation_config.json").unlink()
+  assert load_tokenizer(str(folder)).eos_ids == (7, 2)
+  folder = copy_with(tmp_path, "generation_config.json", eos_token_id=128)
+  with pytest.raises(ValueError, match=r"eos_token_id \[128\] must be integers in 0\.\.127"):
+    load_tokenizer(str(folder))
+
+
+def test_damaged_folders_are_named(tmp_path):
+  folder = copy_with(tmp_path, "tokenizer.json", model={"type": "none"})
+  with pytest.raises(ValueError, match="the tokenizer cannot be read") as caught:
+    load_tokenizer(str(folder))
+  assert str(folder) in str(caught.value)
+  (folder / "tokenizer.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json in"):
+    load_tokenizer(str(folder))
+
+
+def test_loading_is_late_and_silent():
+  program = (
+    "import sys, grpo_jax.tokens as t; assert 'transformers' not in sys.modules; "
+    f"t.load_tokenizer({str(TIED)!r}); assert 'transformers' in sys.modules"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def test_bytes():
+  tokenizer = load_tokenizer("random:tiny")
+  assert isinstance(tokenizer, ByteTokenizer)
+  assert tokenizer.decode([*tokenizer.encode(TEXT), 256]) == TEXT
+  assert tokenizer.decode([104, 195]) == "h\ufffd"  # half a character
+  assert tokenizer.decode(tokenizer.chat(HELLO)) == "user: hi\nassistant: "
+  assert tokenizer.ids_containing("\n") == (10,)
+  assert tokenizer.ids_containing("\r\n") == ()
+  assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id) == (257, (256,), 256)
+
+
+# --- prompts and completions ----------------------------------------------------------------------
+
+
+def test_prompts_are_padded_on_the_left():
+  tokens, mask, kept = encode_prompts(ByteTokenizer(), ["abc", "d"], 4)
+  assert tokens.tolist() == [[256, 97, 98, 99], [256, 256, 256, 100]]
+  assert mask.astype(int).tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+  assert (tokens.dtype, mask.dtype, kept) == (np.int32, bool, [0, 1])
+
+
+def test_prompts_may_be_messages(tiny):
+  tokens, mask, _ = encode_prompts(tiny, [HELLO, "hi"], 64)
+  assert tokens[0][mask[0]].tolist() == tiny.chat(HELLO)
+  assert tokens[1][mask[1]].tolist() == byte_ids("hi")
+
+
+def test_prompts_over_the_budget_are_errors_or_counted_and_never_cut():
+  prompts = ["abcd", "abcdefg", "ab", "abcde"]
+  with pytest.raises(ValueError, match=r"2 of 4 .* budget of 4 tokens; .* has 7: 'abcdefg'"):
+    encode_prompts(ByteTokenizer(), prompts, 4)
+  with pytest.warns(UserWarning, match=r"dropped: 2 of 4 prompts .* budget of 4 tokens"):
+    tokens, mask, kept = encode_prompts(ByteTokenizer(), prompts, 4, overlong="drop")
+  assert kept == [0, 2]
+  assert mask.sum(1).tolist() == [4, 2]
+  assert tokens[0].tolist() == [97, 98, 99, 100]
+  with pytest.raises(ValueError, match="2 of 2 prompts"):  # nothing would be left
+    encode_prompts(ByteTokenizer(), ["abcde", "abcdef"], 4, overlong="drop")
+
+
+def test_a_very_long_prompt_is_shown_in_part():
+  with pytest.raises(ValueError, match=r"has 9000: 'aaa.*\[\.\.\.\].*aaa'") as caught:
+    encode_prompts(ByteTokenizer(), ["a" * 9000], 8)
+  assert len(str(caught.value)) < 1000
+
+
+def test_bad_arguments_of_encode_prompts():
+  with pytest.raises(ValueError, match="prompt 1 is '', which has no tokens"):
+    encode_prompts(ByteTokenizer(), ["a", ""], 4)
+  with pytest.raises(ValueError, match="overlong is 'cut', allowed: 'error', 'drop'"):
+    encode_prompts(ByteTokenizer(), ["a"], 4, overlong="cut")
+  with pytest.raises(ValueError, match="max_length is 0"):
+    encode_prompts(ByteTokenizer(), ["a"], 0)
+
+
+def test_completions_end_at_their_mask_or_stop_string():
+  # "ab" + end; "a\nb" stopped at the newline; end at once; masked from the start.
+  tokens = np.array([[[97, 98, 256], [97, 10, 98]], [[256, 97, 97], [97, 97, 97]]])
+  mask = np.array([[[1, 1, 1], [1, 1, 1]], [[1, 0, 0], [0, 0, 0]]], bool)
+  assert decode_completions(ByteTokenizer(), tokens, mask) == [["ab", "a\nb"], ["", ""]]
+  stopped = decode_completions(ByteTokenizer(), tokens, mask, stop=("\n", "b"))
+  assert stopped == [["a", "a"], ["", ""]]
+  with pytest.raises(ValueError, match=r"\[P, G, T\]"):
+    decode_completions(ByteTokenizer(), tokens, mask[..., :2])
+
+
+def test_an_end_id_that_is_no_special_token_is_not_text(tmp_path):
+  folder = copy_with(tmp_path, "generation_config.json", eos_token_id=[16, 2])  # 16 is "."
+  tokenizer = load_tokenizer(str(folder))
+  ids = np.array([[[*tokenizer.encode("user"), 16]]])
+  assert decode_completions(tokenizer, ids, np.ones_like(ids, bool)) == [["user"]]
+  assert tokenizer.decode([16]) == "."
+
+
+# --- the real model -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_real_model
+def test_smollm2_tokenizer():
+  tokenizer = load_tokenizer(REAL)
+  assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id) == (49152, (2,), 2)
+  assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+  # Ids of transformers 5.23's own GGUF reader: each digit is one token.
+  assert tokenizer.encode("12 + 34 = 46\n") == [33, 34, 1232, 216, 35, 36, 446, 216, 36, 38, 198]
+  ids = tokenizer.chat([{"role": "user", "content": "What is 7+5?"}])
+  assert ids[0] == 1
+  assert ids[-4:] == [1, 520, 9531, 198]  # <|im_start|>assistant\n
+  assert "You are a helpful AI assistant named SmolLM, trained by Hugging Face" in tokenizer.decode(
+    ids
+  )
+  newlines = tokenizer.ids_containing("\n")
+  assert len(newlines) == 129
+  assert all("\n" in tokenizer.decode([i]) for i in newlines)

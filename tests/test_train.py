@@ -1,0 +1,210 @@
+"""Whole runs of the tiny model: reward rises, a resume changes nothing, mistakes are explained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import checkpoint, train
+from grpo_jax.build import build
+from grpo_jax.config import ConfigError, load
+from grpo_jax.metrics import read_metrics
+
+TINY = "experiments/tiny.py"
+FAST = [
+  "--config.steps=8",
+  "--config.checkpoint.every=4",
+  "--config.task.settings.eval_size=3",
+  "--config.eval.batch_prompts=8",
+  "--config.rollout.completion_length=5",
+  "--config.log.samples=0",
+]
+TIMES = ("step_time", "tokens_per_second")
+
+
+def one_device(*arguments, module="grpo_jax.train", **popen):
+  """A command of the package in a process of its own with a single CPU device."""
+  environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
+  command = [sys.executable, "-m", module, *arguments]
+  return subprocess.Popen(
+    command,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    **popen,
+  )
+
+
+def train_in_process(workdir, *overrides):
+  process = one_device("--config", TINY, "--workdir", str(workdir), *FAST, *overrides)
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  return output
+
+
+def final_state(workdir, step):
+  run = build(load(TINY, FAST))
+  with checkpoint.Checkpoints(workdir, keep=2) as checkpoints:
+    assert checkpoints.latest() == step
+    return checkpoints.restore(step, run.initial_state())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """(uninterrupted 8 steps, 4 steps and 4 more, the output of each process)."""
+  folder = tmp_path_factory.mktemp("runs")
+  whole, parts = folder / "whole", folder / "parts"
+  outputs = [
+    train_in_process(whole),
+    train_in_process(parts, "--config.steps=4"),
+    train_in_process(parts),
+  ]
+  return whole, parts, outputs
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(runs):
+  whole, parts, _ = runs
+  states = final_state(whole, 8), final_state(parts, 8)
+  assert int(states[0].step) == 8
+  for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):
+    np.testing.assert_array_equal(a, b)
+  rows = [read_metrics(workdir) for workdir in (whole, parts)]
+  assert len(rows[0]) == 10  # 8 steps, an evaluation before and one after
+  for a, b in zip(*rows, strict=True):
+    assert {k: v for k, v in a.items() if k not in TIMES} == {
+      k: v for k, v in b.items() if k not in TIMES
+    }
+  names = sorted(file.name for file in (whole / "samples").iterdir())
+  assert len(names) == 10
+  assert names == sorted(file.name for file in (parts / "samples").iterdir())
+  for name in names:
+    assert (whole / "samples" / name).read_text() == (parts / "samples" / name).read_text()
+
+
+def test_what_a_run_leaves(runs):
+  whole, _, (output, *_) = runs
+  assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
+  assert list((whole / "tensorboard").iterdir())
+  assert json.loads((whole / "config.json").read_text())["steps"] == 8
+  for word in ("parameters", "100 problems to train on, 3 held out", "8 prompts x 8 completions"):
+    assert word in output
+  assert "before training" in output
+  assert "after 8 steps" in output
+  row = next(row for row in read_metrics(whole) if "loss" in row)
+  for name in (
+    "reward", "reward_std", "rewards/letters/mean", "frac_reward_zero_std", "entropy", "accuracy",
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "grad_norm",
+    "completions/mean_length", "completions/clipped_ratio", "learning_rate", "num_tokens",
+    "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
+  ):  # fmt: skip
+    assert name in row, name
+  assert row["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_steps_draw_different_completions(runs):
+  whole, *_ = runs
+  seen = [(whole / "samples" / f"step_{step:06d}.jsonl").read_text() for step in range(3)]
+  completions = [[json.loads(line)["completion"] for line in text.splitlines()] for text in seen]
+  assert len({tuple(c) for c in completions}) == 3
+  assert len(set(completions[0])) > 32  # of 64
+
+
+def test_reward_rises(tmp_path):
+  """`train.run` on eight devices, data-parallel: from one letter in ten to mostly letters."""
+  c = load(TINY, ["--config.steps=25", "--config.log.samples=0", "--config.eval.batch_prompts=8"])
+  results = train.run(c, tmp_path)
+  reward = [row["reward"] for row in read_metrics(tmp_path) if "reward" in row]
+  assert len(reward) == 25
+  assert np.mean(reward[:3]) < 0.25
+  assert np.mean(reward[-3:]) > 0.8
+  assert results["eval/n"] == 20
+
+
+def test_a_kl_term_holds_the_policy_at_the_reference(tmp_path):
+  """With a very large beta the same run cannot leave the reference; kl is measured."""
+  rows = {}
+  for beta in (0.0, 50.0):
+    c = load(TINY, [*FAST, "--config.steps=6", "--config.algorithm.name=grpo",
+                    f"--config.algorithm.beta={beta}"])  # fmt: skip
+    train.run(c, tmp_path / str(beta))
+    rows[beta] = [row for row in read_metrics(tmp_path / str(beta)) if "loss" in row]
+  assert "kl" not in rows[0.0][0]
+  assert rows[50.0][0]["kl"] == pytest.approx(0.0, abs=1e-6)
+  assert rows[50.0][-1]["entropy"] > rows[0.0][-1]["entropy"] + 0.02
+
+
+def test_another_config_is_refused_with_the_fields_that_differ(runs):
+  whole, *_ = runs
+  c = load(TINY, [*FAST, "--config.seed=5", "--config.optimizer.learning_rate=0.1"])
+  with pytest.raises(ConfigError) as caught:
+    train.run(c, whole)
+  text = str(caught.value)
+  assert "seed: 0 -> 5" in text
+  assert "optimizer.learning_rate: 0.003 -> 0.1" in text
+  assert len(caught.value.problems) == 2
+
+
+def test_mistakes_on_the_command_line_are_one_clear_error(tmp_path):
+  process = one_device(
+    "--config", TINY, "--workdir", str(tmp_path / "w"), "--config.rollout.groupsize=4",
+    "--config.steps=x",
+  )  # fmt: skip
+  output, _ = process.communicate()
+  assert process.returncode == 2
+  assert "Traceback" not in output
+  assert "2 problems" in output
+  assert "did you mean 'group_size'" in output
+  assert not (tmp_path / "w").exists()
+
+
+def test_ctrl_c_saves_and_exits_and_the_run_goes_on(tmp_path):
+  arguments = ("--config", TINY, "--workdir", str(tmp_path), *FAST, "--config.steps=100000")
+  process = one_device(*arguments)
+  deadline = time.monotonic() + 240
+  while not (tmp_path / "samples" / "step_000002.jsonl").exists():
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGINT)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == train.INTERRUPTED, output
+  assert "Traceback" not in output
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    done = checkpoints.latest()
+  assert f"stopped after step {done}" in output
+  assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == list(range(done))
+
+
+def test_evaluate_command_reads_a_run(runs):
+  whole, *_ = runs
+  process = one_device(
+    "--workdir", str(whole), "--samples", "2", "--json", module="grpo_jax.evaluate"
+  )
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  numbers = json.loads(output.splitlines()[-1])
+  recorded = next(
+    row for row in reversed(read_metrics(whole)) if "eval/accuracy" in row and row["step"] == 8
+  )
+  assert numbers["eval/accuracy"] == recorded["eval/accuracy"]
+  assert {"eval/pass@1", "eval/pass@2", "eval/pass@2_se"} <= set(numbers)
+  process = one_device("--workdir", str(whole / "samples"), module="grpo_jax.evaluate")
+  output, _ = process.communicate()
+  assert process.returncode == 2
+  assert "not a work directory" in output
+
+
+def test_the_loop_fits_on_a_screen():
+  """`run` is meant to be pasted into a notebook and changed."""
+  lines = Path(train.__file__).read_text().splitlines()
+  start = next(i for i, line in enumerate(lines) if line.strip().startswith("for step in range"))
+  end = next(i for i, line in enumerate(lines) if line.strip() == "metrics.curve(workdir)")
+  assert end - start <= 40

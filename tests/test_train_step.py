@@ -1,0 +1,166 @@
+"""One step: micro-batches and traces, and the gradient that the loss alone gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import plain
+import pytest
+
+from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.train_step import Batch, TrainState, combine, make_score, make_train_step
+
+CONFIG = ModelConfig(vocab_size=19, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
+MODEL = Decoder(CONFIG)
+RATE = 0.1
+
+
+@pytest.fixture(scope="module")
+def params():
+  return MODEL.init(jax.random.key(0))
+
+
+def make_batch(ref=False):
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(1, 6, (4, 3))
+  lengths[0, 0] = 5
+  mask = np.arange(5) < lengths[..., None]
+  prompt_mask = np.arange(4) >= np.array([0, 1, 2, 0])[:, None]
+  batch = Batch(
+    prompts=jnp.asarray(rng.integers(0, 19, (4, 4)), jnp.int32),
+    prompt_mask=jnp.asarray(prompt_mask),
+    completions=jnp.asarray(rng.integers(0, 19, (4, 3, 5)), jnp.int32),
+    mask=jnp.asarray(mask),
+    advantages=jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+    sampler_logp=jnp.asarray(-rng.random((4, 3, 5)), jnp.float32),
+  )
+  if ref:
+    batch = dataclasses.replace(batch, ref_logp=batch.sampler_logp - 0.3)
+  return batch
+
+
+def step_once(params, batch, algorithm, micro_batches=1, temperature=0.7):
+  """(new params, metrics) of one plain SGD step, so that the update is the gradient."""
+  step = make_train_step(
+    MODEL,
+    algorithm,
+    optax.sgd(RATE),
+    lambda count: RATE,
+    temperature=temperature,
+    max_length=6,
+    micro_batches=micro_batches,
+  )
+  optimizer_state = optax.sgd(RATE).init(params)
+  copy = jax.tree.map(jnp.copy, params)  # the step takes its state over
+  state, metrics = step(TrainState(jnp.int32(0), copy, optimizer_state), batch)
+  assert int(state.step) == 1
+  return state.params, metrics
+
+
+def assert_trees_close(got, want, atol):
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_change_nothing(params, name, micro_batches):
+  batch, algorithm = make_batch(ref=True), ALGORITHMS[name]
+  whole, metrics = step_once(params, batch, algorithm)
+  parts, part_metrics = step_once(params, batch, algorithm, micro_batches)
+  assert_trees_close(parts, whole, 1e-6)
+  assert set(metrics) == set(part_metrics)
+  for key, value in metrics.items():
+    np.testing.assert_allclose(part_metrics[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_the_update_is_the_gradient_of_the_derivations_loss(params):
+  """Against the plain row-by-row model and -(1/N) sum_i 1/|o_i| sum_t r A, written out here."""
+  batch = jax.tree.map(lambda a: a[:2], make_batch())
+  lengths = np.asarray(batch.mask).sum(-1)
+
+  def loss(params):
+    total = 0.0
+    for p in range(2):
+      prompt = np.asarray(batch.prompts[p])[np.asarray(batch.prompt_mask[p])]
+      for g in range(3):
+        n = lengths[p, g]
+        logp = plain.completion_logprobs(
+          CONFIG, params, prompt, np.asarray(batch.completions[p, g, :n]), temperature=0.7
+        )
+        ratio = jnp.exp(logp - jax.lax.stop_gradient(logp))
+        total += -(ratio * batch.advantages[p, g]).sum() / n
+    return total / 6
+
+  value, gradient = jax.value_and_grad(loss)(params)
+  new, metrics = step_once(params, batch, ALGORITHMS["reinforce"])
+  np.testing.assert_allclose(metrics["loss"], value, atol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
+  assert_trees_close(new, jax.tree.map(lambda p, g: p - RATE * g, params, gradient), 1e-5)
+
+
+def test_what_lies_behind_the_end_of_a_completion_changes_nothing(params):
+  batch = make_batch(ref=True)
+  other = dataclasses.replace(
+    batch,
+    completions=jnp.where(batch.mask, batch.completions, 7),
+    sampler_logp=jnp.where(batch.mask, batch.sampler_logp, jnp.nan),
+    ref_logp=jnp.where(batch.mask, batch.ref_logp, jnp.inf),
+  )
+  want, metrics = step_once(params, batch, ALGORITHMS["grpo"])
+  got, other_metrics = step_once(params, other, ALGORITHMS["grpo"])
+  assert_trees_close(got, want, 1e-6)
+  np.testing.assert_allclose(other_metrics["kl"], metrics["kl"], rtol=1e-5)
+
+
+def test_a_step_traces_once(params):
+  traces = []
+
+  class Counting(Decoder):
+    def score(self, *args):
+      traces.append(1)
+      return super().score(*args)
+
+  optimizer = optax.adam(1e-3)
+  step = make_train_step(
+    Counting(CONFIG),
+    ALGORITHMS["dapo"],
+    optimizer,
+    lambda count: 1e-3,
+    temperature=1.0,
+    max_length=6,
+  )
+  copy = jax.tree.map(jnp.copy, params)
+  state = TrainState(jnp.int32(0), copy, optimizer.init(copy))
+  for _ in range(3):
+    state, _ = step(state, make_batch())
+  assert len(traces) == 1
+
+
+def test_the_reference_scorer_gives_the_plain_models_logprobs(params):
+  batch = make_batch()
+  logp = make_score(MODEL, temperature=0.7)(params, batch)
+  prompt = np.asarray(batch.prompts[1])[1:]
+  n = int(batch.mask[1, 2].sum())
+  want = plain.completion_logprobs(
+    CONFIG, params, prompt, np.asarray(batch.completions[1, 2, :n]), temperature=0.7
+  )
+  np.testing.assert_allclose(logp[1, 2, :n], want, atol=1e-5)
+  assert (np.asarray(logp)[~np.asarray(batch.mask)] == 0).all()
+
+
+def test_combine_weights_by_tokens():
+  metrics = {
+    "kl": jnp.array([1.0, 4.0]),
+    "x/max": jnp.array([3.0, 2.0]),
+    "x/min": jnp.array([3.0, 2.0]),
+  }
+  got = combine(metrics, jnp.array([0.25, 0.75]))
+  assert {name: float(value) for name, value in got.items()} == {
+    "kl": 3.25,
+    "x/max": 3.0,
+    "x/min": 2.0,
+  }
