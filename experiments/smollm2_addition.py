@@ -13,8 +13,9 @@ def get_config():
   with c.unlocked():
     c.task.settings.update(
       dataset="chain_sum",
-      config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-      train_size=4000,
+      config={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
+      keep=r"\d+ \+ \d+",
+      train_size=3800,
       eval_size=200,
     )
   c.rollout.prompts_per_step = 16

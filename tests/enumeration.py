@@ -140,17 +140,18 @@ class Expected(NamedTuple):
 
 
 def expectation(
-  loss: Callable[..., tuple[Array, dict[str, Array]]], groups: Groups
+  loss: Callable[..., tuple[Array, dict[str, Array]]], groups: Groups, *, compiled: bool = False
 ) -> Callable[..., Expected]:
   """A function `(theta, sampler=theta, *data) -> Expected`: batches drawn by `sampler`, exact.
 
   `loss(logp, drawn_logp, ids, *data)` gets one batch: log-probabilities under `theta` and under
   `sampler` [P, G, T], which completions it holds [P, G], and its part of each array of `data`
   (leading axis B). JAX takes the gradient of each batch with respect to `logp` alone, as in
-  training; the chain rule brings the expected one to `theta`.
+  training; the chain rule brings the expected one to `theta`. `compiled` only changes the time:
+  it pays where nothing else has the shapes of `groups`.
   """
   prompts = np.arange(groups.ids.shape[1])[:, None]
-  # Many batches go in slices that fit a cache; few go without a compilation of their own.
+  # Many batches go in slices that fit a cache; few go operation by operation.
   slices = math.gcd(len(groups.count), 680) if len(groups.count) > 20_000 else 1
 
   def part(logp, drawn_logp, ids, count, *data):
@@ -172,7 +173,7 @@ def expectation(
       values, gradient = jax.tree.map(lambda x: x.sum(0), parts)
     return values, pull(gradient)[0]
 
-  run = whole if slices == 1 else jax.jit(whole)
+  run = jax.jit(whole) if compiled or slices > 1 else whole
 
   def expect(theta, sampler=None, *data) -> Expected:
     theta = jnp.asarray(theta)

@@ -188,10 +188,11 @@ when this page and the code disagree, and checks every number against a second c
 
 An estimator is unbiased when its expected gradient is the gradient of what one wants to improve.
 That can be settled without sampling: with a vocabulary of {world.VOCAB} and at most
-{world.MAX_LENGTH} tokens there are {len(world.TOKENS)} completions, and every expectation below is a
-sum over all batches that can be drawn, in float64. The world has two prompts, one easy and one hard (solved at {facts["solved"]}; mean lengths
-{facts["length"]} tokens), a reward of 1 if solved plus 0.5 times a score between 0 and 1 (mean
-{facts["style"]}), and a policy with a free logit for every token in every context.
+{world.MAX_LENGTH} tokens there are {len(world.TOKENS)} completions, and every expectation below
+is a sum over all batches that can be drawn, in float64. The world has two prompts, one easy and one
+hard (solved at {facts["solved"]}; mean lengths {facts["length"]} tokens), a reward of 1 if solved
+plus 0.5 times a score between 0 and 1 (mean {facts["style"]}), and a policy with a free logit for
+every token in every context.
 
 How to read the columns. The expected update is `scale · true gradient + rest`:
 

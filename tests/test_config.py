@@ -147,11 +147,12 @@ def test_a_budget_beyond_the_context_says_what_would_fit():
 def test_a_prompt_over_the_budget_is_shown_or_dropped_and_counted():
   with pytest.raises(ConfigError, match="'100:'"):
     build(load(TINY, ["--config.rollout.prompt_length=3"]))
-  c = load(TINY, ["--config.rollout.prompt_length=3", "--config.rollout.overlong=drop",
-                  "--config.task.settings.train_size=110"])  # fmt: skip
-  with pytest.warns(UserWarning, match="10 of 110 prompts exceed"):
-    run = build(c)
-  assert len(run.task.splits["train"]) == 100
+  sizes = ["--config.task.settings.train_size=95", "--config.task.settings.eval_size=20"]
+  budget = ["--config.rollout.prompt_length=3", "--config.rollout.overlong=drop"]
+  with pytest.warns(UserWarning, match="15 of 20 prompts exceed"):
+    run = build(load(TINY, sizes + budget))
+  assert [example.key for example in run.task.splits["eval"]] == ["95", "96", "97", "98", "99"]
+  assert len(run.task.splits["train"]) == 95
 
 
 def test_settings_that_have_no_effect_are_refused():

@@ -216,15 +216,36 @@ def test_what_is_unbiased_on_policy():
         assert case.bias > 0.02, (advantage, average)
 
 
-# From `plain_gradient`, to four digits: cosine and relative bias of what is not unbiased.
-RECORDED = {
-  ("group_centered", "sequence"): (0.9929, 0.1201),
+# Computed by `plain_gradient` and `plain_off_policy`: cosine and relative bias.
+RECORDED_REWARD = {
+  ("leave_one_out", "sequence"): (0.9929, 0.1196),
+  ("leave_one_out", "token"): (0.9995, 0.0318),
+  ("group_normalized", "constant"): (0.9224, 0.4186),
+  ("group_normalized", "sequence"): (0.9501, 0.3284),
+  ("group_normalized", "token"): (0.9321, 0.3885),
+  ("batch_normalized", "constant"): (0.9988, 0.0492),
+  ("batch_whitened", "constant"): (0.9854, 0.1726),
+  ("max_rl", "constant"): (0.9455, 0.3444),
+  ("multi_objective", "token"): (0.9670, 0.2635),
+}
+RECORDED_REGION = {  # at the larger distance
+  "no ratio (old_logp=None)": (0.9376, 0.3710),
+  "token ratio": (0.9883, 0.1540),
+  "sequence ratio (GSPO)": (0.9956, 0.0942),
+  "clip 0.2 / 0.2 (PPO, GRPO)": (0.9548, 0.3113),
+  "clip 0.2 / 0.28 (DAPO)": (0.9689, 0.2553),
+  "dual clip 3": (0.7009, 1.0178),
+  "SAPO 1 / 1.05": (0.9075, 0.4629),
+  "DPPO-TV 0.15": (0.9904, 0.1397),
 }
 
 
 def test_measured_biases_are_the_recorded_ones():
-  for (advantage, average), want in RECORDED.items():
+  for (advantage, average), want in RECORDED_REWARD.items():
     case = cases.reward_case(advantage, average)
+    assert_comparison((case.cosine, case.bias), want, 6e-5)
+  for region, want in RECORDED_REGION.items():
+    case, _ = cases.region_case(region, 1.0)
     assert_comparison((case.cosine, case.bias), want, 6e-5)
 
 
@@ -238,7 +259,8 @@ def test_group_centered_scale_is_n_minus_1_over_n(size):
       row = Algorithm(average="constant")
       return policy_loss(row, logp, signal(rewards[:, ids[0]]), cases.mask(ids), max_length=BUDGET)
 
-    gradient = world.expectation(loss, world.list_groups(1, size))(world.POLICY[:1]).gradient
+    expect = world.expectation(loss, world.list_groups(1, size), compiled=True)
+    gradient = expect(world.POLICY[:1]).gradient
     np.testing.assert_allclose(-BUDGET * gradient, scale * true, atol=1e-14)
 
 
@@ -299,7 +321,7 @@ def test_expected_gradient_of_the_grpo_loss_by_central_differences(distance):
       logp, signal, cases.mask(ids), old_logp=drawn_logp, ref_logp=reference, beta=0.3
     )
 
-  got = world.expectation(loss, world.list_groups(1, 3))(theta, old)
+  got = world.expectation(loss, world.list_groups(1, 3), compiled=True)(theta, old)
   assert got.loss == pytest.approx(expected_loss(theta), abs=1e-12)
   np.testing.assert_allclose(got.gradient, plain_difference(expected_loss, theta), atol=1e-8)
   clipped = got.metrics["clip_ratio/region_mean"]
@@ -375,7 +397,8 @@ def test_k1_as_a_loss_has_no_gradient_unless_length_weights_give_it_one():
       ref_logp = world.logps(reference)[cases.PROMPT, ids]
       return policy_loss(row, logp, jnp.zeros(ids.shape), cases.mask(ids), ref_logp=ref_logp)
 
-    gradients.append(world.expectation(loss, world.list_groups(2, 1))(world.POLICY).gradient)
+    expect = world.expectation(loss, world.list_groups(2, 1), compiled=True)
+    gradients.append(expect(world.POLICY).gradient)
   assert np.abs(gradients[0]).max() > 0.01
   np.testing.assert_allclose(gradients[0], gradients[1], atol=1e-15)  # never looks at it
 
@@ -507,18 +530,14 @@ def test_token_ratio_without_clip_is_exact_for_single_tokens_and_clipped_is_not(
   true = p * (rewards - p @ rewards)  # of sum_v p_v r_v
 
   def gradient(row):
-    total = 0.0
-    for pair in itertools.product(range(3), repeat=2):
-      ids = np.array([pair])
+    def loss(theta, pair):
+      logp, old_logp = (jax.nn.log_softmax(x)[pair][None, :, None] for x in (theta, old))
+      signal = leave_one_out(jnp.asarray(rewards)[pair][None])
+      return policy_loss(row, logp, signal, np.ones((1, 2, 1), bool), old_logp=old_logp)[0]
 
-      def loss(theta, ids=ids):
-        logp, old_logp = (jax.nn.log_softmax(x)[ids][..., None] for x in (theta, jnp.asarray(old)))
-        signal = leave_one_out(jnp.asarray(rewards)[ids])
-        mask = np.ones((1, 2, 1), bool)
-        return policy_loss(row, logp, signal, mask, old_logp=old_logp)[0]
-
-      total = total - q[list(pair)].prod() * jax.grad(loss)(jnp.asarray(theta))
-    return np.asarray(total)
+    pairs = np.array(list(itertools.product(range(3), repeat=2)))
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(theta, pairs)
+    return -q[pairs].prod(-1) @ np.asarray(gradients)
 
   np.testing.assert_allclose(gradient(Algorithm()), true, atol=1e-14)
   clipped = Algorithm(trust_region="clip", clip_low=0.2, clip_high=0.2)

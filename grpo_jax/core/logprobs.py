@@ -55,10 +55,10 @@ def head_logprobs(
 ) -> tuple[Float[Array, "... T"], Float[Array, "... T"]]:
   """`token_logprobs(hidden @ head, tokens)` without ever forming `[..., T, V]`.
 
-  The vocabulary is walked in tiles: the forward pass keeps a running log-sum-exp and a running
-  `sum p z` for the entropy, the backward pass recomputes each tile. Products accumulate in
-  float32 also for bfloat16 inputs. Gradient flows from `logp` and `entropy` to `hidden` and
-  `head`. A token outside [0, V) gives NaN.
+  The vocabulary is walked in tiles: the forward pass keeps a running log-sum-exp and, for the
+  entropy, a running `sum p (z - max z)`; the backward pass recomputes each tile. Products
+  accumulate in float32 also for bfloat16 inputs. Gradient flows from `logp` and `entropy` to
+  `hidden` and `head`. A token outside [0, V) gives NaN.
 
   Args:
     hidden: final hidden states, `hidden[..., t, :]` predicting `tokens[..., t]`.
@@ -147,9 +147,11 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
     new_top = jnp.maximum(top, z.max(-1))
     # A row whose logits so far are all -inf keeps its sums at 0 instead of inf - inf.
     base = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
-    shrink, p = jnp.exp(top - base), jnp.exp(z - base[:, None])
+    shift = jnp.where(total > 0, top - base, 0.0)
+    shrink, below = jnp.exp(shift), z - base[:, None]
+    p = jnp.exp(below)
+    weighted = (weighted + shift * total) * shrink + jnp.where(p > 0, p * below, 0.0).sum(-1)
     total = total * shrink + p.sum(-1)
-    weighted = weighted * shrink + jnp.where(p > 0, p * z, 0.0).sum(-1)
     column = tokens - start
     here = (column >= 0) & (column < width)
     picked = jnp.take_along_axis(z, jnp.clip(column, 0, width - 1)[:, None], axis=-1)[:, 0]
@@ -159,7 +161,7 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
   carry = (jnp.full((rows,), -jnp.inf, dtype), zeros, zeros, jnp.full((rows,), jnp.nan, dtype))
   top, total, weighted, chosen = _over_tiles(body, carry, rows, vocab)
   logsumexp = top + jnp.log(total)
-  entropy = logsumexp - weighted / total
+  entropy = jnp.log(total) - weighted / total
   return (chosen - logsumexp, entropy), (hidden, head, tokens, logsumexp, entropy)
 
 

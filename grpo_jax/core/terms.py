@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grpo_jax.core.types import as_float
+from grpo_jax.core.types import as_float, check_shape
 
 # exp is continued as a straight line above this, so that a log-ratio of 100 gives a large finite
 # loss and gradient instead of an infinity. No ratio in a healthy run comes near e^20.
@@ -24,7 +24,7 @@ def finite_exp(x: jax.Array) -> jax.Array:
 
 
 def _expm1_minus(x: jax.Array) -> jax.Array:
-  """`exp(x) - 1 - x` without cancellation near 0, linear above `EXP_LIMIT`."""
+  """`exp(x) - 1 - x` with little cancellation near 0, linear above `EXP_LIMIT`."""
   below = jnp.minimum(x, EXP_LIMIT)
   above = jnp.maximum(x - EXP_LIMIT, 0.0)
   return jnp.expm1(below) - below + jnp.expm1(EXP_LIMIT) * above
@@ -45,7 +45,9 @@ def kl_k1(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Arr
     >>> kl_k1(jnp.array(-1.0), jnp.array(-1.5))
     Array(0.5, dtype=float32)
   """
-  return as_float("logp", logp) - as_float("ref_logp", ref_logp)
+  logp, ref_logp = as_float("logp", logp), as_float("ref_logp", ref_logp)
+  check_shape("ref_logp", ref_logp, logp.shape)
+  return logp - ref_logp
 
 
 def kl_k2(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -26,6 +26,7 @@ def reasoning_gym_task(
   config: Mapping[str, Any] | None = None,
   *,
   mixture: Sequence[Mapping[str, Any]] | None = None,
+  keep: str | None = None,
   train_size: int = 1000,
   eval_size: int = 200,
   seed: int = 0,
@@ -41,6 +42,9 @@ def reasoning_gym_task(
     config: that dataset's own settings, e.g. {"min_digits": 1, "max_digits": 2}.
     mixture: instead of both, a list of {"dataset": name, "weight": share, "config": settings}.
       Each split has the parts in exactly these shares, evenly spread.
+    keep: a regular expression; only problems that match it as a whole are used. It sees the
+      arithmetic of a problem where there is one ("5 - 9"), else the question: r"\\d+ \\+ \\d+"
+      keeps the sums of "chain_sum".
     train_size, eval_size: numbers of distinct problems; no problem is in both.
     seed: which problems. A larger train_size only adds problems, and leaves eval as it is.
     format: "completion", text ending in `5 - 9 =` (or `Q: ... A:` where the problem is not plain
@@ -71,7 +75,7 @@ def reasoning_gym_task(
   parts, weights = _parts(dataset, config, mixture)
   render = _chat(system) if format == "chat" else _completion
   sizes = {"eval": _shares(eval_size, weights), "train": _shares(train_size, weights)}
-  splits = _draw(parts, sizes, shots, seed, render)
+  splits = _draw(parts, sizes, shots, seed, render, _pattern(keep))
   functions = _rewards([part() for _, part in parts], numeric_only=format == "chat")
   return Task(
     name="reasoning_gym:" + "+".join(dict.fromkeys(name for name, _ in parts)),
@@ -144,6 +148,13 @@ def _maker(name: str, config: Mapping[str, Any] | None) -> Callable[..., Any]:
   return make
 
 
+def _pattern(keep: str | None) -> re.Pattern[str]:
+  try:
+    return re.compile(".*" if keep is None else keep, re.DOTALL)
+  except re.error as error:
+    raise ValueError(f"keep is {keep!r}, which is not a regular expression: {error}") from None
+
+
 def _shares(size: int, weights: Sequence[float]) -> list[int]:
   """`size` split in proportion to the weights, what rounding leaves to the largest remainders."""
   exact = [size * weight / sum(weights) for weight in weights]
@@ -160,6 +171,7 @@ def _draw(
   shots: int,
   seed: int,
   render: Callable[..., Any],
+  keep: re.Pattern[str],
 ) -> dict[str, list[Example]]:
   """Shots of all parts first, then eval, then train; a problem is used once over all of them."""
   used: set[str] = set()
@@ -169,7 +181,8 @@ def _draw(
   for split, counts in {"shots": [shots] * len(parts), **sizes}.items():
     drawn: list[tuple[float, int, Example]] = []
     for i, (name, make) in enumerate(parts):
-      entries = list(_distinct(make, f"{seed}/{i}/{name}/{split}", counts[i], used, found[i]))
+      stream = f"{seed}/{i}/{name}/{split}"
+      entries = list(_distinct(make, stream, counts[i], used, found[i], keep))
       found[i] += len(entries)
       if len(entries) < counts[i]:
         wanted = shots + sizes["eval"][i] + sizes["train"][i]
@@ -193,7 +206,12 @@ def _draw(
 
 
 def _distinct(
-  make: Callable[..., Any], stream: str, count: int, used: set[str], found: int
+  make: Callable[..., Any],
+  stream: str,
+  count: int,
+  used: set[str],
+  found: int,
+  keep: re.Pattern[str],
 ) -> Iterator[dict[str, Any]]:
   """Up to `count` entries whose keys are not in `used`, which they join; fewer if none is left."""
   if count == 0:
@@ -202,7 +220,7 @@ def _distinct(
   for entry in _entries(make, stream):
     key = _key(entry)
     fruitless += 1
-    if key not in used:
+    if key not in used and keep.fullmatch(_expression(entry) or entry["question"]):
       used.add(key)
       found, count, fruitless = found + 1, count - 1, 0
       yield entry

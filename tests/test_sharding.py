@@ -1,0 +1,82 @@
+"""The mesh and its table: every parameter has a layout, and no layout changes a result."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from grpo_jax import sharding
+from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.train_step import Batch, TrainState, make_train_step
+
+CONFIG = ModelConfig(
+  vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, tied=False
+)
+
+
+def test_rules_cover_parameters_and_optimizer_state():
+  params = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0))
+  mesh = sharding.make_mesh((2, 2, 2))
+  layout = sharding.param_shardings(mesh, params)
+  assert layout["embed"].spec == P("tensor", "fsdp")
+  assert layout["layers"]["q"].spec == P(None, "fsdp", "tensor")
+  assert layout["layers"]["down"].spec == P(None, "tensor", "fsdp")
+  assert layout["layers"]["attn_norm"].spec == P(None, None)
+  state = jax.eval_shape(optax.adam(1e-3).init, params)
+  moments = sharding.param_shardings(mesh, state)[0]
+  assert moments.mu["layers"]["q"].spec == P(None, "fsdp", "tensor")
+  assert moments.count.spec == P()
+  apart = sharding.param_shardings(mesh, jax.eval_shape(unstack, params), sampling=True)
+  assert apart["layers"][1]["q"].spec == P(None, "tensor")
+
+
+def test_a_parameter_without_a_rule_is_named():
+  tree = {"layers": {"router": jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)}}
+  with pytest.raises(ValueError, match="'layers/router'"):
+    sharding.param_shardings(sharding.make_mesh((8, 1, 1)), tree)
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+  mesh = sharding.make_mesh((1, 1, 8))
+  tree = {"embed": jax.ShapeDtypeStruct((33, 16), jnp.float32)}
+  assert sharding.param_shardings(mesh, tree)["embed"].spec == P(None, "fsdp")
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_a_step_on_eight_devices_is_the_step_on_one(shape):
+  model = Decoder(CONFIG)
+  params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  batch = Batch(
+    prompts=rng.integers(0, 32, (8, 4)).astype(np.int32),
+    prompt_mask=np.arange(4) >= rng.integers(0, 3, (8, 1)),
+    completions=rng.integers(0, 32, (8, 2, 3)).astype(np.int32),
+    mask=np.arange(3) < rng.integers(1, 4, (8, 2, 1)),
+    advantages=rng.normal(size=(8, 2)).astype(np.float32),
+    sampler_logp=-rng.random((8, 2, 3)).astype(np.float32),
+  )
+  algorithm = dataclasses.replace(ALGORITHMS["dapo"])
+  optimizer = optax.sgd(0.1)
+  results = []
+  for mesh_shape, devices in (((1, 1, 1), jax.devices()[:1]), (shape, jax.devices())):
+    mesh = sharding.make_mesh(mesh_shape, devices)
+    step = make_train_step(
+      model, algorithm, optimizer, lambda count: 0.1, temperature=1.0, max_length=3
+    )
+    placed = jax.device_put(params, sharding.param_shardings(mesh, params))
+    state = TrainState(
+      jax.device_put(jnp.int32(0), sharding.replicated(mesh)), placed, optimizer.init(placed)
+    )
+    results.append(step(state, jax.device_put(batch, sharding.batch_sharding(mesh))))
+  (one, one_metrics), (many, many_metrics) = results
+  for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params)):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  for name, value in one_metrics.items():
+    np.testing.assert_allclose(many_metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+  spec = many.params["layers"]["q"].sharding.spec
+  assert spec == (P(None, "fsdp", "tensor") if shape == (2, 2, 2) else spec)
