@@ -73,7 +73,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
           temperature=c.rollout.temperature,
           advantage=advantage,
         )
-        state, measured = train_step(state, score(rolled.batch))
+        with jax.transfer_guard("disallow"):  # what the step needs is on the device already
+          state, measured = train_step(state, score(rolled.batch))
         num_tokens += rolled.num_tokens
         jax.block_until_ready(state.step)
         measured |= rolled.metrics() | _timing(rolled.num_tokens, num_tokens, began)

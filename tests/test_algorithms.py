@@ -28,8 +28,8 @@ ROWS = {
     "sequence",
   ),
   "gspo_token": (
-    "group_normalized", "sequence_token", "clip", {"clip_low": 3e-4, "clip_high": 4e-4}, "none", 0.0,
-    "sequence",
+    "group_normalized", "sequence_token", "clip", {"clip_low": 3e-4, "clip_high": 4e-4}, "none",
+    0.0, "sequence",
   ),
   "cispo": (
     "group_normalized", "token", "cispo", {"ratio_min": 0.0, "ratio_max": 5.0}, "none", 0.0, "token"
@@ -149,7 +149,7 @@ BAD = {
   "negative beta": ({"kl": "k3", "beta": -0.1}, "beta must be at least 0, got -0.1"),
   "beta that is not a number": ({"kl": "k3", "beta": float("nan")}, "beta must be at least 0"),
   "infinite beta": ({"kl": "k3", "beta": float("inf")}, "beta must be finite, got inf"),
-  "beta without kl": ({"beta": 0.1}, "beta=0.1 has no effect with kl='none'; known: none, k1, k2"),
+  "beta without kl": ({"beta": 0.1}, "beta=0.1 has no effect with kl='none'; known: k1, k2, k3"),
   "no sharpness": ({**SAPO, "tau_negative": 0.0}, "tau_negative must be above 0.0, got 0.0"),
   "negative sharpness": (
     {**SAPO, "tau_positive": -1.0},

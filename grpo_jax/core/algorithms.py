@@ -121,7 +121,8 @@ class Algorithm:
     if self.beta == float("inf"):
       raise ValueError("beta must be finite, got inf")
     if self.beta > 0 and self.kl == "none":
-      raise ValueError(f"beta={self.beta} has no effect with kl='none'; known: {', '.join(KLS)}")
+      known = ", ".join(name for name in KLS if name != "none")
+      raise ValueError(f"beta={self.beta} has no effect with kl='none'; known: {known}")
 
   def settings(self, kind: str) -> dict[str, float | None]:
     """The numbers that the function chosen for `kind` takes, by name."""

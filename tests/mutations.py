@@ -1,0 +1,220 @@
+"""Small wrong changes to source code: what `mutants.py` tries on every line of `grpo_jax/core`."""
+
+import ast
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+  file: str
+  line: int
+  function: str  # "" = at import
+  statement: int  # first line of the innermost statement
+  index: int  # of the node, in preorder
+  choice: int  # which of the node's mutations
+  before: str
+  after: str
+
+  @property
+  def key(self) -> str:
+    return f"{self.file} {self.function}: {self.before} -> {self.after}"
+
+
+_OPERATORS: dict[type, list[type]] = {
+  ast.Add: [ast.Sub],
+  ast.Sub: [ast.Add],
+  ast.Mult: [ast.Div],
+  ast.Div: [ast.Mult],
+  ast.FloorDiv: [ast.Mult],
+  ast.Pow: [ast.Mult],
+  ast.BitAnd: [ast.BitOr],
+  ast.BitOr: [ast.BitAnd],
+  ast.Lt: [ast.GtE, ast.LtE],
+  ast.Gt: [ast.LtE, ast.GtE],
+  ast.LtE: [ast.Gt, ast.Lt],
+  ast.GtE: [ast.Lt, ast.Gt],
+  ast.Eq: [ast.NotEq],
+  ast.NotEq: [ast.Eq],
+  ast.Is: [ast.IsNot],
+  ast.IsNot: [ast.Is],
+  ast.In: [ast.NotIn],
+  ast.NotIn: [ast.In],
+  ast.And: [ast.Or],
+  ast.Or: [ast.And],
+}
+_NAMES = {
+  "minimum": "maximum",
+  "maximum": "minimum",
+  "min": "max",
+  "max": "min",
+  "any": "all",
+  "all": "any",
+  "sum": "mean",
+  "exp": "expm1",
+  "expm1": "exp",
+  "zeros_like": "ones_like",
+  "ones_like": "zeros_like",
+  "zeros": "ones",
+  "ones": "zeros",
+  "isfinite": "isnan",
+  "isneginf": "isfinite",
+}
+_SWAPPED = {"where": (1, 2), "clip": (1, 2), "fori_loop": (0, 1)}  # arguments that trade places
+
+
+def _set(field: str, value) -> Callable[[ast.AST], ast.AST]:
+  def change(node):
+    setattr(node, field, value)
+    return node
+
+  return change
+
+
+def _swap(i: int, j: int):
+  def change(node):
+    node.args[i], node.args[j] = node.args[j], node.args[i]
+    return node
+
+  return change
+
+
+def _negate(node: ast.If) -> ast.If:
+  return ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
+
+
+def _call_changes(node: ast.Call) -> Iterator[Callable]:
+  name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+  if name == "stop_gradient":
+    yield lambda node: node.args[0]
+  if name in _NAMES:
+    field = "attr" if isinstance(node.func, ast.Attribute) else "id"
+
+    def rename(node):
+      setattr(node.func, field, _NAMES[name])
+      return node
+
+    yield rename
+  if name in _SWAPPED and len(node.args) > _SWAPPED[name][1]:
+    yield _swap(*_SWAPPED[name])
+  if name != "Algorithm":  # rows are changed value by value
+    for i in range(len(node.keywords)):
+
+      def without(node, i=i):
+        del node.keywords[i]
+        return node
+
+      yield without
+
+
+def _constant_changes(value) -> list:
+  if isinstance(value, bool):
+    return [not value]
+  if isinstance(value, int | float):
+    return {0: [1], 1: [2, 0]}.get(value, [value + 1, -value])
+  return [value + "_"] if isinstance(value, str) else []
+
+
+def changes(node: ast.AST) -> Iterator[Callable[[ast.AST], ast.AST]]:
+  """What can go wrong at this node: functions from (a copy of) it to its replacement."""
+  if isinstance(node, ast.BinOp | ast.BoolOp):
+    yield from (_set("op", new()) for new in _OPERATORS.get(type(node.op), []))
+  elif isinstance(node, ast.AugAssign):
+    yield from (_set("op", new()) for new in _OPERATORS.get(type(node.op), []))
+    yield lambda node: ast.Pass()
+  elif isinstance(node, ast.Compare):
+    for new in _OPERATORS[type(node.ops[0])]:
+      yield _set("ops", [new(), *node.ops[1:]])
+  elif isinstance(node, ast.UnaryOp):
+    yield lambda node: node.operand
+  elif isinstance(node, ast.IfExp):
+    yield lambda node: ast.IfExp(node.test, node.orelse, node.body)
+  elif isinstance(node, ast.If):
+    yield _negate
+  elif isinstance(node, ast.comprehension) and node.ifs:
+    yield _set("ifs", [])
+  elif isinstance(node, ast.Constant):
+    yield from (_set("value", new) for new in _constant_changes(node.value))
+  elif isinstance(node, ast.Call):
+    yield from _call_changes(node)
+  elif isinstance(node, ast.Raise | ast.Expr):
+    yield lambda node: ast.Pass()
+
+
+def _is_text(node: ast.AST) -> bool:
+  return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _left_alone(tree: ast.Module) -> set[int]:
+  """Annotations, docstrings, the wording of errors, sources: nothing there is computed."""
+  skipped: set[int] = set()
+
+  def skip(node):
+    skipped.update(id(child) for child in ast.walk(node))
+
+  for node in ast.walk(tree):
+    for field in ("annotation", "returns"):
+      if isinstance(getattr(node, field, None), ast.AST):
+        skip(getattr(node, field))
+    if isinstance(node, ast.Expr) and _is_text(node.value):
+      skip(node)
+    if isinstance(node, ast.Raise):
+      skipped.update(id(child) for child in ast.walk(node) if child is not node)
+    if isinstance(node, ast.keyword) and node.arg == "source":
+      skip(node)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith(("as_", "check_")):
+      skipped.update(id(arg) for arg in node.args if _is_text(arg))
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "Array":
+      skip(node)
+  return skipped
+
+
+def find_mutants(file: Path) -> list[Mutant]:
+  """Every mutant of one source file, in the order of its syntax tree."""
+  tree = ast.parse(file.read_text())
+  skipped, found, index = _left_alone(tree), [], -1
+
+  def walk(node, statement, function):
+    nonlocal index
+    index += 1
+    at = index
+    statement = node if isinstance(node, ast.stmt) else statement
+    if isinstance(node, ast.FunctionDef):
+      function = f"{function}.{node.name}".lstrip(".")
+    if id(node) not in skipped:
+      before = _short(ast.unparse(node))
+      for choice, change in enumerate(changes(node)):
+        after = _short(ast.unparse(ast.fix_missing_locations(change(copy.deepcopy(node)))))
+        line = getattr(node, "lineno", statement.lineno)
+        place = (file.name, line, function, statement.lineno)
+        found.append(Mutant(*place, at, choice, before, after))
+    for child in ast.iter_child_nodes(node):
+      walk(child, statement, function)
+
+  for child in tree.body:
+    walk(child, child, "")
+  return [m for m in found if m.before != m.after]
+
+
+def _short(text: str) -> str:
+  line = " ".join(text.split())
+  return line if len(line) <= 100 else line[:48] + " ... " + line[-47:]
+
+
+class Apply(ast.NodeTransformer):
+  """The tree with one mutant in it."""
+
+  def __init__(self, mutant: Mutant):
+    self.mutant, self.index = mutant, -1
+
+  def visit(self, node):
+    if isinstance(node, ast.Module):
+      return self.generic_visit(node)
+    self.index += 1
+    if self.index == self.mutant.index:
+      new = list(changes(node))[self.mutant.choice](node)
+      self.index += 10**9  # nothing below counts any more
+      return ast.copy_location(new, node)
+    return self.generic_visit(node)

@@ -1,0 +1,414 @@
+"""The loss: the derivation's formula and gradient, masking, metrics, robustness, errors."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import ALGORITHMS, Algorithm, grpo_loss, policy_loss, token_weights
+from grpo_jax.core import terms
+from grpo_jax.core.losses import lookup_algorithm
+from grpo_jax.core.masks import AVERAGES
+
+pytestmark = pytest.mark.usefixtures("no_rank_promotion")
+
+P, G, T = 2, 3, 4
+LENGTHS = np.array([[4, 2, 1], [3, 0, 4]])
+MASK = np.arange(T) < LENGTHS[..., None]
+RNG = np.random.default_rng(0)
+LOGP = RNG.uniform(-3.0, -0.1, (P, G, T)).astype(np.float32)
+REF, OLD, SAMPLER = (
+  (LOGP + RNG.normal(0.0, scale, LOGP.shape)).astype(np.float32) for scale in (0.5, 0.3, 0.2)
+)
+ADVANTAGES = np.array([[1.5, -0.5, 0.25], [-1.0, 2.0, -0.75]], np.float32)
+WEIGHTS = {
+  "sequence": MASK / np.maximum(LENGTHS, 1)[..., None] / 6,
+  "token": MASK / LENGTHS.sum(),
+  "constant": MASK / (6 * 10),
+}
+# A row with every choice switched on. `ROWS` has each function of each choice at least once.
+EVERYTHING = Algorithm(
+  trust_region="dual_clip",
+  clip_low=0.2,
+  clip_high=0.3,
+  clip_dual=3.0,
+  kl="k3_ratio",
+  beta=0.1,
+  correction="token_mask",
+  correction_min=0.5,
+  correction_max=2.0,
+  average="token",
+)
+NAMES = ("grpo", "gspo", "gspo_token", "cispo", "sapo", "dppo", "reinforce_pp_baseline")
+ROWS = {
+  **{name: ALGORITHMS[name] for name in NAMES},
+  "everything": EVERYTHING,
+  "sequence_mask": dataclasses.replace(
+    EVERYTHING, correction="sequence_mask", kl="k1", average="constant"
+  ),
+  "truncate": Algorithm(
+    correction="token_truncate", correction_max=1.1, kl="k3_k2_gradient", beta=0.2
+  ),
+}
+EVERY = pytest.mark.parametrize("name", ROWS)
+ARRAYS = {"old_logp": OLD, "ref_logp": REF, "sampler_logp": SAMPLER}
+
+
+def close(got, wanted, rtol=2e-5, atol=2e-6):
+  np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=rtol, atol=atol)
+
+
+@partial(jax.jit, static_argnames="name")
+def run(name, logp, advantages, mask, **arrays):
+  """(loss, metrics), gradient of a row; one compilation per row and shape."""
+  loss = partial(policy_loss, ROWS[name], max_length=10)
+  return jax.value_and_grad(lambda x: loss(x, advantages, mask, **arrays), has_aux=True)(logp)
+
+
+# --- the derivation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("average", WEIGHTS)
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_the_final_loss_of_the_derivation(average, beta):
+  """Value and gradient of -(1/N) sum 1/|o| sum (exp(logp - sg(logp)) A - beta k3), in NumPy."""
+  logp, ref = LOGP.astype(float), REF.astype(float)
+  k3 = np.exp(ref - logp) - (ref - logp) - 1
+  a = ADVANTAGES[..., None].astype(float)
+  wanted = np.sum(WEIGHTS[average] * -(1.0 * a - beta * k3))
+  by_hand = -(a - beta * (1 - np.exp(ref - logp))) * WEIGHTS[average]
+
+  def loss(logp):
+    return grpo_loss(
+      logp, ADVANTAGES, MASK, ref_logp=REF, beta=beta, average=average, max_length=10
+    )
+
+  (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(LOGP))
+  close(value, wanted)
+  close(gradient, by_hand)
+  close(metrics["kl"], k3[MASK].mean())
+  assert metrics["clip_ratio/region_mean"] == 0
+  assert metrics["ratio/mean"] == metrics["ratio/max"] == 1
+
+
+def test_off_policy_grpo_against_numpy():
+  logp, old, ref = LOGP.astype(float), OLD.astype(float), REF.astype(float)
+  ratio, a = np.exp(logp - old), np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
+  objective = np.minimum(ratio * a, np.clip(ratio, 0.9, 1.3) * a)
+  k3 = np.exp(ref - logp) - (ref - logp) - 1
+  high, low = (ratio > 1.3) & (a > 0), (ratio < 0.9) & (a < 0)
+  slope = np.where(high | low, 0.0, ratio * a) - 0.04 * (1 - np.exp(ref - logp))
+
+  def loss(logp):
+    return grpo_loss(
+      logp, ADVANTAGES, MASK, old_logp=OLD, ref_logp=REF, beta=0.04, clip_low=0.1, clip_high=0.3
+    )
+
+  (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(LOGP))
+  close(value, -np.sum(WEIGHTS["sequence"] * (objective - 0.04 * k3)))
+  close(gradient, -WEIGHTS["sequence"] * slope)
+  assert high[MASK].any()  # the case has something to clip on both sides
+  assert low[MASK].any()
+  close(metrics["clip_ratio/high_mean"], high[MASK].mean())
+  close(metrics["clip_ratio/low_mean"], low[MASK].mean())
+  close(metrics["clip_ratio/region_mean"], (high | low)[MASK].mean())
+  close(metrics["ratio/mean"], ratio[MASK].mean())
+  close(metrics["ratio/max"], ratio[MASK].max())
+
+
+def test_grpo_loss_is_the_row_grpo_with_its_own_defaults():
+  row = dataclasses.replace(ALGORITHMS["grpo"], beta=0.04)
+  arrays = {"old_logp": OLD, "ref_logp": REF}
+  one = grpo_loss(LOGP, ADVANTAGES, MASK, beta=0.04, **arrays)
+  other = policy_loss(row, LOGP, ADVANTAGES, MASK, **arrays)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  plain = grpo_loss(LOGP, ADVANTAGES, MASK, old_logp=OLD)  # beta 0, clip 0.2, by sequence
+  row = Algorithm(trust_region="clip", clip_low=0.2, clip_high=0.2)
+  close(plain[0], policy_loss(row, LOGP, ADVANTAGES, MASK, old_logp=OLD)[0])
+
+
+# --- putting the parts together ------------------------------------------------------------------
+
+
+def test_all_parts_together():
+  """-(correction * objective - beta * kl), each part as its own test has it."""
+  (value, metrics), gradient = run("everything", LOGP, ADVANTAGES, MASK, **ARRAYS)
+  logp, old, ref, sampler = (x.astype(float) for x in (LOGP, OLD, REF, SAMPLER))
+  a = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
+  ratio = np.exp(logp - old)
+  bounded = np.where(a > 0, np.minimum(ratio, 1.3), np.clip(ratio, 0.8, 3.0))
+  inside = bounded == ratio
+  gap = np.exp(old - sampler)
+  correction = np.where((gap < 0.5) | (gap > 2.0), 0.0, gap)
+  k3 = np.exp(ref - logp) - (ref - logp) - 1
+  weights = WEIGHTS["token"]
+  close(value, -np.sum(weights * (correction * bounded * a - 0.1 * k3 * ratio)))
+  k3_slope = (1 - np.exp(ref - logp) + k3) * ratio
+  close(gradient, -weights * (correction * inside * ratio * a - 0.1 * k3_slope))
+  difference = np.abs(old - sampler)[MASK]
+  close(metrics["kl"], (k3 * ratio)[MASK].mean())
+  close(metrics["sampling/sampling_logp_difference/mean"], difference.mean())
+  close(metrics["sampling/sampling_logp_difference/max"], difference.max())
+  name = "sampling/importance_sampling_ratio"
+  close(metrics[f"{name}/min"], correction[MASK].min())
+  close(metrics[f"{name}/mean"], correction[MASK].mean())
+  close(metrics[f"{name}/max"], correction[MASK].max())
+
+
+def test_the_smallest_correction_is_one_of_the_tokens():
+  """All ratios are 3 here: the masked slots must not bring in a smaller one."""
+  row = Algorithm(correction="token_truncate", correction_max=5.0)
+  sampler = LOGP - np.float32(np.log(3.0))
+  _, metrics = policy_loss(row, LOGP, ADVANTAGES, MASK, sampler_logp=sampler)
+  close(metrics["sampling/importance_sampling_ratio/min"], 3.0)
+
+
+def test_a_sequence_ratio_uses_the_tokens_of_the_mask_only():
+  (value, metrics), gradient = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
+  difference = np.where(MASK, (LOGP - OLD).astype(float), 0.0)
+  ratio = np.exp(difference.sum(-1) / np.maximum(LENGTHS, 1))
+  bounded = np.where(ADVANTAGES > 0, np.minimum(ratio, 1 + 4e-4), np.maximum(ratio, 1 - 3e-4))
+  inside = bounded == ratio
+  assert inside[LENGTHS > 0].any()
+  present = LENGTHS > 0
+  close(value, -np.sum(bounded * ADVANTAGES * present) / 6)
+  wanted = -(ratio * ADVANTAGES * inside)[..., None] * WEIGHTS["sequence"]
+  close(gradient, wanted)
+  close(metrics["ratio/max"], ratio[LENGTHS > 0].max())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_on_policy_every_row_of_the_table_has_the_gradient_of_reinforce(name):
+  """-A times the weight: no clip binds at a ratio of 1, and a KL at its minimum has no slope."""
+  row = ALGORITHMS[name]
+
+  def loss(logp):
+    return policy_loss(row, logp, ADVANTAGES, MASK, ref_logp=LOGP, max_length=10)[0]
+
+  wanted = -ADVANTAGES[..., None] * WEIGHTS[row.average]
+  close(jax.grad(loss)(jnp.asarray(LOGP)), wanted)
+
+
+def test_advantages_may_be_given_per_token():
+  per_token = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape) * np.arange(1, T + 1)
+  gradient = jax.grad(lambda x: policy_loss("reinforce", x, per_token, MASK)[0])(LOGP)
+  close(gradient, -per_token * WEIGHTS["sequence"])
+
+
+def test_the_reference_is_only_watched_with_beta_zero():
+  (with_ref, metrics), gradient = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD, ref_logp=REF)
+  (without, others), same = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
+  assert with_ref == without
+  assert (gradient == same).all()
+  assert set(metrics) - set(others) == {"kl"}
+  close(metrics["kl"], (np.exp(REF - LOGP) - (REF - LOGP) - 1)[MASK].mean())
+
+
+def test_the_sampler_is_only_watched_without_a_correction():
+  arrays = {"old_logp": OLD, "sampler_logp": SAMPLER}
+  (with_sampler, metrics), _ = run("gspo", LOGP, ADVANTAGES, MASK, **arrays)
+  (without, _), _ = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
+  assert with_sampler == without
+  assert metrics["sampling/importance_sampling_ratio/mean"] == 1
+  close(metrics["sampling/sampling_logp_difference/max"], np.abs(OLD - SAMPLER)[MASK].max())
+
+
+@EVERY
+def test_without_old_logp_the_policy_is_its_own_old_policy(name):
+  arrays = {k: v for k, v in ARRAYS.items() if k != "old_logp"}
+  one = run(name, LOGP, ADVANTAGES, MASK, old_logp=LOGP, **arrays)
+  other = run(name, LOGP, ADVANTAGES, MASK, **arrays)
+  jax.tree.map(close, one, other)
+
+
+@EVERY
+def test_only_logp_gets_a_gradient(name):
+  def loss(others):
+    return policy_loss(ROWS[name], LOGP, mask=MASK, max_length=10, **others)[0]
+
+  others = {"advantages": ADVANTAGES, "weights": WEIGHTS["token"].astype(np.float32), **ARRAYS}
+  gradients = jax.jit(jax.grad(loss))(others)
+  assert not any(np.asarray(x).any() for x in jax.tree.leaves(gradients))
+
+
+@EVERY
+def test_microbatches_with_global_weights_add_up(name):
+  row = ROWS[name]
+  weights = np.asarray(token_weights(MASK, row.average, max_length=10))
+  (whole, _), gradient = run(name, LOGP, ADVANTAGES, MASK, **ARRAYS)
+  total, gradients = 0.0, []
+  for i in range(P):
+    part = {k: v[i : i + 1] for k, v in (ARRAYS | {"weights": weights}).items()}
+    (loss, _), slope = run(name, LOGP[i : i + 1], ADVANTAGES[i : i + 1], MASK[i : i + 1], **part)
+    total += loss
+    gradients.append(slope)
+  close(total, whole)
+  close(np.concatenate(gradients), gradient)
+
+
+def test_leading_axes_are_free():
+  flat = {k: v.reshape(-1, T) for k, v in ARRAYS.items()}
+  got = policy_loss(
+    EVERYTHING, LOGP.reshape(-1, T), ADVANTAGES.reshape(-1), MASK.reshape(-1, T), **flat
+  )
+  jax.tree.map(close, got, policy_loss(EVERYTHING, LOGP, ADVANTAGES, MASK, **ARRAYS))
+  one = policy_loss("reinforce", LOGP[0, 0], ADVANTAGES[0, 0], MASK[0, 0])
+  close(one[0], -ADVANTAGES[0, 0])
+
+
+def test_an_average_of_your_own():
+  row = dataclasses.replace(ALGORITHMS["reinforce"], average=lambda mask, max_length: mask * 1.0)
+  close(policy_loss(row, LOGP, ADVANTAGES, MASK)[0], -np.sum(LENGTHS * ADVANTAGES))
+
+
+# --- robustness ----------------------------------------------------------------------------------
+
+
+@EVERY
+def test_masked_slots_may_hold_anything(name):
+  """NaN and infinities in every argument at once: the same bits in value, metrics, gradient."""
+  arrays = ARRAYS | {"weights": WEIGHTS["token"].astype(np.float32)}
+  per_token = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
+  wanted = run(name, LOGP, per_token, MASK, **arrays)
+  assert not np.asarray(wanted[1])[~MASK].any()
+  for poisons in ([np.nan] * 6, [np.inf] * 6, [-np.inf] * 6, [np.inf, -np.inf, np.nan] * 2):
+    bad = [
+      np.where(MASK, x, np.float32(poison))
+      for x, poison in zip((LOGP, per_token, *arrays.values()), poisons, strict=True)
+    ]
+    got = run(name, bad[0], bad[1], MASK, **dict(zip(arrays, bad[2:], strict=True)))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_the_advantage_of_an_empty_sequence_may_be_nan():
+  bad = np.where(LENGTHS == 0, np.nan, ADVANTAGES).astype(np.float32)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    run("grpo", LOGP, bad, MASK, **ARRAYS),
+    run("grpo", LOGP, ADVANTAGES, MASK, **ARRAYS),
+  )
+
+
+@EVERY
+def test_a_batch_without_tokens(name):
+  (loss, metrics), gradient = run(name, LOGP, ADVANTAGES, np.zeros_like(MASK), **ARRAYS)
+  assert loss == 0
+  assert not np.asarray(gradient).any()
+  assert all(np.isfinite(value) for value in metrics.values())
+  assert all(value == 0 for value in metrics.values())
+
+
+def test_a_batch_of_width_zero():
+  arrays = {k: v[..., :0] for k, v in ARRAYS.items()}
+  loss, metrics = policy_loss(EVERYTHING, LOGP[..., :0], ADVANTAGES, MASK[..., :0], **arrays)
+  assert loss == 0
+  assert all(np.isfinite(value) for value in metrics.values())
+
+
+@EVERY
+def test_log_ratios_of_100_give_finite_loss_gradient_and_metrics(name):
+  """A documented clamp: exp goes on as a straight line above e^20."""
+  far = np.where(np.arange(T) % 2, 0.0, -100.0).astype(np.float32) * np.ones_like(LOGP)
+  near = -100.0 - far
+  full = np.ones_like(MASK)
+  result = run(name, far, ADVANTAGES, full, old_logp=near, ref_logp=near, sampler_logp=far)
+  assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(result))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_inputs_are_computed_in_float32(dtype):
+  narrow = [jnp.asarray(x, dtype) for x in (LOGP, ADVANTAGES, *ARRAYS.values())]
+  wide = [x.astype(jnp.float32) for x in narrow]
+  got, wanted = (
+    run("everything", x[0], x[1], MASK, **dict(zip(ARRAYS, x[2:], strict=True)))
+    for x in (narrow, wide)
+  )
+  assert got[0][0].dtype == jnp.float32
+  assert got[1].dtype == dtype  # the gradient comes back in the dtype of logp
+  jax.tree.map(close, got[0], wanted[0])
+  close(got[1].astype(jnp.float32), wanted[1], atol=0.01)
+
+
+def test_float64(x64):
+  arrays = {k: v.astype(np.float64) for k, v in ARRAYS.items()}
+  (loss, metrics), gradient = run("everything", LOGP.astype(float), ADVANTAGES, MASK, **arrays)
+  assert {x.dtype for x in (loss, gradient, *metrics.values())} == {jnp.dtype("float64")}
+
+
+def test_vmap_over_seeds():
+  logps = np.stack([LOGP, LOGP - 1, OLD])
+  losses, _ = jax.vmap(lambda x: policy_loss("gspo", x, ADVANTAGES, MASK, old_logp=OLD))(logps)
+  for loss, logp in zip(losses, logps, strict=True):
+    close(loss, policy_loss("gspo", logp, ADVANTAGES, MASK, old_logp=OLD)[0])
+
+
+def test_integer_masks_and_lists_are_taken():
+  got = policy_loss("grpo", LOGP.tolist(), ADVANTAGES.tolist(), MASK.astype(int), ref_logp=REF)
+  close(got[0], policy_loss("grpo", LOGP, ADVANTAGES, MASK, ref_logp=REF)[0])
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+ERRORS = {
+  "mask": ({"mask": MASK[:1]}, r"^mask has shape \(1, 3, 4\), expected \(2, 3, 4\)"),
+  "mask dtype": ({"mask": MASK * 1.0}, r"^mask must be boolean .*, got dtype float32; pass mask.a"),
+  "advantages": (
+    {"advantages": ADVANTAGES[0]},
+    r"^advantages has shape \(3,\), expected \(2, 3\) \(one per sequence\) or \(2, 3, 4\) \(one",
+  ),
+  "advantages dtype": ({"advantages": "up"}, r"^advantages must be an array of numbers, got 'up'"),
+  "logp": (
+    {"logp": np.float32(1)},
+    r"^logp has shape \(\), expected at least one axis \[\.\.\., T",
+  ),
+  "logp dtype": ({"logp": LOGP + 1j}, r"^logp must be real, got dtype complex64"),
+  "old_logp": (
+    {"old_logp": OLD[..., :2]},
+    r"^old_logp has shape \(2, 3, 2\), expected \(2, 3, 4\)",
+  ),
+  "ref_logp": ({"ref_logp": REF[0]}, r"^ref_logp has shape \(3, 4\), expected \(2, 3, 4\)"),
+  "sampler_logp": ({"sampler_logp": SAMPLER[0]}, r"^sampler_logp has shape \(3, 4\), expected"),
+  "weights": ({"weights": WEIGHTS["token"][0]}, r"^weights has shape \(3, 4\), expected"),
+  "algorithm": (
+    {"algorithm": "ppo"},
+    r"^unknown algorithm 'ppo'; known: cispo, dapo, dppo, dr_grp",
+  ),
+  "no reference": ({"ref_logp": None}, r"^beta=0.1 needs ref_logp, the reference's"),
+  "no sampler": ({"sampler_logp": None}, r"^correction='token_mask' needs sampler_logp"),
+  "no max_length": ({"algorithm": "dr_grpo"}, r"^average='constant' needs max_length"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_name_the_argument(change, message):
+  arguments = {"algorithm": EVERYTHING, "logp": LOGP, "advantages": ADVANTAGES, "mask": MASK}
+  with pytest.raises(ValueError, match=message):
+    policy_loss(**(arguments | ARRAYS | change))
+
+
+def test_errors_of_grpo_loss():
+  with pytest.raises(ValueError, match=r"^beta=0.1 needs ref_logp"):
+    grpo_loss(LOGP, ADVANTAGES, MASK, beta=0.1)
+  with pytest.raises(ValueError, match=r"^clip_low must be at least 0, got -0.1"):
+    grpo_loss(LOGP, ADVANTAGES, MASK, clip_low=-0.1)
+  with pytest.raises(ValueError, match=r"^unknown average 'mean'; known"):
+    grpo_loss(LOGP, ADVANTAGES, MASK, average="mean")
+
+
+def test_the_rows_here_have_every_choice():
+  for kind, table in (
+    ("ratio", terms.RATIOS),
+    ("trust_region", terms.TRUST_REGIONS),
+    ("kl", terms.KLS),
+    ("correction", terms.CORRECTIONS),
+    ("average", AVERAGES),
+  ):
+    assert {getattr(row, kind) for row in ROWS.values()} == set(table)
+
+
+def test_an_algorithm_stands_for_itself():
+  assert lookup_algorithm(EVERYTHING) is EVERYTHING
+  assert lookup_algorithm("grpo") is ALGORITHMS["grpo"]
