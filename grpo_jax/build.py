@@ -16,14 +16,15 @@ from ml_collections import ConfigDict
 from grpo_jax import config as configs
 from grpo_jax import optimizer as optimizers
 from grpo_jax import rollout, sharding, tasks, tokens
-from grpo_jax.core.advantages import ADVANTAGES
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
-from grpo_jax.core.types import lookup
 from grpo_jax.models import checkpoints as weights
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.tasks.base import Task
 from grpo_jax.train_step import TrainState
+
+# Batch sizes that the update is compiled for: quarters of the prompts of a step.
+BUCKETS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Run:
   Attributes:
     params: float32, on the host; `state` puts them on the mesh.
     task: prompts over the budget are already out of it.
+    bucket: the update takes a multiple of this many prompts (see `rollout.collect`).
   """
 
   mesh: Mesh
@@ -43,6 +45,7 @@ class Run:
   algorithm: Algorithm
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
+  bucket: int
 
   def initial_state(self) -> TrainState:
     """Parameters and a fresh optimizer state, laid out by the sharding table."""
@@ -132,7 +135,9 @@ def build(config: ConfigDict) -> Run:
     weight_decay=o.weight_decay,
     clip_norm=o.clip_norm,
   )
-  return Run(mesh, model, params, task, sampler, algorithm, schedule, optimizer)
+  smallest = mesh.shape["data"] * mesh.shape["fsdp"] * c.train.micro_batches
+  bucket = smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest))
+  return Run(mesh, model, params, task, sampler, algorithm, schedule, optimizer, bucket)
 
 
 def make_algorithm(settings: ConfigDict) -> Algorithm:
@@ -144,11 +149,6 @@ def make_algorithm(settings: ConfigDict) -> Algorithm:
   if changes.get("kl", row.kl) == "none" and "beta" not in changes:
     changes["beta"] = 0.0
   return dataclasses.replace(row, **changes)
-
-
-def advantage_function(algorithm: Algorithm) -> Callable[[jax.Array], jax.Array]:
-  """Jitted `rewards [P, G] -> advantages`."""
-  return jax.jit(lookup("advantage", ADVANTAGES, algorithm.advantage))
 
 
 def _fit_task(settings: ConfigDict, task: Task, tokenizer: tokens.AnyTokenizer):

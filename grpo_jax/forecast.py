@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from grpo_jax.build import Run
 
-# Share of the rate of one large matrix product that a whole step reaches. An estimate is an
-# estimate: the progress bar measures.
-EFFICIENCY = 0.5
+# Share of the rate of one large matrix product that a whole step reaches, and share of the groups
+# that have a signal and take part in the update. Both vary: the progress bar measures.
+EFFICIENCY = 0.8
+INFORMATIVE = 0.5
 
 
 def describe(config: ConfigDict, run: Run, start: int) -> str:
@@ -20,11 +21,9 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
   c, m = config, run.model.config
   train, held_out = len(run.task.splits["train"]), len(run.task.splits["eval"])
   devices = run.mesh.devices
-  seconds = (c.steps - start) * step_flops(c, run) / (matmul_rate() * devices.size * EFFICIENCY)
   evaluations = 2 + (c.steps // c.eval.every if c.eval.every else 0)
-  answers = held_out * (1 + c.eval.samples)
-  tokens = held_out * run.sampler.prompt_length + answers * c.rollout.completion_length
-  seconds += evaluations * 2 * weights(run) * tokens / (matmul_rate() * devices.size * EFFICIENCY)
+  operations = (c.steps - start) * step_flops(c, run) + evaluations * evaluation_flops(c, run)
+  seconds = operations / (matmul_rate() * devices.size * EFFICIENCY)
   place = f"{devices.size} x {devices.flat[0].device_kind}"
   return "\n".join(
     [
@@ -47,13 +46,32 @@ def weights(run: Run) -> int:
 def step_flops(config: ConfigDict, run: Run) -> float:
   """Operations of one step: 2 per weight and token to generate, 6 to learn (8 with remat).
 
-  A prompt is computed once per group in both, so its tokens count P times and not P·G times.
+  A prompt is computed once per group in both, so its tokens count P times and not P·G times, and
+  they need no output projection. Without a KL term only groups with a signal are learned from.
   """
   c = config.rollout
-  prompt = c.prompts_per_step * run.sampler.prompt_length
-  completion = c.prompts_per_step * c.group_size * c.completion_length
-  passes = 2 + (8 if config.model.remat else 6) + (2 if run.algorithm.beta > 0 else 0)
-  return passes * weights(run) * (prompt + completion)
+  kept = 1.0 if run.algorithm.beta > 0 else INFORMATIVE
+  learn = (8 if config.model.remat else 6) * kept + (2 if run.algorithm.beta > 0 else 0)
+  return (2 + learn) * _weight_tokens(
+    run, c.prompts_per_step, c.prompts_per_step * c.group_size, c.completion_length
+  )
+
+
+def evaluation_flops(config: ConfigDict, run: Run) -> float:
+  """Operations of one evaluation: the greedy answers, and the samples for pass@k."""
+  problems = len(run.task.splits["eval"])
+  answers = problems * (1 + config.eval.samples)
+  prefills = problems * (2 if config.eval.samples else 1)
+  return 2 * _weight_tokens(run, prefills, answers, config.rollout.completion_length)
+
+
+def _weight_tokens(run: Run, prompts: int, completions: int, length: int) -> float:
+  """Sum over tokens of the weights each of them meets."""
+  m = run.model.config
+  head = m.vocab_size * m.width
+  body = weights(run) - head * (1 if m.tied else 2)
+  tokens = prompts * run.sampler.prompt_length + completions * (length - 1)
+  return body * tokens + head * completions * length
 
 
 def matmul_rate(size: int = 1024, repeats: int = 5) -> float:

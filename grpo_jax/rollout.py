@@ -4,7 +4,8 @@ Besides `metrics.py`, arrays cross between host and device here and nowhere else
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax import sampling
+from grpo_jax.core.advantages import ADVANTAGES
+from grpo_jax.core.algorithms import Algorithm
+from grpo_jax.core.masks import token_weights
+from grpo_jax.core.types import lookup
 from grpo_jax.metrics import rollout_metrics
 from grpo_jax.tasks.base import Example, Task, score
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompt, encode_prompts
@@ -25,7 +30,7 @@ class Generated:
 
   Attributes:
     prompts, prompt_mask: [P, N].
-    tokens, mask, logp: [P, G, T].
+    tokens, mask, logp, entropy: [P, G, T].
     texts: [P][G], without the ending token and stop string.
   """
 
@@ -34,6 +39,7 @@ class Generated:
   tokens: Int[np.ndarray, "P G T"]
   mask: Bool[np.ndarray, "P G T"]
   logp: Float[np.ndarray, "P G T"]
+  entropy: Float[np.ndarray, "P G T"]
   texts: list[list[str]]
 
 
@@ -80,7 +86,7 @@ class Sampler:
     on_device = jax.device_put((tokens, mask), self.prompt_sharding)
     out = jax.device_get(self._jitted(params, *on_device, keys, temperature=temperature))
     texts = decode_completions(self.tokenizer, out.tokens, out.mask, stop=self.stop)
-    return Generated(tokens, mask, out.tokens, out.mask, out.logp, texts)
+    return Generated(tokens, mask, out.tokens, out.mask, out.logp, out.entropy, texts)
 
   def _generate(self, params, prompts, mask, keys, *, temperature):
     return sampling.generate(
@@ -127,6 +133,7 @@ class Rollout:
     accuracy: [P, G], 1.0 where right by the task's strict rule.
     lengths: [P, G], tokens, the ending token included.
     truncated: [P, G], completions that ran into the budget.
+    entropy: nats per token, of the distributions the tokens were drawn from.
     num_tokens: prompt tokens (each prompt once) and completion tokens.
     samples: one dict a completion.
   """
@@ -137,13 +144,14 @@ class Rollout:
   accuracy: Float[np.ndarray, "P G"]
   lengths: Int[np.ndarray, "P G"]
   truncated: Bool[np.ndarray, "P G"]
+  entropy: float
   num_tokens: int
   samples: list[dict[str, Any]]
 
   def metrics(self) -> dict[str, float]:
     """Rewards, accuracy and lengths under their usual names."""
     measured = rollout_metrics(self.rewards, self.per_name, self.lengths, self.truncated)
-    return measured | {"accuracy": float(self.accuracy.mean())}
+    return measured | {"accuracy": float(self.accuracy.mean()), "entropy": self.entropy}
 
 
 def collect(
@@ -155,34 +163,65 @@ def collect(
   *,
   group: int,
   temperature: float,
-  advantage: Callable[[jax.Array], jax.Array],
+  algorithm: Algorithm,
+  bucket: int,
 ) -> Rollout:
-  """Samples G completions of each example, scores them and turns rewards into advantages."""
+  """Samples G completions of each example, scores them and turns rewards into advantages.
+
+  Prompts whose advantages are all 0 have no gradient. Where there is no KL term to give them one,
+  they are left out of the batch, which is then filled up to a multiple of `bucket` prompts with
+  empty ones: the update costs less and is the same, because the token weights are made before.
+  """
   prompts = [example.prompt for example in examples]
   out = sampler(params, prompts, key, group=group, temperature=temperature)
   columns = columns_of(examples)
   rewards, per_name = score(task.rewards, prompts, out.texts, columns)
   right = accuracy(task, prompts, out.texts, columns)
+  advantages, weights = jax.device_get(
+    _advantages_and_weights(rewards.astype(np.float32), out.mask, algorithm, out.mask.shape[-1])
+  )
   batch = Batch(
     prompts=out.prompts,
     prompt_mask=out.prompt_mask,
     completions=out.tokens,
     mask=out.mask,
-    advantages=rewards.astype(np.float32),
+    advantages=advantages,
+    weights=weights,
     sampler_logp=out.logp,
   )
-  batch = jax.device_put(batch, sampler.prompt_sharding)
-  batch = dataclasses.replace(batch, advantages=advantage(batch.advantages))
+  if algorithm.beta == 0:
+    batch = select(batch, np.flatnonzero((advantages != 0).any(-1)), bucket)
   lengths = out.mask.sum(-1)
   return Rollout(
-    batch=batch,
+    batch=jax.device_put(batch, sampler.prompt_sharding),
     rewards=rewards,
     per_name=per_name,
     accuracy=right,
     lengths=lengths,
     truncated=~ended(out, sampler),
+    entropy=float(out.entropy.sum() / lengths.sum()),
     num_tokens=int(out.prompt_mask.sum() + lengths.sum()),
     samples=records(prompts, out.texts, reward=rewards, accuracy=right, length=lengths),
+  )
+
+
+@partial(jax.jit, static_argnames=("algorithm", "max_length"))
+def _advantages_and_weights(rewards, mask, algorithm: Algorithm, max_length: int):
+  advantages = lookup("advantage", ADVANTAGES, algorithm.advantage)(rewards)
+  return advantages, token_weights(mask, algorithm.average, max_length=max_length)
+
+
+def select(batch: Batch, rows: np.ndarray, bucket: int) -> Batch:
+  """Those prompts of a batch, filled up with empty ones to a multiple of `bucket`, at least one.
+
+  An empty prompt is a copy of the first, with nothing unmasked in its completions.
+  """
+  size = bucket * max(-(-len(rows) // bucket), 1)
+  chosen = np.concatenate([rows, np.zeros(size - len(rows), np.int64)])
+  real = (np.arange(size) < len(rows))[:, None, None]
+  batch = jax.tree.map(lambda a: a[chosen], batch)
+  return dataclasses.replace(
+    batch, mask=batch.mask & real, weights=np.where(real, batch.weights, 0.0)
   )
 
 

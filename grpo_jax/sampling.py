@@ -14,10 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.core.logprobs import token_logprobs
 from grpo_jax.core.masks import completion_mask
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "mask", "logp"], meta_fields=[])
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["tokens", "mask", "logp", "entropy"],
+  meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Completions:
   """What the sampler returns.
@@ -26,11 +31,13 @@ class Completions:
     tokens: [P, G, T]; after the first stop token, `pad_id`.
     mask: [P, G, T], true up to and including the first stop token.
     logp: [P, G, T], nats: log-probability of each token when it was drawn; 0 where masked.
+    entropy: [P, G, T], nats, of the distribution each token was drawn from; 0 where masked.
   """
 
   tokens: jax.Array
   mask: jax.Array
   logp: jax.Array
+  entropy: jax.Array
 
 
 def row_keys(key: jax.Array, prompt_ids: Int[Array, "P"], group: int) -> jax.Array:
@@ -103,28 +110,29 @@ def generate(
   The loop ends on the device as soon as every completion has stopped.
   """
   count, group = keys.shape
-  scale = temperature if temperature > 0 else 1.0
   head = model.head(params)
   hidden, prefix = model.prefill(params, prompts, prompt_mask)
   hidden = jnp.broadcast_to(hidden[:, None], (count, group, hidden.shape[-1]))
   shape = (count, group, length)
 
   def pick(hidden, index):
+    """The next token of each row, its log-probability and the entropy it was drawn from."""
     logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if temperature > 0:
-      tokens = draw(logits / scale, _per_key(lambda key: jax.random.fold_in(key, index), keys))
+      logits = logits / temperature
+      tokens = draw(logits, _per_key(lambda key: jax.random.fold_in(key, index), keys))
     else:
       tokens = logits.argmax(-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] / scale
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits / scale, axis=-1)
+    logp, entropy = token_logprobs(logits, tokens)
+    return tokens.astype(jnp.int32), logp, entropy
 
-  def write(state, index, token, token_logp):
-    tokens, logp, done = state
+  def write(state, index, token, *measured):
+    """Puts one token and its numbers in place, nothing in rows that have ended."""
+    tokens, arrays, done = state
     token = jnp.where(done, pad_id, token)
-    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None], index, axis=2)
-    token_logp = jnp.where(done, 0.0, token_logp)[..., None]
-    logp = jax.lax.dynamic_update_slice_in_dim(logp, token_logp, index, axis=2)
-    return token, (tokens, logp, done | (token[..., None] == stop_ids).any(-1))
+    tokens = _put(tokens, token, index)
+    arrays = tuple(_put(a, jnp.where(done, 0.0, x), index) for a, x in zip(arrays, measured))
+    return token, (tokens, arrays, done | (token[..., None] == stop_ids).any(-1))
 
   def step(state):
     index, token, written, cache = state
@@ -136,9 +144,16 @@ def generate(
     index, _, (_, _, done), _ = state
     return (index < length) & ~done.all()
 
-  blank = jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape), jnp.zeros((count, group), bool)
+  tokens, zeros = jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape)
+  blank = tokens, (zeros, zeros), jnp.zeros((count, group), bool)
   token, written = write(blank, 0, *pick(hidden, 0))
   cache = model.empty_cache(params, count, group, max(length - 1, 1))
   state = (jnp.int32(1), token, written, cache)
-  _, _, (tokens, logp, _), _ = jax.lax.while_loop(going, step, state)
-  return Completions(tokens=tokens, mask=completion_mask(tokens, stop_ids), logp=logp)
+  _, _, (tokens, (logp, entropy), _), _ = jax.lax.while_loop(going, step, state)
+  mask = completion_mask(tokens, stop_ids)
+  return Completions(tokens=tokens, mask=mask, logp=logp, entropy=entropy)
+
+
+def _put(array: jax.Array, values: jax.Array, index: jax.Array | int) -> jax.Array:
+  """`array[:, :, index] = values`."""
+  return jax.lax.dynamic_update_slice_in_dim(array, values[..., None], index, axis=2)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import checkpoint, data, metrics, rollout
 from grpo_jax import config as configs
-from grpo_jax.build import Run, advantage_function, build
+from grpo_jax.build import Run, build
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.forecast import describe
 from grpo_jax.train_step import Batch, make_score, make_train_step
@@ -43,14 +43,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoint.write_config(workdir, c.to_dict())
   state, score = r.initial_state(), _reference_scorer(c, r)
-  to_sampler, advantage = r.for_sampling(), advantage_function(r.algorithm)
+  to_sampler = r.for_sampling()
   train_step = make_train_step(
     r.model,
     r.algorithm,
     r.optimizer,
     r.schedule,
     temperature=c.rollout.temperature,
-    max_length=c.rollout.completion_length,
     micro_batches=c.train.micro_batches,
   )
   with checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints, _CtrlC() as ctrl_c:
@@ -71,7 +70,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
           jax.random.fold_in(jax.random.key(c.seed), step),
           group=c.rollout.group_size,
           temperature=c.rollout.temperature,
-          advantage=advantage,
+          algorithm=r.algorithm,
+          bucket=r.bucket,
         )
         with jax.transfer_guard("disallow"):  # what the step needs is on the device already
           state, measured = train_step(state, score(rolled.batch))

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
-from grpo_jax.core.masks import masked_mean, token_weights
 
 
 @partial(
@@ -40,6 +39,7 @@ class TrainState:
     "completions",
     "mask",
     "advantages",
+    "weights",
     "sampler_logp",
     "ref_logp",
   ],
@@ -53,6 +53,8 @@ class Batch:
     prompts, prompt_mask: [P, N], left-padded.
     completions, mask: [P, G, T]; the mask ends with the first stop token.
     advantages: [P, G], or [P, G, T] where an estimator gives one per token.
+    weights: [P, G, T], from `token_weights` on the mask of the whole rollout, of which the batch
+      may hold fewer prompts, and empty ones (masked, weight 0) to fill it up.
     sampler_logp: [P, G, T], nats, as recorded while sampling.
     ref_logp: [P, G, T], nats, under the reference; None without a KL term.
   """
@@ -62,6 +64,7 @@ class Batch:
   completions: Int[Array, "P G T"]
   mask: Bool[Array, "P G T"]
   advantages: Float[Array, "P G ..."]
+  weights: Float[Array, "P G T"]
   sampler_logp: Float[Array, "P G T"]
   ref_logp: Float[Array, "P G T"] | None = None
 
@@ -88,48 +91,42 @@ def make_train_step(
   schedule: optax.Schedule,
   *,
   temperature: float,
-  max_length: int,
   micro_batches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Jitted step; the state is donated.
 
-  The loss is a sum over tokens with weights taken from the mask of the whole batch, so cutting
-  the P prompts into `micro_batches` equal parts changes memory and nothing else. The log-probs of
-  this forward pass are the old ones too (one update per rollout), so no ratio is ever stale.
+  The loss is a sum over tokens with weights made for the whole rollout, so cutting the prompts
+  into `micro_batches` equal parts changes memory and nothing else. The log-probs of this forward
+  pass are the old ones too (one update per rollout), so no ratio is ever stale.
 
   Args:
     temperature: the one used for sampling.
-    max_length: completion budget in tokens, for `average="constant"`.
   """
 
-  def loss_fn(params, part: Batch, weights):
-    logp, entropy = score_batch(model, params, part, temperature)
-    loss, metrics = policy_loss(
+  def loss_fn(params, part: Batch):
+    logp, _ = score_batch(model, params, part, temperature)
+    return policy_loss(
       algorithm,
       logp,
       part.advantages,
       part.mask,
       ref_logp=part.ref_logp,
       sampler_logp=part.sampler_logp,
-      weights=weights,
+      weights=part.weights,
     )
-    return loss, metrics | {"entropy": masked_mean(jax.lax.stop_gradient(entropy), part.mask)}
 
   def step(state: TrainState, batch: Batch):
-    weights = token_weights(batch.mask, algorithm.average, max_length=max_length)
     total = jnp.maximum(batch.mask.sum(), 1)
 
     def one_part(grads, part):
-      (loss, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *part)
-      share = part[0].mask.sum() / total
+      (loss, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part)
+      share = part.mask.sum() / total
       return jax.tree.map(jnp.add, grads, new), (loss, metrics, share)
 
     if micro_batches == 1:
-      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, batch, weights
-      )
+      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
     else:
-      parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), (batch, weights))
+      parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
       zeros = jax.tree.map(jnp.zeros_like, state.params)
       grads, (losses, metrics, shares) = jax.lax.scan(one_part, zeros, parts)
       loss, metrics = losses.sum(), combine(metrics, shares)

@@ -21,6 +21,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,14 +33,13 @@ from pathlib import Path
 from mutants_explained import EXPLAINED
 from mutations import Apply, Mutant, find_mutants
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "grpo_jax" / "core"
-TESTS = [
-  *[f"tests/test_{name}.py" for name in ("advantages", "masks", "terms", "logprobs", "losses")],
-  *[f"tests/test_{name}.py" for name in ("algorithms", "golden", "testing", "core_more")],
-  "tests/test_unbiased.py",
-  "grpo_jax/core",
-]
+_TESTED = (
+  *("advantages", "masks", "terms", "logprobs", "losses", "algorithms", "golden", "signatures"),
+  *("testing", "core_more", "unbiased"),
+)
+TESTS = [*[f"tests/test_{name}.py" for name in _TESTED], "grpo_jax/core"]
 
 
 class _Record(ast.NodeTransformer):
@@ -76,7 +76,7 @@ class _Hook:
 
   def find_spec(self, name, path=None, target=None):
     package, _, module = name.rpartition(".")
-    file = CORE / f"{module}.py"
+    file = Path("grpo_jax", "core", f"{module}.py").resolve()  # of the copy
     if package != "grpo_jax.core" or not file.exists():
       return None
     change = self.change
@@ -103,6 +103,12 @@ def _fork(work: Callable[[], int]) -> int:
     code = int(work())
   finally:
     os._exit(code)
+
+
+def _import_changed(change: Callable[[str, ast.Module], ast.Module]) -> None:
+  """Before pytest, whose own import hook would come first for the files it is given."""
+  sys.meta_path.insert(0, _Hook(change))
+  import grpo_jax.core.losses  # noqa: F401  (and with it all of core)
 
 
 def _pytest(arguments: list[str], plugins=()) -> int:
@@ -135,7 +141,7 @@ def record_baseline(tests: list[str], out: Path) -> dict:
   def work():
     plugin = _Baseline()
     builtins.__hit__ = lambda file, line: plugin.lines.add((file, line))
-    sys.meta_path.insert(0, _Hook(lambda file, tree: _Record(file).visit(tree)))
+    _import_changed(lambda file, tree: _Record(file).visit(tree))
     _pytest(tests, [plugin])
     out.write_text(json.dumps({k: getattr(plugin, k) for k in ("hits", "seconds", "failed")}))
     return 0
@@ -154,7 +160,7 @@ def run_mutant(mutant: Mutant, tests: list[str]) -> int:
     return Apply(mutant).visit(tree) if file == mutant.file else tree
 
   def work():
-    sys.meta_path.insert(0, _Hook(change))
+    _import_changed(change)
     return 0 if _pytest(["-x", *tests]) == 0 else 1
 
   return _fork(work)
@@ -236,15 +242,18 @@ def report(verdicts: dict[Mutant, str]) -> str:
 
 
 def prepare(folder: str) -> None:
-  """Loads what every fork needs, and keeps caches out of the repository."""
-  os.chdir(ROOT)
+  """Loads what every fork needs; works on a copy, so that files may change meanwhile."""
+  for name in ("grpo_jax", "tests", "docs"):
+    shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__"))
+  shutil.copy(ROOT / "setup.cfg", folder)
+  os.chdir(folder)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/jax"
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/hypothesis"
   warnings.filterwarnings("ignore", message="os.fork")
-  sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+  sys.path[:0] = [folder, f"{folder}/tests"]
   import hypothesis
   import jax.numpy  # noqa: F401
   import pytest  # noqa: F401

@@ -62,6 +62,20 @@ _NAMES = {
   "isfinite": "isnan",
   "isneginf": "isfinite",
 }
+_SIBLINGS = {  # a wrong choice that is still a choice
+  "group_normalized": "group_centered",
+  "group_centered": "group_normalized",
+  "leave_one_out": "group_centered",
+  "batch_normalized": "batch_whitened",
+  "batch_whitened": "batch_normalized",
+  "max_rl": "group_centered",
+  "sequence": "token",
+  "token": "sequence",
+  "constant": "token",
+  "sequence_token": "sequence",
+  "k2": "k3",
+  "k3": "k2",
+}
 _SWAPPED = {"where": (1, 2), "clip": (1, 2), "fori_loop": (0, 1)}  # arguments that trade places
 
 
@@ -114,7 +128,7 @@ def _constant_changes(value) -> list:
     return [not value]
   if isinstance(value, int | float):
     return {0: [1], 1: [2, 0]}.get(value, [value + 1, -value])
-  return [value + "_"] if isinstance(value, str) else []
+  return [_SIBLINGS.get(value, value + "_")] if isinstance(value, str) else []
 
 
 def changes(node: ast.AST) -> Iterator[Callable[[ast.AST], ast.AST]]:

@@ -6,6 +6,7 @@ looks at; most of the projects do other things well, and some have mended these 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -123,6 +124,7 @@ class Defect:
   def defect(self) -> str:
     return self.function.__doc__.rstrip(".")
 
+  @functools.cached_property
   def report(self) -> str:
     """What the check says about it; "nothing" would mean that it is not found."""
     try:
@@ -156,7 +158,7 @@ def table() -> list[str]:
   """The rows of the table, as Markdown."""
   rows = ["| check | project, version | defect | what the check reports |", "|---|---|---|---|"]
   for row in DEFECTS:
-    rows.append(f"| `{row.check.__name__}` | {row.project} | {row.defect} | {row.report()} |")
+    rows.append(f"| `{row.check.__name__}` | {row.project} | {row.defect} | {row.report} |")
   return rows
 
 

@@ -65,7 +65,7 @@ def test_gradients_equal_one_row_per_completion(case):
 
 
 def test_padding_of_prompts_and_completions_changes_nothing(case):
-  model, params, prompts, mask, completions, keep = case
+  model, params, prompts, mask, completions, _ = case
   wide = jnp.pad(prompts, ((0, 0), (3, 0)), constant_values=7)
   wide_mask = jnp.pad(mask, ((0, 0), (3, 0)))
   longer = jnp.pad(completions, ((0, 0), (0, 0), (0, 2)), constant_values=11)
@@ -134,5 +134,8 @@ def test_a_prompt_passes_through_the_model_once(case):
   for keys in jax.tree.leaves(prefix):
     assert keys.shape == (3, 3, 6, 2, 6)  # [L, P, N, K, Dh]: not repeated over the group
   cache = model.empty_cache(params, 3, 2, 3)
-  step = lambda p: model.decode(p, completions[..., 0], jnp.int32(0), prefix, mask, cache)
+
+  def step(p):
+    return model.decode(p, completions[..., 0], jnp.int32(0), prefix, mask, cache)
+
   assert mlp_rows(step, params) == 3 * 2

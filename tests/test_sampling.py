@@ -81,8 +81,9 @@ def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
 def test_recorded_logprobs_are_the_trainers(params, temperature):
   out = run(params, PROMPTS, MASK, keys(0), STOP, temperature=temperature)
   hidden = MODEL.score(params, PROMPTS, MASK, out.tokens)
-  logp, _ = head_logprobs(hidden, MODEL.head(params), out.tokens, temperature=temperature)
+  logp, entropy = head_logprobs(hidden, MODEL.head(params), out.tokens, temperature=temperature)
   np.testing.assert_allclose(out.logp, jnp.where(out.mask, logp, 0.0), atol=1e-4)
+  np.testing.assert_allclose(out.entropy, jnp.where(out.mask, entropy, 0.0), atol=1e-4)
   assert (np.asarray(out.logp) < 0).sum() == np.asarray(out.mask).sum()
 
 

@@ -58,6 +58,7 @@ def test_a_step_on_eight_devices_is_the_step_on_one(shape):
     completions=rng.integers(0, 32, (8, 2, 3)).astype(np.int32),
     mask=np.arange(3) < rng.integers(1, 4, (8, 2, 1)),
     advantages=rng.normal(size=(8, 2)).astype(np.float32),
+    weights=np.full((8, 2, 3), 1 / 32, np.float32),
     sampler_logp=-rng.random((8, 2, 3)).astype(np.float32),
   )
   algorithm = dataclasses.replace(ALGORITHMS["dapo"])
@@ -65,9 +66,7 @@ def test_a_step_on_eight_devices_is_the_step_on_one(shape):
   results = []
   for mesh_shape, devices in (((1, 1, 1), jax.devices()[:1]), (shape, jax.devices())):
     mesh = sharding.make_mesh(mesh_shape, devices)
-    step = make_train_step(
-      model, algorithm, optimizer, lambda count: 0.1, temperature=1.0, max_length=3
-    )
+    step = make_train_step(model, algorithm, optimizer, lambda count: 0.1, temperature=1.0)
     placed = jax.device_put(params, sharding.param_shardings(mesh, params))
     state = TrainState(
       jax.device_put(jnp.int32(0), sharding.replicated(mesh)), placed, optimizer.init(placed)

@@ -10,6 +10,7 @@ import plain
 import pytest
 
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.core.masks import token_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.train_step import Batch, TrainState, combine, make_score, make_train_step
 
@@ -23,7 +24,7 @@ def params():
   return MODEL.init(jax.random.key(0))
 
 
-def make_batch(ref=False):
+def make_batch(ref=False, average="sequence"):
   rng = np.random.default_rng(0)
   lengths = rng.integers(1, 6, (4, 3))
   lengths[0, 0] = 5
@@ -35,6 +36,7 @@ def make_batch(ref=False):
     completions=jnp.asarray(rng.integers(0, 19, (4, 3, 5)), jnp.int32),
     mask=jnp.asarray(mask),
     advantages=jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+    weights=token_weights(jnp.asarray(mask), average, max_length=6),
     sampler_logp=jnp.asarray(-rng.random((4, 3, 5)), jnp.float32),
   )
   if ref:
@@ -50,7 +52,6 @@ def step_once(params, batch, algorithm, micro_batches=1, temperature=0.7):
     optax.sgd(RATE),
     lambda count: RATE,
     temperature=temperature,
-    max_length=6,
     micro_batches=micro_batches,
   )
   optimizer_state = optax.sgd(RATE).init(params)
@@ -68,7 +69,8 @@ def assert_trees_close(got, want, atol):
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("micro_batches", [2, 4])
 def test_micro_batches_change_nothing(params, name, micro_batches):
-  batch, algorithm = make_batch(ref=True), ALGORITHMS[name]
+  algorithm = ALGORITHMS[name]
+  batch = make_batch(ref=True, average=algorithm.average)
   whole, metrics = step_once(params, batch, algorithm)
   parts, part_metrics = step_once(params, batch, algorithm, micro_batches)
   assert_trees_close(parts, whole, 1e-6)
@@ -80,6 +82,7 @@ def test_micro_batches_change_nothing(params, name, micro_batches):
 def test_the_update_is_the_gradient_of_the_derivations_loss(params):
   """Against the plain row-by-row model and -(1/N) sum_i 1/|o_i| sum_t r A, written out here."""
   batch = jax.tree.map(lambda a: a[:2], make_batch())
+  batch = dataclasses.replace(batch, weights=token_weights(batch.mask, "sequence"))
   lengths = np.asarray(batch.mask).sum(-1)
 
   def loss(params):
@@ -131,7 +134,6 @@ def test_a_step_traces_once(params):
     optimizer,
     lambda count: 1e-3,
     temperature=1.0,
-    max_length=6,
   )
   copy = jax.tree.map(jnp.copy, params)
   state = TrainState(jnp.int32(0), copy, optimizer.init(copy))

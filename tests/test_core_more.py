@@ -1,0 +1,1 @@
+"""Details of core that a mutant (`mutants.py`) got past the other tests."""
