@@ -1,6 +1,28 @@
-"""SmolLM2-135M learns sums and differences of one- and two-digit numbers, on a laptop's CPU.
+"""SmolLM2-135M learns to add two-digit numbers, on a laptop's CPU: the demo.
 
+The task is reasoning-gym's `chain_sum`, sums of two two-digit numbers, after two solved examples;
+an answer ends at the line break. 3,800 problems are trained on and 200 others are held out (a
+problem is a pair of numbers in either order). The reward is 1 if the answer is exactly right.
+
+Hardware  2 CPU cores, float32
+Time      MEASURED_TIME
+Result    MEASURED_RESULT
 Command   python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition
+          (`make demo`; other seeds with --config.seed=1)
+
+What was tried, one seed each, held-out greedy accuracy of 200 problems:
+
+- Step size and batch. 16 prompts a step at a constant 2e-5 reach 0.72 in 30 steps and 0.80 in 60;
+  32 prompts at 2e-5 decaying to 0 reach 0.78 in 20, 0.86 in 40 and stay there.
+- Temperature. What ends the learning is that answers become sure: entropy falls below 0.1 nats in
+  ten steps, and then two groups in three have no spread. Sampling (and scoring) at 1.3 with 4e-5
+  keeps more groups alive: 0.83 in 20 steps, 0.88 in 40. That is what this file does.
+- Algorithm row. `dr_grpo` with 16 prompts at 3e-5 does no better than `dapo` at 2e-5 (0.72 after 45
+  steps) and loses its entropy sooner.
+- Groups without spread have no gradient and are left out of the update, which changes nothing else:
+  a step takes 10.6 s with 24 of its 32 prompts in the update, 8.1 with 16 and 5.8 with 8.
+
+The errors that are left are carries: nearly all wrong answers are off by exactly 10.
 """
 
 from grpo_jax.config import default_config
@@ -21,8 +43,9 @@ def get_config():
   c.rollout.prompts_per_step = 32
   c.rollout.group_size = 8
   c.rollout.completion_length = 5
+  c.rollout.temperature = 1.3
   c.algorithm.name = "dapo"
-  c.optimizer.learning_rate = 2e-5
+  c.optimizer.learning_rate = 4e-5
   c.optimizer.schedule = "linear"
   c.optimizer.warmup_steps = 3
   return c

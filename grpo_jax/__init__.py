@@ -4,6 +4,7 @@ Importing this package loads jax and numpy and touches no device. Training lives
 `grpo_jax.train`, models in `grpo_jax.models`, tasks in `grpo_jax.tasks`.
 """
 
+from grpo_jax import testing
 from grpo_jax.core.advantages import (
   batch_normalized,
   batch_whitened,
@@ -38,6 +39,7 @@ __all__ = [
   "multi_objective",
   "policy_loss",
   "process_advantages",
+  "testing",
   "token_logprobs",
   "token_weights",
 ]

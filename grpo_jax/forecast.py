@@ -12,7 +12,7 @@ from grpo_jax.build import Run
 
 # Share of the rate of one large matrix product that a whole step reaches, and share of the groups
 # that have a signal and take part in the update. Both vary: the progress bar measures.
-EFFICIENCY = 0.8
+EFFICIENCY = 0.5
 INFORMATIVE = 0.5
 
 

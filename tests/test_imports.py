@@ -22,7 +22,7 @@ MODULES = {
 
 # The first pattern that fits a module says what it may import beside the standard library.
 ALLOWED = {
-  "grpo_jax": "grpo_jax.core",
+  "grpo_jax": "grpo_jax.core grpo_jax.testing",
   "grpo_jax.core*": "grpo_jax.core jax numpy jaxtyping",
   "grpo_jax.testing": "jax numpy",
   "grpo_jax.models*": (
