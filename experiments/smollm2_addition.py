@@ -40,6 +40,7 @@ def get_config():
       train_size=3800,
       eval_size=200,
     )
+  c.eval.every = 20
   c.rollout.prompts_per_step = 32
   c.rollout.group_size = 8
   c.rollout.completion_length = 5

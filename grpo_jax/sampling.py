@@ -34,10 +34,10 @@ class Completions:
     entropy: [P, G, T], nats, of the distribution each token was drawn from; 0 where masked.
   """
 
-  tokens: jax.Array
-  mask: jax.Array
-  logp: jax.Array
-  entropy: jax.Array
+  tokens: Any  # arrays, on the device or fetched from it
+  mask: Any
+  logp: Any
+  entropy: Any
 
 
 def row_keys(key: jax.Array, prompt_ids: Int[Array, "P"], group: int) -> jax.Array:

@@ -15,7 +15,8 @@ def blocks(language):
 
 def named(file):
   """The block that follows the line naming `file`."""
-  return re.search(rf"`{re.escape(file)}`[^\n]*:\n\n```\w*\n(.*?)```", README, re.DOTALL).group(1)
+  pattern = rf"^`{re.escape(file)}`[^`]*?(?:`[^`\n]*`[^`]*?)*:\n\n```\w*\n(.*?)```"
+  return re.search(pattern, README, re.DOTALL | re.MULTILINE).group(1)
 
 
 def test_the_pure_functions_example_runs():
@@ -23,7 +24,7 @@ def test_the_pure_functions_example_runs():
   scope = {}
   exec(example, scope)
   assert scope["loss"].shape == ()
-  assert scope["gradient"].shape == (2, 4, 6)
+  assert scope["gradient"].shape == (2, 4, 6, 5)
   assert bool((scope["gradient"][~scope["mask"]] == 0).all())
 
 

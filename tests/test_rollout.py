@@ -1,4 +1,4 @@
-"""The seam between host and device: rewards land on their completions, and what is left out is 0."""
+"""The seam between host and device: rewards meet their completions, what is dropped was 0."""
 
 import dataclasses
 
@@ -15,9 +15,7 @@ from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tokens import ByteTokenizer
 from grpo_jax.train_step import TrainState, make_train_step
 
-CONFIG = ModelConfig(
-  vocab_size=257, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24
-)
+CONFIG = ModelConfig(vocab_size=257, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
 MODEL = Decoder(CONFIG)
 EXAMPLES = [Example(prompt=f"{n}:", columns={"number": n}, key=str(n)) for n in range(8)]
 
