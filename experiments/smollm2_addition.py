@@ -5,8 +5,9 @@ an answer ends at the line break. 3,800 problems are trained on and 200 others a
 problem is a pair of numbers in either order). The reward is 1 if the answer is exactly right.
 
 Hardware  2 CPU cores, float32
-Time      MEASURED_TIME
-Result    MEASURED_RESULT
+Time      about 11 minutes (608 s without the evaluations in between)
+Result    greedy accuracy on the 200 held-out sums 0.285 before; after 70 steps 0.840, 0.870 and 0.920
+          with seeds 0, 1 and 2 (standard errors 0.032 before, 0.019 to 0.026 after)
 Command   python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition
           (`make demo`; other seeds with --config.seed=1)
 
@@ -22,7 +23,7 @@ What was tried, one seed each, held-out greedy accuracy of 200 problems:
 - Groups without spread have no gradient and are left out of the update, which changes nothing else:
   a step takes 10.6 s with 24 of its 32 prompts in the update, 8.1 with 16 and 5.8 with 8.
 
-The errors that are left are carries: nearly all wrong answers are off by exactly 10.
+The errors that are left are carries: 29 of the 32 wrong answers of seed 0 are off by exactly 10.
 """
 
 from grpo_jax.config import default_config
