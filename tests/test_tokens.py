@@ -218,7 +218,7 @@ def test_a_very_long_prompt_is_shown_in_part():
 
 
 def test_bad_arguments_of_encode_prompts():
-  with pytest.raises(ValueError, match="prompt 1 is '', which has no tokens"):
+  with pytest.raises(ValueError, match="the prompt '' has no tokens"):
     encode_prompts(ByteTokenizer(), ["a", ""], 4)
   with pytest.raises(ValueError, match="overlong is 'cut', allowed: 'error', 'drop'"):
     encode_prompts(ByteTokenizer(), ["a"], 4, overlong="cut")

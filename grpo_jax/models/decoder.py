@@ -15,12 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax.core.types import Array
 
 Params = dict[str, Any]
-KeysValues = tuple[jax.Array, jax.Array]
+KeysValues = tuple[Array, Array]
 # q [P, S, H, Dh], k and v [P, S, K, Dh] -> mixed values [P, S, H, Dh], and whatever to keep.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 MASKED = -1e30  # finite, so that a query without any visible key gives numbers, not NaN
 
@@ -48,14 +50,14 @@ class Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, angles: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+  def __call__(self, x: Array, angles: Array, attend: Attend) -> tuple[Array, Any]:
     c = self.config
 
-    def project(h: jax.Array, name: str, size: int) -> jax.Array:
+    def project(h: Array, name: str, size: int) -> Array:
       init = nn.initializers.normal(h.shape[-1] ** -0.5)
       return h @ self.param(name, init, (h.shape[-1], size)).astype(h.dtype)
 
-    def norm(h: jax.Array, name: str) -> jax.Array:
+    def norm(h: Array, name: str) -> Array:
       return rms_norm(h, self.param(name, nn.initializers.ones, (c.width,)), c.norm_eps)
 
     h = norm(x, "attn_norm")
@@ -69,20 +71,20 @@ class Block(nn.Module):
     return x + project(gated, "down", c.width), kept
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) -> Array:
   """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32, in the dtype of `x`."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
   return (wide * scale * weight).astype(x.dtype)
 
 
-def rope_angles(positions: Int[Array, "P S"], head_dim: int, theta: float) -> jax.Array:
+def rope_angles(positions: Int[Array, "P S"], head_dim: int, theta: float) -> Array:
   """Rotation angles [P, S, Dh / 2], radians: `position * theta^(-2i / Dh)`, float32."""
   frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   return positions[..., None].astype(jnp.float32) * frequency
 
 
-def rotate(x: Float[Array, "P S h d"], angles: Float[Array, "P S half"]) -> jax.Array:
+def rotate(x: Float[Array, "P S h d"], angles: Float[Array, "P S half"]) -> Array:
   """Rotary embedding of the halves of the head axis (the layout of Hugging Face checkpoints)."""
   cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
   first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
@@ -124,7 +126,7 @@ def group_attention(
   return mixed.reshape(prompts, group, length, heads, dim)
 
 
-def _prompt_attention(q, k, v, mask: Bool[Array, "P N"]) -> jax.Array:
+def _prompt_attention(q, k, v, mask: Bool[Array, "P N"]) -> Array:
   """Causal attention among the real tokens of a prompt."""
   n = q.shape[1]
   visible = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
@@ -144,7 +146,7 @@ def unstack(params: Params) -> Params:
   return params | {"layers": tuple(jax.tree.map(lambda a: a[i], layers) for i in range(count))}  # noqa: B023
 
 
-def _over_layers(body: Callable, x: jax.Array, layers: Any, per_layer: Any) -> tuple:
+def _over_layers(body: Callable, x: Array, layers: Any, per_layer: Any) -> tuple:
   """`lax.scan` over stacked layers; straight-line code over a tuple of them."""
   if not isinstance(layers, tuple):
     return jax.lax.scan(body, x, (layers, per_layer))
@@ -169,7 +171,7 @@ class Decoder:
   dtype: Any = jnp.float32
   remat: bool = False
 
-  def init(self, key: jax.Array) -> Params:
+  def init(self, key: Array) -> Params:
     """Random float32 parameters."""
     c = self.config
     block_key, embed_key, head_key = jax.random.split(key, 3)
@@ -193,8 +195,8 @@ class Decoder:
     return params["embed" if self.config.tied else "head"].T
 
   def _layers(
-    self, params: Params, tokens: jax.Array, positions: jax.Array, attend: Callable, per_layer: Any
-  ) -> tuple[jax.Array, Any]:
+    self, params: Params, tokens: Array, positions: Array, attend: Callable, per_layer: Any
+  ) -> tuple[Array, Any]:
     """Final hidden states [P, S, D] of tokens [P, S]; `attend(q, k, v, one of per_layer)`."""
     c = self.config
     angles = rope_angles(positions, c.head_dim, c.rope_theta)
