@@ -15,10 +15,10 @@ test-slow: .venv/model
 	$(BIN)/python -m pytest -m slow
 
 mutants: .venv/ready
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python tests/mutants.py --jobs 2 > docs/mutants.md
 
 docs: .venv/ready
-	$(BIN)/python -m tests.estimators > docs/estimators.md
+	$(BIN)/python tests/estimators_page.py > docs/estimators.md
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -5,10 +5,10 @@
 
 Each mutant is one small change of one expression: an operator, a constant, an argument, a
 `stop_gradient` left out. jax and pytest are imported once; every mutant gets a fork in which an
-import hook serves the changed module. A first run without changes records which tests execute
-which statement and how long each takes, so that a mutant meets only the tests that can notice it,
-quick ones first, and stops at the first that does. What survives meets all tests. A mutant that
-runs into the time limit counts as noticed.
+import hook serves the changed module. A first run without changes records which tests execute which
+statement and how long each takes: a mutant meets the tests of its module first, then all that
+execute it, then all there are, and is done with when one of them fails. One that runs into the
+time limit counts as noticed.
 
 Survivors that cannot be noticed are listed with the reason in `mutants_explained.py`; the command
 fails when there are others.
@@ -186,27 +186,26 @@ def run_all(todo: list[tuple[Mutant, list[str]]], jobs: int, limit: float) -> It
         yield mutant, "time limit"
 
 
-def tests_for(mutant: Mutant, baseline: dict) -> list[str]:
-  """The tests that execute the statement, quick ones first; all of them for import time."""
-  by_time = sorted(baseline["seconds"], key=baseline["seconds"].get)
-  if not mutant.function:
-    return by_time
+def rounds(mutant: Mutant, baseline: dict) -> list[list[str]]:
+  """Which tests to try, quick ones first: the module's own, those that execute it, then all."""
+  every = sorted(baseline["seconds"], key=baseline["seconds"].get)
   hit = [mutant.file, mutant.statement]
-  return [test for test in by_time if hit in baseline["hits"][test]]
+  executing = [t for t in every if not mutant.function or hit in baseline["hits"][t]]
+  homes = (f"tests/test_{mutant.file}", f"grpo_jax/core/{mutant.file}")
+  own = [t for t in executing if t.startswith(homes)]
+  return [tests for tests in (own, executing, every if mutant.function else []) if tests]
 
 
 def judge(mutants: list[Mutant], baseline: dict, jobs: int, limit: float) -> dict[Mutant, str]:
   """What became of each."""
-  verdicts = {m: "survived" for m in mutants}
-  first = [(m, tests) for m in mutants if (tests := tests_for(m, baseline))]
-  every_test = sorted(baseline["seconds"], key=baseline["seconds"].get)
-  for mutant, verdict in run_all(first, jobs, limit):
-    verdicts[mutant] = verdict
-    _progress(f"{mutant.file}:{mutant.line} {verdict}: {mutant.before} -> {mutant.after}")
-  again = [(m, every_test) for m, tests in first if verdicts[m] == "survived" and m.function]
-  for mutant, verdict in run_all(again, jobs, limit * 4):
-    verdicts[mutant] = verdict
-    _progress(f"{mutant.file}:{mutant.line} {verdict} by all tests: {mutant.before}")
+  verdicts, left = {}, {m: rounds(m, baseline) for m in mutants}
+  while left:
+    this_round = [(m, tests.pop(0)) for m, tests in left.items()]
+    for mutant, verdict in run_all(this_round, jobs, limit):
+      verdicts[mutant] = verdict
+      _progress(f"{mutant.file}:{mutant.line} {verdict}: {mutant.before} -> {mutant.after}")
+    left = {m: tests for m, tests in left.items() if tests and verdicts[m] == "survived"}
+    _progress(f"{len(left)} left for the next round")
   return verdicts
 
 
@@ -267,7 +266,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--only", help="one file of grpo_jax/core, by name")
   parser.add_argument("--jobs", type=int, default=2)
-  parser.add_argument("--limit", type=float, default=120.0, help="seconds per mutant")
+  parser.add_argument("--limit", type=float, default=240.0, help="seconds per mutant")
   parser.add_argument("--tests", nargs="*", default=TESTS)
   parser.add_argument("--every", type=int, default=1, help="take every n-th mutant only")
   args = parser.parse_args()

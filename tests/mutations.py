@@ -142,7 +142,9 @@ def changes(node: ast.AST) -> Iterator[Callable[[ast.AST], ast.AST]]:
     for new in _OPERATORS[type(node.ops[0])]:
       yield _set("ops", [new(), *node.ops[1:]])
   elif isinstance(node, ast.UnaryOp):
-    yield lambda node: node.operand
+    # An axis of -1 becomes -2 and 0 by its constant; 1 is often the same axis.
+    if not (isinstance(node.operand, ast.Constant) and node.operand.value == 1):
+      yield lambda node: node.operand
   elif isinstance(node, ast.IfExp):
     yield lambda node: ast.IfExp(node.test, node.orelse, node.body)
   elif isinstance(node, ast.If):
