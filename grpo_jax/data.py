@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ def examples(
   seed: int,
   process_index: int = 0,
   process_count: int = 1,
+  stream: int = 0,
 ) -> list[T]:
   """The examples of one step: positions [step * count, (step + 1) * count) of an endless shuffle.
 
@@ -29,6 +31,8 @@ def examples(
     seed: any integer.
     process_index, process_count: this process gets its block of count / process_count, in order, so
       that the blocks of all processes one after the other are the list that one process would get.
+    stream: 0, or the number of another endless shuffle, independent of this one: what refills a
+      step, say, without moving the examples of the steps to come.
 
   Raises ValueError for an empty split, or a count that the processes cannot share evenly.
 
@@ -51,5 +55,9 @@ def examples(
     )
   share = count // process_count
   start = step * count + process_index * share
+  if stream:
+    seed = int.from_bytes(hashlib.sha256(f"{seed}\n{stream}".encode()).digest()[:4])
+  # Only indices are shuffled, and only those of this process's examples are computed: the split is
+  # never gone through.
   order = grain.MapDataset.range(len(split)).shuffle(seed=seed % 2**32).repeat()
   return [split[order[start + i]] for i in range(share)]

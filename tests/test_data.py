@@ -3,6 +3,7 @@
 import pytest
 
 from grpo_jax.data import examples
+from grpo_jax.tasks.indexed import Indexed
 
 
 def steps(count, size, length=10, seed=0):
@@ -61,3 +62,23 @@ def test_a_step_larger_than_the_split_goes_on_into_the_next_epochs():
 def test_wrong_arguments(arguments, says):
   with pytest.raises(ValueError, match=says):
     examples(*arguments)
+
+
+def test_streams_are_shuffles_of_their_own_and_stream_0_is_the_plain_one():
+  drawn = [examples(range(10), 1, 20, 7, stream=stream) for stream in range(4)]
+  assert drawn[0] == examples(range(10), 1, 20, 7)
+  assert len(set(map(tuple, drawn))) == 4
+  for stream in drawn:
+    assert sorted(stream) == sorted([*range(10)] * 2)
+  blocks = [examples(range(10), 3, 6, 7, process, 3, stream=2) for process in range(3)]
+  assert [i for block in blocks for i in block] == examples(range(10), 3, 6, 7, stream=2)
+  other_seed = [examples(range(10), 1, 20, 8, stream=stream) for stream in range(4)]
+  assert not set(map(tuple, drawn)) & set(map(tuple, other_seed))
+
+
+def test_only_the_examples_of_this_process_are_made():
+  made = []
+  split = Indexed(lambda i: made.append(i) or i, range(10**9))
+  drawn = examples(split, 10**6, 12, 0, 1, 3)
+  assert made == drawn
+  assert len(set(drawn)) == 4

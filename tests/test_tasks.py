@@ -1,7 +1,6 @@
-"""Tasks: how rewards are called and what their mistakes look like; problems and their split."""
+"""How rewards are called and what their mistakes look like; reasoning-gym problems, their split."""
 
 import asyncio
-import json
 import math
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 from grpo_jax.tasks import RewardError, make_task, score
 from grpo_jax.tasks.base import unknown
-from grpo_jax.tasks.jsonl import load_function
 from grpo_jax.tasks.reasoning_gym import extract_number
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -198,7 +196,7 @@ def test_no_completions_is_an_empty_result():
 
 
 def test_an_unknown_name_lists_the_known():
-  with pytest.raises(ValueError, match=r"unknown task 'jsonnl'.*'jsonl'.*jsonl, letters"):
+  with pytest.raises(ValueError, match=r"unknown task 'jsonnl'.*'jsonl'.*gsm8k, jsonl, letters"):
     make_task("jsonnl")
   with pytest.raises(ValueError, match=r"unknown setting of task .* 'train_sise'.*'train_size'"):
     gym(train_sise=3)
@@ -442,132 +440,32 @@ def test_extract_number(reply, number):
   assert extract_number(reply) == number
 
 
-# JSON lines
-
-
-def write_lines(path, *rows):
-  path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-  return str(path)
-
-
-def rows(count):
-  return [{"prompt": f"Say {i}.", "answer": str(i)} for i in range(count)]
-
-
-def test_a_file_and_a_function_are_a_task(tmp_path):
-  path = write_lines(tmp_path / "mine.jsonl", *rows(20))
-  (tmp_path / "mine.py").write_text(
-    "def right(prompts, completions, answer, **columns):\n"
-    "  return [float(text == a) for text, a in zip(completions, answer)]\n"
-  )
-  task = make_task("jsonl", path=path, reward=f"{tmp_path}/mine.py:right", eval_fraction=0.25)
-  assert len(task.splits["train"]) == 15
-  assert len(task.splits["eval"]) == 5
-  assert not set(keys(task, "train")) & set(keys(task, "eval"))
-  assert list(task.rewards) == ["right"]
-  example = task.splits["eval"][0]
-  assert example.prompt == f"Say {example.columns['answer']}."
-  assert graded(task, example, example.columns["answer"], "no") == ([1, 0], [1, 0])
-
-
-def test_the_split_is_by_key_and_not_by_line_order(tmp_path):
-  lines = [{"prompt": f"{p} {i}", "problem": i} for i in range(10) for p in ("Say", "Write")]
-  path = write_lines(tmp_path / "a.jsonl", *lines)
-  task = make_task("jsonl", path=path, reward=length, key="problem", eval_fraction=0.2)
-  assert len(task.splits["eval"]) == 4
-  assert len(set(keys(task, "eval"))) == 2
-  assert not set(keys(task, "train")) & set(keys(task, "eval"))
-  path = write_lines(tmp_path / "b.jsonl", *lines[::-1])
-  again = make_task("jsonl", path=path, reward=length, key="problem", eval_fraction=0.2)
-  assert set(keys(again, "eval")) == set(keys(task, "eval"))
-  splits = {
-    tuple(keys(make_task("jsonl", path=path, reward=length, key="problem", seed=s), "eval"))
-    for s in range(8)
-  }
-  assert len(splits) > 1
-  task = make_task("jsonl", path=path, reward=length, eval_fraction=0)
-  assert len(task.splits["train"]) == 20
-  assert len(task.splits["eval"]) == 0
-
-
-def test_several_rewards_weights_and_chat_prompts(tmp_path):
-  chat = [{"role": "user", "content": "Say 1."}]
-  path = write_lines(tmp_path / "a.jsonl", {"prompt": chat, "answer": "1"}, "", *rows(3))
-  task = make_task("jsonl", path=path, reward=[length, right], weights=[0.5, 2], accuracy=right)
-  assert chat in [example.prompt for split in task.splits.values() for example in split]
-  example = next(e for split in task.splits.values() for e in split if e.columns["answer"] == "1")
-  assert graded(task, example, "1", "22") == ([2.5, 1.0], [1, 0])
-  with pytest.raises(ValueError, match="1 weights for 2 rewards"):
-    make_task("jsonl", path=path, reward=[length, right], weights=[1])
-  with pytest.raises(ValueError, match="two rewards have one name"):
-    make_task("jsonl", path=path, reward=[length, length])
-
-
-def test_accuracy_of_an_async_reward(tmp_path):
-  async def judge(completions, **columns):
-    return [1.0 if text == "yes" else 0.9 for text in completions]
-
-  task = make_task("jsonl", path=write_lines(tmp_path / "a.jsonl", *rows(4)), reward=judge)
-  assert graded(task, task.splits["train"][0], "yes", "no") == ([1.0, 0.9], [1, 0])
-
-
 @pytest.mark.parametrize(
-  ("line", "says"),
+  ("settings", "completion", "answer"),
   [
-    ("{'prompt': 'x'}", "line 3: not JSON"),
-    ('{"prompt": "x", "answer": "1"', "line 3: not JSON"),
-    ('["x"]', "line 3: must be a JSON object"),
-    ('{"answer": "1"}', "line 3: no column 'prompt'; it has: answer"),
-    ('{"prompt": " ", "answer": "1"}', "line 3: 'prompt' must be text that is not empty"),
-    ('{"prompt": 3, "answer": "1"}', "line 3: 'prompt' must be"),
-    ('{"prompt": [], "answer": "1"}', "line 3: 'prompt' must be"),
-    ('{"prompt": [{"role": "user"}], "answer": "1"}', "line 3: 'prompt' must be"),
-    ('{"prompt": "x", "anwser": "1"}', "line 3: has not the columns of line 1.*answer, anwser"),
+    ({}, " 05 ", "5"),
+    ({}, "5 or 6", "5 or 6"),
+    ({}, "", None),
+    ({"format": "chat"}, "First 9 - 2 = 7, so it is **7**.", "7"),
+    ({"format": "chat"}, "I do not know.", None),
+    ({"dataset": "mini_sudoku", "config": None, "format": "chat"}, "1 2\n3 4", "1 2 3 4"),
   ],
 )
-def test_a_bad_line_is_named(tmp_path, line, says):
-  path = write_lines(tmp_path / "bad.jsonl", *rows(1), "", line, *rows(1))
-  with pytest.raises(ValueError, match=f"bad.jsonl, {says}"):
-    make_task("jsonl", path=path, reward=length)
+def test_the_answer_that_a_completion_gives(settings, completion, answer):
+  task = gym(**{"train_size": 1, "eval_size": 1} | settings)
+  assert task.answer(completion) == answer
 
 
-def test_files_that_are_no_good(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere.jsonl"):
-    make_task("jsonl", path=f"{tmp_path}/nowhere.jsonl", reward=length)
-  with pytest.raises(ValueError, match="holds no examples"):
-    make_task("jsonl", path=write_lines(tmp_path / "empty.jsonl", "", ""), reward=length)
-  (tmp_path / "latin.jsonl").write_bytes(
-    '{"prompt": "x"}\n{"prompt": "\u00e9"}\n'.encode("latin-1")
-  )
-  with pytest.raises(ValueError, match="line 2: not UTF-8"):
-    make_task("jsonl", path=f"{tmp_path}/latin.jsonl", reward=length)
-  path = write_lines(tmp_path / "a.jsonl", {"prompt": "x", "prompts": 1})
-  with pytest.raises(ValueError, match="may not be called 'prompts'"):
-    make_task("jsonl", path=path, reward=length)
-  path = write_lines(tmp_path / "one.jsonl", {"prompt": "x"}, {"prompt": " x "})
-  with pytest.raises(ValueError, match="all lines are one problem"):
-    make_task("jsonl", path=path, reward=length)
-  with pytest.raises(ValueError, match=r"unknown key column .* 'prmpt'.*'prompt'"):
-    make_task("jsonl", path=path, reward=length, key="prmpt")
-  with pytest.raises(ValueError, match="eval_fraction is 1"):
-    make_task("jsonl", path=path, reward=length, eval_fraction=1)
+def test_answers_that_are_alike_are_graded_alike():
+  task = gym(format="chat")
+  example = next(e for e in task.splits["eval"] if e.columns["answer"] == "5")
+  replies = ("5", "8 - 3 = 5", "05", "the 5th", "6", "8 - 2 = 6", "six", "-5")
+  verdicts = {}
+  for reply, right_or_not in zip(replies, graded(task, example, *replies)[1]):
+    verdicts.setdefault(task.answer(reply), set()).add(right_or_not)
+  assert verdicts == {"5": {1.0}, "6": {0.0}, None: {0.0}, "-5": {0.0}}
 
 
-def test_load_function(tmp_path):
-  (tmp_path / "good.py").write_text("def reward(**columns): ...\nlimit = 3\n")
-  (tmp_path / "bad.py").write_text("import no_such_module_at_all\n")
-  assert load_function(f"{tmp_path}/good.py:reward").__name__ == "reward"
-  assert load_function("math:sqrt") is math.sqrt
-  assert load_function(length) is length
-  with pytest.raises(ValueError, match="did you mean 'reward'"):
-    load_function(f"{tmp_path}/good.py:rewrad")
-  with pytest.raises(ValueError, match="is a int, not a function"):
-    load_function(f"{tmp_path}/good.py:limit")
-  with pytest.raises(ValueError, match="raised ModuleNotFoundError: No module named 'no_such"):
-    load_function(f"{tmp_path}/bad.py:reward")
-  with pytest.raises(ValueError, match="loading no_such_module raised"):
-    load_function("no_such_module:reward")
-  with pytest.raises(FileNotFoundError, match=r"no such file: .*missing.py"):
-    load_function(f"{tmp_path}/missing.py:reward")
-  with pytest.raises(ValueError, match="does not name a function"):
-    load_function("reward")
+def test_letters_answer_with_all_they_say():
+  task = make_task("letters")
+  assert [task.answer(text) for text in (" ab ", "", "a b")] == ["ab", None, "a b"]

@@ -7,15 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.tasks.base import Example, RewardError, RewardFunction, Task, score, unknown
-from grpo_jax.tasks.jsonl import jsonl_task
+from grpo_jax.tasks.countdown import countdown_task
+from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.letters import letters_task
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
+from grpo_jax.tasks.table import table_task
 
 __all__ = ["TASKS", "Example", "RewardError", "RewardFunction", "Task", "make_task", "score"]
 
 TASKS: dict[str, Callable[..., Task]] = {
   "reasoning_gym": reasoning_gym_task,
-  "jsonl": jsonl_task,
+  "gsm8k": gsm8k_task,
+  "countdown": countdown_task,
+  "table": table_task,  # JSONL or Parquet, by the ending of the file's name
+  "jsonl": table_task,
+  "parquet": table_task,
   "letters": letters_task,
 }
 

@@ -23,6 +23,7 @@ def letters_task(*, train_size: int = 100, eval_size: int = 20) -> Task:
     splits={"train": every[:train_size], "eval": every[train_size:]},
     rewards={"letters": (share_of_letters, 1.0)},
     accuracy=all_letters,
+    answer=whole_answer,
   )
 
 
@@ -35,6 +36,11 @@ def share_of_letters(completions: list[str], **columns: Any) -> list[float]:
   return [
     sum(c in string.ascii_lowercase for c in text) / max(len(text), 1) for text in completions
   ]
+
+
+def whole_answer(text: str) -> str | None:
+  """The answer itself, without the space around it; None for an empty one."""
+  return text.strip() or None
 
 
 def all_letters(completions: list[str], **columns: Any) -> list[float]:

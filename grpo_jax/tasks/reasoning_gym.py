@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from grpo_jax.tasks.base import Example, RewardFunction, Task, unknown
@@ -83,6 +84,7 @@ def reasoning_gym_task(
     rewards={reward: (functions[reward], 1.0)},
     accuracy=functions["exact"],
     stop=("\n",) if format == "completion" else (),
+    answer=number_answer if format == "chat" and _numeric(splits) else line_answer,
   )
 
 
@@ -94,6 +96,33 @@ def extract_number(reply: str) -> str:
   """
   numbers = NUMBER.findall(reply.replace("−", "-").rpartition("=")[2])
   return numbers[-1] if numbers else ""
+
+
+def line_answer(completion: str) -> str | None:
+  """The completion itself, in one way of writing it; None for an empty one.
+
+  >>> line_answer(" 1,005 "), line_answer("red,  blue"), line_answer(" ")
+  ('1005', 'red, blue', None)
+  """
+  text = " ".join(completion.split())
+  if len(text) <= 100 and NUMBER.fullmatch(text):
+    return str(Fraction(text.replace(",", "")))
+  return text or None
+
+
+def number_answer(reply: str) -> str | None:
+  """The number that a reply is graded by, None where it has none; see `extract_number`.
+
+  >>> number_answer("That is 7 + 5 = 12.0"), number_answer("I do not know.")
+  ('12', None)
+  """
+  return line_answer(extract_number(reply))
+
+
+def _numeric(splits: Mapping[str, Sequence[Example]]) -> bool:
+  """Whether all right answers are numbers."""
+  answers = [example.columns["answer"] for split in splits.values() for example in split]
+  return all(isinstance(text, str) and NUMBER.fullmatch(text.strip()) for text in answers)
 
 
 def _parts(

@@ -1,0 +1,263 @@
+"""Your own task: a file of JSON lines, or a Parquet file, and a reward.
+
+    {"prompt": "Name a prime between 20 and 28.", "answer": 23}
+    {"prompt": [{"role": "user", "content": "And between 30 and 36?"}], "answer": 31}
+
+Each row has a prompt (text, or chat messages); its other columns reach the reward function under
+their own names, one value per completion:
+
+    def right(prompts, completions, answer, **columns):
+      return [float(str(a) in text) for text, a in zip(completions, answer)]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.tasks.base import Example, Prompt, Task, unknown
+from grpo_jax.tasks.functions import Reward, accuracy_of, check_columns, weighted
+from grpo_jax.tasks.indexed import Indexed
+
+PARQUET = (".parquet", ".pq")
+Row = dict[str, Any]
+
+
+def table_task(
+  path: str,
+  reward: Reward | Sequence[Reward],
+  *,
+  weights: Sequence[float] | None = None,
+  accuracy: Reward | None = None,
+  prompt: str = "prompt",
+  rename: Mapping[str, str] | None = None,
+  eval_fraction: float = 0.1,
+  key: str | None = None,
+  stop: Sequence[str] = (),
+  seed: int = 0,
+) -> Task:
+  """A task made of a file and one or more reward functions.
+
+  Every row is checked once, here; after that a row is read when its example is asked for.
+
+  Args:
+    path: a Parquet file if it ends in .parquet or .pq, else UTF-8 text with one JSON object per
+      line (blank lines are skipped).
+    reward: the name of a built-in one ("math", "numeric", "exact", "format"), or {"name": ...} with
+      its settings; 'path/to/file.py:function', 'module:function' or a function; or several.
+    weights: one per reward, 1.0 each when not given.
+    accuracy: what decides that an answer is right, by giving it exactly 1.0; as in `reward`. None:
+      the first reward.
+    prompt: the column with the prompt.
+    rename: {name in the file: name the reward knows it by}; a built-in grader wants `answer`.
+    eval_fraction: share of the distinct keys held out for evaluation, in [0, 1).
+    key: the column that says which problem a row is, by its name in the file. Rows of one key stay
+      on one side of the split. Default: the prompt.
+    stop: strings at which generation ends.
+    seed: which keys are held out.
+
+  Raises ValueError (with the line or row number) for a row that is not as described, RewardError
+  for a reward that wants a column the file has not, and FileNotFoundError for a missing file.
+  """
+  if not 0 <= eval_fraction < 1:
+    raise ValueError(f"eval_fraction is {eval_fraction}: it must be in [0, 1)")
+  rewards = weighted(reward, weights)
+  right, vote = accuracy_of(rewards, accuracy)
+  rows = _Rows(_open(path), prompt, key, dict(rename or {}))
+  digests, columns = _scan(rows, seed)
+  called = {name: function for name, (function, _) in rewards.items()}
+  check_columns({**called, "accuracy": right}, columns, path)
+  held_out = _held_out(digests, eval_fraction)
+  is_eval = np.array([digest in held_out for digest in digests])
+  return Task(
+    name=f"table:{Path(path).name}",
+    splits={
+      "train": Indexed(rows.example, np.flatnonzero(~is_eval)),
+      "eval": Indexed(rows.example, np.flatnonzero(is_eval)),
+    },
+    rewards=rewards,
+    accuracy=right,
+    stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    answer=vote,
+  )
+
+
+# --- the two kinds of files: row i as a dict, and where that is -----------------------------------
+
+
+class JsonLines:
+  """Rows of a JSONL file. Only the places of the lines are kept; a row is parsed when asked for."""
+
+  def __init__(self, path: str) -> None:
+    self.path = path
+    self._lines: list[tuple[int, int]] = []  # (offset in bytes, number from 1)
+    offset = 0
+    with open(path, "rb") as file:
+      for number, line in enumerate(file, start=1):
+        # Some editors put a mark before the first line.
+        if line.removeprefix(b"\xef\xbb\xbf").strip():
+          self._lines.append((offset, number))
+        offset += len(line)
+    if not self._lines:
+      raise ValueError(f"{path} holds no examples: it needs one JSON object per line")
+
+  def __len__(self) -> int:
+    return len(self._lines)
+
+  def where(self, i: int) -> str:
+    return f"{self.path}, line {self._lines[i][1]}"
+
+  def __getitem__(self, i: int) -> Row:
+    with open(self.path, "rb") as file:
+      file.seek(self._lines[i][0])
+      line = file.readline()
+    try:
+      text = line.decode("utf-8-sig").strip()
+      row = json.loads(text)
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{self.where(i)}: not UTF-8 text: {error.reason} in {line[:80]!r}") from (
+        error
+      )
+    except (json.JSONDecodeError, RecursionError) as error:
+      what = f"{error.msg} (column {error.colno})" if hasattr(error, "msg") else "nested too deep"
+      raise ValueError(f"{self.where(i)}: not JSON: {what}: {text[:80]!r}") from error
+    if not isinstance(row, dict):
+      raise ValueError(f"{self.where(i)}: must be a JSON object with a prompt, got {text[:80]!r}")
+    return row
+
+
+class Parquet:
+  """Rows of a Parquet file, which is kept as Arrow columns; a row is a dict when asked for.
+
+  It is read as a whole because its smallest piece is a row group: in a shuffled order nearly every
+  row would mean decoding another one.
+  """
+
+  def __init__(self, path: str) -> None:
+    try:
+      from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+      raise ImportError(f"{path}: reading Parquet files needs pyarrow: pip install pyarrow") from (
+        error
+      )
+    try:
+      self._table = parquet.read_table(path).combine_chunks()
+    except ArrowInvalid as error:
+      raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
+    self.path = path
+    if not len(self):
+      raise ValueError(f"{path} holds no examples: it has no rows")
+
+  def __len__(self) -> int:
+    return self._table.num_rows
+
+  def where(self, i: int) -> str:
+    return f"{self.path}, row {i + 1}"
+
+  def __getitem__(self, i: int) -> Row:
+    return self._table.slice(i, 1).to_pylist()[0]
+
+
+def _open(path: str) -> JsonLines | Parquet:
+  if not Path(path).is_file():
+    raise FileNotFoundError(f"no such file: {path} (looked in {Path.cwd()})")
+  return Parquet(path) if Path(path).suffix.lower() in PARQUET else JsonLines(path)
+
+
+# --- from rows to examples ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+  """Examples of a file by row number."""
+
+  source: JsonLines | Parquet
+  prompt: str
+  key: str | None
+  rename: Mapping[str, str]
+
+  def example(self, i: int) -> Example:
+    row, where = self.source[i], self.source.where(i)
+    prompt = _prompt(row, self.prompt, where)
+    if self.key is not None and self.key not in row:
+      raise unknown(f"key column (in {where})", self.key, row)
+    identity = prompt if self.key is None else row[self.key]
+    if not isinstance(identity, str):
+      identity = json.dumps(identity, sort_keys=True, default=str)
+    columns = self._columns({n: v for n, v in row.items() if n != self.prompt}, where)
+    return Example(prompt, columns, " ".join(identity.split()))
+
+  def _columns(self, row: Row, where: str) -> Row:
+    for old in self.rename:
+      if old not in row:
+        raise unknown(f"column to rename (in {where})", old, row)
+    columns = {self.rename.get(name, name): value for name, value in row.items()}
+    if len(columns) < len(row):
+      raise ValueError(f"{where}: with rename={dict(self.rename)} two columns have one name")
+    for name in ("prompts", "completions"):
+      if name in columns:
+        raise ValueError(
+          f"{where}: a column may not be called {name!r}: rewards get that already. Set `prompt` "
+          "if it is the prompt, or `rename` it"
+        )
+    return columns
+
+
+def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
+  """Digest of each row's key, and the columns, which are those of every row."""
+  digests: list[bytes] = []
+  names: set[str] = set()
+  for i in range(len(rows.source)):
+    example = rows.example(i)
+    names = names if i else set(example.columns)
+    if set(example.columns) != names:
+      differing = ", ".join(sorted(set(example.columns) ^ names))
+      first = rows.source.where(0).rpartition(", ")[2]
+      raise ValueError(
+        f"{rows.source.where(i)}: has not the columns of {first}; they differ in: {differing}. "
+        "Give every line the same columns (null where there is no value)"
+      )
+    digests.append(hashlib.sha256(f"{seed}\n{example.key}".encode()).digest())
+  return digests, names
+
+
+def _prompt(row: Row, column: str, where: str) -> Prompt:
+  if column not in row:
+    raise ValueError(
+      f"{where}: no column {column!r}; it has: {', '.join(row) or 'none'}. Set `prompt` to the "
+      "column with the prompt"
+    )
+  prompt = row[column]
+  if isinstance(prompt, str) and prompt.strip():
+    return prompt
+  if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+    return prompt
+  raise ValueError(
+    f"{where}: {column!r} must be text that is not empty, or a list of chat messages such as "
+    f'{{"role": "user", "content": "..."}}, got {json.dumps(prompt, default=str)[:80]}'
+  )
+
+
+def _is_message(message: Any) -> bool:
+  return isinstance(message, dict) and all(
+    isinstance(message.get(field), str) for field in ("role", "content")
+  )
+
+
+def _held_out(digests: Sequence[bytes], fraction: float) -> set[bytes]:
+  """About `fraction` of the distinct keys; which ones does not depend on the order of the rows."""
+  if fraction == 0:
+    return set()
+  ranked = sorted(set(digests))
+  if len(ranked) < 2:
+    raise ValueError(
+      f"cannot hold out eval_fraction={fraction}: all lines are one problem. Add lines, set `key` "
+      "to a column that tells problems apart, or set eval_fraction=0"
+    )
+  return set(ranked[: min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)])

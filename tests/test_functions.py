@@ -1,0 +1,90 @@
+"""Rewards by name, and several of them with weights."""
+
+import inspect
+import math
+import pickle
+
+import pytest
+
+from grpo_jax.tasks.functions import ExactlyOne, accuracy_of, load_function, weighted
+from grpo_jax.tasks.graders import GRADERS
+
+
+def length(prompts, completions, **columns):
+  return [len(text) for text in completions]
+
+
+def half(completions, **columns):
+  return [0.5] * len(completions)
+
+
+def needs_answer(completions, answer, **columns):
+  return [1.0, 0.5, True]
+
+
+def test_load_function(tmp_path):
+  (tmp_path / "good.py").write_text("def reward(**columns): ...\nlimit = 3\n")
+  (tmp_path / "bad.py").write_text("import no_such_module_at_all\n")
+  assert load_function(f"{tmp_path}/good.py:reward").__name__ == "reward"
+  assert load_function("math:sqrt") is math.sqrt
+  assert load_function(length) is length
+  assert load_function("numeric") is GRADERS["numeric"]
+  with pytest.raises(ValueError, match="did you mean 'reward'"):
+    load_function(f"{tmp_path}/good.py:rewrad")
+  with pytest.raises(ValueError, match="is a int, not a function"):
+    load_function(f"{tmp_path}/good.py:limit")
+  with pytest.raises(ValueError, match="raised ModuleNotFoundError: No module named 'no_such"):
+    load_function(f"{tmp_path}/bad.py:reward")
+  with pytest.raises(ValueError, match="loading no_such_module raised"):
+    load_function("no_such_module:reward")
+  with pytest.raises(FileNotFoundError, match=r"no such file: .*missing.py"):
+    load_function(f"{tmp_path}/missing.py:reward")
+  with pytest.raises(ValueError, match=r"unknown grader 'numerik'.*'numeric'.*file.py:function"):
+    load_function("numerik")
+  with pytest.raises(ValueError, match=r"'file.py:' does not name a function"):
+    load_function("file.py:")
+
+
+def test_a_built_in_reward_with_settings():
+  rewards = weighted(["numeric", {"name": "length", "target": 20}], [1, 0.5])
+  assert list(rewards) == ["numeric", "length"]
+  assert rewards["length"][0](completions=[""], completion_lengths=[15]) == [-0.25]
+  with pytest.raises(ValueError, match=r"needs a 'name' too, got \{'target': 20\}"):
+    weighted({"target": 20})
+  with pytest.raises(ValueError, match="length"):
+    weighted({"name": "length", "taget": 20})
+  with pytest.raises(ValueError, match="length"):
+    weighted("length")  # which cannot do without its setting
+
+
+def test_the_first_reward_or_the_one_named_decides_what_is_right():
+  rewards = weighted([half, "numeric", "exact"])
+  texts, gold = ["<answer>2.0</answer>", "<answer>2</answer>", "<answer>3</answer>"], ["2"] * 3
+  for accuracy, verdicts in (("numeric", [1, 1, 0]), ("exact", [0, 1, 0]), (None, [0, 0, 0])):
+    right, _ = accuracy_of(rewards, accuracy)
+    assert right(prompts=[""] * 3, completions=texts, answer=gold) == verdicts
+  votes = {str(name): accuracy_of(rewards, name)[1] for name in ("numeric", "exact", half, None)}
+  assert votes["numeric"](texts[0]) == votes["numeric"](texts[1]) != votes["numeric"](texts[2])
+  assert votes["exact"](texts[0]) != votes["exact"](texts[1])
+  assert votes[str(half)] is votes["None"] is None
+  assert accuracy_of(weighted("numeric"))[1] is votes["numeric"]
+
+
+def test_weighted():
+  assert weighted(length) == {"length": (length, 1.0)}
+  assert weighted(["numeric", length], [1, 0.5]) == {
+    "numeric": (GRADERS["numeric"], 1.0),
+    "length": (length, 0.5),
+  }
+  with pytest.raises(ValueError, match="1 weights for 2 rewards"):
+    weighted([length, "numeric"], [1])
+  with pytest.raises(ValueError, match="two rewards have one name"):
+    weighted([length, length])
+  with pytest.raises(ValueError, match="reward is empty"):
+    weighted([])
+
+
+def test_exactly_one_asks_for_what_its_function_asks_for():
+  accuracy = pickle.loads(pickle.dumps(ExactlyOne(needs_answer)))
+  assert list(inspect.signature(accuracy).parameters) == ["completions", "answer", "columns"]
+  assert accuracy(prompts=[""] * 3, completions=[""] * 3, answer=[1] * 3) == [1.0, 0.0, 1.0]
