@@ -1,7 +1,9 @@
-"""Evaluation: greedy accuracy and unbiased pass@k, with standard errors.
+"""Evaluation: greedy accuracy, unbiased pass@k and maj@k, lengths, all with standard errors.
 
-python -m grpo_jax.evaluate --workdir DIR                        # a trained run
+python -m grpo_jax.evaluate --workdir DIR [--before]             # a trained run
 python -m grpo_jax.evaluate --config experiments/X.py            # its model, untrained
+
+Numbers and completions are kept in DIR/eval, or in the folder that --out names.
 """
 
 import argparse
@@ -9,14 +11,19 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from grpo_jax.rollout import Sampler, accuracy, columns_of, ended, records
+from grpo_jax.rollout import columns_of, records
+from grpo_jax.sampler import Sampler
+from grpo_jax.tasks.answers import normalize
 from grpo_jax.tasks.base import Example, Task
+from grpo_jax.tasks.workers import Scorer, score_in_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,38 +44,54 @@ def evaluate(
   temperature: float = 1.0,
   batch_prompts: int = 50,
   key: jax.Array | None = None,
+  scorer: Scorer | None = None,
 ) -> Evaluation:
-  """Greedy accuracy, and pass@k for k = 1, 2, 4, ... up to `samples`.
+  """Greedy accuracy and lengths; pass@k and maj@k for k = 1, 2, 4, ... and `samples` itself.
 
-  Accuracy is the task's strict rule, 1.0 or nothing. Standard errors are over problems. The last
-  batch is filled up with repeated prompts that are not counted, so one program does.
+  Accuracy is the task's strict rule, 1.0 or nothing; a completion on which it hung or died counts
+  as wrong (and in `eval/missing`). maj@k is for tasks with `Task.answer`, and k above 2. Standard
+  errors are over problems. The last batch is filled up with repeated prompts that are not counted,
+  so one program does.
 
   Args:
     params: in the sampler's layout.
-    samples: completions per problem for pass@k at `temperature`; 0 = greedy only.
+    samples: completions per problem for pass@k and maj@k at `temperature`; 0 = greedy only.
     key: random key for them.
+    scorer: calls the task's rule; by default in this process, without a limit of time.
+
+  Raises ValueError where there are no examples.
   """
-  right, lengths, stopped, kept = _answers(
-    sampler, params, task, examples, 1, 0.0, batch_prompts, jax.random.key(0)
-  )
+  if not examples:
+    raise ValueError(f"task {task.name!r} has no problems to evaluate on: its split is empty")
+  scorer = score_in_process(task) if scorer is None else scorer
+
+  def answers(group: int, temperature: float, key: jax.Array) -> "_Answers":
+    batches = _batches(
+      sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
+    )
+    return _Answers.joined([*batches])
+
+  greedy = answers(1, 0.0, jax.random.key(0))
   metrics = {
     "eval/n": float(len(examples)),
-    "eval/accuracy": float(right.mean()),
-    "eval/accuracy_se": standard_error(right[:, 0]),
-    "eval/mean_length": float(lengths.mean()),
-    "eval/clipped_ratio": float(1.0 - stopped.mean()),
+    **_mean("eval/accuracy", greedy.right[:, 0]),
+    **_mean("eval/mean_length", greedy.lengths[:, 0]),
+    **_mean("eval/clipped_ratio", ~greedy.ended[:, 0]),
   }
+  missing, kept = greedy.missing, greedy.samples
   if samples:
-    key = jax.random.key(0) if key is None else key
-    right, _, _, more = _answers(
-      sampler, params, task, examples, samples, temperature, batch_prompts, key
-    )
-    kept += more
-    for k in (2**i for i in range(samples.bit_length())):
-      passed = np.array([pass_at_k(samples, int(c), k) for c in right.sum(-1)])
-      metrics[f"eval/pass@{k}"] = float(passed.mean())
-      metrics[f"eval/pass@{k}_se"] = standard_error(passed)
-  return Evaluation(metrics, kept)
+    more = answers(samples, temperature, jax.random.key(0) if key is None else key)
+    missing, kept = missing + more.missing, kept + more.samples
+    metrics["eval/samples"] = float(samples)
+    sizes = sorted({*(2**i for i in range(samples.bit_length())), samples})
+    for k in sizes:
+      passed = [pass_at_k(samples, int(row.sum()), k) for row in more.right]
+      metrics |= _mean(f"eval/pass@{k}", passed)
+    for k in sizes if task.answer else []:
+      if k > 2:  # two votes decide nothing
+        right = [maj_at_k(*row, k) for row in zip(more.votes, more.right)]
+        metrics |= _mean(f"eval/maj@{k}", right)
+  return Evaluation(metrics | {"eval/missing": float(missing)}, kept)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -84,90 +107,211 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
   return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def maj_at_k(votes: Sequence[Hashable | None], right: Sequence[float], k: int) -> float:
+  """Unbiased chance that the most frequent answer of k samples is right, from n of them.
+
+  The mean over the n // k blocks of k samples that follow each other, each of which is a fresh
+  draw of k; what is left over is not used. In a block the answer that more samples give than any
+  other wins, of several the one that comes first; `None` is no vote. It is as right as the first
+  sample that gives it.
+
+  >>> maj_at_k(["a", "b", "b", "c", "d", None], [1, 0, 0, 1, 0, 0], k=3)
+  0.5
+  """
+  if not 1 <= k <= len(votes) or len(votes) != len(right):
+    raise ValueError(f"need 1 <= k <= n, got k={k} and {len(votes)} votes, {len(right)} verdicts")
+  won = []
+  for start in range(0, len(votes) - k + 1, k):
+    block = list(votes[start : start + k])
+    counts = Counter(vote for vote in block if vote is not None)
+    # Of equal counts, `most_common` gives the one that was met first.
+    winner = counts.most_common(1)[0][0] if counts else None
+    won.append(float(right[start + block.index(winner)]) if counts else 0.0)
+  return sum(won) / len(won)
+
+
 def standard_error(values: np.ndarray) -> float:
   """Standard error of the mean of independent values; NaN for fewer than two."""
   return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def _answers(sampler, params, task, examples, group, temperature, batch_prompts, key):
-  """(right [n, G], lengths [n, G], ended [n, G], samples) over all examples, in order."""
-  right, lengths, stopped, kept = [], [], [], []
-  for start in range(0, len(examples), batch_prompts):
-    part = list(examples[start : start + batch_prompts])
-    filled = part + [part[-1]] * (batch_prompts - len(part))
-    prompts = [example.prompt for example in filled]
-    out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=start)
-    n = len(part)
-    correct = accuracy(task, prompts[:n], out.texts[:n], columns_of(part))
-    size = out.mask[:n].sum(-1)
-    right.append(correct)
-    lengths.append(size)
-    stopped.append(ended(out, sampler)[:n])
-    kept += records(prompts[:n], out.texts[:n], accuracy=correct, length=size)
-  return *map(np.concatenate, (right, lengths, stopped)), kept
+def table(
+  metrics: Mapping[str, float], title: str, before: Mapping[str, float] | None = None
+) -> str:
+  """Metrics with their standard errors as lines of text, beside those of `before` if given.
 
-
-def table(metrics: dict[str, float], title: str) -> str:
-  """Metrics with standard errors as lines of text."""
+  >>> print(table({"eval/n": 4.0, "eval/accuracy": 0.5, "eval/accuracy_se": 0.25}, "sums"))
+  sums (n = 4 problems)
+    accuracy         0.500 ± 0.250
+  """
+  columns = [metrics] if before is None else [before, metrics]
   lines = [f"{title} (n = {metrics['eval/n']:.0f} problems)"]
-  for name, value in metrics.items():
-    if name.endswith("_se") or name == "eval/n":
+  if before is not None:
+    lines.append(f"  {'':<16} {'before':<18} after")
+  for name in dict.fromkeys(name for column in columns for name in column):
+    hidden = name == "eval/missing" and not any(column.get(name) for column in columns)
+    if name.endswith("_se") or name in ("eval/n", "eval/samples") or hidden:
       continue
-    error = metrics.get(f"{name}_se")
-    shown = f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
-    lines.append(f"  {name.removeprefix('eval/'):<16} {shown}")
+    cells = "".join(f"{_cell(column, name):<19}" for column in columns)
+    lines.append(f"  {name.removeprefix('eval/'):<16} {cells}".rstrip())
   return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-  from ml_collections import ConfigDict
+def write(folder: str | Path, name: str, record: Mapping[str, Any], samples: Sequence[Any]) -> Path:
+  """Writes `name`.json (what was measured) and `name`_samples.jsonl, one completion a line."""
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+  (folder / f"{name}_samples.jsonl").write_text(lines, encoding="utf-8")
+  path = folder / f"{name}.json"
+  path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+  return path
 
-  from grpo_jax import checkpoint, config
-  from grpo_jax.build import build
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+  """Completions of n problems, G each: arrays [n, G]; votes [n][G]; one sample a completion."""
+
+  right: np.ndarray
+  lengths: np.ndarray
+  ended: np.ndarray
+  votes: list[list[Hashable | None]]
+  missing: int
+  samples: list[dict[str, Any]]
+
+  @classmethod
+  def joined(cls, parts: "Sequence[_Answers]") -> "_Answers":
+    arrays = [np.concatenate(a) for a in zip(*((p.right, p.lengths, p.ended) for p in parts))]
+    votes = [row for part in parts for row in part.votes]
+    samples = [sample for part in parts for sample in part.samples]
+    return cls(*arrays, votes, sum(part.missing for part in parts), samples)
+
+
+def _batches(
+  sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
+) -> Iterator[_Answers]:
+  for start in range(0, len(examples), batch_prompts):
+    part = list(examples[start : start + batch_prompts])
+    n = len(part)
+    filled = part + [part[-1]] * (batch_prompts - n)
+    prompts = [example.prompt for example in filled]
+    out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=start)
+    texts, lengths = out.texts[:n], out.lengths[:n]
+    scores = scorer(prompts[:n], texts, columns_of(part), lengths, rewards=False)
+    right = np.nan_to_num(scores.accuracy, nan=0.0)
+    kept = records(prompts[:n], texts, accuracy=right, length=lengths, ended=out.ended[:n])
+    votes = [[_vote(task, text) for text in row] for row in texts] if group > 1 else []
+    yield _Answers(right, lengths, out.ended[:n], votes, scores.missing, kept)
+
+
+def _vote(task: Task, text: str) -> Hashable | None:
+  answer = task.answer(text) if task.answer else None
+  return normalize(answer) if isinstance(answer, str) else answer
+
+
+def _mean(name: str, values: Any) -> dict[str, float]:
+  values = np.asarray(values, np.float64)
+  return {name: float(values.mean()), f"{name}_se": standard_error(values)}
+
+
+def _cell(metrics: Mapping[str, float], name: str) -> str:
+  if name not in metrics:
+    return "-"
+  error = metrics.get(f"{name}_se", math.nan)
+  return f"{metrics[name]:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+  """Without NaN, for which JSON has no word."""
+  return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+  from grpo_jax.build import build, make_scorer
 
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.evaluate", description=__doc__)
   parser.add_argument("--workdir", help="a work directory: its config, and its newest checkpoint")
   parser.add_argument("--config", help="an experiment file, for its model before training")
+  parser.add_argument("--before", action="store_true", help="with --workdir: the start as well")
   parser.add_argument("--samples", type=int, default=8, help="completions per problem for pass@k")
+  parser.add_argument("--out", help="folder for numbers and completions; DIR/eval with --workdir")
   parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
   arguments, overrides = parser.parse_known_args(argv)
   try:
-    if (arguments.workdir is None) == (arguments.config is None):
-      raise ValueError("give --workdir (a run) or --config (an experiment), one of them")
-    if arguments.config:
-      settings = config.load(arguments.config, overrides)
-    else:
-      saved = checkpoint.read_config(arguments.workdir)
-      if saved is None:
-        raise ValueError(f"{arguments.workdir} holds no {checkpoint.CONFIG}: not a work directory")
-      settings = config.override(ConfigDict(saved), overrides)
+    settings = _settings(arguments, overrides)
     run = build(settings)
-    state, step = run.initial_state(), None
-    if arguments.workdir:
-      with checkpoint.Checkpoints(arguments.workdir, settings.checkpoint.keep) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-          raise ValueError(f"{arguments.workdir} holds no complete checkpoint")
-        state = checkpoints.restore(step, state)
+    if not run.task.splits["eval"]:
+      raise ValueError(f"task {run.task.name!r} holds nothing out: its split 'eval' is empty")
+    stages = _stages(arguments, settings, run)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  result = evaluate(
-    run.sampler,
-    run.for_sampling()(state.params),
-    run.task,
-    run.task.splits["eval"],
-    samples=arguments.samples,
-    temperature=settings.rollout.temperature,
-    batch_prompts=settings.eval.batch_prompts,
-    key=jax.random.key(settings.seed),
-  )
+  to_sampler = run.for_sampling(run.frozen_params())
+  folder = arguments.out or (arguments.workdir and Path(arguments.workdir) / "eval")
+  about = {"model": settings.model.source, "task": run.task.name, "split": "eval"}
+  measured: list[dict[str, float]] = []
+  with make_scorer(settings, run) as scorer:
+    for step, params in stages.items():
+      result = evaluate(
+        run.sampler,
+        to_sampler(params),
+        run.task,
+        run.task.splits["eval"],
+        samples=arguments.samples,
+        temperature=settings.rollout.temperature,
+        batch_prompts=settings.eval.batch_prompts,
+        key=jax.random.key(settings.seed),
+        scorer=scorer,
+      )
+      measured.append(result.metrics)
+      record = {**about, "step": step, "temperature": settings.rollout.temperature}
+      record |= _plain(result.metrics)
+      if folder:
+        write(folder, f"step_{step:06d}", record, result.samples)
+  before = measured[0] if len(measured) > 1 else None
   if arguments.json:
-    print(json.dumps(result.metrics))
+    print(json.dumps(record | ({"before": _plain(before)} if before else {})))
   else:
-    where = settings.model.source if step is None else f"{arguments.workdir} after {step} steps"
-    print(table(result.metrics, f"{where} on {run.task.name}, held out"))
+    where = f"{arguments.workdir} after {step} steps" if arguments.workdir else about["model"]
+    print(table(result.metrics, f"{where} on {run.task.name}, held out", before))
   return 0
+
+
+def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int, Any]:
+  """Trained parameters by step: the start if it is asked for, the newest checkpoint of a run."""
+  from grpo_jax import checkpoint
+
+  state = run.initial_state(moving_reference=settings.reference.sync_every > 0)
+  stages = {0: state.params} if arguments.config or arguments.before else {}
+  if arguments.workdir:
+    with checkpoint.Checkpoints(arguments.workdir, settings.checkpoint.keep) as checkpoints:
+      step = checkpoints.latest()
+      if step is None:
+        raise ValueError(f"{arguments.workdir} holds no complete checkpoint")
+      stages[step] = checkpoints.restore(step, state).params
+  return stages
+
+
+def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
+  """The config of the experiment or of the run."""
+  from ml_collections import ConfigDict
+
+  from grpo_jax import checkpoint, config
+
+  if (arguments.workdir is None) == (arguments.config is None):
+    raise ValueError("give --workdir (a run) or --config (an experiment), one of them")
+  if arguments.config:
+    return config.load(arguments.config, overrides)
+  saved = checkpoint.read_config(arguments.workdir)
+  if saved is None:
+    raise ValueError(f"{arguments.workdir} holds no {checkpoint.CONFIG}: not a work directory")
+  return config.override(ConfigDict(saved), overrides)
 
 
 if __name__ == "__main__":

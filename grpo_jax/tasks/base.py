@@ -12,7 +12,7 @@ import inspect
 import math
 import numbers
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,14 @@ from jaxtyping import Float
 Prompt = str | list[dict[str, str]]
 RewardFunction = Callable[..., Any]
 """Called by keyword, `f(prompts=..., completions=..., **columns) -> list[float | None]`."""
+StepRewards = Callable[..., Sequence[Sequence[tuple[int, float]]]]
+"""Called in the same way; for each completion the (end, reward) of its steps, in order.
+
+The end of a step is the number of characters of the completion up to and including it.
+"""
+
+LENGTHS = "completion_lengths"
+"""What a reward function calls the completions' lengths in tokens; only those that ask get it."""
 
 
 class RewardError(ValueError):
@@ -47,6 +55,8 @@ class Task:
 
   `rewards` maps a name to (function, weight). `accuracy` is a function of the same form that gives
   1.0 exactly when the answer is right. Generation ends where a string of `stop` appears.
+  `answer` finds the answer in a completion (None = there is none): evaluation takes the majority
+  over them. `step_rewards` rewards the steps of a completion, for algorithms that use that.
   """
 
   name: str
@@ -54,6 +64,8 @@ class Task:
   rewards: Mapping[str, tuple[RewardFunction, float]]
   accuracy: RewardFunction
   stop: tuple[str, ...] = ()
+  answer: Callable[[str], Hashable | None] | None = None
+  step_rewards: StepRewards | None = None
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
@@ -77,6 +89,7 @@ def score(
   prompts: Sequence[Prompt],
   completions: Sequence[Sequence[str]],
   columns: Mapping[str, Sequence[Any]],
+  lengths: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Float[np.ndarray, "P G"], dict[str, Float[np.ndarray, "P G"]]]:
   """Weighted sum of the reward functions, `sum_i weight_i * reward_i`, over those that apply.
 
@@ -86,6 +99,8 @@ def score(
     prompts: [P], text or chat messages.
     completions: [P][G], text; every prompt has the same number of completions.
     columns: name -> [P], handed to the functions under their names.
+    lengths: [P][G], tokens of each completion: `completion_lengths`, flat like the others, for the
+      functions with a parameter of that name.
 
   Returns:
     (total [P, G], name -> values [P, G]), float64. `None` or NaN from a function means "does not
@@ -102,7 +117,12 @@ def score(
   >>> score({"short": (short, 0.5)}, ["5 - 9 ="], [["-4", "minus four"]], {})[0]
   array([[0.5, nan]])
   """
-  shape = _shape(rewards, prompts, completions, columns)
+  if not rewards:
+    raise ValueError("rewards is empty: a task needs at least one reward function")
+  for name, (_, weight) in rewards.items():
+    if not math.isfinite(weight):
+      raise ValueError(f"the weight of reward {name!r} is {weight}: it must be a finite number")
+  shape = check_batch(prompts, completions, columns, lengths)
   if 0 in shape:
     return np.zeros(shape), {name: np.zeros(shape) for name in rewards}
   group = range(shape[1])
@@ -110,37 +130,50 @@ def score(
   entries["prompts"] = [prompt for prompt in prompts for _ in group]
   entries["completions"] = [text for texts in completions for text in texts]
 
-  results = _call_all({name: function for name, (function, _) in rewards.items()}, entries)
+  on_request = {} if lengths is None else {LENGTHS: [int(n) for row in lengths for n in row]}
+
+  results = _call_all({name: f for name, (f, _) in rewards.items()}, entries, on_request)
   per_name = {
     name: _numbers(_label(name, rewards[name][0]), result, entries).reshape(shape)
     for name, result in results.items()
   }
+  return weighted_sum(per_name, {name: weight for name, (_, weight) in rewards.items()}), per_name
+
+
+def weighted_sum(
+  per_name: Mapping[str, Float[np.ndarray, "P G"]], weights: Mapping[str, float]
+) -> Float[np.ndarray, "P G"]:
+  """`sum_i weight_i * reward_i` over the rewards that apply; NaN where none with a weight does.
+
+  >>> per_name = {"a": np.array([[1.0, np.nan]]), "b": np.array([[2.0, np.nan]])}
+  >>> weighted_sum(per_name, {"a": 1.0, "b": 0.5})
+  array([[ 2., nan]])
+  """
+  shape = next(iter(per_name.values())).shape
   total, scored = np.zeros(shape), np.zeros(shape, bool)
-  for name, (_, weight) in rewards.items():
-    applies = ~np.isnan(per_name[name]) & (weight != 0)
-    total += np.where(applies, weight * np.where(applies, per_name[name], 0.0), 0.0)
+  for name, values in per_name.items():
+    applies = ~np.isnan(values) & (weights[name] != 0)
+    total += np.where(applies, weights[name] * np.where(applies, values, 0.0), 0.0)
     scored |= applies
-  return np.where(scored, total, np.nan), per_name
+  return np.where(scored, total, np.nan)
 
 
-def _shape(
-  rewards: Mapping[str, Any],
+def check_batch(
   prompts: Sequence[Prompt],
   completions: Sequence[Sequence[str]],
   columns: Mapping[str, Sequence[Any]],
+  lengths: Sequence[Sequence[int]] | None = None,
 ) -> tuple[int, int]:
-  if not rewards:
-    raise ValueError("rewards is empty: a task needs at least one reward function")
-  for name, (_, weight) in rewards.items():
-    if not math.isfinite(weight):
-      raise ValueError(f"the weight of reward {name!r} is {weight}: it must be a finite number")
+  """(P, G) of arguments of `score`; ValueError where they do not fit each other."""
   if len(completions) != len(prompts):
     raise ValueError(f"{len(prompts)} prompts but {len(completions)} lists of completions")
   sizes = {len(texts) for texts in completions}
   if len(sizes) > 1:
     raise ValueError(f"every prompt needs the same number of completions, got {sorted(sizes)}")
+  if lengths is not None and [len(row) for row in lengths] != [len(row) for row in completions]:
+    raise ValueError("lengths must hold one number of tokens for each completion")
   for name, values in columns.items():
-    if name in ("prompts", "completions"):
+    if name in ("prompts", "completions", LENGTHS):
       raise ValueError(f"a column may not be called {name!r}: rewards get that name already")
     if len(values) != len(prompts):
       raise ValueError(f"column {name!r} has {len(values)} values for {len(prompts)} prompts")
@@ -148,18 +181,22 @@ def _shape(
 
 
 def _call_all(
-  functions: Mapping[str, RewardFunction], entries: Mapping[str, list[Any]]
+  functions: Mapping[str, RewardFunction],
+  entries: Mapping[str, list[Any]],
+  on_request: Mapping[str, list[Any]],
 ) -> dict[str, Any]:
   """Plain functions one after the other, then the asynchronous ones together."""
+  given: dict[str, dict[str, list[Any]]] = {}
   results: dict[str, Any] = {}
   waiting: dict[str, Awaitable[Any]] = {}
   try:
     for name, function in functions.items():
-      _check_signature(_label(name, function), function, entries)
+      asked = check_signature(name, function, entries, on_request)
+      given[name] = {**entries, **{column: on_request[column] for column in asked}}
       try:
-        results[name] = function(**entries)
+        results[name] = function(**given[name])
       except Exception as error:
-        raise _raised(name, function, error, entries) from error
+        raise _raised(name, function, error, given[name]) from error
       if inspect.isawaitable(results[name]):
         waiting[name] = results[name]
   except RewardError:
@@ -170,7 +207,7 @@ def _call_all(
   if waiting:
     for name, value in zip(waiting, _await_together(list(waiting.values()))):
       if isinstance(value, Exception):
-        raise _raised(name, functions[name], value, entries) from value
+        raise _raised(name, functions[name], value, given[name]) from value
       results[name] = value
   return results
 
@@ -193,22 +230,35 @@ def _await_together(awaitables: list[Awaitable[Any]]) -> list[Any]:
   return results
 
 
-def _check_signature(label: str, function: RewardFunction, entries: Mapping[str, Any]) -> None:
+def check_signature(
+  name: str,
+  function: RewardFunction,
+  given: Iterable[str],
+  on_request: Collection[str] = (LENGTHS,),
+) -> list[str]:
+  """Which of the `on_request` columns a function asks for by name.
+
+  Raises RewardError where it wants something that it will not be given, or cannot take what it
+  will be: everything in `given`, and of `on_request` what it asks for.
+  """
+  label, given = _label(name, function), sorted(given)
   try:
     parameters = inspect.signature(function).parameters.values()
   except (TypeError, ValueError):  # some callables written in C have no signature to look at
-    return
-  have = ", ".join(sorted(entries))
+    return []
   by_name = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-  missing = [n for n, p in by_name.items() if p.default is p.empty and n not in entries]
+  asked = [column for column in on_request if column in by_name]
+  missing = [n for n, p in by_name.items() if p.default is p.empty and n not in (*given, *asked)]
   if missing:
+    have = ", ".join(given)
     raise RewardError(f"{label} asks for {', '.join(missing)}, which is not given. Given: {have}")
-  extra = sorted(set(entries) - set(by_name))
+  extra = sorted(set(given) - set(by_name))
   if extra and not any(p.kind is p.VAR_KEYWORD for p in parameters):
     raise RewardError(
       f"{label} does not take {', '.join(extra)}: end its parameters with **columns, as in "
-      f"`def f(prompts, completions, **columns)`. Given: {have}"
+      f"`def f(prompts, completions, **columns)`. Given: {', '.join(given)}"
     )
+  return asked
 
 
 def _numbers(label: str, values: Any, entries: Mapping[str, list[Any]]) -> np.ndarray:
@@ -216,13 +266,13 @@ def _numbers(label: str, values: Any, entries: Mapping[str, list[Any]]) -> np.nd
   if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
     raise RewardError(
       f"{label} returned {type(values).__name__} {_short(values)}: it must return a list with one "
-      f"number (or None) per completion, here {count}\n{_shown(entries, 0)}"
+      f"number (or None) per completion, here {count}\n{_shown_at(entries, 0)}"
     )
   values = list(values)
   if len(values) != count:
     raise RewardError(
       f"{label} returned {len(values)} values for {count} completions: it must return one number "
-      f"(or None) for each\n{_shown(entries, min(len(values), count - 1))}"
+      f"(or None) for each\n{_shown_at(entries, min(len(values), count - 1))}"
     )
   out = np.full(count, np.nan)
   for i, value in enumerate(values):
@@ -239,7 +289,7 @@ def _numbers(label: str, values: Any, entries: Mapping[str, list[Any]]) -> np.nd
     if math.isinf(number):
       raise RewardError(
         f"{label} returned {type(value).__name__} {_short(value)} at position {i}: it must be a "
-        f"finite number, or None where it does not apply\n{_shown(entries, i)}"
+        f"finite number, or None where it does not apply\n{_shown_at(entries, i)}"
       )
     out[i] = number
   return out
@@ -267,7 +317,7 @@ def _raised(
   note = "" if alone else "  (no completion raises it alone; this is the first)\n"
   return RewardError(
     f"{_label(name, function)} raised {type(error).__name__}: {error}\n{note}"
-    + _shown(entries, start if alone else 0)
+    + _shown_at(entries, start if alone else 0)
   )
 
 
@@ -277,11 +327,13 @@ def _label(name: str, function: RewardFunction) -> str:
   return f"reward function {name!r}{where}"
 
 
-def _shown(entries: Mapping[str, list[Any]], i: int) -> str:
-  return (
-    f"  prompt:     {_short(entries['prompts'][i])}\n"
-    f"  completion: {_short(entries['completions'][i])}"
-  )
+def _shown_at(entries: Mapping[str, list[Any]], i: int) -> str:
+  return shown(entries["prompts"][i], entries["completions"][i])
+
+
+def shown(prompt: Prompt, completion: str) -> str:
+  """A completion and its prompt as two lines of an error; long ones without their middle."""
+  return f"  prompt:     {_short(prompt)}\n  completion: {_short(completion)}"
 
 
 def _short(value: Any, width: int = 400) -> str:
