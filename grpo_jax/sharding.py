@@ -19,10 +19,18 @@ AXES = ("data", "fsdp", "tensor")
 # Layers are stacked on a leading axis, which is never split.
 RULES: tuple[tuple[str, P], ...] = (
   (r"(embed|head)$", P("tensor", "fsdp")),
+  (r"score$", P()),
   (r"layers/.*norm$", P()),
   (r"final_norm$", P()),
   (r"layers/(q|k|v|gate|up)$", P(None, "fsdp", "tensor")),
   (r"layers/(o|down)$", P(None, "tensor", "fsdp")),
+  (r"layers/(q|k|v|gate|up)_bias$", P(None, "tensor")),
+  (r"layers/(o|down)_bias$", P()),
+  # Low-rank pairs [in, r] and [r, out]: split where their matrix is, whole along the rank.
+  (r"layers/(q|k|v|gate|up)_lora_a$", P(None, "fsdp", None)),
+  (r"layers/(q|k|v|gate|up)_lora_b$", P(None, None, "tensor")),
+  (r"layers/(o|down)_lora_a$", P(None, "tensor", None)),
+  (r"layers/(o|down)_lora_b$", P(None, None, "fsdp")),
 )
 BATCH = P(("data", "fsdp"))
 

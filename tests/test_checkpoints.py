@@ -4,12 +4,16 @@ The folders in fixtures/ are random Llamas with logits of PyTorch transformers (
 they were made is in fixtures/make_tiny_llama.py.
 """
 
+import dataclasses
 import importlib.util
 import json
+import math
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,10 +21,11 @@ import pytest
 import tiny_gguf
 from safetensors.numpy import load_file, save_file
 
+from grpo_jax import sharding
 from grpo_jax.models import checkpoints
-from grpo_jax.models.checkpoints import RANDOM_MODELS, ROWS, Source, load, resolve
+from grpo_jax.models.checkpoints import ROWS, load, open_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
-from grpo_jax.models.files import undo_rope_order
+from grpo_jax.models.sources import RANDOM_MODELS, Source, resolve
 
 FIXTURES = Path(__file__).parent / "fixtures"
 UNTIED, TIED = FIXTURES / "tiny_llama", FIXTURES / "tiny_llama_tied"
@@ -35,12 +40,6 @@ needs_real_model = pytest.mark.skipif(
 def folder(tmp_path):
   """A copy of the untied fixture that a test may damage."""
   return Path(shutil.copytree(UNTIED, tmp_path / "model"))
-
-
-def edit_config(folder, **changes):
-  config = json.loads((folder / "config.json").read_text()) | changes
-  config = {key: value for key, value in config.items() if value is not ...}
-  (folder / "config.json").write_text(json.dumps(config))
 
 
 def edit_tensors(folder, change):
@@ -128,14 +127,6 @@ def test_config_of_a_folder():
     context=64,
   )
   assert load(str(TIED))[0].tied
-
-
-def test_config_of_older_versions_and_defaults(folder):
-  edit_config(folder, rope_parameters=..., rope_theta=123.0, rope_scaling=None)
-  assert load(str(folder))[0].rope_theta == 123.0
-  edit_config(folder, rope_theta=..., rms_norm_eps=...)
-  config = load(str(folder))[0]
-  assert (config.rope_theta, config.norm_eps) == (10000.0, 1e-6)  # what LlamaConfig says
 
 
 @pytest.mark.parametrize("source", [UNTIED, TIED], ids=lambda path: path.name)
@@ -237,30 +228,6 @@ def test_buffers_of_old_exports_are_no_parameters(folder):
   load(str(folder))
 
 
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"architectures": ["GPT2LMHeadModel"]}, "known: LlamaForCausalLM"),
-    ({"architectures": ...}, "known: LlamaForCausalLM"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "rope scaling is not supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling is not supported"),
-    (
-      {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-      "rope scaling is not supported",
-    ),
-    ({"attention_bias": True}, "attention_bias True is not supported"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"hidden_size": ..., "vocab_size": "128"}, "vocab_size, hidden_size must be given"),
-  ],
-)
-def test_configs_the_decoder_does_not_compute(folder, changes, message):
-  edit_config(folder, **changes)
-  with pytest.raises(ValueError, match=message) as caught:
-    load(str(folder))
-  assert str(folder / "config.json") in str(caught.value)
-
-
 def test_damaged_folders_are_named(folder):
   path = folder / "model.safetensors"
   whole = path.read_bytes()
@@ -292,70 +259,68 @@ def test_integer_weights_are_not_numbers_to_train(folder):
     load(str(folder))
 
 
-# --- GGUF -----------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_tensor_of_a_gguf_file_is_in_its_place(tmp_path, tied):
-  path = tmp_path / "model.gguf"
-  tensors = tiny_gguf.write(path, tied=tied)  # F32, F16, Q8_0, Q4_1
-  config, params = load(str(path))
-  assert config == ModelConfig(
-    vocab_size=264,
-    width=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    mlp=96,
-    rope_theta=5000.0,
-    norm_eps=1e-5,
-    tied=tied,
-    context=128,
-  )
-  assert_holds(params, tensors, 2)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (8, 1, 1)])
+def test_parameters_are_read_straight_into_their_layout(shape):
+  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  weights = open_weights(str(UNTIED))
+  layout = sharding.param_shardings(mesh, weights.shapes)
+  whole, placed = weights.read(), weights.read(layout)
+  assert jax.tree.structure(placed) == jax.tree.structure(whole)
+  for got, want, where in zip(*map(jax.tree.leaves, (placed, whole, layout)), strict=True):
+    assert got.sharding == where
+    np.testing.assert_array_equal(got, want)
 
 
-def test_rope_order():
-  # Two heads of four rows. GGUF has the pairs (0, 2), (1, 3) of each head side by side.
-  stored = np.array([0, 2, 1, 3, 10, 12, 11, 13])[:, None]
-  assert undo_rope_order(stored, 2).ravel().tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+def test_opening_reads_no_data():
+  weights = open_weights(str(UNTIED))
+  assert weights.config == load(str(UNTIED))[0]
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weights.read())
+  assert weights.shapes == shapes
+
+  def closed(index):
+    raise AssertionError("read")
+
+  unread = dataclasses.replace(weights, parts=jax.tree.map(lambda _: closed, weights.parts))
+  with pytest.raises(AssertionError, match="read"):
+    unread.read()
 
 
-def test_a_gguf_file_cut_anywhere_is_named(tmp_path):
-  path = tmp_path / "model.gguf"
-  tiny_gguf.write(path)
-  whole = path.read_bytes()
-  cuts = [0, 3, 4, 8, 20, 30, *range(100, len(whole), len(whole) // 40), len(whole) - 1]
-  for cut in cuts:
-    path.write_bytes(whole[:cut])
-    with pytest.raises(ValueError, match="GGUF file") as caught:
-      load(str(path))
-    assert str(path) in str(caught.value)
+def test_a_host_holds_one_parameter_beside_what_it_keeps():
+  """Counts the bytes of all buffers that were read and are still alive, whenever one more is.
 
+  Buffers are handed over out of alignment, so that the runtime has to copy them and none of them
+  stays alive as a part of a finished parameter.
+  """
+  mesh = sharding.make_mesh((2, 4, 1))
+  weights = open_weights(str(UNTIED))
+  alive, peaks, sizes = [0], [], []
 
-def test_foreign_gguf_files_are_named(tmp_path):
-  path = tmp_path / "model.gguf"
-  path.write_bytes(b"PK\x03\x04 a zip archive")
-  with pytest.raises(ValueError, match=r"model\.gguf is not a GGUF file: it starts with b'PK"):
-    load(str(path))
-  tiny_gguf.write(path, architecture="gemma")
-  with pytest.raises(ValueError, match="architecture is 'gemma', known: llama"):
-    load(str(path))
-  tiny_gguf.write(path, llama__rope__scaling__type="yarn")
-  with pytest.raises(ValueError, match="rope scaling"):
-    load(str(path))
-  tiny_gguf.write(path, llama__feed_forward_length=None)
-  with pytest.raises(ValueError, match=r"no llama\.feed_forward_length"):
-    load(str(path))
-  tiny_gguf.write(path, llama__feed_forward_length=128)
-  with pytest.raises(
-    ValueError, match=r"blk\.0\.ffn_gate\.weight: shape \[96, 64\], expected \[128"
-  ):
-    load(str(path))
-  tiny_gguf.write(path, llama__block_count=1)
-  with pytest.raises(ValueError, match=r"blk\.1\.attn_norm\.weight: unknown"):
-    load(str(path))
+  def released(size):
+    alive[0] -= size
+
+  def watched(part):
+    def read(index):
+      value = part(index)
+      buffer = np.empty(value.size + 1, np.float32)
+      start = 1 if buffer.ctypes.data % 8 == 0 else 0
+      buffer[start : start + value.size] = value.ravel()
+      weakref.finalize(buffer, released, value.nbytes)
+      alive[0] += value.nbytes
+      peaks.append(alive[0])
+      sizes.append(value.nbytes)
+      return buffer[start : start + value.size].reshape(value.shape)
+
+    return read
+
+  spied = dataclasses.replace(weights, parts=jax.tree.map(watched, weights.parts))
+  placed = spied.read(sharding.param_shardings(mesh, weights.shapes))
+  np.testing.assert_array_equal(placed["layers"]["q"], weights.read()["layers"]["q"])
+  parameters = [leaf.size * 4 for leaf in jax.tree.leaves(weights.shapes)]
+  assert max(peaks) <= 2 * max(parameters) < sum(parameters) / 3
+  assert sum(sizes) == sum(parameters)  # nothing is read for one device and again for another
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -364,7 +329,32 @@ def test_foreign_gguf_files_are_named(tmp_path):
 def test_the_table_names_everything_once():
   for column in ("path", "hf", "gguf"):
     names = [getattr(row, column) for row in ROWS]
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 22
+
+
+def test_the_table_has_the_decoders_parameters_in_their_shapes():
+  """Of a model with everything that a family can have; of a layer, matrices are transposed."""
+  everything = ModelConfig(
+    vocab_size=11,
+    width=6,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=10,
+    tied=False,
+    biases=("q", "k", "v", "o", "gate", "up", "down"),
+    qk_norm=True,
+    post_norm=True,
+  )
+  for config in (everything, dataclasses.replace(everything, labels=3, post_norm=False)):
+    shapes = checkpoints.shapes_of(config)
+    rows = {row.path: row for row in checkpoints.rows_of(config)}
+    for name, shape in shapes.pop("layers").items():
+      assert checkpoints.file_shape(rows.pop(f"layers/{name}"), config) == shape.shape[:0:-1]
+    for name, shape in shapes.items():
+      assert checkpoints.file_shape(rows.pop(name), config) == shape.shape
+    assert not rows
 
 
 def test_a_packaged_gguf_is_found_without_importing_the_package(tmp_path, monkeypatch):
@@ -424,7 +414,7 @@ def test_random_models_follow_their_seed():
   np.testing.assert_array_equal(params["layers"]["q"], again["layers"]["q"])
   assert (params["layers"]["q"] != other["layers"]["q"]).any()
   assert all(isinstance(leaf, np.ndarray) for leaf in params["layers"].values())
-  assert params.keys() == {row.path.split("/")[0] for row in ROWS} - {"head"}
+  assert params.keys() == {"embed", "layers", "final_norm"}
   assert checkpoints.resolve("random:tiny") == Source("random", "tiny")
 
 

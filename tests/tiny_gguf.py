@@ -1,9 +1,11 @@
-"""Writes a small llama GGUF file whose every value is known, for the tests of its readers."""
+"""Writes small GGUF files whose every value is known, for the tests of their readers."""
 
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
+from safetensors.numpy import load_file
 
 V, D, H, K, DH, F, L = 264, 64, 4, 2, 16, 96, 2
 TEMPLATE = (
@@ -57,12 +59,25 @@ def gguf_order(kernel: np.ndarray, heads: int) -> np.ndarray:
   return np.stack(rows)
 
 
-def write(path: Path, *, tied: bool = True, architecture: str = "llama", **metadata) -> dict:
+def write(
+  path: Path,
+  *,
+  tied: bool = True,
+  architecture: str = "llama",
+  rope_freqs: np.ndarray | None = None,
+  width: int = D,
+  embed: tuple | None = None,
+  **metadata,
+) -> dict:
   """Writes the file and gives the parameters it means, by Hugging Face name, [out, in].
 
-  `metadata` replaces or adds entries, with "__" for "." in their keys; None leaves one out.
+  Args:
+    rope_freqs: what each frequency is divided by, a tensor of its own.
+    width: of the model.
+    embed: (bytes [V, row], their type) of a quantized embedding, instead of a known one.
+    metadata: replaces or adds entries, with "__" for "." in their keys; None leaves one out.
   """
-  rng = np.random.default_rng(0)
+  D, rng = width, np.random.default_rng(0)
   quant, kinds = gguf.quants.quantize, gguf.GGMLQuantizationType
   writer = gguf.GGUFWriter(path, architecture)
   entries = {
@@ -107,7 +122,12 @@ def write(path: Path, *, tied: bool = True, architecture: str = "llama", **metad
   def norm() -> np.ndarray:
     return (rng.integers(1, 200, D) / 64).astype(np.float32)
 
-  put("token_embd.weight", "model.embed_tokens.weight", q8_0_values(rng, (V, D)), "Q8_0")
+  if rope_freqs is not None:
+    writer.add_tensor("rope_freqs.weight", rope_freqs)
+  if embed is None:
+    put("token_embd.weight", "model.embed_tokens.weight", q8_0_values(rng, (V, D)), "Q8_0")
+  else:
+    writer.add_tensor("token_embd.weight", embed[0], raw_dtype=embed[1])
   for i in range(L):
     at, to = f"blk.{i}.", f"model.layers.{i}."
     attention, mlp = to + "self_attn.", to + "mlp."
@@ -132,3 +152,66 @@ def write(path: Path, *, tied: bool = True, architecture: str = "llama", **metad
   writer.write_tensors_to_file()
   writer.close()
   return expected
+
+
+# Name in a Hugging Face file -> name in a GGUF file, by llama.cpp's tables.
+PARTS = {
+  "self_attn.q_proj": "attn_q",
+  "self_attn.k_proj": "attn_k",
+  "self_attn.v_proj": "attn_v",
+  "self_attn.o_proj": "attn_output",
+  "self_attn.q_norm": "attn_q_norm",
+  "self_attn.k_norm": "attn_k_norm",
+  "mlp.gate_proj": "ffn_gate",
+  "mlp.up_proj": "ffn_up",
+  "mlp.down_proj": "ffn_down",
+  "input_layernorm": "attn_norm",
+  "post_attention_layernorm": "ffn_norm",
+}
+GEMMA_PARTS = PARTS | {
+  "post_attention_layernorm": "post_attention_norm",
+  "pre_feedforward_layernorm": "ffn_norm",
+  "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def convert(folder: Path, path: Path, architecture: str, **metadata) -> None:
+  """A Hugging Face folder as a float32 GGUF file, in the way of llama.cpp's converter.
+
+  `metadata` adds entries under the architecture, with "__" for "." in their keys.
+  """
+  raw = json.loads((folder / "config.json").read_text())
+  writer = gguf.GGUFWriter(path, architecture)
+  writer.add_context_length(raw["max_position_embeddings"])
+  writer.add_embedding_length(raw["hidden_size"])
+  writer.add_block_count(raw["num_hidden_layers"])
+  writer.add_feed_forward_length(raw["intermediate_size"])
+  writer.add_head_count(raw["num_attention_heads"])
+  writer.add_head_count_kv(raw["num_key_value_heads"])
+  writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+  writer.add_vocab_size(raw["vocab_size"])
+  for key, value in metadata.items():
+    key = f"{architecture}.{key.replace('__', '.')}"
+    {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](
+      key, value
+    )
+  parts = GEMMA_PARTS if architecture == "gemma3" else PARTS
+  for name, value in load_file(folder / "model.safetensors").items():
+    values = value.astype(np.float32)
+    if architecture == "gemma3" and name.endswith("norm.weight"):
+      values = values + 1
+    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+      kind = "num_attention_heads" if ".q_proj" in name else "num_key_value_heads"
+      values = gguf_order(values, raw[kind])
+    stem, suffix = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+      _, _, layer, part = stem.split(".", 3)
+      stem = f"blk.{layer}.{parts[part]}"
+    else:
+      tops = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+      stem = tops[stem]
+    writer.add_tensor(f"{stem}.{suffix}", values)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()

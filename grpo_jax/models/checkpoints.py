@@ -1,15 +1,14 @@
 """Model weights from where they are: a Hugging Face folder or hub id, a GGUF file, random numbers.
 
-`load(source)` gives `(ModelConfig, parameters)`. ROWS is the one table between the names of the
-files and the paths of the parameter tree: a tensor that no row explains, or a row without its
-tensor, is an error, so nothing is ever left at its initial value or silently ignored.
+`open_weights(source)` finds and checks a model, `.read()` gives its parameters. ROWS is the one
+table between the names of the files and the paths of the parameter tree: a tensor that no row
+explains, or a row without its tensor, is an error, so nothing is ever left at its initial value or
+silently ignored.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,35 +17,17 @@ import jax
 import numpy as np
 
 from grpo_jax.models.decoder import Decoder, ModelConfig
-from grpo_jax.models.files import Tensor, first_line, read_folder, read_gguf
-
-SOURCES = (
-  "a folder with config.json and *.safetensors, a .gguf file, 'package:NAME' (the .gguf file in an "
-  "installed Python package), 'random:NAME', or a Hugging Face hub id 'org/name'"
-)
-
-RANDOM_MODELS: dict[str, ModelConfig] = {
-  # Vocabulary: 256 bytes and the end of text (tokens.ByteTokenizer).
-  "tiny": ModelConfig(
-    vocab_size=257, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, context=512
-  ),
-}
-
-
-@dataclass(frozen=True)
-class Source:
-  """What a source string names: `location` is a path, or for "random" a key of RANDOM_MODELS."""
-
-  kind: Literal["folder", "gguf", "random"]
-  location: str
+from grpo_jax.models.files import Index, Tensor, read_folder
+from grpo_jax.models.gguf import read_gguf
+from grpo_jax.models.sources import RANDOM_MODELS, resolve
 
 
 class Row(NamedTuple):
   """One parameter: its path in the tree, its name in either kind of file, its shape there.
 
   `{}` in a name is the layer: such parameters are stacked on a leading axis. Letters of `dims`:
-  V vocabulary, D width, Q query heads x head size, K key-value heads x head size, F MLP width.
-  Matrices of a layer are [out, in] in the files and [in, out] in the tree.
+  V vocabulary, D width, Q query heads x head size, K key-value heads x head size, H head size,
+  F MLP width, C labels. Matrices of a layer are [out, in] in the files and [in, out] in the tree.
   """
 
   path: str
@@ -60,27 +41,121 @@ class Row(NamedTuple):
 
 
 _LAYER = "model.layers.{}."
+_ATTENTION, _MLP = _LAYER + "self_attn.", _LAYER + "mlp."
+# fmt: off
 ROWS: tuple[Row, ...] = (
   Row("embed", "model.embed_tokens.weight", "token_embd.weight", "VD"),
   Row("layers/attn_norm", _LAYER + "input_layernorm.weight", "blk.{}.attn_norm.weight", "D"),
-  Row("layers/q", _LAYER + "self_attn.q_proj.weight", "blk.{}.attn_q.weight", "QD"),
-  Row("layers/k", _LAYER + "self_attn.k_proj.weight", "blk.{}.attn_k.weight", "KD"),
-  Row("layers/v", _LAYER + "self_attn.v_proj.weight", "blk.{}.attn_v.weight", "KD"),
-  Row("layers/o", _LAYER + "self_attn.o_proj.weight", "blk.{}.attn_output.weight", "DQ"),
+  Row("layers/q", _ATTENTION + "q_proj.weight", "blk.{}.attn_q.weight", "QD"),
+  Row("layers/k", _ATTENTION + "k_proj.weight", "blk.{}.attn_k.weight", "KD"),
+  Row("layers/v", _ATTENTION + "v_proj.weight", "blk.{}.attn_v.weight", "KD"),
+  Row("layers/o", _ATTENTION + "o_proj.weight", "blk.{}.attn_output.weight", "DQ"),
+  Row("layers/q_bias", _ATTENTION + "q_proj.bias", "blk.{}.attn_q.bias", "Q"),
+  Row("layers/k_bias", _ATTENTION + "k_proj.bias", "blk.{}.attn_k.bias", "K"),
+  Row("layers/v_bias", _ATTENTION + "v_proj.bias", "blk.{}.attn_v.bias", "K"),
+  Row("layers/o_bias", _ATTENTION + "o_proj.bias", "blk.{}.attn_output.bias", "D"),
+  Row("layers/q_norm", _ATTENTION + "q_norm.weight", "blk.{}.attn_q_norm.weight", "H"),
+  Row("layers/k_norm", _ATTENTION + "k_norm.weight", "blk.{}.attn_k_norm.weight", "H"),
   Row("layers/mlp_norm", _LAYER + "post_attention_layernorm.weight", "blk.{}.ffn_norm.weight", "D"),
-  Row("layers/gate", _LAYER + "mlp.gate_proj.weight", "blk.{}.ffn_gate.weight", "FD"),
-  Row("layers/up", _LAYER + "mlp.up_proj.weight", "blk.{}.ffn_up.weight", "FD"),
-  Row("layers/down", _LAYER + "mlp.down_proj.weight", "blk.{}.ffn_down.weight", "DF"),
+  Row("layers/gate", _MLP + "gate_proj.weight", "blk.{}.ffn_gate.weight", "FD"),
+  Row("layers/up", _MLP + "up_proj.weight", "blk.{}.ffn_up.weight", "FD"),
+  Row("layers/down", _MLP + "down_proj.weight", "blk.{}.ffn_down.weight", "DF"),
+  Row("layers/gate_bias", _MLP + "gate_proj.bias", "blk.{}.ffn_gate.bias", "F"),
+  Row("layers/up_bias", _MLP + "up_proj.bias", "blk.{}.ffn_up.bias", "F"),
+  Row("layers/down_bias", _MLP + "down_proj.bias", "blk.{}.ffn_down.bias", "D"),
   Row("final_norm", "model.norm.weight", "output_norm.weight", "D"),
   Row("head", "lm_head.weight", "output.weight", "VD"),
+  Row("score", "score.weight", "cls.output.weight", "CD"),
 )
+# With norms on both sides of attention and MLP, Hugging Face files call the norms something else.
+POST_NORM_ROWS: tuple[Row, ...] = (
+  Row("layers/attn_post_norm", _LAYER + "post_attention_layernorm.weight",
+      "blk.{}.post_attention_norm.weight", "D"),
+  Row("layers/mlp_norm", _LAYER + "pre_feedforward_layernorm.weight",
+      "blk.{}.ffn_norm.weight", "D"),
+  Row("layers/mlp_post_norm", _LAYER + "post_feedforward_layernorm.weight",
+      "blk.{}.post_ffw_norm.weight", "D"),
+)
+# fmt: on
+
+# The float32 values of a parameter at an index, one slice per axis.
+Part = Callable[[Index], np.ndarray]
 
 
-def load(source: str, *, seed: int = 0) -> tuple[ModelConfig, dict[str, Any]]:
-  """The config and float32 numpy parameters (the tree of `decoder`) of the model `source` names.
+@dataclass(frozen=True)
+class Weights:
+  """A model that was found and checked, and not read.
+
+  Attributes:
+    config: its shape.
+    shapes: the tree of `decoder`, of float32 ShapeDtypeStructs.
+    parts: the same tree, of functions that read a part of a parameter.
+  """
+
+  config: ModelConfig
+  shapes: Any
+  parts: Any
+
+  def read(self, shardings: Any = None) -> Any:
+    """The parameters: numpy arrays, or with `shardings` (a tree of them) jax arrays laid out so.
+
+    Goes from parameter to parameter and reads what this host's devices hold of each, so that a
+    host never holds more than what it keeps and one parameter.
+    """
+    if shardings is None:
+      return jax.tree.map(
+        lambda shape, part: part((slice(None),) * shape.ndim), self.shapes, self.parts
+      )
+    return jax.tree.map(
+      lambda shape, part, layout: jax.make_array_from_callback(shape.shape, layout, _once(part)),
+      self.shapes,
+      self.parts,
+      shardings,
+    )
+
+
+def _once(part: Part) -> Part:
+  """`part`, read once for all devices that hold the same of it."""
+  kept: dict[Any, np.ndarray] = {}
+
+  def read(index: Index) -> np.ndarray:
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in kept:
+      kept[key] = part(index)
+    return kept[key]
+
+  return read
+
+
+def open_weights(source: str, *, seed: int = 0) -> Weights:
+  """Finds the model that `source` names and checks every tensor's name and shape; reads no data.
 
   `seed` is for "random:NAME" alone. ValueError for a file that is damaged or not understood,
   FileNotFoundError for one that is not there; both name it.
+
+  >>> weights = open_weights("random:tiny")
+  >>> weights.config.layers, weights.shapes["layers"]["q"].shape
+  (2, (2, 64, 64))
+  """
+  found = resolve(source)
+  if found.kind == "random":
+    config = RANDOM_MODELS[found.location]
+    values = jax.tree.map(np.array, Decoder(config).init(jax.random.key(seed)))
+    parts = jax.tree.map(lambda value: lambda index: np.array(value[index]), values)
+    return Weights(config, shapes_of(config), parts)
+  read = read_gguf if found.kind == "gguf" else read_folder
+  config, tensors = read(Path(found.location))
+  names = "gguf" if found.kind == "gguf" else "hf"
+  return Weights(config, shapes_of(config), _parts(config, tensors, names, found.location))
+
+
+def shapes_of(config: ModelConfig) -> Any:
+  """The decoder's parameter tree as ShapeDtypeStructs."""
+  return jax.eval_shape(Decoder(config).init, jax.random.key(0))
+
+
+def load(source: str, *, seed: int = 0) -> tuple[ModelConfig, dict[str, Any]]:
+  """The config and float32 numpy parameters of the model that `source` names; see `open_weights`.
 
   >>> config, parameters = load("random:tiny")
   >>> config.layers, config.width, config.heads * config.head_dim
@@ -88,103 +163,67 @@ def load(source: str, *, seed: int = 0) -> tuple[ModelConfig, dict[str, Any]]:
   >>> parameters["layers"]["q"].shape
   (2, 64, 64)
   """
-  found = resolve(source)
-  if found.kind == "random":
-    config = RANDOM_MODELS[found.location]
-    return config, jax.tree.map(np.array, Decoder(config).init(jax.random.key(seed)))
-  if found.kind == "gguf":
-    config, tensors = read_gguf(Path(found.location))
-    return config, assemble(config, tensors, "gguf", found.location)
-  config, tensors = read_folder(Path(found.location))
-  return config, assemble(config, tensors, "hf", found.location)
-
-
-def resolve(source: str) -> Source:
-  """What `source` names; a hub id is downloaded here. Errors say what was looked for."""
-  scheme, _, name = source.partition(":")
-  if scheme == "random":
-    if name not in RANDOM_MODELS:
-      raise ValueError(f"unknown random model {name!r}; known: {', '.join(RANDOM_MODELS)}")
-    return Source("random", name)
-  if scheme == "package":
-    return Source("gguf", str(_packaged_gguf(name)))
-  path = Path(source).expanduser()
-  if path.is_file():
-    if path.suffix == ".gguf":
-      return Source("gguf", str(path))
-    raise ValueError(f"{path} is not a model: name {SOURCES}")
-  if path.is_dir():
-    return Source("folder", str(path))
-  if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) and path.suffix != ".gguf":
-    return Source("folder", _download(source))
-  raise FileNotFoundError(f"no model at {source!r}: nothing has that path; name {SOURCES}")
-
-
-def _packaged_gguf(name: str) -> Path:
-  # find_spec imports the parents of a dotted name, and importing the package itself may fail.
-  spec = importlib.util.find_spec(name) if name.isidentifier() else None
-  if spec is None:
-    hint = f"pip install --no-deps {name.replace('_', '-')}"
-    raise FileNotFoundError(f"no Python package {name!r} for 'package:{name}'; try: {hint}")
-  folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-  files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
-  if len(files) != 1:
-    raise FileNotFoundError(
-      f"'package:{name}' must hold exactly one .gguf file, found {[file.name for file in files]} "
-      f"in {[str(folder) for folder in folders]}"
-    )
-  return files[0]
-
-
-def _download(hub_id: str) -> str:
-  try:
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(
-      hub_id,
-      allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt"],
-      ignore_patterns=["*/*", "consolidated*"],
-    )
-  except Exception as error:  # the hub client raises many unrelated types
-    raise FileNotFoundError(
-      f"no model at {hub_id!r}: there is no such path, and fetching it from the Hugging Face hub "
-      f"failed ({type(error).__name__}: {first_line(error)}). Without the hub, name {SOURCES}"
-    ) from error
+  weights = open_weights(source, seed=seed)
+  return weights.config, weights.read()
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
+def rows_of(config: ModelConfig) -> list[Row]:
+  """The rows of the parameters that a decoder has, in the order of the table."""
+  table = {row.path: row for row in ROWS}
+  if config.post_norm:
+    table |= {row.path: row for row in POST_NORM_ROWS}
+  shapes = shapes_of(config)
+  paths = {f"layers/{name}" for name in shapes["layers"]} | set(shapes) - {"layers"}
+  return [row for path, row in table.items() if path in paths]
+
+
 def file_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
   """Shape of one parameter (of one layer) in the files."""
-  query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-  size = {"V": config.vocab_size, "D": config.width, "Q": query, "K": key, "F": config.mlp}
+  c = config
+  size = {"V": c.vocab_size, "D": c.width, "Q": c.heads * c.head_dim, "K": c.kv_heads * c.head_dim}
+  size |= {"H": c.head_dim, "F": c.mlp, "C": c.labels}
   return tuple(size[letter] for letter in row.dims)
 
 
-def assemble(
-  config: ModelConfig, tensors: Mapping[str, Tensor], names: Literal["hf", "gguf"], where: str
+def _parts(
+  config: ModelConfig, tensors: Mapping[str, Tensor], kind: Literal["hf", "gguf"], where: str
 ) -> dict[str, Any]:
-  """Reads every tensor into the parameter tree; ValueError lists all that do not fit ROWS."""
-  rows = [row for row in ROWS if not (row.path == "head" and config.tied)]
-  expected = {
-    getattr(row, names).format(layer): file_shape(row, config)
-    for row in rows
-    for layer in range(config.layers if row.in_layer else 1)
-  }
-  _check(expected, tensors, where)
-  parameters: dict[str, Any] = {"layers": {}}
-  for row in rows:
-    name = getattr(row, names)
+  """A reader for every parameter; ValueError lists all tensors that do not fit the config."""
+  parts: dict[str, Any] = {"layers": {}}
+  expected: dict[str, tuple[int, ...]] = {}
+  for row in rows_of(config):
+    shape, name = file_shape(row, config), getattr(row, kind)
     if row.in_layer:
-      value = np.empty((config.layers, *reversed(file_shape(row, config))), np.float32)
-      for layer in range(config.layers):
-        value[layer] = tensors[name.format(layer)].read().T
-      parameters["layers"][row.path.removeprefix("layers/")] = value
+      names = [name.format(layer) for layer in range(config.layers)]
+      expected |= dict.fromkeys(names, shape)
+      parts["layers"][row.path.removeprefix("layers/")] = _layered(names, tensors, shape)
     else:
-      # Copies only if another dtype, or memory of the file itself, came back.
-      parameters[row.path] = np.require(tensors[name].read(), np.float32, "CW")
-  return parameters
+      expected[name] = shape
+      parts[row.path] = _single(name, tensors)
+  _check(expected, tensors, where)
+  return parts
+
+
+def _single(name: str, tensors: Mapping[str, Tensor]) -> Part:
+  # Copies only if another dtype, or memory of the file itself, came back.
+  return lambda index: np.require(tensors[name].read(index), np.float32, "CW")
+
+
+def _layered(names: list[str], tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Part:
+  """Layers on a leading axis, each transposed."""
+  whole = (len(names), *reversed(shape))
+
+  def read(index: Index) -> np.ndarray:
+    size = [len(range(*part.indices(n))) for part, n in zip(index, whole)]
+    value = np.empty(size, np.float32)
+    for layer, name in enumerate(names[index[0]]):
+      value[layer] = tensors[name].read(index[:0:-1]).T
+    return value
+
+  return read
 
 
 def _check(

@@ -1,21 +1,19 @@
-"""The files that hold weights: Hugging Face folders (safetensors) and GGUF.
+"""The files that hold models: Hugging Face folders (config.json, safetensors) and GGUF.
 
-Either reader gives `(ModelConfig, {tensor name: Tensor})` with the names, shapes and row order of
-Hugging Face Llama or of the GGUF file; `checkpoints` knows where each tensor goes. Nothing is read
-before `Tensor.read()`, so the model is in memory once.
+Opening reads headers only; `Tensor.read` reads the part of a tensor that is asked for.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from grpo_jax.models import configs
 from grpo_jax.models.decoder import ModelConfig
 
 # Buffers that old exports wrote beside the weights; they follow from the config.
@@ -23,23 +21,44 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 _FLOATS = ("F32", "F16", "BF16")
 
 
+# Where larger models have their language model, and what else is in their files.
+_LANGUAGE_MODEL = (
+  (re.compile(r"^(model\.language_model|language_model\.model)\."), "model."),
+  (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+)
+_OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+Index = tuple[slice, ...]
+
+
 class Tensor(NamedTuple):
-  """A tensor in a file: its shape there, and how to read it."""
+  """A tensor in a file: its shape there, and how to read the part at an index."""
 
   shape: tuple[int, ...]
-  read: Callable[[], np.ndarray]
+  read: Callable[[Index], np.ndarray]
 
 
 # --- Hugging Face folders -------------------------------------------------------------------------
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-  """A folder of config.json and safetensors; a head equal to tied embeddings is dropped."""
-  config = read_config(folder)
-  tensors = {name: t for name, t in _read_safetensors(folder).items() if not _COMPUTED.search(name)}
-  if config.tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
-    head = tensors.pop("lm_head.weight")
-    if not np.array_equal(head.read(), tensors["model.embed_tokens.weight"].read()):
+  """Config and tensors of a folder of config.json and safetensors, under the names that a model
+  without other parts has; a head equal to tied embeddings is dropped."""
+  config = configs.parse(read_json(folder / "config.json"), str(folder / "config.json"))
+  tensors: dict[str, Tensor] = {}
+  for stored, tensor in _read_safetensors(folder).items():
+    if _COMPUTED.search(stored) or _OTHER_PARTS.search(stored):
+      continue
+    name = stored
+    for pattern, plain in _LANGUAGE_MODEL:
+      name = pattern.sub(plain, name)
+    if name in tensors:
+      raise ValueError(f"{folder}: {stored} is a second tensor for {name}")
+    tensors[name] = tensor
+  embed, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
+  if config.tied and embed and head:
+    del tensors["lm_head.weight"]
+    if not _equal(embed, head):
       raise ValueError(
         f"{folder}: config.json says tie_word_embeddings, but lm_head.weight is not "
         "model.embed_tokens.weight; set tie_word_embeddings to false if the head is its own"
@@ -47,55 +66,13 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   return config, tensors
 
 
-def read_config(folder: Path) -> ModelConfig:
-  """The ModelConfig of `folder`/config.json; ValueError for what the decoder does not compute."""
-  path = folder / "config.json"
-  raw = read_json(path)
-  names = raw.get("architectures") or []
-  known = [name for name in names if name in _CONFIG_READERS]
-  if len(known) != 1:
-    raise ValueError(
-      f"{path}: architectures is {names}, known: {', '.join(_CONFIG_READERS)} (exactly one)"
-    )
-  return _CONFIG_READERS[known[0]](raw, path)
-
-
-def _llama_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-  # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling.
-  rope = raw.get("rope_parameters") or {}
-  scaling = raw.get("rope_scaling") or rope
-  if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-    raise ValueError(f"{path}: rope scaling is not supported, got {scaling}")
-  for key, allowed in (
-    ("attention_bias", False),
-    ("mlp_bias", False),
-    ("hidden_act", "silu"),
-    ("quantization_config", None),
-  ):
-    if raw.get(key, allowed) != allowed:
-      raise ValueError(f"{path}: {key} {raw[key]!r} is not supported, only {allowed!r}")
-  need = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-  if absent := [key for key in (*need, "intermediate_size") if not isinstance(raw.get(key), int)]:
-    raise ValueError(f"{path}: {', '.join(absent)} must be given as integers")
-  heads = raw["num_attention_heads"]
-  return ModelConfig(
-    vocab_size=raw["vocab_size"],
-    width=raw["hidden_size"],
-    layers=raw["num_hidden_layers"],
-    heads=heads,
-    kv_heads=raw.get("num_key_value_heads") or heads,
-    head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-    mlp=raw["intermediate_size"],
-    rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-    norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-    tied=bool(raw.get("tie_word_embeddings", False)),
-    context=raw.get("max_position_embeddings", 2048),
-  )
-
-
-_CONFIG_READERS: dict[str, Callable[[Mapping[str, Any], Path], ModelConfig]] = {
-  "LlamaForCausalLM": _llama_config,
-}
+def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+  """Whether two matrices are the same, a few rows in memory at a time."""
+  if a.shape != b.shape:
+    return False
+  starts = range(0, a.shape[0], rows)
+  parts = [(slice(i, min(i + rows, a.shape[0])), slice(None)) for i in starts]
+  return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -132,7 +109,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
       part = opened.get_slice(name)
       if part.get_dtype() not in _FLOATS:
         raise ValueError(f"{file}: {name} is {part.get_dtype()}, known: {', '.join(_FLOATS)}")
-      tensors[name] = Tensor(tuple(part.get_shape()), partial(opened.get_tensor, name))
+      tensors[name] = Tensor(tuple(part.get_shape()), part.__getitem__)
   if absent := [name for name in listed if name not in tensors]:
     raise ValueError(f"{index} lists tensors that no shard holds: {', '.join(absent[:20])}")
   return tensors
@@ -190,75 +167,3 @@ def open_gguf(path: Path) -> Gguf:
       f"{path} ({path.stat().st_size} bytes) is a truncated or damaged GGUF file "
       f"({type(error).__name__}: {first_line(error)}); fetch it again"
     ) from error
-
-
-def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-  """A llama GGUF file, with its q and k rows put back in Hugging Face order."""
-  file = open_gguf(path)
-  architecture = file.need("general.architecture")
-  if architecture != "llama":
-    raise ValueError(f"{path}: general.architecture is {architecture!r}, known: llama")
-  config = _gguf_config(file)
-  tensors = {tensor.name: _gguf_tensor(tensor, config, path) for tensor in file.reader.tensors}
-  return config, tensors
-
-
-def _gguf_config(file: Gguf) -> ModelConfig:
-  names = {tensor.name for tensor in file.reader.tensors}
-  scaling = file.get("llama.rope.scaling.type", "none")
-  if scaling != "none" or "rope_freqs.weight" in names:
-    raise ValueError(f"{file.path}: rope scaling ({scaling}) is not supported")
-  width, heads = file.need("llama.embedding_length"), file.need("llama.attention.head_count")
-  head_dim = file.get("llama.attention.key_length", width // heads)
-  if (rotated := file.get("llama.rope.dimension_count", head_dim)) != head_dim:
-    raise ValueError(f"{file.path}: rope over {rotated} of {head_dim} dimensions is not supported")
-  epsilon = np.float32(file.need("llama.attention.layer_norm_rms_epsilon"))
-  vocab = file.get("llama.vocab_size") or len(file.need("tokenizer.ggml.tokens"))
-  return ModelConfig(
-    vocab_size=vocab,
-    width=width,
-    layers=file.need("llama.block_count"),
-    heads=heads,
-    kv_heads=file.get("llama.attention.head_count_kv", heads),
-    head_dim=head_dim,
-    mlp=file.need("llama.feed_forward_length"),
-    rope_theta=float(file.get("llama.rope.freq_base", 10_000.0)),
-    norm_eps=float(str(epsilon)),  # 1e-5 as float32 reads back as 1e-5
-    tied="output.weight" not in names,
-    context=file.need("llama.context_length"),
-  )
-
-
-def _gguf_tensor(tensor: Any, config: ModelConfig, path: Path) -> Tensor:
-  import gguf
-
-  heads = None
-  if tensor.name.endswith(".attn_q.weight"):
-    heads = config.heads
-  elif tensor.name.endswith(".attn_k.weight"):
-    heads = config.kv_heads
-
-  def read() -> np.ndarray:
-    try:
-      values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-      raise ValueError(f"{path}: {tensor.name}: {error}") from error
-    return values if heads is None else undo_rope_order(values, heads)
-
-  # GGUF counts dimensions from the innermost.
-  shape = tuple(int(n) for n in reversed(tensor.shape))
-  return Tensor(shape, read)
-
-
-def undo_rope_order(kernel: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of a GGUF q or k kernel [heads*Dh, D] back in the order of Hugging Face files.
-
-  RoPE turns pairs of rows of a head. GGUF puts the two of a pair side by side (0, 1), (2, 3), ...;
-  Hugging Face ("rotate half") pairs row i with row i + Dh/2.
-
-  >>> undo_rope_order(np.array([[0], [2], [1], [3]]), heads=1).ravel().tolist()
-  [0, 1, 2, 3]
-  """
-  rows, columns = kernel.shape
-  pairs = kernel.reshape(heads, rows // heads // 2, 2, columns)
-  return pairs.swapaxes(1, 2).reshape(rows, columns)

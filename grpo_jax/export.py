@@ -1,0 +1,211 @@
+"""A trained model as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+python -m grpo_jax.export --workdir DIR --out HF_DIR                # the newest checkpoint of a run
+python -m grpo_jax.export --config experiments/X.py --out HF_DIR    # its model, untrained
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from grpo_jax import checkpoint
+from grpo_jax import config as configs
+from grpo_jax.models import lora
+from grpo_jax.models.checkpoints import open_weights
+from grpo_jax.models.configs import FAMILIES, find_family, parse
+from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.files import read_json
+from grpo_jax.models.sources import Source, resolve
+from grpo_jax.models.writer import DTYPES, SHARD_BYTES, describe, write_json, write_weights
+from grpo_jax.tokens import ByteTokenizer, _fast_class, load_tokenizer
+
+# What of a source folder goes along: tokenizer, chat template, generation settings, licence.
+COPIED = (
+  "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+  "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Fields of config.json that are not of the written model.
+_DROPPED = ("auto_map", "quantization_config", "torch_dtype")
+_BYTES_TEMPLATE = (
+  "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+  "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def export_model(
+  config: ModelConfig,
+  params: Any,
+  source: str,
+  out: str | Path,
+  dtype: str = "float32",
+  *,
+  shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+  """Writes the folder `out`: weights, config.json, tokenizer, chat template, generation settings.
+
+  Loading it gives the same parameters bit for bit in float32, and rounded once in the other dtypes.
+  Nothing is at `out` before all is written.
+
+  Args:
+    params: of the decoder, layers stacked; adapters merged (`lora.merge`).
+    source: where the model came from (see `models.sources`): its tokenizer goes along.
+    dtype: of the weights, a key of DTYPES.
+    shard_bytes: largest weights file.
+
+  Returns:
+    The names of the files.
+
+  Raises FileExistsError if `out` holds anything; ValueError for parameters that do not fit, or
+  that the dtype cannot hold.
+  """
+  out = Path(out).resolve()
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype is {dtype!r}, known: {', '.join(DTYPES)}")
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise FileExistsError(f"{out} exists and is not an empty folder: nothing is overwritten")
+  found = resolve(source)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+  partial.chmod(0o755)
+  try:
+    raw = _save_tokenizer(source, found, partial)
+    write_json(partial / "config.json", _config_json(config, found, raw) | {"dtype": dtype})
+    if parse(read_json(partial / "config.json"), str(out)) != config:
+      raise ValueError(f"{config} is not the model of {source}")
+    write_weights(config, params, partial, dtype, shard_bytes)
+    partial.replace(out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  return sorted(file.name for file in out.iterdir())
+
+
+def _config_json(config: ModelConfig, found: Source, ids: dict[str, Any]) -> dict[str, Any]:
+  """The source's own config.json where it has one for this model alone, else a new one."""
+  if found.kind != "folder":
+    return describe(config) | ids
+  path = Path(found.location) / "config.json"
+  raw = read_json(path)
+  family, _ = find_family(raw, str(path))
+  if FAMILIES[family].wraps:
+    stated = {**raw.get("text_config", {}), **raw}
+    return describe(config) | {name: stated[name] for name in _TOKEN_IDS if name in stated}
+  return {name: value for name, value in raw.items() if name not in _DROPPED}
+
+
+def _save_tokenizer(source: str, found: Source, folder: Path) -> dict[str, Any]:
+  """Writes what the source has of a tokenizer; the ids that config.json should then name."""
+  if found.kind == "folder":
+    for pattern in COPIED:
+      for file in Path(found.location).glob(pattern):
+        shutil.copyfile(file, folder / file.name)
+    return {}
+  tokenizer = load_tokenizer(source)
+  fast = _fast_bytes() if isinstance(tokenizer, ByteTokenizer) else tokenizer._fast
+  fast.save_pretrained(str(folder))
+  ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
+  if fast.bos_token_id is not None:
+    ids["bos_token_id"] = fast.bos_token_id
+  write_json(folder / "generation_config.json", ids)
+  return ids
+
+
+def _fast_bytes() -> Any:
+  """ByteTokenizer as a `transformers` tokenizer: the same ids, the same chat."""
+  from tokenizers import Tokenizer, decoders, models
+
+  vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+  backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+  backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+  end = "<|endoftext|>"
+  backend.add_special_tokens([end])
+  return _fast_class()(
+    tokenizer_object=backend,
+    eos_token=end,
+    pad_token=end,
+    chat_template=_BYTES_TEMPLATE,
+    clean_up_tokenization_spaces=False,
+  )
+
+
+# --- a run's checkpoints --------------------------------------------------------------------------
+
+
+def read_trained(workdir: str | Path, step: int | None = None) -> tuple[int, Any]:
+  """(step, what was trained) of a checkpoint, as numpy arrays; None is the newest.
+
+  Reads neither optimizer state nor layouts, so any machine with the memory will do.
+  """
+  import orbax.checkpoint as ocp
+
+  folder = checkpoint.folder(workdir)
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{workdir} holds no checkpoints: not the work directory of a run")
+  options = ocp.CheckpointManagerOptions(create=False)
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.CheckpointManager(folder, options=options, item_handlers=handler) as manager:
+    steps = sorted(manager.all_steps())
+    if not steps or (step is not None and step not in steps):
+      raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; there are: {steps}")
+    chosen = steps[-1] if step is None else step
+    wanted = {"params": jax.tree.map(lambda _: 0, manager.item_metadata(chosen)["params"])}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    return chosen, manager.restore(chosen, args=arguments)["params"]
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m grpo_jax.export", description=__doc__)
+  parser.add_argument("--workdir", help="a work directory: its config, and one of its checkpoints")
+  parser.add_argument("--config", help="an experiment file, for its model before training")
+  parser.add_argument("--out", required=True, help="the folder to write; not there, or empty")
+  parser.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
+  parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the weights")
+  parser.add_argument(
+    "--adapter", action="store_true", help="of a LoRA run: only the adapters, as `peft` loads them"
+  )
+  arguments, overrides = parser.parse_known_args(argv)
+  try:
+    files = _export(arguments, overrides)
+  except (ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print(f"wrote {arguments.out}: {', '.join(files)}")
+  return 0
+
+
+def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
+  if (arguments.workdir is None) == (arguments.config is None):
+    raise ValueError("give --workdir (a run) or --config (an experiment), one of them")
+  if arguments.config:
+    settings, trained = configs.load(arguments.config, overrides), None
+  else:
+    saved = checkpoint.read_config(arguments.workdir)
+    if saved is None:
+      raise ValueError(f"{arguments.workdir} holds no {checkpoint.CONFIG}: not a work directory")
+    settings = configs.override(ConfigDict(saved), overrides)
+    step, trained = read_trained(arguments.workdir, arguments.step)
+    print(f"{arguments.workdir} after {step} steps, trained from {settings.model.source}")
+  source, rank = settings.model.source, settings.lora.rank
+  if arguments.adapter:
+    if trained is None or not rank:
+      raise ValueError("--adapter is for the --workdir of a run with LoRA (lora.rank above 0)")
+    lora.save_peft(trained, arguments.out, alpha=settings.lora.alpha, base_name=source)
+    return sorted(file.name for file in Path(arguments.out).iterdir())
+  weights = open_weights(source, seed=settings.seed)
+  params = trained if trained is not None and not rank else weights.read()
+  if trained is not None and rank:
+    params = lora.merge(params, trained, lora.scale(rank, settings.lora.alpha))
+  return export_model(weights.config, params, source, arguments.out, arguments.dtype)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

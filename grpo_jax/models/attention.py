@@ -1,0 +1,76 @@
+"""Attention in which the completions of a group read the keys of their one prompt.
+
+Axes: P prompts, G completions per prompt, S queries, N prompt tokens, H query heads, K key-value
+heads, d head width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax.core.types import Array
+
+KeysValues = tuple[Array, Array]
+
+MASKED = -1e30  # finite, so that a query without any visible key gives numbers, not NaN
+
+
+def group_attention(
+  q: Float[Array, "P G S H d"],
+  own: KeysValues,
+  own_mask: Bool[Array, "..."],
+  prefix: KeysValues | None = None,
+  prefix_mask: Bool[Array, "P #S N"] | None = None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> Float[Array, "P G S H d"]:
+  """Attention of each sequence to its own keys [P, G, S', K, d] and to its prompt's [P, N, K, d].
+
+  One softmax over both sources. The prompt's keys are read by all G sequences and never repeated.
+
+  Args:
+    own_mask: true where a query sees one of its own keys; broadcastable to [S, S'].
+    prefix, prefix_mask: keys and values of the prompt, and which of its tokens a query sees.
+    scale: of `q · k`.
+    softcap: `scores = softcap * tanh(scores / softcap)`, as Gemma 2 does; None = not capped.
+  """
+  k, v = own
+  prompts, group, length, heads, dim = q.shape
+  q = q.reshape(prompts, group, length, k.shape[-2], heads // k.shape[-2], dim) * scale
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+
+  def scores(equation: str, keys: Array, mask: Array) -> Array:
+    values = jnp.einsum(equation, q, keys, preferred_element_type=wide)
+    if softcap is not None:
+      values = softcap * jnp.tanh(values / softcap)
+    return jnp.where(mask, values, MASKED)
+
+  to_own = scores("pgtkrd,pgskd->pgkrts", k, own_mask)
+  if prefix is None:
+    weights = jax.nn.softmax(to_own, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("pgkrts,pgskd->pgtkrd", weights, v)
+  else:
+    to_prefix = scores("pgtkrd,pnkd->pgkrtn", prefix[0], prefix_mask[:, None, None, None])
+    weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
+    to_prefix, to_own = jnp.split(weights.astype(v.dtype), [to_prefix.shape[-1]], axis=-1)
+    mixed = jnp.einsum("pgkrtn,pnkd->pgtkrd", to_prefix, prefix[1])
+    mixed += jnp.einsum("pgkrts,pgskd->pgtkrd", to_own, v)
+  return mixed.reshape(prompts, group, length, heads, dim)
+
+
+def near(
+  mask: Bool[Array, "..."],
+  queries: Int[Array, "... q"],
+  keys: Int[Array, "... k"],
+  window: Int[Array, ""] | None,
+) -> Bool[Array, "..."]:
+  """`mask`, and with a window only where a key is among the last `window` tokens of its query.
+
+  Args:
+    mask: broadcastable to [..., q, k].
+    queries, keys: their positions; a query is itself the last token of its window.
+  """
+  if window is None:
+    return mask
+  return mask & (queries[..., :, None] - keys[..., None, :] < window)

@@ -1,0 +1,127 @@
+"""What a model is (ModelConfig) and one of its layers (Block), the only flax module there is.
+
+What differs between the families is a field of ModelConfig. Axes: P prompts, S tokens, D width,
+H query heads, K key-value heads, Dh head width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from grpo_jax.core.types import Array
+from grpo_jax.models.rope import RopeScaling, Rotation, rotate
+
+# q [P, S, H, Dh], k and v [P, S, K, Dh] -> mixed values [P, S, H, Dh], and whatever to keep.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape of a decoder, and what its family computes differently. Sizes in elements.
+
+  Attributes:
+    context: longest sequence the model was made for, tokens.
+    rope_theta, rope_scaling: of the rotary embedding.
+    tied: the head is the embedding.
+    labels: outputs of a sequence classifier, which has a `score` [labels, D] and no head; 0 for a
+      language model.
+    biases: projections (of q k v o gate up down) that add a bias.
+    qk_norm: queries and keys pass an RMS norm over the head width.
+    post_norm: attention and MLP are followed by an RMS norm each, before they are added.
+    norm_offset: RMS norms multiply by `norm_offset + weight`.
+    activation: of the MLP's gate.
+    embed_scale: embeddings are multiplied by it.
+    attn_scale: scores are `attn_scale * q · k`; None is `Dh^-0.5`.
+    attn_softcap: scores become `cap * tanh(scores / cap)`; None is no cap.
+    softcap: the same of the logits, for whoever computes them from `Decoder.head`.
+    window, local_layers: layers marked true in `local_layers` (one entry per layer, or empty) see
+      the last `window` tokens only, the current one included.
+    local_rope_theta: rope_theta of those layers, which are not scaled; None is the same rotation.
+  """
+
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp: int
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-5
+  tied: bool = True
+  context: int = 2048
+  rope_scaling: RopeScaling | None = None
+  labels: int = 0
+  biases: tuple[str, ...] = ()
+  qk_norm: bool = False
+  post_norm: bool = False
+  norm_offset: float = 0.0
+  activation: Literal["silu", "gelu_tanh"] = "silu"
+  embed_scale: float = 1.0
+  attn_scale: float | None = None
+  attn_softcap: float | None = None
+  softcap: float | None = None
+  window: int = 0
+  local_layers: tuple[bool, ...] = ()
+  local_rope_theta: float | None = None
+
+
+class Block(nn.Module):
+  """One layer: attention and a gated MLP, each behind an RMS norm, each added to its input.
+
+  A projection whose parameters come with a low-rank pair `<name>_lora_a` [in, r] and
+  `<name>_lora_b` [r, out] adds `lora_scale * (h @ a) @ b` (Hu et al. 2021, arXiv 2106.09685).
+  """
+
+  config: ModelConfig
+  lora_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: Array, by: Rotation, attend: Attend) -> tuple[Array, Any]:
+    c = self.config
+    h = self.norm(x, "attn_norm")
+    q, k, v = (
+      self.project(h, name, heads * c.head_dim).reshape(*h.shape[:-1], heads, c.head_dim)
+      for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))
+    )
+    if c.qk_norm:
+      q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
+    mixed, kept = attend(rotate(q, by), rotate(k, by), v)
+    h = self.project(mixed.reshape(*h.shape[:-1], c.heads * c.head_dim), "o", c.width)
+    x = x + (self.norm(h, "attn_post_norm") if c.post_norm else h)
+    h = self.norm(x, "mlp_norm")
+    gated = ACTIVATIONS[c.activation](self.project(h, "gate", c.mlp)) * self.project(h, "up", c.mlp)
+    h = self.project(gated, "down", c.width)
+    return x + (self.norm(h, "mlp_post_norm") if c.post_norm else h), kept
+
+  def project(self, h: Array, name: str, size: int) -> Array:
+    init = nn.initializers.normal(h.shape[-1] ** -0.5)
+    out = h @ self.param(name, init, (h.shape[-1], size)).astype(h.dtype)
+    if name in self.config.biases:
+      out = out + self.param(f"{name}_bias", nn.initializers.zeros, (size,)).astype(h.dtype)
+    if self.has_variable("params", f"{name}_lora_a"):
+      a, b = (self.get_variable("params", f"{name}_lora_{part}").astype(h.dtype) for part in "ab")
+      out = out + (h @ a) @ b * self.lora_scale
+    return out
+
+  def norm(self, h: Array, name: str) -> Array:
+    c = self.config
+    weight = self.param(name, nn.initializers.constant(1 - c.norm_offset), (h.shape[-1],))
+    return rms_norm(h, weight, c.norm_eps, c.norm_offset)
+
+
+def rms_norm(
+  x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, offset: float = 0.0
+) -> Float[Array, "... D"]:
+  """`x / sqrt(mean(x^2) + eps) * (offset + weight)`, computed in float32, in the dtype of `x`."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+  return (wide * scale * (offset + weight.astype(wide.dtype))).astype(x.dtype)

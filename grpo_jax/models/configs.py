@@ -1,0 +1,312 @@
+"""config.json of Hugging Face and ModelConfig: FAMILIES is the table of what is understood.
+
+Only the file's fields are read; code that a model repository brings (`auto_map`) is never run.
+Fields that a file leaves out have the values that the family's config class in transformers gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.rope import RopeScaling
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ROPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+  """One row: names in config.json, and what differs from Llama.
+
+  Attributes:
+    language_model, classifier: entries of `architectures`. A family has a `model_type` too.
+    differs: ModelConfig fields from the fields of the file.
+    defaults: what the file may leave out.
+    wraps: the language model is one part of a larger one, described under `text_config`.
+  """
+
+  language_model: str
+  classifier: str
+  differs: Callable[[Fields], dict[str, Any]]
+  defaults: Mapping[str, Any] = field(default_factory=dict)
+  wraps: bool = False
+
+
+class Fields:
+  """Fields of a config.json by name; errors say which file and field."""
+
+  def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str):
+    self.raw, self.where = {**defaults, **raw}, where
+
+  def get(self, name: str, default: Any = None) -> Any:
+    """The value of a field; `default` if it is missing or null."""
+    value = self.raw.get(name)
+    return default if value is None else value
+
+  def number(self, name: str, default: float | None = None) -> float:
+    value = self.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise ValueError(f"{self.where}: {name} must be given as a number, got {value!r}")
+    return float(value)
+
+  def integer(self, name: str, default: int | None = None) -> int:
+    value = self.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ValueError(f"{self.where}: {name} must be given as a positive integer, got {value!r}")
+    return value
+
+  def cap(self, name: str) -> float | None:
+    """A soft cap; None if there is none."""
+    return self.number(name) if self.get(name) else None
+
+  def refuse(self, name: str, why: str) -> None:
+    if self.get(name):
+      raise ValueError(f"{self.where}: {name} {self.raw[name]!r} is not supported: {why}")
+
+
+# --- what the families differ in ------------------------------------------------------------------
+
+
+def _llama(f: Fields) -> dict[str, Any]:
+  biases = ("q", "k", "v", "o") if f.get("attention_bias") else ()
+  return {"biases": biases + (("gate", "up", "down") if f.get("mlp_bias") else ())}
+
+
+def _mistral(f: Fields) -> dict[str, Any]:
+  return _local(f, [f.get("sliding_window") is not None] * f.integer("num_hidden_layers"))
+
+
+def _qwen2(f: Fields) -> dict[str, Any]:
+  return _qwen_windows(f) | {"biases": ("q", "k", "v")}
+
+
+def _qwen3(f: Fields) -> dict[str, Any]:
+  return _qwen_windows(f) | _llama(f) | {"qk_norm": True}
+
+
+def _qwen_windows(f: Fields) -> dict[str, Any]:
+  layers = f.integer("num_hidden_layers")
+  if not f.get("use_sliding_window") or f.get("sliding_window") is None:
+    return {}
+  first = f.integer("max_window_layers", layers)
+  return _local(f, _layer_types(f) or [i >= first for i in range(layers)])
+
+
+def _gemma2(f: Fields) -> dict[str, Any]:
+  return _gemma(f, pattern=2) | {"attn_softcap": f.cap("attn_logit_softcapping")}
+
+
+def _gemma3(f: Fields) -> dict[str, Any]:
+  # attn_logit_softcapping stands in these files too, and no implementation reads it.
+  return _gemma(f, pattern=f.integer("sliding_window_pattern", 6)) | {"qk_norm": True}
+
+
+def _gemma(f: Fields, pattern: int) -> dict[str, Any]:
+  """Every layer but each `pattern`-th is local."""
+  f.refuse("use_bidirectional_attention", "generation is causal")
+  layers = f.integer("num_hidden_layers")
+  return {
+    **_llama(f),
+    **_local(f, _layer_types(f) or [bool((i + 1) % pattern) for i in range(layers)]),
+    "post_norm": True,
+    "norm_offset": 1.0,
+    "embed_scale": f.integer("hidden_size") ** 0.5,
+    "attn_scale": f.number("query_pre_attn_scalar") ** -0.5,
+    "softcap": f.cap("final_logit_softcapping"),
+  }
+
+
+def _layer_types(f: Fields) -> list[bool] | None:
+  """Which layers are local, if the file lists them."""
+  names, layers = f.get("layer_types"), f.integer("num_hidden_layers")
+  if names is None:
+    return None
+  if len(names) != layers or not set(names) <= {LOCAL, GLOBAL}:
+    raise ValueError(
+      f"{f.where}: layer_types must name {layers} layers, each {LOCAL} or {GLOBAL}, got {names}"
+    )
+  return [name == LOCAL for name in names]
+
+
+def _local(f: Fields, layers: list[bool]) -> dict[str, Any]:
+  if not any(layers):
+    return {}
+  return {"local_layers": tuple(layers), "window": f.integer("sliding_window")}
+
+
+_QWEN = {
+  "max_position_embeddings": 32768,
+  "sliding_window": 4096,
+  "max_window_layers": 28,
+}
+_GEMMA = {
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "hidden_activation": "gelu_pytorch_tanh",
+  "query_pre_attn_scalar": 256,
+  "sliding_window": 4096,
+  "tie_word_embeddings": True,
+}
+_GEMMA3 = _GEMMA | {
+  "vocab_size": 262208,
+  "max_position_embeddings": 131072,
+  "rope_theta": 1e6,
+  "rope_local_base_freq": 1e4,
+}
+
+# fmt: off
+FAMILIES: dict[str, Family] = {
+  "llama": Family("LlamaForCausalLM", "LlamaForSequenceClassification", _llama),
+  "mistral": Family("MistralForCausalLM", "MistralForSequenceClassification", _mistral,
+    {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
+  "qwen2": Family("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", _qwen2, _QWEN),
+  "qwen3": Family("Qwen3ForCausalLM", "Qwen3ForSequenceClassification", _qwen3,
+    _QWEN | {"head_dim": 128}),
+  "gemma2": Family("Gemma2ForCausalLM", "Gemma2ForSequenceClassification", _gemma2,
+    _GEMMA | {"vocab_size": 256000, "max_position_embeddings": 8192,
+              "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+  "gemma3_text": Family("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification", _gemma3,
+    _GEMMA3),
+  "gemma3": Family("Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification", _gemma3,
+    _GEMMA3, wraps=True),
+}
+# fmt: on
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
+  """The ModelConfig of a config.json; ValueError, naming `where`, for what is not understood."""
+  name, classifies = find_family(raw, where)
+  family = FAMILIES[name]
+  described = raw.get("text_config") or {} if family.wraps else raw
+  f = Fields(described, family.defaults, where)
+  Fields(raw, {}, where).refuse(
+    "quantization_config", "weights are trained in float; use the unquantized checkpoint"
+  )
+  activation = f.get("hidden_activation") or f.get("hidden_act", "silu")
+  if activation not in _ACTIVATIONS:
+    raise ValueError(
+      f"{where}: hidden_act {activation!r} is not supported, known: {', '.join(_ACTIVATIONS)}"
+    )
+  width, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
+  kv_heads, head_dim = (
+    f.integer("num_key_value_heads", heads),
+    f.integer("head_dim", width // heads),
+  )
+  if heads % kv_heads or head_dim % 2:
+    raise ValueError(
+      f"{where}: num_key_value_heads {kv_heads} must divide num_attention_heads {heads}, and "
+      f"head_dim {head_dim} must be even"
+    )
+  differs = family.differs(f)
+  return ModelConfig(
+    vocab_size=f.integer("vocab_size"),
+    width=width,
+    layers=f.integer("num_hidden_layers"),
+    heads=heads,
+    kv_heads=kv_heads,
+    head_dim=head_dim,
+    mlp=f.integer("intermediate_size"),
+    norm_eps=f.number("rms_norm_eps", 1e-6),
+    # The larger model's own entry counts, where there is one.
+    tied=bool(raw.get("tie_word_embeddings", f.get("tie_word_embeddings", False))),
+    context=f.integer("max_position_embeddings", 2048),
+    labels=_labels(raw) if classifies else 0,
+    activation=_ACTIVATIONS[activation],
+    **_rope(f, local=bool(differs.get("local_layers"))),
+    **differs,
+  )
+
+
+def find_family(raw: Mapping[str, Any], where: str) -> tuple[str, bool]:
+  """(key of FAMILIES, whether it is a classifier) by `architectures`, or `model_type` without."""
+  named = raw.get("architectures") or []
+  kind = raw.get("model_type")
+  found = [
+    (name, architecture == family.classifier)
+    for name, family in FAMILIES.items()
+    for architecture in named
+    if architecture in (family.language_model, family.classifier)
+  ]
+  if not named and kind in FAMILIES:
+    found = [(kind, False)]
+  if len(found) != 1:
+    known = ", ".join(f"{row.language_model}, {row.classifier}" for row in FAMILIES.values())
+    remote = " The code in its repository (auto_map) is never run." if "auto_map" in raw else ""
+    raise ValueError(
+      f"{where}: architectures is {named} and model_type {kind!r}, known: {known} (exactly one)."
+      f"{remote}"
+    )
+  return found[0]
+
+
+def _labels(raw: Mapping[str, Any]) -> int:
+  names = raw.get("id2label")
+  return len(names) if names else raw.get("num_labels") or 2
+
+
+def _rope(f: Fields, local: bool) -> dict[str, Any]:
+  """The rotary fields. transformers 5 writes rope_parameters (one set, or one for each kind of
+  layer), older versions rope_theta, rope_scaling and, for Gemma 3, rope_local_base_freq."""
+  stated, scaling = f.get("rope_parameters", {}), f.get("rope_scaling", {})
+  apart = GLOBAL in stated or LOCAL in stated
+  chosen = (stated.get(GLOBAL) or {}) | scaling if apart else scaling or stated
+  p = Fields(chosen, {"rope_theta": f.get("rope_theta", 10_000.0)}, f.where)
+  found = {"rope_theta": p.number("rope_theta"), "rope_scaling": _scaling(f, p)}
+  if not local:
+    return found
+  nearby = (stated.get(LOCAL) or {}) if apart else {}
+  if nearby.get("rope_type", "default") != "default":
+    raise ValueError(f"{f.where}: rope scaling of {LOCAL} is not supported, got {nearby}")
+  theta = nearby.get("rope_theta", f.get("rope_local_base_freq"))
+  same = theta is None or (theta == found["rope_theta"] and found["rope_scaling"] is None)
+  return found if same else found | {"local_rope_theta": float(theta)}
+
+
+def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
+  """The scaling among the rotary parameters `p`, whose other fields are `f`."""
+  kind = p.get("rope_type") or p.get("type", "default")
+  if kind not in _ROPES:
+    why = " (its frequencies change with the longest sequence)" if kind == "dynamic" else ""
+    raise ValueError(
+      f"{f.where}: rope scaling {kind!r} is not supported{why}; known: {', '.join(_ROPES)}"
+    )
+  if p.get("partial_rotary_factor", f.get("partial_rotary_factor", 1.0)) != 1.0:
+    raise ValueError(f"{f.where}: partial_rotary_factor is not supported, only 1.0")
+  if kind == "default":
+    return None
+  if kind == "linear":
+    return RopeScaling("linear", p.number("factor"))
+  context = f.integer("max_position_embeddings", 2048)
+  original = f.get("original_max_position_embeddings") or p.integer(
+    "original_max_position_embeddings", context
+  )
+  if kind == "llama3":
+    low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
+    return RopeScaling("llama3", p.number("factor"), original, low, high)
+  factor = p.number("factor", context / original)
+
+  def amplitude(strength: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
+
+  if p.get("mscale") and p.get("mscale_all_dim"):
+    usual = amplitude(p.number("mscale")) / amplitude(p.number("mscale_all_dim"))
+  else:
+    usual = amplitude(1.0)
+  return RopeScaling(
+    "yarn",
+    factor,
+    original,
+    low=float(p.get("beta_slow") or 1),
+    high=float(p.get("beta_fast") or 32),
+    amplitude=p.number("attention_factor", usual),
+    rounded=p.get("truncate", True),
+  )

@@ -1,0 +1,167 @@
+"""GGUF files as models: which metadata is which field, and what converters did to the tensors.
+
+The file format is read by the gguf package; this is what llama.cpp's converter means by it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.files import Gguf, Index, Tensor, open_gguf
+from grpo_jax.models.rope import RopeScaling, frequencies
+
+# What an architecture always has beside Llama's fields.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+  "llama": {},
+  "qwen2": {"biases": ("q", "k", "v")},
+  "qwen3": {"qk_norm": True},
+  "gemma3": {
+    "qk_norm": True,
+    "post_norm": True,
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+  },
+}
+# Matrices that may come with a bias.
+_BIASED = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+_BIASED |= {name: f"ffn_{name}" for name in ("gate", "up", "down")}
+_GEMMA_PATTERN = 6  # every sixth layer sees everything
+_GEMMA_27B_LAYERS = 62  # the one size whose scores are not scaled by the head width
+
+
+def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+  """Config and tensors of a GGUF file, each tensor as the Hugging Face checkpoint has it."""
+  file = open_gguf(path)
+  architecture = file.need("general.architecture")
+  if architecture not in ARCHITECTURES:
+    raise ValueError(
+      f"{path}: general.architecture is {architecture!r}, known: {', '.join(ARCHITECTURES)}"
+    )
+  stored = {tensor.name: tensor for tensor in file.reader.tensors}
+  config = _config(file, architecture, stored)
+  stored.pop("rope_freqs.weight", None)  # is in config.rope_scaling
+  return config, {name: _tensor(t, config, architecture, path) for name, t in stored.items()}
+
+
+def _config(file: Gguf, architecture: str, stored: dict[str, Any]) -> ModelConfig:
+  def need(name: str) -> Any:
+    return file.need(f"{architecture}.{name}")
+
+  def get(name: str, default: Any = None) -> Any:
+    return file.get(f"{architecture}.{name}", default)
+
+  width, heads, layers = (
+    need("embedding_length"),
+    need("attention.head_count"),
+    need("block_count"),
+  )
+  head_dim = get("attention.key_length", width // heads)
+  if (rotated := get("rope.dimension_count", head_dim)) != head_dim:
+    raise ValueError(f"{file.path}: rope over {rotated} of {head_dim} dimensions is not supported")
+  theta = float(get("rope.freq_base", 10_000.0))
+  fields = dict(ARCHITECTURES[architecture])
+  if found := tuple(name for name, part in _BIASED.items() if f"blk.0.{part}.bias" in stored):
+    fields["biases"] = found
+  if architecture == "gemma3":
+    divisor = width // heads if layers == _GEMMA_27B_LAYERS else head_dim
+    pattern = get("attention.sliding_window_pattern", _GEMMA_PATTERN)
+    every = (
+      [bool((i + 1) % pattern) for i in range(layers)] if isinstance(pattern, int) else pattern
+    )
+    fields |= {
+      "embed_scale": width**0.5,
+      "attn_scale": divisor**-0.5,
+      "softcap": get("final_logit_softcapping") or None,
+      "window": need("attention.sliding_window"),
+      "local_layers": tuple(map(bool, every)),
+      "local_rope_theta": float(get("rope.freq_base_swa", 10_000.0)),
+    }
+  return ModelConfig(
+    vocab_size=get("vocab_size") or len(file.need("tokenizer.ggml.tokens")),
+    width=width,
+    layers=layers,
+    heads=heads,
+    kv_heads=get("attention.head_count_kv", heads),
+    head_dim=head_dim,
+    mlp=need("feed_forward_length"),
+    rope_theta=theta,
+    rope_scaling=_rope_scaling(file, get, head_dim, theta, stored.get("rope_freqs.weight")),
+    norm_eps=_as_written(need("attention.layer_norm_rms_epsilon")),
+    tied="output.weight" not in stored,
+    context=need("context_length"),
+    **fields,
+  )
+
+
+def _as_written(value: float) -> float:
+  """A float32 as the decimal it was written for: 1e-5 reads back as 1e-5.
+
+  >>> _as_written(9.999999747378752e-06)
+  1e-05
+  """
+  return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+  file: Gguf, get: Any, head_dim: int, theta: float, factors: Any
+) -> RopeScaling | None:
+  """The scaling in the metadata, or the one of Llama 3 that gives the file's list of factors."""
+  kind = get("rope.scaling.type", "none")
+  if factors is not None:
+    found = np.array(factors.data, np.float32).ravel()
+    # The converter writes the factors and not where they come from; every Llama 3 has these limits.
+    scaling = RopeScaling("llama3", _as_written(found.max()), original=8192, low=1.0, high=4.0)
+    expected = frequencies(head_dim, theta) / frequencies(head_dim, theta, scaling)
+    if kind != "none" or found.shape != expected.shape or not np.allclose(found, expected, 1e-4):
+      raise ValueError(f"{file.path}: rope_freqs.weight is not the rope scaling of Llama 3")
+    return scaling
+  if kind == "none":
+    return None
+  factor = _as_written(get("rope.scaling.factor", 1.0))
+  if kind == "linear":
+    return RopeScaling("linear", factor)
+  raise ValueError(f"{file.path}: rope scaling {kind!r} is not supported, known: none, linear")
+
+
+def _tensor(tensor: Any, config: ModelConfig, architecture: str, path: Path) -> Tensor:
+  from gguf import quants
+
+  heads = 0
+  if architecture == "llama" and tensor.name.endswith((".attn_q.weight", ".attn_q.bias")):
+    heads = config.heads
+  elif architecture == "llama" and tensor.name.endswith((".attn_k.weight", ".attn_k.bias")):
+    heads = config.kv_heads
+  offset = config.norm_offset if tensor.name.endswith("norm.weight") else 0.0
+  try:
+    quants.dequantize(tensor.data[:1], tensor.tensor_type)
+  except NotImplementedError as error:
+    raise ValueError(f"{path}: {tensor.name}: {error}") from error
+
+  def read(index: Index) -> np.ndarray:
+    if heads:
+      values = quants.dequantize(tensor.data, tensor.tensor_type)
+      return undo_rope_order(values, heads)[index]
+    # Rows are apart in the file; blocks of quantized numbers run along them.
+    values = quants.dequantize(tensor.data[index[0]], tensor.tensor_type)
+    return values[(slice(None), *index[1:])] - np.float32(offset)
+
+  # GGUF counts dimensions from the innermost.
+  return Tensor(tuple(int(n) for n in reversed(tensor.shape)), read)
+
+
+def undo_rope_order(kernel: np.ndarray, heads: int) -> np.ndarray:
+  """Rows of a GGUF q or k kernel [heads*Dh, D] back in the order of Hugging Face files.
+
+  RoPE turns pairs of rows of a head. GGUF puts the two of a pair side by side (0, 1), (2, 3), ...;
+  Hugging Face ("rotate half") pairs row i with row i + Dh/2.
+
+  >>> undo_rope_order(np.array([[0], [2], [1], [3]]), heads=1).ravel().tolist()
+  [0, 1, 2, 3]
+  """
+  rows = kernel.shape[0]
+  pairs = kernel.reshape(heads, rows // heads // 2, 2, *kernel.shape[1:])
+  return pairs.swapaxes(1, 2).reshape(kernel.shape)

