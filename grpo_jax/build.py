@@ -3,8 +3,10 @@
 Nothing here compiles or trains, so a mistake costs seconds.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +20,18 @@ from grpo_jax import optimizer as optimizers
 from grpo_jax import rollout, sharding, tasks, tokens
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
-from grpo_jax.models import checkpoints as weights
-from grpo_jax.models.decoder import Decoder, unstack
-from grpo_jax.tasks.base import Task
-from grpo_jax.train_step import TrainState
+from grpo_jax.models import lora
+from grpo_jax.models.checkpoints import Weights, open_weights
+from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.reward_model import RewardModel
+from grpo_jax.sampler import Sampler
+from grpo_jax.tasks.base import StepRewards, Task
+from grpo_jax.tasks.workers import RewardWorkers, Scorer, score_in_process
+from grpo_jax.train_step import Join, TrainState, only_trained
 
 # Batch sizes that the update is compiled for: quarters of the prompts of a step.
 BUCKETS = 4
+LEARNED = "reward_model"  # what the learned reward is called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,42 +39,76 @@ class Run:
   """What a config describes, before any step.
 
   Attributes:
-    params: float32, on the host; `state` puts them on the mesh.
-    task: prompts over the budget are already out of it.
+    weights: of the model as it was before training; read when they are asked for.
+    task: prompts over the budget are already out of it, the learned reward is in it.
+    new_adapters: key -> LoRA adapters, which are trained instead of the weights; None = the weights.
     bucket: the update takes a multiple of this many prompts (see `rollout.collect`).
+    seed: of the adapters' first values.
   """
 
   mesh: Mesh
   model: Decoder
-  params: Any
+  weights: Weights
   task: Task
-  sampler: rollout.Sampler
+  sampler: Sampler
   algorithm: Algorithm
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
+  new_adapters: Callable[[jax.Array], Any] | None
   bucket: int
+  seed: int
 
-  def initial_state(self) -> TrainState:
-    """Parameters and a fresh optimizer state, laid out by the sharding table."""
-    params = self.initial_params()
+  def loaded_params(self) -> Any:
+    """The parameters of the model as it was before training, read straight into their layout."""
+    return self.weights.read(sharding.param_shardings(self.mesh, self.weights.shapes))
+
+  def frozen_params(self) -> Any:
+    """What is not trained: everything beside adapters; None where there are none."""
+    return self.loaded_params() if self.new_adapters else None
+
+  def initial_state(self, *, moving_reference: bool = False) -> TrainState:
+    """Trained parameters and a fresh optimizer state, laid out by the sharding table."""
+    params = self._adapters() if self.new_adapters else self.loaded_params()
     shapes = jax.eval_shape(self.optimizer.init, params)
     init = jax.jit(self.optimizer.init, out_shardings=sharding.param_shardings(self.mesh, shapes))
     step = jax.device_put(jnp.int32(0), sharding.replicated(self.mesh))
-    return TrainState(step=step, params=params, opt_state=init(params))
+    reference = jax.tree.map(jnp.copy, params) if moving_reference else None
+    return TrainState(step=step, params=params, opt_state=init(params), reference=reference)
 
-  def for_sampling(self) -> Callable[[Any], Any]:
-    """Jitted `params -> params` in the sampler's layout: layers apart, whole over `fsdp`."""
-    shapes = jax.eval_shape(unstack, self.params)
+  def _adapters(self) -> Any:
+    key = jax.random.key(self.seed)
+    layout = sharding.param_shardings(self.mesh, jax.eval_shape(self.new_adapters, key))
+    return jax.jit(self.new_adapters, out_shardings=layout)(key)
+
+  @property
+  def join(self) -> Join:
+    """`(frozen, trained) -> parameters of the model`."""
+    return lora.join if self.new_adapters else only_trained
+
+  def for_sampling(self, frozen: Any) -> Callable[[Any], Any]:
+    """`trained parameters -> the sampler's`: layers apart, adapters merged, whole over `fsdp`."""
+
+    def arrange(frozen: Any, params: Any) -> Any:
+      merged = params if frozen is None else lora.merge(frozen, params, self.model.lora_scale)
+      return unstack(merged)
+
+    shapes = jax.eval_shape(unstack, self.weights.shapes)
     layout = sharding.param_shardings(self.mesh, shapes, sampling=True)
-    return jax.jit(unstack, out_shardings=layout)
+    return partial(jax.jit(arrange, out_shardings=layout), frozen)
 
-  def initial_params(self) -> Any:
-    """The parameters that the model was loaded with, on the mesh: the start, and the reference."""
-    return jax.device_put(self.params, sharding.param_shardings(self.mesh, self.params))
+  @property
+  def step_rewards(self) -> StepRewards | None:
+    """The task's rewards for steps, where the algorithm asks for them."""
+    return self.task.step_rewards if self.algorithm.advantage == "process_advantages" else None
+
+  @property
+  def reward_weights(self) -> tuple[float, ...]:
+    """Weight of each reward function."""
+    return tuple(weight for _, weight in self.task.rewards.values())
 
 
 def build(config: ConfigDict) -> Run:
-  """Loads and checks everything that `config` names. Raises ConfigError with all the problems."""
+  """Opens and checks everything that `config` names. Raises ConfigError with all the problems."""
   c = config
   problems = configs.check(c, jax.device_count())
 
@@ -80,51 +121,119 @@ def build(config: ConfigDict) -> Run:
 
   algorithm = attempt(lambda: make_algorithm(c.algorithm))
   task = attempt(lambda: tasks.make_task(c.task.name, **c.task.settings.to_dict()))
-  loaded = attempt(lambda: weights.load(c.model.source, seed=c.seed))
-  tokenizer = attempt(lambda: tokens.load_tokenizer(c.model.source)) if loaded else None
+  weights = attempt(lambda: open_weights(c.model.source, seed=c.seed))
+  tokenizer = attempt(lambda: tokens.load_tokenizer(c.model.source)) if weights else None
+  if task and c.reward_model.source:
+    task = attempt(lambda: _with_reward_model(task, c.reward_model))
+  adapters = attempt(lambda: _new_adapters(c.lora, weights)) if weights else None
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
 
-  model_config, params = loaded
   task, prompt_length = attempt(lambda: _fit_task(c.rollout, task, tokenizer)) or (task, 1)
-  budget = prompt_length + c.rollout.completion_length
-  if budget > model_config.context:
-    problems.append(
-      f"rollout.completion_length is {c.rollout.completion_length}: with prompts of "
-      f"{prompt_length} tokens that makes {budget}, and {c.model.source} has a context of "
-      f"{model_config.context}; lower it to {max(model_config.context - prompt_length, 0)} or less"
-    )
-  if tokenizer.vocab_size > model_config.vocab_size:
-    problems.append(
-      f"the tokenizer of {c.model.source} has {tokenizer.vocab_size} ids, its model only "
-      f"{model_config.vocab_size}"
-    )
-  if algorithm and algorithm.advantage == "multi_objective":
-    problems.append("algorithm.advantage 'multi_objective' is for direct use of the pure functions")
+  problems += _misfits(c, weights.config, task, tokenizer, algorithm, prompt_length)
   if problems:
     raise configs.ConfigError(problems)
 
   mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
-  dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype]
-  model = Decoder(model_config, dtype=dtype, remat=c.model.remat)
+  model = Decoder(
+    weights.config,
+    dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
+    remat=c.model.remat,
+    lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if adapters else 1.0,
+  )
   sampler = attempt(
-    lambda: rollout.Sampler(
+    lambda: Sampler(
       model=model,
       tokenizer=tokenizer,
       prompt_length=prompt_length,
       completion_length=c.rollout.completion_length,
-      stop=task.stop,
+      stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
+      stop_ids=tuple(c.rollout.stop_ids),
       prompt_sharding=sharding.batch_sharding(mesh),
     )
   )
   if problems:
     raise configs.ConfigError(problems)
+  schedule, optimizer = _optimizer(c)
+  parts = c.train.mini_batches * c.train.micro_batches
+  smallest = mesh.shape["data"] * mesh.shape["fsdp"] * parts
+  return Run(
+    mesh=mesh,
+    model=model,
+    weights=weights,
+    task=task,
+    sampler=sampler,
+    algorithm=algorithm,
+    schedule=schedule,
+    optimizer=optimizer,
+    new_adapters=adapters,
+    bucket=smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest)),
+    seed=c.seed,
+  )
+
+
+def _new_adapters(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Any] | None:
+  """`lora.init` for this model, or None; ValueError where the settings do not fit it."""
+  if settings.rank == 0:
+    return None
+  make = partial(lora.init, shapes=weights.shapes, pattern=settings.targets, rank=settings.rank)
+  jax.eval_shape(make, jax.random.key(0))
+  return make
+
+
+def _with_reward_model(task: Task, settings: ConfigDict) -> Task:
+  """The task with a learned reward beside its own."""
+  model = RewardModel.load(settings.source)
+  return dataclasses.replace(task, rewards={**task.rewards, LEARNED: (model, settings.weight)})
+
+
+def _misfits(
+  c: ConfigDict,
+  model: ModelConfig,
+  task: Task,
+  tokenizer: tokens.AnyTokenizer,
+  algorithm: Algorithm | None,
+  prompt_length: int,
+) -> list[str]:
+  """What is right by itself and does not go together."""
+  problems = []
+  budget = prompt_length + c.rollout.completion_length
+  if budget > model.context:
+    problems.append(
+      f"rollout.completion_length is {c.rollout.completion_length}: with prompts of "
+      f"{prompt_length} tokens that makes {budget}, and {c.model.source} has a context of "
+      f"{model.context}; lower it to {max(model.context - prompt_length, 0)} or less"
+    )
+  if tokenizer.vocab_size > model.vocab_size:
+    problems.append(
+      f"the tokenizer of {c.model.source} has {tokenizer.vocab_size} ids, its model only "
+      f"{model.vocab_size}"
+    )
+  if model.labels:
+    problems.append(
+      f"model.source {c.model.source!r} is a classification model: it can be a reward_model.source, "
+      "and cannot write text"
+    )
+  if algorithm and algorithm.advantage == "process_advantages" and task.step_rewards is None:
+    problems.append(
+      f"algorithm.advantage 'process_advantages' needs rewards for steps, and task {task.name!r} "
+      "has no step_rewards; choose another advantage or give the task this function"
+    )
+  if algorithm and algorithm.beta == 0 and c.reference.sync_every:
+    problems.append(
+      f"reference.sync_every is {c.reference.sync_every}, but algorithm.beta is 0: without a KL "
+      "term there is no reference; set sync_every to 0 or beta above 0"
+    )
+  return problems
+
+
+def _optimizer(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
   o = c.optimizer
   schedule = optimizers.learning_rate_schedule(
     learning_rate=o.learning_rate,
     schedule=o.schedule,
     warmup_steps=o.warmup_steps,
-    steps=c.steps,
+    steps=c.steps * c.train.epochs * c.train.mini_batches,
     final_fraction=o.final_fraction,
   )
   optimizer = optimizers.make_optimizer(
@@ -135,9 +244,19 @@ def build(config: ConfigDict) -> Run:
     weight_decay=o.weight_decay,
     clip_norm=o.clip_norm,
   )
-  smallest = mesh.shape["data"] * mesh.shape["fsdp"] * c.train.micro_batches
-  bucket = smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest))
-  return Run(mesh, model, params, task, sampler, algorithm, schedule, optimizer, bucket)
+  return schedule, optimizer
+
+
+def make_scorer(config: ConfigDict, run: Run) -> contextlib.AbstractContextManager[Scorer]:
+  """The rewards of a run: its task's in worker processes, the learned one in this process."""
+  if config.rewards.workers == 0:
+    return contextlib.nullcontext(score_in_process(run.task))
+  return RewardWorkers(
+    partial(tasks.make_task, config.task.name, **config.task.settings.to_dict()),
+    config.rewards.workers,
+    config.rewards.timeout,
+    here={name: run.task.rewards[name] for name in [LEARNED] if name in run.task.rewards},
+  )
 
 
 def make_algorithm(settings: ConfigDict) -> Algorithm:

@@ -1,4 +1,4 @@
-"""Checkpoints: parameters, optimizer state and the number of finished steps.
+"""Checkpoints: parameters, optimizer state, a moving reference and the number of updates.
 
 That is everything: data order and random streams are functions of (seed, step).
 """
@@ -68,4 +68,5 @@ def read_config(workdir: str | Path) -> dict[str, Any] | None:
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-  return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+  tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+  return tree if state.reference is None else tree | {"reference": state.reference}

@@ -27,12 +27,17 @@ def default_config() -> ConfigDict:
   """Every field with its unit; experiments override and `load` locks."""
   c = ConfigDict()
   c.seed = 0  # of data order, sampling and random weights
-  c.steps = 100  # optimizer steps in the whole run
+  c.steps = 100  # rollouts in the whole run; each is learned from in epochs x mini_batches updates
 
   c.model = ConfigDict()
   c.model.source = "random:tiny"  # folder, .gguf file, package:NAME, random:NAME or hub id
   c.model.dtype = "float32"  # of activations: float32 or bfloat16; weights stay float32
   c.model.remat = False  # recompute layers in the backward pass: less memory, a third more work
+
+  c.lora = ConfigDict()  # train low-rank adapters instead of the weights
+  c.lora.rank = 0  # 0 = train all weights
+  c.lora.alpha = 16.0  # adapters count alpha / rank times
+  c.lora.targets = "q|k|v|o|gate|up|down"  # regular expression: matrices of a layer with adapters
 
   c.task = ConfigDict()
   c.task.name = "reasoning_gym"  # a key of grpo_jax.tasks.TASKS
@@ -45,20 +50,44 @@ def default_config() -> ConfigDict:
   c.rollout.completion_length = 64  # T, tokens, the ending token included
   c.rollout.temperature = 1.0  # used for sampling and for scoring alike
   c.rollout.overlong = "error"  # a prompt of more than prompt_length tokens: error or drop
+  c.rollout.stop = ()  # strings that end a completion, besides the task's own
+  c.rollout.stop_ids = ()  # token ids that end a completion, besides the tokenizer's
+  c.rollout.max_refills = 0  # dynamic sampling: draws that replace prompts without a signal
+  c.rollout.mask_truncated = False  # leave completions that ran into the budget out of the loss
+
+  c.rewards = ConfigDict()
+  c.rewards.workers = 1  # processes that reward functions run in; 0 = in this one, unguarded
+  c.rewards.timeout = 30.0  # seconds for a completion; one that takes longer has no reward
+
+  c.reward_model = ConfigDict()  # a learned reward, added to the task's
+  c.reward_model.source = ""  # a sequence-classification model, named like model.source
+  c.reward_model.weight = 1.0
+
+  c.reference = ConfigDict()  # what the KL term holds the policy close to: the model at the start
+  c.reference.sync_every = 0  # steps after which it moves to the policy; 0 = it never does
+  c.reference.sync_share = 1.0  # share of the policy in the new reference; 1 = a copy
 
   c.algorithm = ConfigDict()
   c.algorithm.name = "grpo"  # a row of grpo_jax.ALGORITHMS; fields left None keep its values
   c.algorithm.advantage = placeholder(str)  # group_normalized, group_centered, ...
+  c.algorithm.ratio = placeholder(str)  # token, sequence or sequence_token
+  c.algorithm.trust_region = placeholder(str)  # none, clip, dual_clip, cispo, sapo, dppo_tv
   c.algorithm.average = placeholder(str)  # sequence, token or constant
   c.algorithm.kl = placeholder(str)  # none, k1, k2, k3, ...
   c.algorithm.beta = placeholder(float)  # coefficient of the KL term
   c.algorithm.clip_low = placeholder(float)  # ratios are held in [1 - clip_low, 1 + clip_high]
   c.algorithm.clip_high = placeholder(float)
+  c.algorithm.clip_dual = placeholder(float)  # largest ratio that counts against an answer
+  c.algorithm.ratio_min = placeholder(float)  # absolute bounds of the ratio
+  c.algorithm.ratio_max = placeholder(float)
+  c.algorithm.correction = placeholder(str)  # for a sampler that is not the trainer: none, ...
+  c.algorithm.correction_min = placeholder(float)  # bounds of the trainer/sampler ratio
+  c.algorithm.correction_max = placeholder(float)
 
   c.optimizer = ConfigDict()
   c.optimizer.learning_rate = 1e-6  # the peak
   c.optimizer.schedule = "constant"  # constant, linear or cosine, after the warm-up
-  c.optimizer.warmup_steps = 0
+  c.optimizer.warmup_steps = 0  # updates
   c.optimizer.final_fraction = 0.0  # share of the peak left at the last step
   c.optimizer.beta1 = 0.9
   c.optimizer.beta2 = 0.99
@@ -67,7 +96,9 @@ def default_config() -> ConfigDict:
   c.optimizer.clip_norm = 1.0  # global gradient norm; 0 = not clipped
 
   c.train = ConfigDict()
-  c.train.micro_batches = 1  # parts the P prompts are cut into; changes memory only
+  c.train.epochs = 1  # times that each rollout is gone through
+  c.train.mini_batches = 1  # updates each time, on equal parts of the prompts in a new order
+  c.train.micro_batches = 1  # parts that an update is computed in; changes memory only
 
   c.mesh = ConfigDict()  # devices along each axis; one of them may be -1, the rest
   c.mesh.data = -1
@@ -139,8 +170,14 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
        "'constant', 'linear' or 'cosine'")  # fmt: skip
   for name in ("eval.every", "eval.samples", "log.samples", "log.samples_every"):
     need(_get(c, name) >= 0, name, "at least 0")
-  for name in ("eval.batch_prompts", "checkpoint.every", "checkpoint.keep", "train.micro_batches"):
+  for name in ("eval.batch_prompts", "checkpoint.every", "checkpoint.keep",
+               "train.micro_batches", "train.mini_batches", "train.epochs"):  # fmt: skip
     need(_get(c, name) >= 1, name, "at least 1")
+  for name in ("rollout.max_refills", "rewards.workers", "reference.sync_every", "lora.rank"):
+    need(_get(c, name) >= 0, name, "at least 0")
+  need(c.rewards.timeout > 0, "rewards.timeout", "above 0 seconds")
+  need(c.lora.alpha > 0, "lora.alpha", "above 0")
+  need(0 < c.reference.sync_share <= 1, "reference.sync_share", "above 0 and at most 1")
   return problems + _check_division(c, device_count)
 
 
@@ -150,12 +187,13 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
     data, fsdp, _ = mesh_shape(c.mesh, device_count)
   except ValueError as error:
     return [str(error)]
-  parts = max(c.train.micro_batches, 1)
+  parts = max(c.train.micro_batches, 1) * max(c.train.mini_batches, 1)
   unit = data * fsdp * parts
   if c.rollout.prompts_per_step % unit:
     return [
       f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
-      f"train.micro_batches={parts} parts over mesh data={data} x fsdp={fsdp}"
+      f"train.mini_batches={c.train.mini_batches} x train.micro_batches={c.train.micro_batches} "
+      f"parts over mesh data={data} x fsdp={fsdp}"
     ]
   return []
 
@@ -251,6 +289,8 @@ def _parse(text: str, current: Any, kind: type) -> Any:
     )
   except (ValueError, SyntaxError):
     value = text
+  if kind is tuple:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if kind is bool and not isinstance(value, bool):

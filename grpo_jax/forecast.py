@@ -40,7 +40,7 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
 
 def weights(run: Run) -> int:
   """Number of parameters."""
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(run.params))
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(run.weights.shapes))
 
 
 def step_flops(config: ConfigDict, run: Run) -> float:

@@ -1,10 +1,11 @@
 """Examples -> completions -> rewards -> a batch: the seam between host and device.
 
-Besides `metrics.py`, arrays cross between host and device here and nowhere else.
+Besides `sampler.py` and `metrics.py`, arrays cross between host and device here and nowhere else.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,113 +14,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import sampling
-from grpo_jax.core.advantages import ADVANTAGES
+from grpo_jax.core.advantages import ADVANTAGES, multi_objective, process_advantages
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.masks import token_weights
 from grpo_jax.core.types import lookup
 from grpo_jax.metrics import rollout_metrics
-from grpo_jax.tasks.base import Example, Task, score
-from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompt, encode_prompts
+from grpo_jax.sampler import Generated, Sampler
+from grpo_jax.tasks.base import Example, Prompt, StepRewards
+from grpo_jax.tasks.indexed import Indexed
+from grpo_jax.tasks.workers import Scorer, Scores
+from grpo_jax.tokens import AnyTokenizer, encode_prompt, encode_prompts
 from grpo_jax.train_step import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Generated:
-  """Completions of some prompts, as numbers and as text. Arrays are on the host.
+class Scored:
+  """Completions of some prompts and what they earned.
 
   Attributes:
-    prompts, prompt_mask: [P, N].
-    tokens, mask, logp, entropy: [P, G, T].
-    texts: [P][G], without the ending token and stop string.
+    prompts: [P], text or chat messages.
+    step_rewards, step_ends: [P, G, S], from a task that rewards steps: reward (NaN = no such step)
+      and index of the last token of each step.
   """
 
-  prompts: Int[np.ndarray, "P N"]
-  prompt_mask: Bool[np.ndarray, "P N"]
-  tokens: Int[np.ndarray, "P G T"]
-  mask: Bool[np.ndarray, "P G T"]
-  logp: Float[np.ndarray, "P G T"]
-  entropy: Float[np.ndarray, "P G T"]
-  texts: list[list[str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-  """A model and a tokenizer, ready to complete prompts.
-
-  Attributes:
-    prompt_length, completion_length: tokens; every batch is padded to them, so one program does.
-    stop: strings that end a completion, besides the tokenizer's own end of text.
-    prompt_sharding: layout of arrays whose first axis is prompts; None = the default device.
-  """
-
-  model: Any
-  tokenizer: AnyTokenizer
-  prompt_length: int
-  completion_length: int
-  stop: tuple[str, ...] = ()
-  prompt_sharding: Any = None
-
-  def __post_init__(self) -> None:
-    jitted = jax.jit(self._generate, static_argnames="temperature")
-    object.__setattr__(self, "_jitted", jitted)
-    object.__setattr__(self, "stop_ids", stop_ids(self.tokenizer, self.stop))
-
-  def __call__(
-    self,
-    params: Any,
-    prompts: Sequence[Any],
-    key: jax.Array,
-    *,
-    group: int,
-    temperature: float,
-    first_prompt: int = 0,
-  ) -> Generated:
-    """G completions for each prompt; `first_prompt` is the number of the first of them.
-
-    A completion's random stream is (key, prompt number, sample number): cutting the prompts of a
-    step into several calls with the right `first_prompt` changes nothing.
-    """
-    tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
-    ids = jax.device_put(first_prompt + np.arange(len(tokens)), self.prompt_sharding)
-    keys = _row_keys(key, ids, group)
-    on_device = jax.device_put((tokens, mask), self.prompt_sharding)
-    out = jax.device_get(self._jitted(params, *on_device, keys, temperature=temperature))
-    texts = decode_completions(self.tokenizer, out.tokens, out.mask, stop=self.stop)
-    return Generated(tokens, mask, out.tokens, out.mask, out.logp, out.entropy, texts)
-
-  def _generate(self, params, prompts, mask, keys, *, temperature):
-    return sampling.generate(
-      self.model,
-      params,
-      prompts,
-      mask,
-      keys,
-      jnp.asarray(self.stop_ids),
-      length=self.completion_length,
-      temperature=temperature,
-      pad_id=self.tokenizer.pad_id,
-    )
-
-
-_row_keys = jax.jit(sampling.row_keys, static_argnums=2)
-
-
-def stop_ids(tokenizer: AnyTokenizer, stop: Sequence[str]) -> np.ndarray:
-  """Every id that ends a completion: the end of text, and each token that contains a stop string.
-
-  Raises ValueError for a stop string that no single token contains.
-  """
-  ids = set(tokenizer.eos_ids)
-  for text in stop:
-    containing = tokenizer.ids_containing(text)
-    if not containing:
-      raise ValueError(
-        f"stop string {text!r} is in no single token of {tokenizer.name}; "
-        "use a shorter one, such as its last character"
-      )
-    ids.update(containing)
-  return np.array(sorted(ids), np.int32)
+  prompts: list[Prompt]
+  out: Generated
+  scores: Scores
+  step_rewards: Float[np.ndarray, "P G S"] | None = None
+  step_ends: Int[np.ndarray, "P G S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,87 +50,126 @@ class Rollout:
 
   Attributes:
     batch: on the device.
-    rewards: [P, G], NaN where not scored.
-    per_name: rewards of each function, [P, G].
-    accuracy: [P, G], 1.0 where right by the task's strict rule.
-    lengths: [P, G], tokens, the ending token included.
-    truncated: [P, G], completions that ran into the budget.
-    entropy: nats per token, of the distributions the tokens were drawn from.
+    scored: all completions that were sampled for it.
     num_tokens: prompt tokens (each prompt once) and completion tokens.
+    measured: metrics of the rollout by name.
     samples: one dict a completion.
   """
 
   batch: Batch
-  rewards: Float[np.ndarray, "P G"]
-  per_name: dict[str, Float[np.ndarray, "P G"]]
-  accuracy: Float[np.ndarray, "P G"]
-  lengths: Int[np.ndarray, "P G"]
-  truncated: Bool[np.ndarray, "P G"]
-  entropy: float
+  scored: Scored
   num_tokens: int
+  measured: dict[str, float]
   samples: list[dict[str, Any]]
-
-  def metrics(self) -> dict[str, float]:
-    """Rewards, accuracy and lengths under their usual names."""
-    measured = rollout_metrics(self.rewards, self.per_name, self.lengths, self.truncated)
-    return measured | {"accuracy": float(self.accuracy.mean()), "entropy": self.entropy}
 
 
 def collect(
   sampler: Sampler,
   params: Any,
-  task: Task,
-  examples: Sequence[Example],
+  scorer: Scorer,
+  draw: Callable[[int], Sequence[Example]],
   key: jax.Array,
   *,
   group: int,
   temperature: float,
   algorithm: Algorithm,
   bucket: int,
+  reward_weights: Sequence[float] = (),
+  step_rewards: StepRewards | None = None,
+  max_refills: int = 0,
+  mask_truncated: bool = False,
 ) -> Rollout:
   """Samples G completions of each example, scores them and turns rewards into advantages.
 
   Prompts whose advantages are all 0 have no gradient. Where there is no KL term to give them one,
   they are left out of the batch, which is then filled up to a multiple of `bucket` prompts with
   empty ones: the update costs less and is the same, because the token weights are made before.
+
+  Args:
+    draw: refill number -> P examples; 0 gives those of the step.
+    reward_weights: of each reward function, for the advantage `multi_objective`.
+    step_rewards: the task's, for the advantage `process_advantages`.
+    max_refills: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose rewards are
+      all equal are replaced by those of up to this many further draws. Where they do not suffice,
+      some of the prompts without a signal stay, so that P never changes.
+    mask_truncated: completions that ran into the budget count in their group's statistics and
+      have no tokens in the loss (DAPO's overlong filtering, section 3.4).
   """
-  prompts = [example.prompt for example in examples]
-  out = sampler(params, prompts, key, group=group, temperature=temperature)
-  columns = columns_of(examples)
-  rewards, per_name = score(task.rewards, prompts, out.texts, columns)
-  right = accuracy(task, prompts, out.texts, columns)
-  advantages, weights = jax.device_get(
-    _advantages_and_weights(rewards.astype(np.float32), out.mask, algorithm, out.mask.shape[-1])
+  sample = partial(
+    _sample, sampler, params, scorer, key=key, group=group, temperature=temperature,
+    step_rewards=step_rewards,
+  )  # fmt: skip
+  scored = sample(draw(0), first_prompt=0)
+  count, refills = len(scored.prompts), 0
+  while refills < max_refills and has_spread(scored.scores.total).sum() < count:
+    refills += 1
+    scored = _joined(scored, sample(draw(refills), first_prompt=refills * count))
+  spread = has_spread(scored.scores.total)
+  measured = _measure(scored)
+  if max_refills:
+    measured |= {"dynamic_sampling/kept": spread.mean(), "dynamic_sampling/refills": refills}
+  rows = np.sort(np.argsort(~spread, kind="stable")[:count]) if refills else np.arange(count)
+  batch = make_batch(
+    _taken(scored, rows), sampler, algorithm, reward_weights, mask_truncated=mask_truncated
   )
-  batch = Batch(
+  if algorithm.beta == 0:
+    signal = (batch.advantages != 0).reshape(count, -1).any(-1) & batch.mask.any((-2, -1))
+    batch = select(batch, np.flatnonzero(signal), bucket)
+  return Rollout(
+    batch=jax.device_put(batch, sampler.prompt_sharding),
+    scored=scored,
+    num_tokens=int(scored.out.prompt_mask.sum() + scored.out.mask.sum()),
+    measured=measured,
+    samples=records(
+      scored.prompts,
+      scored.out.texts,
+      reward=scored.scores.total,
+      accuracy=scored.scores.accuracy,
+      length=scored.out.lengths,
+    ),
+  )
+
+
+def make_batch(
+  scored: Scored,
+  sampler: Sampler,
+  algorithm: Algorithm,
+  reward_weights: Sequence[float] = (),
+  *,
+  mask_truncated: bool = False,
+) -> Batch:
+  """Rewards as advantages, and everything else that an update needs, on the host."""
+  out, scores = scored.out, scored.scores
+  mask = out.mask & out.ended[..., None] if mask_truncated else out.mask
+  per_name = np.stack([*scores.per_name.values()]) if scores.per_name else None
+  rewards = {
+    "multi_objective": (per_name, np.asarray(reward_weights, np.float32)),
+    "process_advantages": (scored.step_rewards, scored.step_ends),
+  }.get(algorithm.advantage, (scores.total,))
+  rewards = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == np.float64 else a, rewards)
+  advantages, weights = jax.device_get(
+    _advantages_and_weights(rewards, out.mask, mask, algorithm, sampler.completion_length)
+  )
+  return Batch(
     prompts=out.prompts,
     prompt_mask=out.prompt_mask,
     completions=out.tokens,
-    mask=out.mask,
+    mask=mask,
     advantages=advantages,
     weights=weights,
     sampler_logp=out.logp,
   )
-  if algorithm.beta == 0:
-    batch = select(batch, np.flatnonzero((advantages != 0).any(-1)), bucket)
-  lengths = out.mask.sum(-1)
-  return Rollout(
-    batch=jax.device_put(batch, sampler.prompt_sharding),
-    rewards=rewards,
-    per_name=per_name,
-    accuracy=right,
-    lengths=lengths,
-    truncated=~ended(out, sampler),
-    entropy=float(out.entropy.sum() / lengths.sum()),
-    num_tokens=int(out.prompt_mask.sum() + lengths.sum()),
-    samples=records(prompts, out.texts, reward=rewards, accuracy=right, length=lengths),
-  )
 
 
 @partial(jax.jit, static_argnames=("algorithm", "max_length"))
-def _advantages_and_weights(rewards, mask, algorithm: Algorithm, max_length: int):
-  advantages = lookup("advantage", ADVANTAGES, algorithm.advantage)(rewards)
-  return advantages, token_weights(mask, algorithm.average, max_length=max_length)
+def _advantages_and_weights(rewards, mask, loss_mask, algorithm: Algorithm, max_length: int):
+  if algorithm.advantage == "multi_objective":
+    advantages = multi_objective(*rewards)
+  elif algorithm.advantage == "process_advantages":
+    advantages = process_advantages(*rewards, mask)
+  else:
+    advantages = lookup("advantage", ADVANTAGES, algorithm.advantage)(*rewards)
+  return advantages, token_weights(loss_mask, algorithm.average, max_length=max_length)
 
 
 def select(batch: Batch, rows: np.ndarray, bucket: int) -> Batch:
@@ -225,16 +186,154 @@ def select(batch: Batch, rows: np.ndarray, bucket: int) -> Batch:
   )
 
 
-def ended(out: Generated, sampler: Sampler) -> Bool[np.ndarray, "P G"]:
-  """Completions that stopped by themselves; the others ran into the budget."""
-  return (np.isin(out.tokens, sampler.stop_ids) & out.mask).any(-1)
+def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> Iterator[Batch]:
+  """`epochs` times the prompts of a batch in a new order, cut into `count` equal parts.
+
+  Token weights are multiplied by `count`: each part is an estimate of the loss of the whole, and
+  their mean is that loss. The orders are a function of `seed`. One part of one epoch is the batch.
+
+  Args:
+    seed: integers, such as (seed of the run, step).
+  """
+  if count == epochs == 1:
+    yield batch
+    return
+  prompts = batch.mask.shape[0]
+  layout = batch.mask.sharding
+  for epoch in range(epochs):
+    order = np.random.default_rng([*seed, epoch]).permutation(prompts)
+    for rows in np.split(order, count):
+      yield _part(batch, jax.device_put(rows, layout), count, layout)
 
 
-def accuracy(
-  task: Task, prompts: Sequence[Any], texts: Sequence[Sequence[str]], columns: dict[str, list[Any]]
-) -> Float[np.ndarray, "P G"]:
-  """1.0 where a completion is right, by the task's strict rule."""
-  return score({"accuracy": (task.accuracy, 1.0)}, prompts, texts, columns)[0]
+@partial(jax.jit, static_argnums=(2, 3))
+def _part(batch: Batch, rows: jax.Array, count: int, layout: Any) -> Batch:
+  part = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a[rows], layout), batch)
+  return dataclasses.replace(part, weights=part.weights * count)
+
+
+# --- parts of a rollout ---------------------------------------------------------------------------
+
+
+def has_spread(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+  """Groups in which two scored rewards differ; the others teach nothing. NaN = not scored.
+
+  >>> has_spread(np.array([[1.0, 0.0], [0.3, 0.3], [1.0, np.nan]])).tolist()
+  [True, False, False]
+  """
+  scored = ~np.isnan(rewards)
+  high = np.where(scored, rewards, -np.inf).max(-1)
+  low = np.where(scored, rewards, np.inf).min(-1)
+  return scored.any(-1) & (high > low)
+
+
+def _sample(
+  sampler, params, scorer, examples, *, key, group, temperature, step_rewards, first_prompt
+) -> Scored:
+  """Completions of these examples with their rewards."""
+  prompts = [example.prompt for example in examples]
+  columns = columns_of(examples)
+  out = sampler(
+    params, prompts, key, group=group, temperature=temperature, first_prompt=first_prompt
+  )
+  scores = scorer(prompts, out.texts, columns, out.lengths)
+  if step_rewards is None:
+    return Scored(prompts, out, scores)
+  rewards, ends = step_arrays(step_rewards, sampler.tokenizer, prompts, out, columns)
+  return Scored(prompts, out, scores, rewards, ends)
+
+
+def step_arrays(
+  step_rewards: StepRewards,
+  tokenizer: AnyTokenizer,
+  prompts: Sequence[Prompt],
+  out: Generated,
+  columns: dict[str, list[Any]],
+) -> tuple[Float[np.ndarray, "P G S"], Int[np.ndarray, "P G S"]]:
+  """Rewards of the steps of each completion, and the index of each step's last token.
+
+  A step ends with the token that brings the text to its end; one that ends beyond the text (after
+  a stop string that was cut off, say) ends with the last token.
+  """
+  shape = out.mask.shape[:2]
+  rows = [(p, g) for p in range(shape[0]) for g in range(shape[1])]
+  found = step_rewards(
+    prompts=[prompts[p] for p, _ in rows],
+    completions=[out.texts[p][g] for p, g in rows],
+    **{name: [values[p] for p, _ in rows] for name, values in columns.items()},
+  )
+  if len(found) != len(rows):
+    raise ValueError(f"step_rewards returned {len(found)} lists for {len(rows)} completions")
+  width = max(1, *(len(steps) for steps in found))
+  rewards, ends = np.full((*shape, width), np.nan), np.zeros((*shape, width), np.int32)
+  for (p, g), steps in zip(rows, found):
+    tokens = out.tokens[p, g][out.mask[p, g]]
+    for s, (end, reward) in enumerate(steps):
+      if not math.isfinite(reward):
+        raise ValueError(f"step_rewards gave {reward} for a step of {out.texts[p][g]!r:.200}")
+      rewards[p, g, s], ends[p, g, s] = reward, token_at(tokenizer, tokens, end)
+  return rewards, ends
+
+
+def token_at(tokenizer: AnyTokenizer, tokens: Int[np.ndarray, "T"], end: int) -> int:
+  """Index of the token with which the text reaches `end` characters, by bisection."""
+  low, high = 0, max(len(tokens) - 1, 0)
+  while low < high:
+    middle = (low + high) // 2
+    if len(tokenizer.decode(tokens[: middle + 1])) >= end:
+      high = middle
+    else:
+      low = middle + 1
+  return low
+
+
+def _measure(scored: Scored) -> dict[str, float]:
+  """Rewards, accuracy, entropy and lengths under their usual names."""
+  out, scores = scored.out, scored.scores
+  measured = rollout_metrics(scores.total, scores.per_name, out.lengths, ~out.ended)
+  return measured | {
+    "accuracy": float(np.nanmean(scores.accuracy)),
+    "entropy": float(out.entropy.sum() / out.lengths.sum()),
+    "rewards/missing": float(scores.missing),
+  }
+
+
+def _taken(scored: Scored, rows: np.ndarray) -> Scored:
+  """The prompts `rows` of it."""
+  if len(rows) == len(scored.prompts):
+    return scored
+  return _each(lambda a: a[rows] if isinstance(a, np.ndarray) else [a[i] for i in rows], scored)
+
+
+def _joined(first: Scored, second: Scored) -> Scored:
+  """The prompts of both."""
+
+  def one(a, b):
+    if not isinstance(a, np.ndarray):
+      return a + b
+    if a.ndim == 3 and a.shape[-1] != b.shape[-1]:  # as many steps as the longer has
+      width = max(a.shape[-1], b.shape[-1])
+      fill = np.nan if a.dtype.kind == "f" else 0
+      a, b = (
+        np.pad(x, [(0, 0), (0, 0), (0, width - x.shape[-1])], constant_values=fill) for x in (a, b)
+      )
+    return np.concatenate([a, b])
+
+  return _each(one, first, second)
+
+
+def _each(function: Callable, *values: Any) -> Any:
+  """`function` of every array and list that has prompts as its first axis."""
+  first = values[0]
+  if dataclasses.is_dataclass(first):
+    names = [field.name for field in dataclasses.fields(first)]
+    parts = {name: _each(function, *(getattr(v, name) for v in values)) for name in names}
+    return dataclasses.replace(first, **parts)
+  if isinstance(first, dict):
+    return {name: _each(function, *(value[name] for value in values)) for name in first}
+  if isinstance(first, int):
+    return sum(values)  # a count
+  return None if first is None else function(*values)
 
 
 def records(
@@ -257,7 +356,7 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
 
 def fitting(
   tokenizer: AnyTokenizer, split: Sequence[Example], max_length: int, overlong: str
-) -> tuple[list[Example], int]:
+) -> tuple[Sequence[Example], int]:
   """The examples whose prompts have at most `max_length` tokens (0 = any), and that length.
 
   With overlong="error" a longer prompt raises; with "drop" a warning counts those left out. For
@@ -265,6 +364,6 @@ def fitting(
   """
   prompts = [example.prompt for example in split]
   if max_length == 0:
-    return list(split), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
+    return split, max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
   _, _, kept = encode_prompts(tokenizer, prompts, max_length, overlong)
-  return [split[i] for i in kept], max_length
+  return split if len(kept) == len(split) else Indexed(split.__getitem__, kept), max_length

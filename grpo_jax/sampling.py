@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.core.logprobs import token_logprobs
-from grpo_jax.core.masks import completion_mask
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["tokens", "mask", "logp", "entropy"],
+  data_fields=["tokens", "mask", "ended", "logp", "entropy"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +27,16 @@ class Completions:
   """What the sampler returns.
 
   Attributes:
-    tokens: [P, G, T]; after the first stop token, `pad_id`.
-    mask: [P, G, T], true up to and including the first stop token.
+    tokens: [P, G, T]; after the ending token, `pad_id`.
+    mask: [P, G, T], true up to and including the ending token.
+    ended: [P, G], completions that stopped by themselves; the others ran into the budget.
     logp: [P, G, T], nats: log-probability of each token when it was drawn; 0 where masked.
     entropy: [P, G, T], nats, of the distribution each token was drawn from; 0 where masked.
   """
 
   tokens: Any  # arrays, on the device or fetched from it
   mask: Any
+  ended: Any
   logp: Any
   entropy: Any
 
@@ -91,7 +92,7 @@ def generate(
   prompts: Int[Array, "P N"],
   prompt_mask: Bool[Array, "P N"],
   keys: jax.Array,
-  stop_ids: Int[Array, "E"],
+  stop_table: Int[Array, "S V"],
   *,
   length: int,
   temperature: float,
@@ -103,14 +104,15 @@ def generate(
     prompts, prompt_mask: left-padded.
     keys: typed random keys [P, G], one stream per completion (`row_keys`); token t of a
       completion uses `fold_in(key, t)`.
-    stop_ids: ids that end a completion; the ending token is part of it.
+    stop_table: state after each token, as `stopping.stop_table` makes it: a completion starts in
+      state 0 and has ended in state S - 1. The ending token is part of it.
     temperature: 0 is greedy (the largest logit; its recorded log-probability is at temperature
       1), otherwise the softmax of logits / temperature is sampled, all of it.
 
   The loop ends on the device as soon as every completion has stopped.
   """
   count, group = keys.shape
-  head = model.head(params)
+  head, softcap = model.head(params), model.config.softcap
   hidden, prefix = model.prefill(params, prompts, prompt_mask)
   hidden = jnp.broadcast_to(hidden[:, None], (count, group, hidden.shape[-1]))
   shape = (count, group, length)
@@ -118,6 +120,8 @@ def generate(
   def pick(hidden, index):
     """The next token of each row, its log-probability and the entropy it was drawn from."""
     logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if softcap is not None:
+      logits = softcap * jnp.tanh(logits / softcap)
     if temperature > 0:
       logits = logits / temperature
       tokens = draw(logits, _per_key(lambda key: jax.random.fold_in(key, index), keys))
@@ -126,32 +130,40 @@ def generate(
     logp, entropy = token_logprobs(logits, tokens)
     return tokens.astype(jnp.int32), logp, entropy
 
-  def write(state, index, token, *measured):
-    """Puts one token and its numbers in place, nothing in rows that have ended."""
-    tokens, arrays, done = state
-    token = jnp.where(done, pad_id, token)
-    tokens = _put(tokens, token, index)
-    arrays = tuple(_put(a, jnp.where(done, 0.0, x), index) for a, x in zip(arrays, measured))
-    return token, (tokens, arrays, done | (token[..., None] == stop_ids).any(-1))
+  end = stop_table.shape[0] - 1
 
-  def step(state):
-    index, token, written, cache = state
+  def write(written, index, token, *measured):
+    """Puts one token and its numbers in place, nothing in rows that have ended."""
+    tokens, mask, arrays, state = written
+    done = state == end
+    token = jnp.where(done, pad_id, token)
+    tokens, mask = _put(tokens, token, index), _put(mask, ~done, index)
+    arrays = tuple(_put(a, jnp.where(done, 0.0, x), index) for a, x in zip(arrays, measured))
+    state = jnp.where(done, end, stop_table[state, token])
+    return token, (tokens, mask, arrays, state)
+
+  def step(carry):
+    index, token, written, cache = carry
     hidden, cache = model.decode(params, token, index - 1, prefix, prompt_mask, cache)
     token, written = write(written, index, *pick(hidden, index))
     return index + 1, token, written, cache
 
-  def going(state):
-    index, _, (_, _, done), _ = state
-    return (index < length) & ~done.all()
+  def going(carry):
+    index, _, (*_, state), _ = carry
+    return (index < length) & (state != end).any()
 
-  tokens, zeros = jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape)
-  blank = tokens, (zeros, zeros), jnp.zeros((count, group), bool)
+  zeros = jnp.zeros(shape)
+  blank = (
+    jnp.full(shape, pad_id, jnp.int32),
+    jnp.zeros(shape, bool),
+    (zeros, zeros),
+    jnp.zeros((count, group), stop_table.dtype),
+  )
   token, written = write(blank, 0, *pick(hidden, 0))
   cache = model.empty_cache(params, count, group, max(length - 1, 1))
-  state = (jnp.int32(1), token, written, cache)
-  _, _, (tokens, (logp, entropy), _), _ = jax.lax.while_loop(going, step, state)
-  mask = completion_mask(tokens, stop_ids)
-  return Completions(tokens=tokens, mask=mask, logp=logp, entropy=entropy)
+  carry = (jnp.int32(1), token, written, cache)
+  _, _, (tokens, mask, (logp, entropy), state), _ = jax.lax.while_loop(going, step, carry)
+  return Completions(tokens=tokens, mask=mask, ended=state == end, logp=logp, entropy=entropy)
 
 
 def _put(array: jax.Array, values: jax.Array, index: jax.Array | int) -> jax.Array:

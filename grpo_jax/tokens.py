@@ -7,6 +7,7 @@ arrays are numpy.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,16 +53,36 @@ class Tokenizer:
 
   def chat(self, messages: Messages) -> list[int]:
     """Ids of a conversation under the chat template, ready for the assistant's next turn."""
+    return self._templated(messages, add_generation_prompt=True)
+
+  def answered(self, prompt: str | Messages, completion: str) -> list[int]:
+    """Ids of a conversation that ends with `completion` as the assistant's turn.
+
+    A text prompt is the user's turn; without a chat template, the completion continues the text.
+    """
+    if isinstance(prompt, str):
+      if self._fast.chat_template is None:
+        return self.encode(prompt + completion)
+      prompt = [{"role": "user", "content": prompt}]
+    return self._templated([*prompt, {"role": "assistant", "content": completion}])
+
+  def _templated(self, messages: Messages, **options: Any) -> list[int]:
     if self._fast.chat_template is None:
       raise ValueError(f"{self.name} has no chat template: give the prompt as text, not messages")
-    return self._fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return self._fast.apply_chat_template(messages, return_dict=False, **options)
 
-  def ids_containing(self, text: str) -> tuple[int, ...]:
-    """All ids whose own text contains `text`, special tokens left out."""
-    _not_empty(text)
-    every = [[i] for i in range(self.vocab_size)]
-    pieces = self._fast.backend_tokenizer.decode_batch(every, skip_special_tokens=True)
-    return tuple(i for i, piece in enumerate(pieces) if text in piece)
+  def pieces(self) -> list[bytes]:
+    """The bytes that each id adds to the text: none for special tokens and unused ids."""
+    backend = self._fast.backend_tokenizer
+    to_bytes = _byte_level if "ByteLevel" in str(backend.decoder) else _sentence_piece
+    added = backend.get_added_tokens_decoder()
+    found = [b""] * self.vocab_size
+    for token, i in backend.get_vocab(with_added_tokens=True).items():
+      if i not in added:
+        found[i] = to_bytes(token)
+      elif not added[i].special:
+        found[i] = added[i].content.encode("utf-8")
+    return found
 
 
 class ByteTokenizer:
@@ -87,18 +108,40 @@ class ByteTokenizer:
     lines = [f"{message['role']}: {message['content']}\n" for message in messages]
     return self.encode("".join(lines) + "assistant: ")
 
-  def ids_containing(self, text: str) -> tuple[int, ...]:
-    encoded = _not_empty(text).encode("utf-8")
-    return tuple(encoded) if len(encoded) == 1 else ()
+  def pieces(self) -> list[bytes]:
+    """The bytes that each id adds to the text."""
+    return [bytes([i]) for i in range(256)] + [b""]
 
 
 AnyTokenizer = Tokenizer | ByteTokenizer
 
 
-def _not_empty(text: str) -> str:
-  if not text:
-    raise ValueError("ids_containing('') would be every id: give at least one character")
-  return text
+def _byte_level_alphabet() -> dict[str, int]:
+  """The character that stands for each byte in a byte-level vocabulary (GPT-2's convention).
+
+  Bytes that print as a character of Latin-1 are that character; the others, in order, are those
+  from U+0100 on.
+  """
+  printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printed]
+  return {chr(b): b for b in printed} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+  return b"".join(
+    bytes([_ALPHABET[character]]) if character in _ALPHABET else character.encode("utf-8")
+    for character in token
+  )
+
+
+def _sentence_piece(token: str) -> bytes:
+  """`<0x0A>` is a byte, `▁` a space, everything else itself."""
+  if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+    return bytes([int(token[3:5], 16)])
+  return token.replace("▁", " ").encode("utf-8")
 
 
 # --- prompts and completions ----------------------------------------------------------------------
@@ -163,12 +206,13 @@ def decode_completions(
   mask: Bool[np.ndarray, "P G T"],
   *,
   stop: Sequence[str] = (),
+  stop_ids: Sequence[int] = (),
 ) -> list[list[str]]:
   """Text of each completion: its unmasked tokens without end and special tokens, up to the first
-  of the `stop` strings (left out)."""
+  of the `stop` strings (left out, as are the `stop_ids`)."""
   if tokens.shape != mask.shape or tokens.ndim != 3:
     raise ValueError(f"tokens {tokens.shape} and mask {mask.shape} must both be [P, G, T]")
-  ends = set(tokenizer.eos_ids)
+  ends = {*tokenizer.eos_ids, *stop_ids}
 
   def text_of(row: np.ndarray, keep: np.ndarray) -> str:
     text = tokenizer.decode([i for i in row[keep].tolist() if i not in ends])

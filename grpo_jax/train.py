@@ -5,21 +5,32 @@ A work directory that holds a checkpoint is continued. Ctrl-C finishes the step,
 
 import argparse
 import dataclasses
+import json
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import checkpoint, data, metrics, rollout
 from grpo_jax import config as configs
-from grpo_jax.build import Run, build
+from grpo_jax.build import Run, build, make_scorer
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.forecast import describe
-from grpo_jax.train_step import Batch, make_score, make_train_step
+from grpo_jax.tasks.base import Example
+from grpo_jax.tasks.workers import Scorer
+from grpo_jax.train_step import (
+  Batch,
+  TrainState,
+  average,
+  make_score,
+  make_train_step,
+  move_reference,
+)
 
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
 FREE = ("steps", "eval.", "checkpoint.", "log.", "mesh.", "train.micro_batches")
@@ -42,42 +53,42 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
   r = build(c)
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoint.write_config(workdir, c.to_dict())
-  state, score = r.initial_state(), _reference_scorer(c, r)
-  to_sampler = r.for_sampling()
-  train_step = make_train_step(
-    r.model,
-    r.algorithm,
-    r.optimizer,
-    r.schedule,
-    temperature=c.rollout.temperature,
-    micro_batches=c.train.micro_batches,
-  )
-  with checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints, _CtrlC() as ctrl_c:
+  state, frozen = r.initial_state(moving_reference=c.reference.sync_every > 0), r.frozen_params()
+  to_sampler, learn = r.for_sampling(frozen), _learner(c, r, frozen)
+  with (
+    checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints,
+    make_scorer(c, r) as scorer,
+    _CtrlC() as ctrl_c,
+  ):
     start = checkpoints.latest() or 0
     if start:
       state = checkpoints.restore(start, state)
     with metrics.MetricsWriter(workdir, c.steps, resume_step=start) as writer:
       print(describe(c, r, start), flush=True)
       late, num_tokens = metrics.OneStepLate(writer.write), metrics.last(workdir, "num_tokens", 0)
-      results = {} if start else _evaluate(c, r, to_sampler(state.params), 0, writer)
+      results = {} if start else _evaluate(c, r, to_sampler(state.params), scorer, 0, writer)
       for step in range(start, c.steps):
         began = time.monotonic()
         rolled = rollout.collect(
           r.sampler,
           to_sampler(state.params),
-          r.task,
-          data.examples(r.task.splits["train"], step, c.rollout.prompts_per_step, c.seed),
+          scorer,
+          _draws(c, r, step),
           jax.random.fold_in(jax.random.key(c.seed), step),
           group=c.rollout.group_size,
           temperature=c.rollout.temperature,
           algorithm=r.algorithm,
           bucket=r.bucket,
+          reward_weights=r.reward_weights,
+          step_rewards=r.step_rewards,
+          max_refills=c.rollout.max_refills,
+          mask_truncated=c.rollout.mask_truncated,
         )
-        with jax.transfer_guard("disallow"):  # what the step needs is on the device already
-          state, measured = train_step(state, score(rolled.batch))
+        with jax.transfer_guard("disallow"):  # what the updates need is on the device already
+          state, measured = learn(state, rolled.batch, step)
         num_tokens += rolled.num_tokens
         jax.block_until_ready(state.step)
-        measured |= rolled.metrics() | _timing(rolled.num_tokens, num_tokens, began)
+        measured |= rolled.measured | _timing(rolled.num_tokens, num_tokens, began)
         late.push(step, measured)
         writer.write_samples(step, rolled.samples)
         if c.log.samples_every and step % c.log.samples_every == 0:
@@ -89,7 +100,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         if ctrl_c.pressed:
           raise KeyboardInterrupt(f"stopped after step {done}, which is saved")
         if done == c.steps or (c.eval.every and done % c.eval.every == 0):
-          results = _evaluate(c, r, to_sampler(state.params), done, writer)
+          results = _evaluate(c, r, to_sampler(state.params), scorer, done, writer)
   metrics.curve(workdir)
   return results
 
@@ -101,7 +112,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     return
   found = [
     line
-    for line in configs.differences(saved, config.to_dict())
+    for line in configs.differences(saved, json.loads(json.dumps(config.to_dict())))
     if not line.startswith(tuple(f if f.endswith(".") else f"{f}:" for f in FREE))
   ]
   if found:
@@ -113,7 +124,15 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     )
 
 
-def _evaluate(c: ConfigDict, r: Run, params, step: int, writer) -> dict[str, float]:
+def _draws(c: ConfigDict, r: Run, step: int) -> Callable[[int], list[Example]]:
+  """`refill -> examples`: those of the step, and what replaces prompts without a signal."""
+  split, count = r.task.splits["train"], c.rollout.prompts_per_step
+  return lambda refill: data.examples(split, step, count, c.seed, stream=refill)
+
+
+def _evaluate(
+  c: ConfigDict, r: Run, params: Any, scorer: Scorer, step: int, writer: metrics.MetricsWriter
+) -> dict[str, float]:
   """Evaluates on the held-out split and writes the numbers and the completions down."""
   examples = r.task.splits["eval"]
   if not examples:
@@ -127,19 +146,52 @@ def _evaluate(c: ConfigDict, r: Run, params, step: int, writer) -> dict[str, flo
     temperature=c.rollout.temperature,
     batch_prompts=c.eval.batch_prompts,
     key=jax.random.key(c.seed),
+    scorer=scorer,
   )
   writer.write(step, result.metrics)
   writer.write_samples(step, result.samples, kind="eval")
   return result.metrics
 
 
-def _reference_scorer(c: ConfigDict, r: Run) -> Callable[[Batch], Batch]:
-  """Adds the reference's log-probs to a batch where the algorithm has a KL term."""
-  if r.algorithm.beta == 0:
-    return lambda batch: batch
-  reference = r.initial_params()
-  score = make_score(r.model, temperature=c.rollout.temperature)
-  return lambda batch: dataclasses.replace(batch, ref_logp=score(reference, batch))
+def _learner(c: ConfigDict, r: Run, frozen: Any) -> Callable[..., tuple[TrainState, dict]]:
+  """`(state, batch, step) -> (state, metrics)`: all updates that one rollout gives.
+
+  Reference and old log-probs are computed before the first of them, and only where the algorithm
+  has a KL term, or several updates that move away from the parameters that sampled.
+  """
+  model, temperature = r.model, c.rollout.temperature
+  update = make_train_step(
+    model,
+    r.algorithm,
+    r.optimizer,
+    r.schedule,
+    temperature=temperature,
+    micro_batches=c.train.micro_batches,
+    join=r.join,
+  )
+  score = make_score(model, temperature=temperature, join=r.join)
+  several = c.train.epochs * c.train.mini_batches > 1
+  has_kl, sync_every = r.algorithm.beta > 0, c.reference.sync_every
+  fixed = None
+  if has_kl and not sync_every:  # adapters left out, the frozen parameters are the reference
+    fixed = r.loaded_params() if frozen is None else {}
+
+  def learn(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
+    if has_kl:
+      reference = state.reference if fixed is None else fixed
+      batch = dataclasses.replace(batch, ref_logp=score(reference, batch, frozen))
+    if several:
+      batch = dataclasses.replace(batch, old_logp=score(state.params, batch, frozen))
+    parts = rollout.mini_batches(batch, c.train.mini_batches, c.train.epochs, (c.seed, step))
+    measured = []
+    for part in parts:
+      state, metrics_of_part = update(state, part, frozen)
+      measured.append(metrics_of_part)
+    if sync_every and (step + 1) % sync_every == 0:
+      state = move_reference(state, c.reference.sync_share)
+    return state, average(measured)
+
+  return learn
 
 
 def _timing(step_tokens: int, num_tokens: int, began: float) -> dict[str, float]:
@@ -191,8 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     return INTERRUPTED
   before = metrics.at(arguments.workdir, 0, "eval/")
   if before and results:
-    print(table(before, "before training"))
-    print(table(results, f"after {config.steps} steps"))
+    print(table(results, f"held out, after {config.steps} steps", before))
   print(f"in {arguments.workdir}: metrics.jsonl, samples/, tensorboard/, curve.png, checkpoints/")
   return 0
 

@@ -5,7 +5,7 @@ The model is an argument with two functions, as `models.decoder.Decoder` has the
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,25 @@ from grpo_jax.core.losses import policy_loss
 
 
 @partial(
-  jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[]
+  jax.tree_util.register_dataclass,
+  data_fields=["step", "params", "opt_state", "reference"],
+  meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that a step changes: the number of finished steps, parameters, optimizer state."""
+  """Everything that training changes.
+
+  Attributes:
+    step: number of finished updates.
+    params: what is trained: all parameters, or the adapters alone.
+    opt_state: of the optimizer.
+    reference: what `params` is held close to, where that moves too (`move_reference`); else None.
+  """
 
   step: jax.Array
   params: Any
   opt_state: Any
+  reference: Any = None
 
 
 @partial(
@@ -42,6 +52,7 @@ class TrainState:
     "weights",
     "sampler_logp",
     "ref_logp",
+    "old_logp",
   ],
   meta_fields=[],
 )
@@ -57,6 +68,8 @@ class Batch:
       may hold fewer prompts, and empty ones (masked, weight 0) to fill it up.
     sampler_logp: [P, G, T], nats, as recorded while sampling.
     ref_logp: [P, G, T], nats, under the reference; None without a KL term.
+    old_logp: [P, G, T], nats, under the parameters before the first of several updates; None where
+      there is one update per rollout, whose own forward pass gives them.
   """
 
   prompts: Int[Array, "P N"]
@@ -67,6 +80,16 @@ class Batch:
   weights: Float[Array, "P G T"]
   sampler_logp: Float[Array, "P G T"]
   ref_logp: Float[Array, "P G T"] | None = None
+  old_logp: Float[Array, "P G T"] | None = None
+
+
+# (frozen parameters, trained parameters) -> all parameters of the model.
+Join = Callable[[Any, Any], Any]
+
+
+def only_trained(frozen: Any, params: Any) -> Any:
+  """The `Join` of a model without frozen parameters."""
+  return params
 
 
 def score_batch(
@@ -75,13 +98,36 @@ def score_batch(
   """(log-probability, entropy) of each completion token at the sampling temperature, nats."""
   hidden = model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
   return head_logprobs(
-    hidden, model.head(params), batch.completions, temperature=temperature, where=batch.mask
+    hidden,
+    model.head(params),
+    batch.completions,
+    temperature=temperature,
+    where=batch.mask,
+    softcap=model.config.softcap,
   )
 
 
-def make_score(model: Any, *, temperature: float) -> Callable[[Any, Batch], jax.Array]:
-  """Jitted `(params, batch) -> logp [P, G, T]`, for a reference model."""
-  return jax.jit(lambda params, batch: score_batch(model, params, batch, temperature)[0])
+def make_score(
+  model: Any, *, temperature: float, join: Join = only_trained
+) -> Callable[..., Float[Array, "P G T"]]:
+  """Jitted `(params, batch, frozen=None) -> logp`: for a reference, or before several updates."""
+
+  def score(params: Any, batch: Batch, frozen: Any = None):
+    return score_batch(model, join(frozen, params), batch, temperature)[0]
+
+  return jax.jit(score)
+
+
+@partial(jax.jit, static_argnums=1, donate_argnums=0)
+def move_reference(state: TrainState, share: float) -> TrainState:
+  """The reference moves to `share * params + (1 - share) * reference`; 1 makes it a copy.
+
+  Iterative GRPO (DeepSeekMath, arXiv 2402.03300, algorithm 1) copies; TRL mixes.
+  """
+  move = jax.tree.map(
+    lambda new, old: share * new + (1 - share) * old, state.params, state.reference
+  )
+  return dataclasses.replace(state, reference=move)
 
 
 def make_train_step(
@@ -92,39 +138,44 @@ def make_train_step(
   *,
   temperature: float,
   micro_batches: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Jitted step; the state is donated.
+  join: Join = only_trained,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
 
   The loss is a sum over tokens with weights made for the whole rollout, so cutting the prompts
-  into `micro_batches` equal parts changes memory and nothing else. The log-probs of this forward
-  pass are the old ones too (one update per rollout), so no ratio is ever stale.
+  into `micro_batches` equal parts changes memory and nothing else. With one update per rollout the
+  log-probs of this forward pass are the old ones too; else the batch brings them (`old_logp`).
 
   Args:
     temperature: the one used for sampling.
+    join: makes the model's parameters of the frozen ones and the trained ones.
   """
 
-  def loss_fn(params, part: Batch):
-    logp, _ = score_batch(model, params, part, temperature)
+  def loss_fn(params, part: Batch, frozen):
+    logp, _ = score_batch(model, join(frozen, params), part, temperature)
     return policy_loss(
       algorithm,
       logp,
       part.advantages,
       part.mask,
+      old_logp=part.old_logp,
       ref_logp=part.ref_logp,
       sampler_logp=part.sampler_logp,
       weights=part.weights,
     )
 
-  def step(state: TrainState, batch: Batch):
+  gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def step(state: TrainState, batch: Batch, frozen: Any = None):
     total = jnp.maximum(batch.mask.sum(), 1)
 
     def one_part(grads, part):
-      (loss, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(state.params, part)
+      (loss, metrics), new = gradient(state.params, part, frozen)
       share = part.mask.sum() / total
       return jax.tree.map(jnp.add, grads, new), (loss, metrics, share)
 
     if micro_batches == 1:
-      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+      (loss, metrics), grads = gradient(state.params, batch, frozen)
     else:
       parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
       zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -137,7 +188,8 @@ def make_train_step(
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": jnp.asarray(schedule(state.step)),
     }
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    changed = {"step": state.step + 1, "params": params, "opt_state": opt_state}
+    return dataclasses.replace(state, **changed), metrics
 
   return jax.jit(step, donate_argnums=0)
 
@@ -155,3 +207,10 @@ def combine(
     return jnp.sum(values * shares)
 
   return {name: one(name, values) for name, values in metrics.items()}
+
+
+@jax.jit
+def average(measured: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+  """Metrics of several updates as one: means, but the extremes of `/max` and `/min`."""
+  shares = jnp.full(len(measured), 1 / len(measured))
+  return combine({name: jnp.stack([m[name] for m in measured]) for name in measured[0]}, shares)

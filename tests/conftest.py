@@ -1,6 +1,9 @@
 """What has to be set before jax starts, and fixtures that several test modules share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Eight devices that are not there, so that sharding can be tested on any machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,6 +11,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
   ).strip()
+
+# What one test has compiled, the processes of others need not: they find the variable set.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grpo_jax_tests_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -12,6 +12,7 @@ from grpo_jax import rollout
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.tasks.base import Example, Task
+from grpo_jax.tasks.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
 from grpo_jax.train_step import TrainState, make_train_step
 
@@ -41,17 +42,20 @@ def params():
   return MODEL.init(jax.random.key(0))
 
 
-def collect(params, algorithm="dapo", bucket=2):
+def collect(params, algorithm="dapo", draw=lambda refill: EXAMPLES, task=TASK, **options):
+  if isinstance(algorithm, str):
+    algorithm = ALGORITHMS[algorithm]
+  options = {"bucket": 2, "step_rewards": task.step_rewards} | options
   return rollout.collect(
     SAMPLER,
     unstack(params),
-    TASK,
-    EXAMPLES,
+    score_in_process(task),
+    draw,
     jax.random.key(1),
     group=4,
     temperature=1.0,
-    algorithm=ALGORITHMS[algorithm],
-    bucket=bucket,
+    algorithm=algorithm,
+    **options,
   )
 
 
@@ -61,9 +65,9 @@ def test_rewards_belong_to_their_completions(params):
     p, g = divmod(row, 4)
     assert sample["prompt"] == f"{p}:"
     want = vowels([sample["prompt"]], [sample["completion"]], [p])[0]
-    assert out.rewards[p, g] == pytest.approx(want)
+    assert out.scored.scores.total[p, g] == pytest.approx(want)
     assert sample["reward"] == pytest.approx(want)
-  assert out.metrics()["frac_reward_zero_std"] >= 0.5
+  assert out.measured["frac_reward_zero_std"] >= 0.5
 
 
 def update(params, batch, algorithm):
@@ -79,20 +83,7 @@ def test_leaving_out_groups_without_a_signal_changes_no_update(params, average):
   """A row with a KL term keeps every prompt; its batch, with the term off, is the whole one."""
   algorithm = dataclasses.replace(ALGORITHMS["dapo"], average=average)
   with_kl = dataclasses.replace(algorithm, kl="k3", beta=1.0)
-  few, all_of_them = (
-    rollout.collect(
-      SAMPLER,
-      unstack(params),
-      TASK,
-      EXAMPLES,
-      jax.random.key(1),
-      group=4,
-      temperature=1.0,
-      algorithm=row,
-      bucket=3,
-    ).batch
-    for row in (algorithm, with_kl)
-  )
+  few, all_of_them = (collect(params, row, bucket=3).batch for row in (algorithm, with_kl))
   assert all_of_them.mask.shape[0] == 8
   assert few.mask.shape[0] == 6  # four prompts with a signal, in buckets of three
   assert not few.mask[4:].any()
@@ -115,15 +106,114 @@ def test_select_keeps_one_empty_bucket_when_nothing_is_left(params):
   assert all(np.isfinite(float(value)) for value in metrics.values())
 
 
-def test_a_stop_string_that_no_token_holds_is_refused():
-  with pytest.raises(ValueError, match=r"'\\n\\n' is in no single token of bytes"):
-    rollout.stop_ids(ByteTokenizer(), ["\n\n"])
-  assert rollout.stop_ids(ByteTokenizer(), ["\n"]).tolist() == [10, 256]
-
-
 def test_columns_and_fitting():
   ragged = [Example("a", {"x": 1}, "a"), Example("bbb", {"y": 2}, "b")]
   assert rollout.columns_of(ragged) == {"x": [1, None], "y": [None, 2]}
   assert rollout.fitting(ByteTokenizer(), ragged, 0, "error") == (ragged, 3)
   with pytest.warns(UserWarning, match="1 of 2 prompts"):
     assert rollout.fitting(ByteTokenizer(), ragged, 2, "drop") == (ragged[:1], 2)
+
+
+# --- options of a run -----------------------------------------------------------------------------
+
+
+def test_truncated_completions_count_in_their_group_and_not_in_the_loss(params):
+  whole, masked = (collect(params, "grpo", mask_truncated=on) for on in (False, True))
+  ended = whole.scored.out.ended
+  assert 0 < ended.sum() < ended.size
+  np.testing.assert_array_equal(masked.batch.advantages, whole.batch.advantages)
+  np.testing.assert_array_equal(masked.batch.mask, whole.batch.mask & ended[..., None])
+  lengths = np.asarray(whole.batch.mask).sum(-1)
+  want = np.where(ended, 1 / (ended.size * lengths), 0)  # an emptied sequence is still one of n
+  np.testing.assert_allclose(masked.batch.weights[..., 0], want, rtol=1e-6)
+
+
+def test_prompts_without_a_signal_are_replaced(params):
+  """Only odd numbers can have spread; refills bring odd ones until eight are together."""
+  drawn = []
+
+  def draw(refill):
+    drawn.append(refill)
+    return [Example(f"{n}:", {"number": n}, str(n)) for n in range(8 * refill, 8 * refill + 8)]
+
+  out = collect(params, "grpo", draw=draw, max_refills=5)
+  assert drawn == list(range(len(drawn)))
+  assert 2 <= len(drawn) <= 4
+  assert (np.asarray(out.batch.advantages) != 0).any(-1).all()
+  assert out.batch.mask.shape[0] == 8
+  spread = rollout.has_spread(out.scored.scores.total)
+  assert out.measured["dynamic_sampling/kept"] == spread.mean()
+  assert out.measured["dynamic_sampling/refills"] == len(drawn) - 1
+  assert len(out.samples) == 4 * 8 * len(drawn)
+  # The first eight prompts with a signal, in their order, each with its own advantages.
+  first = np.flatnonzero(spread)[:8]
+  np.testing.assert_array_equal(out.batch.prompts, out.scored.out.prompts[first])
+  np.testing.assert_array_equal(out.batch.completions, out.scored.out.tokens[first])
+  alone = collect(params, "grpo", draw=draw)
+  np.testing.assert_array_equal(alone.scored.out.tokens, out.scored.out.tokens[:8])
+
+
+def test_refills_are_bounded_and_the_batch_keeps_its_size(params):
+  drawn = []
+
+  def draw(refill):
+    drawn.append(refill)
+    return [dataclasses.replace(example, columns={"number": 0}) for example in EXAMPLES]
+
+  out = collect(params, "grpo", draw=draw, max_refills=2)
+  assert drawn == [0, 1, 2]
+  assert out.batch.mask.shape[0] == 8
+  assert out.measured["dynamic_sampling/kept"] == 0
+  assert not np.asarray(out.batch.advantages).any()
+
+
+def halves(prompts, completions, **columns):
+  """The first three characters are a step worth their number, the rest one that is worth less."""
+  return [[(min(3, len(c)), float(len(c))), (len(c), -1.0)][: len(c) > 3 or 1] for c in completions]
+
+
+def test_steps_are_rewarded_on_their_tokens(params):
+  """Group statistics over all steps by hand; a token gets the steps that end at or after it."""
+  task = dataclasses.replace(TASK, step_rewards=halves)
+  algorithm = dataclasses.replace(ALGORITHMS["grpo"], advantage="process_advantages")
+  out = collect(params, algorithm, task=task)
+  tokenizer = ByteTokenizer()
+  for p in range(8):
+    steps = halves(None, out.scored.out.texts[p])
+    rewards = np.array([reward for found in steps for _, reward in found])
+    for g in range(4):
+      tokens = out.scored.out.tokens[p, g][out.scored.out.mask[p, g]]
+      want = np.zeros(6)
+      for end, reward in steps[g]:
+        texts = [tokenizer.decode(tokens[: t + 1]) for t in range(len(tokens))]
+        last = next((t for t, text in enumerate(texts) if len(text) >= end), len(tokens) - 1)
+        want[: last + 1] += (reward - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+      want[len(tokens) :] = 0
+      np.testing.assert_allclose(out.batch.advantages[p, g], want, atol=1e-4)
+
+
+def test_several_rewards_are_normalized_apart(params):
+  """GDPO of two functions against its formula, from the rewards that were measured."""
+  task = dataclasses.replace(
+    TASK, rewards={"vowels": (vowels, 1.0), "length": (lambda completions, **_: [
+      float(len(c)) for c in completions], 0.5)}
+  )  # fmt: skip
+  out = collect(params, "gdpo", task=task, reward_weights=(1.0, 0.5))
+  total = 0.0
+  for name, weight in (("vowels", 1.0), ("length", 0.5)):
+    r = out.scored.scores.per_name[name]
+    spread = r.std(-1, ddof=1, keepdims=True)
+    total += weight * (r - r.mean(-1, keepdims=True)) / (spread + 1e-4)
+  want = (total - total.mean()) / (total.std(ddof=1) + 1e-4)
+  want = want[(np.abs(want) > 1e-3).any(-1)]
+  np.testing.assert_allclose(out.batch.advantages[: len(want)], want, atol=1e-3)
+
+
+def test_a_step_ends_with_the_token_that_brings_the_text_there():
+  tokens = np.array(list("aé🙂b".encode()) + [256])
+  found = [rollout.token_at(ByteTokenizer(), tokens, end) for end in range(6)]
+  # a=0, é=1..2, 🙂=3..6, b=7; half a character already decodes to one replacement character.
+  assert found[1] == 0
+  assert found[4] == 7
+  assert found[5] == 8  # beyond the text: the last token
+  assert found == sorted(found)

@@ -11,12 +11,22 @@ import pytest
 from grpo_jax import sampling
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.stopping import stop_table
 
 CONFIG = ModelConfig(vocab_size=23, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
 MODEL = Decoder(CONFIG)
 PROMPTS = jnp.array([[0, 0, 3, 4], [0, 5, 6, 7], [8, 9, 10, 11]], jnp.int32)
 MASK = jnp.array([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]], bool)
-STOP = jnp.array([2])
+
+
+def stop_at(*ids):
+  """The table of these ids; of none: a completion never ends."""
+  if not ids:
+    return jnp.zeros((2, 23), jnp.int32)
+  return jnp.asarray(stop_table([], [], ids, vocab_size=23))
+
+
+STOP = stop_at(2)
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +131,40 @@ def test_greedy_is_the_argmax_of_the_plain_model(params):
 
 
 def test_completions_end_with_the_stop_token_and_are_padded_after_it(params):
-  stop = jnp.array([2, 5, 6, 7, 8, 9, 10, 11, 12, 13])
-  out = run(params, PROMPTS, MASK, keys(0, group=8), stop, length=6, pad_id=1)
+  stop = [2, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+  out = run(params, PROMPTS, MASK, keys(0, group=8), stop_at(*stop), length=6, pad_id=1)
   tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
   lengths = mask.sum(-1)
   assert lengths.min() == 1  # some stop at once,
   assert lengths.max() > 1  # some do not
-  ends = np.isin(tokens, np.asarray(stop))
+  ends = np.isin(tokens, stop)
   for p in range(3):
     for g in range(8):
       n = lengths[p, g]
       assert not ends[p, g, : n - 1].any()
       assert ends[p, g, n - 1] or n == 6
+      assert out.ended[p, g] == ends[p, g, n - 1]
       assert (tokens[p, g, n:] == 1).all()
       assert (np.asarray(out.logp)[p, g, n:] == 0).all()
+
+
+def test_a_stop_string_over_several_tokens_ends_a_completion(params):
+  """Every token is one letter; without the string the completions are the same, and go on."""
+  letters = [b"abc"[i % 3 : i % 3 + 1] for i in range(23)]
+  table = jnp.asarray(stop_table(letters, ["ab", "cc"], [], vocab_size=23))
+  free = run(params, PROMPTS, MASK, keys(0, group=8), stop_at(), length=6, pad_id=1)
+  out = run(params, PROMPTS, MASK, keys(0, group=8), table, length=6, pad_id=1)
+  ended = 0
+  for p in range(3):
+    for g in range(8):
+      text = b"".join(letters[i] for i in np.asarray(free.tokens)[p, g])
+      ends = [at + 2 for at in (text.find(b"ab"), text.find(b"cc")) if at >= 0]
+      length = min(ends, default=6)
+      assert int(out.mask[p, g].sum()) == length
+      assert bool(out.ended[p, g]) == bool(ends)
+      np.testing.assert_array_equal(out.tokens[p, g, :length], free.tokens[p, g, :length])
+      ended += bool(ends)
+  assert 0 < ended < 24
 
 
 def test_the_loop_ends_when_all_rows_have_stopped(params):
@@ -152,7 +182,7 @@ def test_the_loop_ends_when_all_rows_have_stopped(params):
     PROMPTS,
     MASK,
     keys(0),
-    jnp.arange(23),
+    stop_at(*range(23)),
     length=5,
     temperature=1.0,
     pad_id=0,

@@ -13,6 +13,7 @@ from test_checkpoints import REAL, TIED, UNTIED, needs_real_model
 
 from grpo_jax.tokens import (
   ByteTokenizer,
+  Tokenizer,
   decode_completions,
   encode_prompts,
   load_tokenizer,
@@ -56,6 +57,24 @@ def test_control_tokens_in_text_are_single_ids_and_not_decoded(tiny):
   assert tiny.decode(ids) == "a<tool>"  # a user's token is text, a control token is not
 
 
+def test_pieces_of_a_sentence_piece_vocabulary():
+  """As Llama 2 and Gemma have it: `▁` for a space, single bytes where no token fits."""
+  from tokenizers import Tokenizer as Backend
+  from tokenizers import decoders, models, normalizers
+  from transformers import PreTrainedTokenizerFast
+
+  vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "h": 257, "▁h": 258}
+  backend = Backend(models.BPE(vocab, [("▁", "h")], byte_fallback=True, fuse_unk=True))
+  backend.normalizer = normalizers.Replace(" ", "▁")
+  backend.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  )
+  tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), [0], "test")
+  ids = tokenizer.encode("h hé\n")
+  assert ids == [257, 258, 0xC3, 0xA9, 10]
+  assert b"".join(tokenizer.pieces()[i] for i in ids) == "h hé\n".encode()
+
+
 def test_chat_is_the_template_with_the_generation_prompt(tiny):
   assert tiny.chat(HELLO) == [
     1,
@@ -67,13 +86,13 @@ def test_chat_is_the_template_with_the_generation_prompt(tiny):
   ]
 
 
-def test_ids_containing_a_text(tiny):
-  assert tiny.ids_containing("\n") == (3 + 10, 261)
-  assert tiny.ids_containing("h") == (3 + ord("h"), 260)
-  assert tiny.ids_containing("|") == (3 + ord("|"),)  # special tokens are not text
-  assert tiny.ids_containing("no token has this") == ()
-  with pytest.raises(ValueError, match="at least one character"):
-    tiny.ids_containing("")
+def test_pieces_are_the_bytes_of_the_text(tiny):
+  pieces = tiny.pieces()
+  assert pieces[3 + 10] == b"\n"
+  assert pieces[260:262] == [b"he", b"\n\n"]
+  assert pieces[1] == pieces[2] == b""  # control tokens are no text, a user's token is
+  assert pieces[262] == b"<tool>"
+  assert b"".join(pieces[i] for i in tiny.encode(TEXT)) == TEXT.encode()
 
 
 def test_metadata_variants(tmp_path):
@@ -177,8 +196,7 @@ def test_bytes():
   assert tokenizer.decode([*tokenizer.encode(TEXT), 256]) == TEXT
   assert tokenizer.decode([104, 195]) == "h\ufffd"  # half a character
   assert tokenizer.decode(tokenizer.chat(HELLO)) == "user: hi\nassistant: "
-  assert tokenizer.ids_containing("\n") == (10,)
-  assert tokenizer.ids_containing("\r\n") == ()
+  assert tokenizer.pieces() == [*(bytes([i]) for i in range(256)), b""]
   assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id) == (257, (256,), 256)
 
 
@@ -262,6 +280,6 @@ def test_smollm2_tokenizer():
   assert "You are a helpful AI assistant named SmolLM, trained by Hugging Face" in tokenizer.decode(
     ids
   )
-  newlines = tokenizer.ids_containing("\n")
-  assert len(newlines) == 129
-  assert all("\n" in tokenizer.decode([i]) for i in newlines)
+  pieces = tokenizer.pieces()
+  assert sum(b"\n" in piece for piece in pieces) == 129
+  assert b"".join(pieces[i] for i in tokenizer.encode(TEXT)) == TEXT.encode()

@@ -96,7 +96,7 @@ def test_what_a_run_leaves(runs):
   assert json.loads((whole / "config.json").read_text())["steps"] == 8
   for word in ("parameters", "100 problems to train on, 3 held out", "8 prompts x 8 completions"):
     assert word in output
-  assert "before training" in output
+  assert "before             after" in output
   assert "after 8 steps" in output
   row = next(row for row in read_metrics(whole) if "loss" in row)
   for name in (
@@ -139,6 +139,63 @@ def test_a_kl_term_holds_the_policy_at_the_reference(tmp_path):
   assert "kl" not in rows[0.0][0]
   assert rows[50.0][0]["kl"] == pytest.approx(0.0, abs=1e-6)
   assert rows[50.0][-1]["entropy"] > rows[0.0][-1]["entropy"] + 0.02
+
+
+OPTIONS = [
+  *FAST,
+  "--config.checkpoint.every=2",
+  "--config.rollout.prompts_per_step=16",
+  "--config.algorithm.name=grpo",
+  "--config.algorithm.beta=0.05",
+  "--config.algorithm.clip_high=0.28",
+  "--config.train.epochs=2",
+  "--config.train.mini_batches=2",
+  "--config.reference.sync_every=2",
+  "--config.reference.sync_share=0.5",
+  "--config.rollout.max_refills=1",
+  "--config.rollout.mask_truncated=true",
+  "--config.rollout.stop=('ab','z')",
+  f"--config.rollout.stop_ids={tuple(range(192, 256))}",  # or hardly any would end in time
+  "--config.lora.rank=4",
+  "--config.lora.targets=q|v|gate",
+]
+
+
+def test_all_options_at_once_and_resumed(tmp_path):
+  """Several updates a rollout, a reference that moves, refills, adapters: and nothing is lost."""
+  for workdir, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+    train.run(load(TINY, [*OPTIONS, f"--config.steps={steps}"]), tmp_path / workdir)
+  states = []
+  for workdir in ("whole", "parts"):
+    like = build(load(TINY, OPTIONS)).initial_state(moving_reference=True)
+    with checkpoint.Checkpoints(tmp_path / workdir, keep=2) as checkpoints:
+      states.append(checkpoints.restore(4, like))
+  for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):
+    np.testing.assert_array_equal(a, b)
+  state = states[0]
+  assert int(state.step) == 4 * 2 * 2  # updates
+  names = set(state.params["layers"])
+  assert names == {f"{name}_lora_{part}" for name in ("q", "v", "gate") for part in "ab"}
+  moved = [np.abs(np.subtract(*pair)).max() for pair in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(state.reference), strict=True)]  # fmt: skip
+  assert max(moved) > 0  # half of the way behind
+  rows = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
+  assert rows == [
+    row | {name: rows[i][name] for name in TIMES}
+    for i, row in enumerate(r for r in read_metrics(tmp_path / "parts") if "loss" in r)
+  ]
+  assert rows[0]["ratio/max"] > 1.0  # the second update leaves the old log-probs behind
+  assert rows[1]["kl"] > rows[0]["kl"] > 0
+  assert 0.1 < rows[0]["completions/clipped_ratio"] < 0.9
+  assert {"dynamic_sampling/kept", "dynamic_sampling/refills", "rewards/missing"} <= set(rows[0])
+
+
+def test_a_reference_that_moves_needs_a_kl_term(tmp_path):
+  c = load(TINY, ["--config.reference.sync_every=5", "--config.lora.rank=-1"])
+  with pytest.raises(ConfigError) as caught:
+    train.run(c, tmp_path)
+  assert "reference.sync_every is 5, but algorithm.beta is 0" in str(caught.value)
+  assert "lora.rank is -1, it must be at least 0" in str(caught.value)
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(runs):

