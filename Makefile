@@ -15,7 +15,7 @@ test-slow: .venv/model
 	$(BIN)/python -m pytest -m slow
 
 mutants: .venv/ready
-	$(BIN)/python tests/mutants.py --jobs 2 > docs/mutants.md
+	$(BIN)/python tests/mutants.py --jobs 2 --limit 600 > docs/mutants.md
 
 docs: .venv/ready
 	$(BIN)/python tests/estimators_page.py > docs/estimators.md

@@ -10,31 +10,28 @@ statement and how long each takes: a mutant meets the tests of its module first,
 execute it, then all there are, and is done with when one of them fails. One that runs into the
 time limit counts as noticed.
 
-Survivors that cannot be noticed are listed with the reason in `mutants_explained.py`; the command
-fails when there are others.
+Survivors that cannot be noticed are listed with the reason in `mutants_explained.py`, and meet the
+tests of their module only. The command fails when there are others, or a reason without a survivor.
+
+`--record FILE` appends each verdict to FILE as it comes, and takes those over that stand there, as
+long as the mutated file and the test file that noticed are unchanged; if not, that test is the
+first one tried.
 """
 
 import argparse
-import ast
-import builtins
-import importlib.machinery
-import importlib.util
+import hashlib
 import json
 import os
-import shutil
-import signal
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from mutants_explained import EXPLAINED
-from mutations import Apply, Mutant, find_mutants
+from mutants_forks import CORE, prepare, record_baseline, run_all
+from mutants_page import reason, report
+from mutations import Mutant, find_mutants
 
-ROOT = Path(__file__).resolve().parent.parent
-CORE = ROOT / "grpo_jax" / "core"
 _TESTED = (
   *("advantages", "masks", "terms", "logprobs", "losses", "algorithms", "golden", "signatures"),
   *("testing", "core_more", "unbiased"),
@@ -42,244 +39,113 @@ _TESTED = (
 TESTS = [*[f"tests/test_{name}.py" for name in _TESTED], "grpo_jax/core"]
 
 
-class _Record(ast.NodeTransformer):
-  """Puts `__hit__(file, line)` before every statement of every function."""
-
-  def __init__(self, file: str):
-    self.file = file
-
-  def generic_visit(self, node):
-    super().generic_visit(node)
-    if not isinstance(node, ast.Module | ast.ClassDef):
-      for field in ("body", "orelse"):
-        if isinstance(getattr(node, field, None), list):
-          setattr(node, field, self._recorded(getattr(node, field)))
-    if isinstance(node, ast.FunctionDef):  # its defaults were computed at import
-      node.body.insert(0, self._hit(node.lineno))
-    return node
-
-  def _recorded(self, body):
-    return [x for statement in body for x in (self._hit(statement.lineno), statement)]
-
-  def _hit(self, line):
-    return ast.parse(f"__hit__({self.file!r}, {line})").body[0]
-
-
-# --- running -------------------------------------------------------------------------------------
-
-
-class _Hook:
-  """Serves modules of core from a changed syntax tree."""
-
-  def __init__(self, change: Callable[[str, ast.Module], ast.Module]):
-    self.change = change
-
-  def find_spec(self, name, path=None, target=None):
-    package, _, module = name.rpartition(".")
-    file = Path("grpo_jax", "core", f"{module}.py").resolve()  # of the copy
-    if package != "grpo_jax.core" or not file.exists():
-      return None
-    change = self.change
-
-    class Loader(importlib.machinery.SourceFileLoader):
-      def get_code(self, fullname):
-        tree = change(file.name, ast.parse(file.read_text()))
-        return compile(ast.fix_missing_locations(tree), str(file), "exec")
-
-    return importlib.util.spec_from_file_location(name, file, loader=Loader(name, str(file)))
-
-
-def _fork(work: Callable[[], int]) -> int:
-  pid = os.fork()
-  if pid:
-    return pid
-  code = 70
-  try:
-    os.setpgid(0, 0)
-    silent = os.open(os.devnull, os.O_WRONLY)
-    if not os.environ.get("MUTANTS_SHOW"):
-      os.dup2(silent, 1)
-      os.dup2(silent, 2)
-    code = int(work())
-  finally:
-    os._exit(code)
-
-
-def _import_changed(change: Callable[[str, ast.Module], ast.Module]) -> None:
-  """Before pytest, whose own import hook would come first for the files it is given."""
-  sys.meta_path.insert(0, _Hook(change))
-  import grpo_jax.core.losses  # noqa: F401  (and with it all of core)
-
-
-def _pytest(arguments: list[str], plugins=()) -> int:
-  import pytest
-
-  options = ["-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "--tb=no"]
-  return pytest.main([*options, *arguments], plugins=list(plugins))
-
-
-class _Baseline:
-  """Which test executes which statements, and how long it takes."""
-
-  def __init__(self):
-    self.hits, self.seconds, self.lines, self.failed = {}, {}, set(), []
-
-  def pytest_runtest_logstart(self, nodeid):
-    self.lines.clear()
-    self.start = time.monotonic()
-
-  def pytest_runtest_logreport(self, report):
-    if report.failed:
-      self.failed.append(report.nodeid)
-
-  def pytest_runtest_logfinish(self, nodeid):
-    self.hits[nodeid] = sorted(self.lines)
-    self.seconds[nodeid] = time.monotonic() - self.start
-
-
-def record_baseline(tests: list[str], out: Path) -> dict:
-  def work():
-    plugin = _Baseline()
-    builtins.__hit__ = lambda file, line: plugin.lines.add((file, line))
-    _import_changed(lambda file, tree: _Record(file).visit(tree))
-    _pytest(tests, [plugin])
-    out.write_text(json.dumps({k: getattr(plugin, k) for k in ("hits", "seconds", "failed")}))
-    return 0
-
-  os.waitpid(_fork(work), 0)
-  baseline = json.loads(out.read_text())
-  if baseline["failed"]:
-    raise SystemExit(f"these fail without any change: {', '.join(baseline['failed'])}")
-  return baseline
-
-
-def run_mutant(mutant: Mutant, tests: list[str]) -> int:
-  """Starts it; exit status 0 means that no test noticed."""
-
-  def change(file, tree):
-    return Apply(mutant).visit(tree) if file == mutant.file else tree
-
-  def work():
-    _import_changed(change)
-    return 0 if _pytest(["-x", *tests]) == 0 else 1
-
-  return _fork(work)
-
-
-def run_all(todo: list[tuple[Mutant, list[str]]], jobs: int, limit: float) -> Iterator[tuple]:
-  """(mutant, "survived" | "noticed" | "time limit") as they finish."""
-  todo, running = list(todo)[::-1], {}
-  while todo or running:
-    while todo and len(running) < jobs:
-      mutant, tests = todo.pop()
-      running[run_mutant(mutant, tests)] = (mutant, time.monotonic())
-    time.sleep(0.02)
-    for pid, (mutant, start) in list(running.items()):
-      done, status = os.waitpid(pid, os.WNOHANG)
-      if done:
-        del running[pid]
-        yield mutant, "survived" if os.waitstatus_to_exitcode(status) == 0 else "noticed"
-      elif time.monotonic() - start > limit:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        del running[pid]
-        yield mutant, "time limit"
-
-
-def rounds(mutant: Mutant, baseline: dict) -> list[list[str]]:
-  """Which tests to try, quick ones first: the module's own, those that execute it, then all."""
-  every = sorted(baseline["seconds"], key=baseline["seconds"].get)
+def rounds(mutant: Mutant, baseline: dict, first: str) -> list[list[str]]:
+  """Which tests to try, quick ones first: the module's own, those that execute it, all others."""
+  every = sorted(baseline["seconds"], key=lambda t: (t != first, baseline["seconds"][t]))
   hit = [mutant.file, mutant.statement]
   executing = [t for t in every if not mutant.function or hit in baseline["hits"][t]]
-  homes = (f"tests/test_{mutant.file}", f"grpo_jax/core/{mutant.file}")
-  own = [t for t in executing if t.startswith(homes)]
-  return [tests for tests in (own, executing, every if mutant.function else []) if tests]
+  homes = (f"tests/test_{mutant.file}", "tests/test_core_more", f"grpo_jax/core/{mutant.file}")
+  own = [t for t in executing if t.startswith(homes) or t == first]
+  if reason(mutant):
+    return [own or executing]
+  parts = (own, [t for t in executing if t not in own], [t for t in every if t not in executing])
+  return [tests for tests in parts if tests]
 
 
-def judge(mutants: list[Mutant], baseline: dict, jobs: int, limit: float) -> dict[Mutant, str]:
-  """What became of each."""
-  verdicts, left = {}, {m: rounds(m, baseline) for m in mutants}
-  while left:
-    this_round = [(m, tests.pop(0)) for m, tests in left.items()]
-    for mutant, verdict in run_all(this_round, jobs, limit):
+def judge(todo: dict[Mutant, list[list[str]]], jobs: int, limit: float) -> Iterator[tuple]:
+  """(mutant, verdict, by which test), with the rounds of each."""
+  kills: dict[str, int] = {}
+  while todo:
+    left = {}
+
+    def this_round(todo=todo):
+      for m, (now, *_) in todo.items():  # what noticed much already comes first
+        yield m, now[:1] + sorted(now[1:], key=lambda t: -kills.get(f"{m.file} {t}", 0))
+
+    for mutant, verdict, by in run_all(this_round(), jobs, limit):
+      kills[f"{mutant.file} {by}"] = kills.get(f"{mutant.file} {by}", 0) + 1
+      progress(f"{mutant.file}:{mutant.line} {verdict} {by}: {mutant.before} -> {mutant.after}")
+      later = todo[mutant][1:]
+      if later and verdict == "survived":
+        left[mutant] = later
+      else:
+        yield mutant, verdict, by
+    progress(f"{len(left)} left for the next round")
+    todo = left
+
+
+class Record:
+  """Verdicts in a file of JSON lines; the last one of a mutant counts."""
+
+  def __init__(self, path: str | None):
+    self.path, self.rows = path, {}
+    if path and Path(path).exists():
+      rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+      self.rows = {" ".join(row["mutant"]): row for row in rows}
+
+  def verdict(self, mutant: Mutant) -> str | None:
+    """What is known and still holds. Unexplained survivors are tried again: tests may be new."""
+    row = self.rows.get(" ".join(mutant.key))
+    if not row or row["digests"] != self._digests(mutant, row["by"]):
+      return None
+    return None if row["verdict"] == "survived" and not reason(mutant) else row["verdict"]
+
+  def first(self, mutant: Mutant) -> str:
+    return self.rows.get(" ".join(mutant.key), {"by": ""})["by"]
+
+  def add(self, mutant: Mutant, verdict: str, by: str) -> None:
+    if self.path:
+      row = {"mutant": mutant.key, "verdict": verdict, "by": by}
+      with open(self.path, "a") as file:
+        print(json.dumps(row | {"digests": self._digests(mutant, by)}), file=file)
+
+  def _digests(self, mutant: Mutant, by: str) -> list[str]:
+    files = [CORE / mutant.file, *([Path(by.partition("::")[0])] if by else [])]
+    return [hashlib.sha256(f.read_bytes()).hexdigest() if f.exists() else "" for f in files]
+
+
+def judge_all(mutants: list[Mutant], args: argparse.Namespace) -> dict[Mutant, str]:
+  """The verdicts, in the order of `mutants`; runs in the copy that `prepare` made."""
+  record = Record(args.record)
+  verdicts = {m: record.verdict(m) for m in mutants}
+  todo = [m for m in mutants if not verdicts[m]]
+  progress(f"{len(mutants)} mutants, {len(todo)} to try")
+  if todo:
+    baseline = record_baseline(args.tests, Path("baseline.json"))
+    progress(f"{len(baseline['seconds'])} tests, {sum(baseline['seconds'].values()):.0f} s")
+    parts = {m: rounds(m, baseline, record.first(m))[: 1 if args.own else None] for m in todo}
+    parts = {m: tests for m, tests in parts.items() if tests}
+    for mutant, verdict, by in judge(parts, args.jobs, args.limit):
       verdicts[mutant] = verdict
-      _progress(f"{mutant.file}:{mutant.line} {verdict}: {mutant.before} -> {mutant.after}")
-    left = {m: tests for m, tests in left.items() if tests and verdicts[m] == "survived"}
-    _progress(f"{len(left)} left for the next round")
-  return verdicts
+      record.add(mutant, verdict, by)
+  return {m: v or "survived" for m, v in verdicts.items()}
 
 
-def _progress(line: str) -> None:
+def progress(line: str) -> None:
   print(line, file=sys.stderr, flush=True)
-
-
-def report(verdicts: dict[Mutant, str]) -> str:
-  """The page `docs/mutants.md`."""
-  lines = [
-    "# Mutants of `grpo_jax/core`",
-    "",
-    "Written by `python tests/mutants.py > docs/mutants.md` (what it does stands at its top).",
-    "",
-    "| file | mutants | noticed | by the time limit | survived, explained | survived |",
-    "| --- | --- | --- | --- | --- | --- |",
-  ]
-  for file in [*sorted({m.file for m in verdicts}), "all"]:
-    mine = {m: v for m, v in verdicts.items() if file in (m.file, "all")}
-    survived = [m for m, v in mine.items() if v == "survived"]
-    explained = sum(m.key in EXPLAINED for m in survived)
-    found = [sum(v == verdict for v in mine.values()) for verdict in ("noticed", "time limit")]
-    counts = [len(mine), *found, explained, len(survived) - explained]
-    lines.append(f"| {' | '.join(map(str, [file, *counts]))} |")
-  for title, known in (("Survivors without an explanation", False), ("Explained survivors", True)):
-    rows = [m for m, v in verdicts.items() if v == "survived" and (m.key in EXPLAINED) == known]
-    if rows:
-      lines += ["", f"## {title}", "", "| place | change | reason |", "| --- | --- | --- |"]
-    for m in rows:
-      change = f"`{m.before}` → `{m.after}`".replace("|", "\\|")
-      lines.append(f"| {m.file}:{m.line} {m.function} | {change} | {EXPLAINED.get(m.key, '')} |")
-  return "\n".join(lines)
-
-
-def prepare(folder: str) -> None:
-  """Loads what every fork needs; works on a copy, so that files may change meanwhile."""
-  for name in ("grpo_jax", "tests", "docs"):
-    shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__"))
-  shutil.copy(ROOT / "setup.cfg", folder)
-  os.chdir(folder)
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/jax"
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-  os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/hypothesis"
-  warnings.filterwarnings("ignore", message="os.fork")
-  sys.path[:0] = [folder, f"{folder}/tests"]
-  import hypothesis
-  import jax.numpy  # noqa: F401
-  import pytest  # noqa: F401
-
-  phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
-  hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, deadline=None)
-  hypothesis.settings.load_profile("mutants")
 
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--only", help="one file of grpo_jax/core, by name")
   parser.add_argument("--jobs", type=int, default=2)
-  parser.add_argument("--limit", type=float, default=240.0, help="seconds per mutant")
+  parser.add_argument("--limit", type=float, default=240.0, help="seconds per mutant and round")
   parser.add_argument("--tests", nargs="*", default=TESTS)
-  parser.add_argument("--every", type=int, default=1, help="take every n-th mutant only")
+  parser.add_argument("--own", action="store_true", help="only the tests of the mutated module")
+  parser.add_argument("--record", type=os.path.abspath, help="file of verdicts, read and appended")
   args = parser.parse_args()
-  files = [CORE / args.only] if args.only else sorted(CORE.glob("*.py"))
-  mutants = [m for file in files for m in find_mutants(file)][:: args.every]
-  _progress(f"{len(mutants)} mutants")
   with tempfile.TemporaryDirectory() as folder:
     prepare(folder)
-    baseline = record_baseline(args.tests, Path(folder) / "baseline.json")
-    _progress(f"{len(baseline['seconds'])} tests, {sum(baseline['seconds'].values()):.0f} s")
-    verdicts = judge(mutants, baseline, args.jobs, args.limit)
+    files = [CORE / args.only] if args.only else sorted(CORE.glob("*.py"))
+    mutants = [m for file in files for m in find_mutants(file)]
+    verdicts = judge_all(mutants, args)
   print(report(verdicts))
-  return int(any(v == "survived" and m.key not in EXPLAINED for m, v in verdicts.items()))
+  survived = {m.key for m, verdict in verdicts.items() if verdict == "survived"}
+  names = tuple(file.name for file in files)
+  explained = {(p, c) for p, known in EXPLAINED.items() for c in known if p.startswith(names)}
+  for place, change in sorted(explained - survived):
+    progress(f"explained, but it does not survive: {place}: {change}")
+  return int(survived != explained)
 
 
 if __name__ == "__main__":

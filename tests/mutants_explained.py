@@ -1,3 +1,39 @@
 """Mutants that no test can notice, and why."""
 
-EXPLAINED: dict[str, str] = {}
+_AT_ZERO = "advantages of 0 give an objective of 0 either way"
+
+# "file: line": {"change": reason}; "#3" at the end: the third place in that line.
+EXPLAINED: dict[str, dict[str, str]] = {
+  "advantages.py: count = jnp.maximum(where.sum(axis, keepdims=True), 1)": {
+    "1 -> 2": "relative to the smallest of their group, fewer than two rewards sum up to 0",
+  },
+  "advantages.py: return jnp.sqrt(jnp.where(variance > 0, variance, 1.0))": {
+    "1.0 -> 2": "divides values that are all 0, or so small that their squares are",
+  },
+  "advantages.py: "
+  "mean = rewards.sum(-1, keepdims=True) / jnp.maximum(scored.sum(-1, keepdims=True), 1) #3": {
+    "1 -> 2": "divides, in the end, the centered reward of a group with fewer than two: 0",
+  },
+  "logprobs.py: TILE_ELEMENTS = 2**22": {
+    "2 -> -2": "the same number",
+  },
+  "logprobs.py: "
+  "entropy = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0.0, logps), axis=-1)": {
+    "0.0 -> 1": "multiplied by a probability of 0",
+  },
+  "logprobs.py: flat = jnp.where(rows[:, None], flat, 0.0)": {
+    "0.0 -> 1": "results of these rows are replaced, their cotangents are 0; it has to be finite",
+  },
+  "logprobs.py: base = jnp.where(jnp.isneginf(new_top), 0.0, new_top)": {
+    "0.0 -> 1": "subtracted from -inf only; it has to be finite",
+  },
+  "logprobs.py: shift = jnp.where(total > 0, top - base, 0.0)": {
+    "0.0 -> 1": "scales sums that are still 0; it has to be finite",
+  },
+  "terms.py: floor = jnp.where(advantages < 0, clip_dual * advantages, -jnp.inf)": {
+    "advantages < 0 -> advantages <= 0": _AT_ZERO,
+  },
+  "terms.py: tau = jnp.where(advantages > 0, tau_positive, tau_negative)": {
+    "advantages > 0 -> advantages >= 0": _AT_ZERO,
+  },
+}

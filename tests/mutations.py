@@ -1,6 +1,7 @@
 """Small wrong changes to source code: what `mutants.py` tries on every line of `grpo_jax/core`."""
 
 import ast
+import collections
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ class Mutant:
   choice: int  # which of the node's mutations
   before: str
   after: str
+  text: str  # of the line, and "#2" for the second mutant in it with this change
 
   @property
-  def key(self) -> str:
-    return f"{self.file} {self.function}: {self.before} -> {self.after}"
+  def key(self) -> tuple[str, str]:
+    """Where and what, without line numbers: names it as long as its line stays as it is."""
+    return f"{self.file}: {self.text}", f"{self.before} -> {self.after}"
 
 
 _OPERATORS: dict[type, list[type]] = {
@@ -159,6 +162,9 @@ def changes(node: ast.AST) -> Iterator[Callable[[ast.AST], ast.AST]]:
     yield lambda node: ast.Pass()
 
 
+_NAMING = ("as_", "check_", "lookup")  # functions whose texts are names for their errors
+
+
 def _is_text(node: ast.AST) -> bool:
   return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
@@ -180,7 +186,7 @@ def _left_alone(tree: ast.Module) -> set[int]:
       skipped.update(id(child) for child in ast.walk(node) if child is not node)
     if isinstance(node, ast.keyword) and node.arg == "source":
       skip(node)
-    if isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith(("as_", "check_")):
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith(_NAMING):
       skipped.update(id(arg) for arg in node.args if _is_text(arg))
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "Array":
       skip(node)
@@ -189,8 +195,9 @@ def _left_alone(tree: ast.Module) -> set[int]:
 
 def find_mutants(file: Path) -> list[Mutant]:
   """Every mutant of one source file, in the order of its syntax tree."""
-  tree = ast.parse(file.read_text())
-  skipped, found, index = _left_alone(tree), [], -1
+  source = file.read_text()
+  tree, lines = ast.parse(source), source.splitlines()
+  skipped, found, index, seen = _left_alone(tree), [], -1, collections.Counter()
 
   def walk(node, statement, function):
     nonlocal index
@@ -204,8 +211,11 @@ def find_mutants(file: Path) -> list[Mutant]:
       for choice, change in enumerate(changes(node)):
         after = _short(ast.unparse(ast.fix_missing_locations(change(copy.deepcopy(node)))))
         line = getattr(node, "lineno", statement.lineno)
+        text = lines[line - 1].strip()
+        seen[line, before, after] += 1
+        text += f" #{seen[line, before, after]}" * (seen[line, before, after] > 1)
         place = (file.name, line, function, statement.lineno)
-        found.append(Mutant(*place, at, choice, before, after))
+        found.append(Mutant(*place, at, choice, before, after, text))
     for child in ast.iter_child_nodes(node):
       walk(child, statement, function)
 

@@ -31,7 +31,7 @@ def _center(x: jax.Array, where: jax.Array, axis: int | tuple[int, ...] | None) 
   """`x` minus its mean over `axis`; exactly 0 where all are equal, and where not `where`."""
   count = jnp.maximum(where.sum(axis, keepdims=True), 1)
   lowest = jnp.min(x, axis, keepdims=True, where=where, initial=jnp.inf)
-  x = jnp.where(where, x - jnp.where(jnp.isfinite(lowest), lowest, 0.0), 0.0)
+  x = jnp.where(where, x - lowest, 0.0)
   mean = x.sum(axis, keepdims=True) / count
   return jnp.where(where, x - mean, 0.0)
 
@@ -39,18 +39,10 @@ def _center(x: jax.Array, where: jax.Array, axis: int | tuple[int, ...] | None) 
 def _std(
   centered: jax.Array, where: jax.Array, axis: int | tuple[int, ...] | None, ddof: int
 ) -> jax.Array:
-  """Standard deviation of already centered values; 0 where too few are there."""
+  """Standard deviation of already centered values, as a divisor: 1 where all of them are 0."""
   count = where.sum(axis, keepdims=True)
   variance = (centered**2).sum(axis, keepdims=True) / jnp.maximum(count - ddof, 1)
-  # The slope of the root is infinite at 0; two `where` keep it out of a gradient.
-  spread = variance > 0
-  return jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
-
-
-def _scale(centered: jax.Array, std: jax.Array, eps: float) -> jax.Array:
-  """`centered / (std + eps)`, 0 where the divisor is 0 (a constant group with `eps=0`)."""
-  divisor = std + eps
-  return centered / jnp.where(divisor > 0, divisor, 1.0)
+  return jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
 
 
 def group_normalized(
@@ -75,7 +67,7 @@ def group_normalized(
   """
   rewards, scored = _rewards(rewards)
   centered = _center(rewards, scored, -1)
-  return _scale(centered, _std(centered, scored, -1, ddof), eps)
+  return centered / (_std(centered, scored, -1, ddof) + eps)
 
 
 def group_centered(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
@@ -124,7 +116,7 @@ def batch_normalized(
   """
   rewards, scored = _rewards(rewards)
   spread = _std(_center(rewards, scored, None), scored, None, ddof)
-  return _scale(_center(rewards, scored, -1), spread, eps)
+  return _center(rewards, scored, -1) / (spread + eps)
 
 
 def batch_whitened(
@@ -144,7 +136,7 @@ def batch_whitened(
   """
   rewards, scored = _rewards(rewards)
   centered = _center(rewards, scored, -1)
-  return _scale(centered, _std(centered, scored, None, ddof), eps)
+  return centered / (_std(centered, scored, None, ddof) + eps)
 
 
 def max_rl(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
@@ -191,7 +183,7 @@ def multi_objective(
   normalized = jax.vmap(lambda r: group_normalized(r, eps=eps))(rewards)
   total = jnp.einsum("r,rpg->pg", weights, normalized)
   scored = jnp.isfinite(rewards).any(0)
-  return _scale(total, _std(_center(total, scored, None), scored, None, ddof=1), eps)
+  return total / (_std(_center(total, scored, None), scored, None, ddof=1) + eps)
 
 
 def process_advantages(

@@ -34,6 +34,8 @@ _SETTINGS = (
   "correction_min",
   "correction_max",
 )
+# Advantages of something other than one reward [P, G] per completion: several rewards, or steps.
+OF_OTHER_REWARDS = ("multi_objective", "process_advantages")
 # Numbers that must lie above a bound; all others must be at least 0.
 _ABOVE = {"clip_dual": 1.0, "tau_positive": 0.0, "tau_negative": 0.0}
 
@@ -46,8 +48,8 @@ class Algorithm:
   row without effect.
 
   Attributes:
-    advantage: rewards [P, G] -> advantages; a key of `ADVANTAGES` or a function. `multi_objective`
-      (GDPO) takes one reward array per function and is called by the caller instead.
+    advantage: rewards [P, G] -> advantages; a key of `ADVANTAGES` or a function. Those of
+      `OF_OTHER_REWARDS` take more than one number per completion: the caller calls them.
     ratio: level of the importance ratio; a key of `RATIOS`.
     trust_region: what bounds the update; a key of `TRUST_REGIONS`.
     kl: estimator of the KL to the reference; a key of `KLS`.
@@ -89,7 +91,7 @@ class Algorithm:
 
   def __post_init__(self) -> None:
     for kind, table in _CHOICES.items():
-      if not (kind == "advantage" and self.advantage == "multi_objective"):
+      if not (kind == "advantage" and self.advantage in OF_OTHER_REWARDS):
         lookup(kind, table, getattr(self, kind))
     needed = set(self.settings("trust_region")) | set(self.settings("correction"))
     given = {name for name in _SETTINGS if getattr(self, name) is not None}

@@ -34,13 +34,11 @@ def token_logprobs(
   if logits.ndim < 2:
     raise ValueError(f"logits has shape {logits.shape}, expected at least two axes [..., T, V]")
   tokens = as_tokens("tokens", tokens, logits.shape[:-1])
-  logps = jax.nn.log_softmax(logits / temperature, axis=-1)
-  # Out of range is NaN (mode "fill"), also for negative ids, which would count from the end.
+  logps = jax.nn.log_softmax(logits / temperature)
+  # What is out of range is read as NaN; negative ids would count from the end.
   column = jnp.where(tokens < 0, logits.shape[-1], tokens)
-  logp = jnp.take_along_axis(logps, column[..., None], axis=-1, mode="fill")[..., 0]
-  impossible = jnp.isneginf(logps)
-  safe = jnp.where(impossible, 0.0, logps)
-  entropy = -jnp.sum(jnp.where(impossible, 0.0, jnp.exp(safe)) * safe, axis=-1)
+  logp = jnp.take_along_axis(logps, column[..., None], -1).squeeze(-1)
+  entropy = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0.0, logps), axis=-1)
   return logp, entropy
 
 
@@ -153,9 +151,9 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
     weighted = (weighted + shift * total) * shrink + jnp.where(p > 0, p * below, 0.0).sum(-1)
     total = total * shrink + p.sum(-1)
     column = tokens - start
-    here = (column >= 0) & (column < width)
-    picked = jnp.take_along_axis(z, jnp.clip(column, 0, width - 1)[:, None], axis=-1)[:, 0]
-    return new_top, total, weighted, jnp.where(here, picked, chosen)
+    # NaN beyond this tile, until the token's own one comes; what lies before it has been picked.
+    picked = jnp.take_along_axis(z, column[:, None], -1).squeeze(-1)
+    return new_top, total, weighted, jnp.where(column >= 0, picked, chosen)
 
   zeros = jnp.zeros((rows,), dtype)
   carry = (jnp.full((rows,), -jnp.inf, dtype), zeros, zeros, jnp.full((rows,), jnp.nan, dtype))
@@ -184,7 +182,7 @@ def _tiled_backward(temperature, softcap, saved, cotangents):
     d_tile = jnp.matmul(hidden.T, d_raw, preferred_element_type=dtype).astype(head.dtype)
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, _bits(d_tile), start, axis=1)
 
-  carry = (jnp.zeros(hidden.shape, dtype), _bits(jnp.zeros_like(head)))
+  carry = (jnp.zeros(hidden.shape, dtype), _bits(jnp.empty_like(head)))
   d_hidden, d_head = _over_tiles(body, carry, rows, vocab)
   return d_hidden.astype(hidden.dtype), d_head.view(head.dtype), None
 

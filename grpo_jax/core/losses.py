@@ -165,7 +165,7 @@ def policy_loss(
     if algorithm.beta > 0:
       per_token = per_token + algorithm.beta * kl
     metrics["kl"] = masked_mean(jax.lax.stop_gradient(kl), mask)
-  loss = jnp.sum(weights * jnp.where(mask, per_token, 0.0))
+  loss = jnp.sum(jnp.where(mask, weights * per_token, 0.0))
   return loss, metrics
 
 
@@ -205,7 +205,7 @@ def _sampling_metrics(gap: jax.Array, correction: jax.Array, mask: jax.Array) ->
   name = "sampling/importance_sampling_ratio"
   return {
     "sampling/sampling_logp_difference/mean": masked_mean(difference, mask),
-    "sampling/sampling_logp_difference/max": jnp.max(difference, where=mask, initial=0.0),
+    "sampling/sampling_logp_difference/max": jnp.max(difference, initial=0.0),
     f"{name}/min": jnp.where(mask.any(), jnp.min(correction, where=mask, initial=jnp.inf), 0.0),
     f"{name}/mean": masked_mean(correction, mask),
     f"{name}/max": jnp.max(correction, where=mask, initial=0.0),

@@ -1,5 +1,6 @@
 """Which completion tokens count, and how much."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -33,19 +34,18 @@ def completion_mask(
   if tokens.ndim == 0:
     raise ValueError("tokens has shape (), expected at least one axis [..., T]")
   # An empty list has no dtype of its own.
-  eos = as_tokens("eos_ids", eos_ids if np.size(eos_ids) else np.zeros(0, np.int32))
+  eos = as_tokens("eos_ids", eos_ids if np.size(eos_ids) else np.array([], np.int32))
   is_eos = jnp.isin(tokens, eos).astype(jnp.int32)
   ended_before = jnp.cumsum(is_eos, axis=-1) - is_eos
   return ended_before == 0
 
 
 def _sequence(mask: jax.Array, max_length: int | None) -> jax.Array:
-  lengths = jnp.maximum(mask.sum(-1, keepdims=True), 1)
-  return 1.0 / (lengths * _sequences(mask))
+  return 1.0 / (mask.sum(-1, keepdims=True) * _sequences(mask))
 
 
 def _token(mask: jax.Array, max_length: int | None) -> jax.Array:
-  return jnp.broadcast_to(1.0 / jnp.maximum(mask.sum(), 1), mask.shape)
+  return jnp.broadcast_to(1.0 / mask.sum(), mask.shape)
 
 
 def _constant(mask: jax.Array, max_length: int | None) -> jax.Array:
@@ -59,7 +59,7 @@ def _constant(mask: jax.Array, max_length: int | None) -> jax.Array:
 
 
 def _sequences(mask: jax.Array) -> int:
-  return max(mask.size // max(mask.shape[-1], 1), 1)
+  return max(math.prod(mask.shape[:-1]), 1)
 
 
 AVERAGES = {"sequence": _sequence, "token": _token, "constant": _constant}

@@ -182,7 +182,7 @@ def _dppo(log_ratio, logp, old_logp, advantages, *, divergence, ratio_max):
   direction of its advantage: probabilities are compared, not ratios, so that rare tokens are
   not clipped for moving a negligible mass.
   """
-  moved = jax.lax.stop_gradient(jnp.exp(logp) - jnp.exp(old_logp))
+  moved = jnp.exp(logp) - jnp.exp(old_logp)
   low = (moved < -divergence) & (advantages < 0)
   high = (moved > divergence) & (advantages > 0)
   ratio = jnp.minimum(jax.lax.stop_gradient(finite_exp(log_ratio)), ratio_max)
