@@ -6,7 +6,7 @@ Target    about 0.60 of new problems solved, what nano-aha-moment reports for th
           completions a step in groups of 4, 1e-6, KL 0.001) on one 80 GB GPU; 0.5B models fail at
           it and from 1.5B on they learn to search (TinyZero)
 State     a recipe: checked and stepped on a tiny model by the tests, not run at full size by us
-Command   python -m grpo_jax.train --config experiments/countdown_qwen2_5_3b.py --workdir runs/countdown
+Command   python -m grpo_jax.train --config experiments/countdown_qwen2_5_3b.py --workdir runs/cd
 """
 
 from grpo_jax.config import default_config

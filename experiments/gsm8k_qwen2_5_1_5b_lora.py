@@ -5,9 +5,9 @@ The reference model of the KL term is the base without adapters, so there is no 
 Hardware  one GPU of 40 GB or more, or a v5e-8 (then --config.mesh.fsdp=8)
 Target    0.779 on the test problems, what verl reports for GRPO with LoRA on this model
 State     a recipe: checked and stepped on a tiny model by the tests, not run at full size by us
-Command   python -m grpo_jax.train --config experiments/gsm8k_qwen2_5_1_5b_lora.py --workdir runs/lora
+Command   python -m grpo_jax.train --config experiments/gsm8k_qwen2_5_1_5b_lora.py --workdir runs/l
 
-Afterwards, `python -m grpo_jax.export --workdir runs/lora --out my-model` writes the merged model.
+Afterwards, `python -m grpo_jax.export --workdir runs/l --out my-model` writes the merged model.
 """
 
 from grpo_jax.config import default_config

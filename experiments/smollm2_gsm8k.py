@@ -5,7 +5,7 @@ groups are wrong throughout and have no gradient. What it shows is the way of th
 through tensorflow-datasets, few-shot prompts, sampling, grading by the number after ####.
 
 Hardware  2 CPU cores, float32
-Command   python -m grpo_jax.train --config experiments/smollm2_gsm8k.py --workdir runs/smollm2-gsm8k
+Command   python -m grpo_jax.train --config experiments/smollm2_gsm8k.py --workdir runs/smollm2
           (--config.task.settings.jsonl=DIR for GSM8K's two files instead of a download)
 """
 

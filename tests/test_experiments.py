@@ -1,4 +1,4 @@
-"""Every experiment is loaded, checked and taken one step with a tiny model in the place of its own."""
+"""Every experiment is loaded, checked and stepped once, with a tiny model in its own's place."""
 
 import math
 from pathlib import Path

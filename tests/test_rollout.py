@@ -210,7 +210,7 @@ def test_several_rewards_are_normalized_apart(params):
 
 
 def test_a_step_ends_with_the_token_that_brings_the_text_there():
-  tokens = np.array(list("aé🙂b".encode()) + [256])
+  tokens = np.array([*"aé🙂b".encode(), 256])
   found = [rollout.token_at(ByteTokenizer(), tokens, end) for end in range(6)]
   # a=0, é=1..2, 🙂=3..6, b=7; half a character already decodes to one replacement character.
   assert found[1] == 0
