@@ -205,6 +205,14 @@ def test_tensors_that_do_not_fit_are_all_listed(folder):
   ]
 
 
+def test_two_tensors_for_one_parameter(folder):
+  """Under the name of the model alone, and as a part of a larger one."""
+  twice = "language_model.model.norm.weight"
+  edit_tensors(folder, lambda t: t.update({twice: t["model.norm.weight"].copy()}))
+  with pytest.raises(ValueError, match=r"is a second tensor for model\.norm\.weight"):
+    load(str(folder))
+
+
 def test_a_tied_head_is_absent_or_equal(tmp_path):
   folder = Path(shutil.copytree(TIED, tmp_path / "model"))
   edit_tensors(

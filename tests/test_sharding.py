@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax import sharding
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.train_step import Batch, TrainState, make_train_step
 
@@ -33,6 +34,29 @@ def test_rules_cover_parameters_and_optimizer_state():
   assert moments.count.spec == P()
   apart = sharding.param_shardings(mesh, jax.eval_shape(unstack, params), sampling=True)
   assert apart["layers"][1]["q"].spec == P(None, "tensor")
+
+
+def test_rules_cover_what_families_and_adapters_add():
+  config = dataclasses.replace(
+    CONFIG, qk_norm=True, post_norm=True, biases=("q", "k", "v", "o", "gate", "up", "down")
+  )
+  mesh = sharding.make_mesh((2, 2, 2))
+  params = jax.eval_shape(Decoder(config).init, jax.random.key(0))
+  layout = sharding.param_shardings(mesh, params)["layers"]
+  assert layout["q_bias"].spec == P(None, "tensor")
+  for name in ("o_bias", "q_norm", "attn_post_norm", "mlp_post_norm"):
+    assert layout[name].is_fully_replicated, name
+  scored = jax.eval_shape(Decoder(dataclasses.replace(CONFIG, labels=1)).init, jax.random.key(0))
+  assert sharding.param_shardings(mesh, scored)["score"].is_fully_replicated
+  adapters = jax.eval_shape(
+    lambda key: lora.init(key, params, "q|k|v|o|gate|up|down", 2), jax.random.key(0)
+  )
+  layout = sharding.param_shardings(mesh, adapters)["layers"]
+  # Each is split as its matrix is, and whole along the rank.
+  assert layout["up_lora_a"].spec == P(None, "fsdp", None)
+  assert layout["up_lora_b"].spec == P(None, None, "tensor")
+  assert layout["down_lora_a"].spec == P(None, "tensor", None)
+  assert layout["down_lora_b"].spec == P(None, None, "fsdp")
 
 
 def test_a_parameter_without_a_rule_is_named():

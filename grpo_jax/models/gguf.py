@@ -114,7 +114,9 @@ def _rope_scaling(
   if factors is not None:
     found = np.array(factors.data, np.float32).ravel()
     # The converter writes the factors and not where they come from; every Llama 3 has these limits.
-    scaling = RopeScaling("llama3", _as_written(found.max()), original=8192, low=1.0, high=4.0)
+    scaling = RopeScaling(
+      "llama3", _as_written(float(found.max())), original=8192, low=1.0, high=4.0
+    )
     expected = frequencies(head_dim, theta) / frequencies(head_dim, theta, scaling)
     if kind != "none" or found.shape != expected.shape or not np.allclose(found, expected, 1e-4):
       raise ValueError(f"{file.path}: rope_freqs.weight is not the rope scaling of Llama 3")

@@ -64,8 +64,9 @@ def _fields(c: ModelConfig, model_type: str) -> dict[str, Any]:
     "tie_word_embeddings": c.tied,
     "attention_bias": "o" in c.biases,
     "mlp_bias": "up" in c.biases,
-    "sliding_window": c.window or None,
   }
+  if model_type != "llama":
+    raw["sliding_window"] = c.window or None
   if c.activation == "silu":
     raw["hidden_act"] = "silu"
   else:
