@@ -24,7 +24,7 @@ from grpo_jax.models.decoder import ModelConfig
 from grpo_jax.models.files import read_json
 from grpo_jax.models.sources import Source, resolve
 from grpo_jax.models.writer import DTYPES, SHARD_BYTES, describe, write_json, write_weights
-from grpo_jax.tokens import ByteTokenizer, _fast_class, load_tokenizer
+from grpo_jax.tokens import load_tokenizer
 
 # What of a source folder goes along: tokenizer, chat template, generation settings, licence.
 COPIED = (
@@ -34,10 +34,6 @@ COPIED = (
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Fields of config.json that are not of the written model.
 _DROPPED = ("auto_map", "quantization_config", "torch_dtype")
-_BYTES_TEMPLATE = (
-  "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
-  "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 def export_model(
@@ -109,31 +105,12 @@ def _save_tokenizer(source: str, found: Source, folder: Path) -> dict[str, Any]:
         shutil.copyfile(file, folder / file.name)
     return {}
   tokenizer = load_tokenizer(source)
-  fast = _fast_bytes() if isinstance(tokenizer, ByteTokenizer) else tokenizer._fast
-  fast.save_pretrained(str(folder))
+  tokenizer.save(folder)
   ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
-  if fast.bos_token_id is not None:
-    ids["bos_token_id"] = fast.bos_token_id
+  if tokenizer.bos_id is not None:
+    ids["bos_token_id"] = tokenizer.bos_id
   write_json(folder / "generation_config.json", ids)
   return ids
-
-
-def _fast_bytes() -> Any:
-  """ByteTokenizer as a `transformers` tokenizer: the same ids, the same chat."""
-  from tokenizers import Tokenizer, decoders, models
-
-  vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
-  backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-  backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-  end = "<|endoftext|>"
-  backend.add_special_tokens([end])
-  return _fast_class()(
-    tokenizer_object=backend,
-    eos_token=end,
-    pad_token=end,
-    chat_template=_BYTES_TEMPLATE,
-    clean_up_tokenization_spaces=False,
-  )
 
 
 # --- a run's checkpoints --------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class Tokenizer:
     vocab_size: number of ids; the model's vocabulary may be padded beyond it.
     eos_ids: every id that ends a completion, never empty.
     pad_id: fills prompts; masks never depend on it, so it may be an EOS id.
+    bos_id: begins a text, where the tokenizer has such an id.
   """
 
   def __init__(self, fast: Any, eos_ids: Sequence[int], name: str):
@@ -41,6 +42,7 @@ class Tokenizer:
     self.vocab_size: int = len(fast)
     self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
     self.pad_id: int = self.eos_ids[0] if fast.pad_token_id is None else fast.pad_token_id
+    self.bos_id: int | None = fast.bos_token_id
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, with a beginning-of-text id exactly if the tokenizer's own rule adds one."""
@@ -71,6 +73,10 @@ class Tokenizer:
       raise ValueError(f"{self.name} has no chat template: give the prompt as text, not messages")
     return self._fast.apply_chat_template(messages, return_dict=False, **options)
 
+  def save(self, folder: str | Path) -> None:
+    """Writes tokenizer files and chat template as transformers reads them."""
+    self._fast.save_pretrained(str(folder))
+
   def pieces(self) -> list[bytes]:
     """The bytes that each id adds to the text: none for special tokens and unused ids."""
     backend = self._fast.backend_tokenizer
@@ -96,6 +102,7 @@ class ByteTokenizer:
   vocab_size = 257
   eos_ids = (256,)
   pad_id = 256
+  bos_id = None
 
   def encode(self, text: str) -> list[int]:
     return list(text.encode("utf-8"))
@@ -108,12 +115,34 @@ class ByteTokenizer:
     lines = [f"{message['role']}: {message['content']}\n" for message in messages]
     return self.encode("".join(lines) + "assistant: ")
 
+  def save(self, folder: str | Path) -> None:
+    """Writes the same ids and the same chat as a tokenizer of transformers."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    end = "<|endoftext|>"
+    backend.add_special_tokens([end])
+    _fast_class()(
+      tokenizer_object=backend,
+      eos_token=end,
+      pad_token=end,
+      chat_template=_BYTES_TEMPLATE,
+      clean_up_tokenization_spaces=False,
+    ).save_pretrained(str(folder))
+
   def pieces(self) -> list[bytes]:
     """The bytes that each id adds to the text."""
     return [bytes([i]) for i in range(256)] + [b""]
 
 
 AnyTokenizer = Tokenizer | ByteTokenizer
+_BYTES_TEMPLATE = (
+  "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+  "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -282,22 +311,34 @@ def _from_folder(folder: Path) -> Tokenizer:
   return Tokenizer(fast, ids, str(folder))
 
 
-def _pre_tokenizer(digits: bool) -> Any:
-  from tokenizers import pre_tokenizers
+# How text is cut before merges: the expression that Llama 3 and Qwen2 state in tokenizer.json, with
+# the digits of a number in pieces of up to three, or each alone.
+_CUT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> how many digits make a piece in `_CUT`; None: the expression of GPT-2, which
+# ByteLevel has built in (in SmolLM's, each digit is cut off before).
+_PRE_TOKENIZERS = {"smollm": None, "gpt-2": None, "llama-bpe": "1,3", "qwen2": "1"}
 
-  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-  if not digits:
+
+def _pre_tokenizer(name: str) -> Any:
+  from tokenizers import Regex, pre_tokenizers
+
+  digits = _PRE_TOKENIZERS[name]
+  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=digits is None)
+  if name == "gpt-2":
     return byte_level
-  return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-
-
-# tokenizer.ggml.pre -> whether each digit is a piece of its own.
-_PRE_TOKENIZERS = {"smollm": True, "gpt-2": False}
+  if digits is None:
+    cut = pre_tokenizers.Digits(individual_digits=True)
+  else:
+    cut = pre_tokenizers.Split(Regex(_CUT % digits), behavior="isolated")
+  return pre_tokenizers.Sequence([cut, byte_level])
 
 
 def _from_gguf(file: Gguf) -> Tokenizer:
   """A byte-level BPE from the metadata of a GGUF file."""
-  from tokenizers import AddedToken, decoders, models, processors
+  from tokenizers import AddedToken, decoders, models, normalizers, processors
   from tokenizers import Tokenizer as Backend
 
   kind, pre = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
@@ -309,8 +350,11 @@ def _from_gguf(file: Gguf) -> Tokenizer:
   tokens = file.need("tokenizer.ggml.tokens")
   merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
   vocab = {token: i for i, token in enumerate(tokens)}
-  backend = Backend(models.BPE(vocab=vocab, merges=merges))
-  backend.pre_tokenizer = _pre_tokenizer(digits=_PRE_TOKENIZERS[pre])
+  # Llama 3 takes a piece that is a token as that token, whatever the merges would make of it.
+  backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+  if pre == "qwen2":
+    backend.normalizer = normalizers.NFC()
+  backend.pre_tokenizer = _pre_tokenizer(pre)
   backend.decoder = decoders.ByteLevel()
   # Token types of GGUF: 2 unknown, 3 control (both special), 4 added by users as whole words.
   for token, token_type in zip(tokens, file.need("tokenizer.ggml.token_type"), strict=True):

@@ -14,6 +14,7 @@ from test_checkpoints import REAL, TIED, UNTIED, needs_real_model
 from grpo_jax.tokens import (
   ByteTokenizer,
   Tokenizer,
+  _pre_tokenizer,
   decode_completions,
   encode_prompts,
   load_tokenizer,
@@ -75,6 +76,17 @@ def test_pieces_of_a_sentence_piece_vocabulary():
   assert b"".join(tokenizer.pieces()[i] for i in ids) == "h hé\n".encode()
 
 
+@pytest.mark.parametrize(
+  ("name", "digits"), [("llama-bpe", ["123", "45"]), ("qwen2", ["1", "2", "3", "4", "5"])]
+)
+def test_how_text_is_cut_before_merges(name, digits):
+  """By hand from the expression: words with the character before them, digits, signs, blanks."""
+  text = "It's 12345 naïve!?\n\n   x\t(y"
+  found = [text[start:end] for _, (start, end) in _pre_tokenizer(name).pre_tokenize_str(text)]
+  rest = [" naïve", "!?\n\n", "  ", " x", "\t", "(y"]
+  assert found == ["It", "'s", " ", *digits, *rest]
+
+
 def test_chat_is_the_template_with_the_generation_prompt(tiny):
   assert tiny.chat(HELLO) == [
     1,
@@ -113,7 +125,7 @@ def test_metadata_variants(tmp_path):
   ("metadata", "message"),
   [
     ({"tokenizer__ggml__model": "llama"}, "kind 'llama' .* known: 'gpt2' with 'smollm', 'gpt-2'"),
-    ({"tokenizer__ggml__pre": "qwen2"}, "pre-tokenizer 'qwen2'; known"),
+    ({"tokenizer__ggml__pre": "deepseek"}, "pre-tokenizer 'deepseek'; known"),
     ({"tokenizer__ggml__merges": None}, r"no tokenizer\.ggml\.merges"),
     ({"tokenizer__ggml__eos_token_id": None}, "no end-of-text id"),
   ],
