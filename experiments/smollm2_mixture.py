@@ -1,13 +1,18 @@
 """SmolLM2-135M learns a mixture: sums of two and of three numbers, and products.
 
 Harder than `smollm2_addition.py`: half of the problems are its sums of two two-digit numbers, a
-quarter are sums of three numbers and a quarter products of two numbers of one or two digits. Each stands after two solved examples of its kind; an answer ends at the line break.
-3,000 problems are trained on and 200 others held out; the reward is 1 if the answer is exactly
-right.
+quarter are sums of three numbers and a quarter products of two numbers of one or two digits. Each
+stands after two solved examples of its kind; an answer ends at the line break. 3,000 problems are
+trained on and 200 others held out; the reward is 1 if the answer is exactly right.
 
 Hardware  2 CPU cores, float32
+Result    greedy accuracy on the 200 held-out problems: 0.240 before; after 50 steps 0.500, 0.510
+          and 0.465 with seeds 0, 1 and 2 (standard errors 0.030 before, 0.035 after)
 Command   python -m grpo_jax.train --config experiments/smollm2_mixture.py --workdir runs/mixture
           (other seeds with --config.seed=1)
+
+With differences among the sums (0.13 before) the same settings learned nothing in 15 steps: entropy
+fell below 0.5 nats at once, and hardly any group was left with both right and wrong answers.
 """
 
 from grpo_jax.config import default_config
