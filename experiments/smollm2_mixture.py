@@ -7,7 +7,9 @@ trained on and 200 others held out; the reward is 1 if the answer is exactly rig
 
 Hardware  2 CPU cores, float32
 Result    greedy accuracy on the 200 held-out problems: 0.240 before; after 50 steps 0.500, 0.510
-          and 0.465 with seeds 0, 1 and 2 (standard errors 0.030 before, 0.035 after)
+          and 0.465 with seeds 0, 1 and 2 (standard errors 0.030 before, 0.035 after). By kind, from
+          the samples of seed 0: sums of two 0.31 -> 0.80, of three 0.08 -> 0.10, products 0.26 ->
+          0.30. What is sampled right now and then is learned; what hardly ever is, is not
 Command   python -m grpo_jax.train --config experiments/smollm2_mixture.py --workdir runs/mixture
           (other seeds with --config.seed=1)
 
