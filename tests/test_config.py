@@ -140,8 +140,8 @@ def test_build_reports_everything_before_compiling(tmp_path):
 
 
 def test_a_budget_beyond_the_context_says_what_would_fit():
-  with pytest.raises(ConfigError, match="context of 512; lower it to 508 or less"):
-    build(load(TINY, ["--config.rollout.completion_length=600"]))
+  with pytest.raises(ConfigError, match="context of 4096; lower it to 4092 or less"):
+    build(load(TINY, ["--config.rollout.completion_length=5000"]))
 
 
 def test_a_prompt_over_the_budget_is_shown_or_dropped_and_counted():

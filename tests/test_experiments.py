@@ -15,10 +15,10 @@ EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
 # What makes it small; everything else is the experiment's own.
 SMALL = [
   "--config.model.source=random:tiny",
-  "--config.mesh.tensor=1",
   "--config.model.dtype=float32",
   "--config.steps=1",
-  "--config.rollout.prompts_per_step=32",
+  "--config.rollout.prompts_per_step=16",
+  "--config.train.micro_batches=1",
   "--config.rollout.group_size=2",
   "--config.rollout.prompt_length=0",
   "--config.rollout.completion_length=4",
