@@ -123,8 +123,11 @@ def build(config: ConfigDict) -> Run:
   task = attempt(lambda: tasks.make_task(c.task.name, **c.task.settings.to_dict()))
   weights = attempt(lambda: open_weights(c.model.source, seed=c.seed))
   tokenizer = attempt(lambda: tokens.load_tokenizer(c.model.source)) if weights else None
-  if task and c.reward_model.source:
-    task = attempt(lambda: _with_reward_model(task, c.reward_model))
+  if c.reward_model.source:
+    learned = attempt(lambda: RewardModel.load(c.reward_model.source))
+    if task and learned:
+      rewards = {**task.rewards, LEARNED: (learned, c.reward_model.weight)}
+      task = dataclasses.replace(task, rewards=rewards)
   adapters = attempt(lambda: _new_adapters(c.lora, weights)) if weights else None
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
@@ -179,12 +182,6 @@ def _new_adapters(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array
   make = partial(lora.init, shapes=weights.shapes, pattern=settings.targets, rank=settings.rank)
   jax.eval_shape(make, jax.random.key(0))
   return make
-
-
-def _with_reward_model(task: Task, settings: ConfigDict) -> Task:
-  """The task with a learned reward beside its own."""
-  model = RewardModel.load(settings.source)
-  return dataclasses.replace(task, rewards={**task.rewards, LEARNED: (model, settings.weight)})
 
 
 def _misfits(

@@ -127,6 +127,7 @@ def test_build_reports_everything_before_compiling(tmp_path):
       "--config.task.name=leters",
       f"--config.model.source={tmp_path / 'nothing'}",
       "--config.rollout.group_size=1",
+      "--config.reward_model.source=random:tiny",
       "--config.mesh.data=1",
       "--config.mesh.tensor=-1",
     ],
@@ -134,8 +135,11 @@ def test_build_reports_everything_before_compiling(tmp_path):
   with pytest.raises(ConfigError) as caught:
     build(c)
   text = str(caught.value)
-  assert len(caught.value.problems) == 4
-  for words in ("unknown algorithm 'gpro'", "unknown task 'leters'", "no model at", "group of one"):
+  assert len(caught.value.problems) == 5
+  for words in (
+    *("unknown algorithm 'gpro'", "unknown task 'leters'", "no model at", "group of one"),
+    "random:tiny is a language model; a reward model is",
+  ):
     assert words in text
 
 

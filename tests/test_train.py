@@ -158,6 +158,8 @@ OPTIONS = [
   f"--config.rollout.stop_ids={tuple(range(192, 256))}",  # or hardly any would end in time
   "--config.lora.rank=4",
   "--config.lora.targets=q|v|gate",
+  "--config.reward_model.source=tests/fixtures/tiny_llama_reward",
+  "--config.reward_model.weight=0.5",
 ]
 
 
@@ -187,6 +189,8 @@ def test_all_options_at_once_and_resumed(tmp_path):
   assert rows[0]["ratio/max"] > 1.0  # the second update leaves the old log-probs behind
   assert rows[1]["kl"] > rows[0]["kl"] > 0
   assert 0.1 < rows[0]["completions/clipped_ratio"] < 0.9
+  letters, learned = (rows[0][f"rewards/{name}/mean"] for name in ("letters", "reward_model"))
+  np.testing.assert_allclose(rows[0]["reward"], letters + 0.5 * learned, rtol=1e-6)
   assert {"dynamic_sampling/kept", "dynamic_sampling/refills", "rewards/missing"} <= set(rows[0])
 
 
