@@ -5,6 +5,11 @@ groups are wrong throughout and have no gradient. What it shows is the way of th
 through tensorflow-datasets, few-shot prompts, sampling, grading by the number after ####.
 
 Hardware  2 CPU cores, float32
+Time      35 s a step, 60 to 83 tokens a second (completions end after 50 tokens on average), on a
+          machine that had a little else to do; --config.steps=3 --config.task.settings.eval_size=20
+Result    0 of 40 test problems, as expected; 2 of the 160 completions sampled in 5 steps were right
+Graders   `python benchmarks/gsm8k_rows.py --jsonl DIR`: each of `numeric`, `exact` and `math` takes
+          all 8,792 published answers for right and none of them raised by 1
 Command   python -m grpo_jax.train --config experiments/smollm2_gsm8k.py --workdir runs/smollm2
           (--config.task.settings.jsonl=DIR for GSM8K's two files instead of a download)
 """

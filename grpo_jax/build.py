@@ -128,7 +128,7 @@ def build(config: ConfigDict) -> Run:
     if task and learned:
       rewards = {**task.rewards, LEARNED: (learned, c.reward_model.weight)}
       task = dataclasses.replace(task, rewards=rewards)
-  adapters = attempt(lambda: _new_adapters(c.lora, weights)) if weights else None
+  adapters = attempt(lambda: new_adapters_of(c.lora, weights)) if weights else None
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
 
@@ -157,7 +157,7 @@ def build(config: ConfigDict) -> Run:
   )
   if problems:
     raise configs.ConfigError(problems)
-  schedule, optimizer = _optimizer(c)
+  schedule, optimizer = optimizer_of(c)
   parts = c.train.mini_batches * c.train.micro_batches
   smallest = mesh.shape["data"] * mesh.shape["fsdp"] * parts
   return Run(
@@ -175,7 +175,7 @@ def build(config: ConfigDict) -> Run:
   )
 
 
-def _new_adapters(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Any] | None:
+def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Any] | None:
   """`lora.init` for this model, or None; ValueError where the settings do not fit it."""
   if settings.rank == 0:
     return None
@@ -224,7 +224,7 @@ def _misfits(
   return problems
 
 
-def _optimizer(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
+def optimizer_of(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
   o = c.optimizer
   schedule = optimizers.learning_rate_schedule(
     learning_rate=o.learning_rate,

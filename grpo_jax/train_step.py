@@ -177,7 +177,10 @@ def make_train_step(
     if micro_batches == 1:
       (loss, metrics), grads = gradient(state.params, batch, frozen)
     else:
-      parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
+      # Every part takes a share of each device's prompts; blocks would leave devices idle in turn.
+      parts = jax.tree.map(
+        lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), batch
+      )
       zeros = jax.tree.map(jnp.zeros_like, state.params)
       grads, (losses, metrics, shares) = jax.lax.scan(one_part, zeros, parts)
       loss, metrics = losses.sum(), combine(metrics, shares)
