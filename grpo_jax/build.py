@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
+from grpo_jax import distributed, rollout, sharding, tasks, tokens
 from grpo_jax import optimizer as optimizers
-from grpo_jax import rollout, sharding, tasks, tokens
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.models import lora
@@ -138,11 +138,13 @@ def build(config: ConfigDict) -> Run:
     raise configs.ConfigError(problems)
 
   mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
+  attempt(lambda: distributed.check_mesh(mesh))
   model = Decoder(
     weights.config,
     dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
     remat=c.model.remat,
     lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if adapters else 1.0,
+    place=sharding.placer(mesh),
   )
   sampler = attempt(
     lambda: Sampler(

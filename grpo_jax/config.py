@@ -105,6 +105,10 @@ def default_config() -> ConfigDict:
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
 
+  c.hosts = ConfigDict()  # where a run is on several; how they find each other: distributed.py
+  c.hosts.heartbeat = 30  # seconds of silence after which a host counts as dead
+  c.hosts.wait = 1800.0  # seconds that a host waits for the others at one place
+
   c.eval = ConfigDict()
   c.eval.every = 0  # steps; 0 = only before the first step and after the last
   c.eval.batch_prompts = 50  # prompts generated for at once
@@ -175,6 +179,8 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
     need(_get(c, name) >= 1, name, "at least 1")
   for name in ("rollout.max_refills", "rewards.workers", "reference.sync_every", "lora.rank"):
     need(_get(c, name) >= 0, name, "at least 0")
+  need(c.hosts.heartbeat >= 1, "hosts.heartbeat", "at least 1 second")
+  need(c.hosts.wait > 0, "hosts.wait", "above 0 seconds")
   need(c.rewards.timeout > 0, "rewards.timeout", "above 0 seconds")
   need(c.lora.alpha > 0, "lora.alpha", "above 0")
   need(0 < c.reference.sync_share <= 1, "reference.sync_share", "above 0 and at most 1")

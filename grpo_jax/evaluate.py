@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax import distributed, sharding
 from grpo_jax.rollout import columns_of, records
 from grpo_jax.sampler import Sampler
 from grpo_jax.tasks.answers import normalize
@@ -51,7 +52,8 @@ def evaluate(
   Accuracy is the task's strict rule, 1.0 or nothing; a completion on which it hung or died counts
   as wrong (and in `eval/missing`). maj@k is for tasks with `Task.answer`, and k above 2. Standard
   errors are over problems. The last batch is filled up with repeated prompts that are not counted,
-  so one program does.
+  so one program does. On several hosts each answers and scores its share of a batch, and all return
+  the numbers and samples of all.
 
   Args:
     params: in the sampler's layout.
@@ -189,22 +191,38 @@ class _Answers:
     samples = [sample for part in parts for sample in part.samples]
     return cls(*arrays, votes, sum(part.missing for part in parts), samples)
 
+  def of_all_hosts(self) -> "_Answers":
+    """The problems of all hosts, in their order."""
+    arrays = distributed.gathered(
+      right=self.right, lengths=self.lengths, ended=self.ended, missing=np.array([self.missing])
+    )
+    missing = int(arrays.pop("missing").sum())
+    votes, samples = map(distributed.gathered_json, (self.votes, self.samples))
+    return _Answers(**arrays, votes=votes, missing=missing, samples=samples)
+
 
 def _batches(
   sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
 ) -> Iterator[_Answers]:
-  for start in range(0, len(examples), batch_prompts):
-    part = list(examples[start : start + batch_prompts])
+  index, hosts = distributed.own_block()
+  unit = sharding.blocks(getattr(sampler, "prompt_sharding", None))
+  share = -(-batch_prompts // unit) * unit // hosts
+  for start in range(0, len(examples), share * hosts):
+    own = start + index * share
+    part = list(examples[own : own + share])
     n = len(part)
-    filled = part + [part[-1]] * (batch_prompts - n)
+    filled = part + [examples[-1]] * (share - n)
     prompts = [example.prompt for example in filled]
     out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=start)
     texts, lengths = out.texts[:n], out.lengths[:n]
-    scores = scorer(prompts[:n], texts, columns_of(part), lengths, rewards=False)
-    right = np.nan_to_num(scores.accuracy, nan=0.0)
+    right, missing = np.zeros((0, group)), 0
+    with distributed.together("scoring the answers"):
+      if n:
+        scores = scorer(prompts[:n], texts, columns_of(part), lengths, rewards=False)
+        right, missing = np.nan_to_num(scores.accuracy, nan=0.0), scores.missing
+      votes = [[_vote(task, text) for text in row] for row in texts] if group > 1 else []
     kept = records(prompts[:n], texts, accuracy=right, length=lengths, ended=out.ended[:n])
-    votes = [[_vote(task, text) for text in row] for row in texts] if group > 1 else []
-    yield _Answers(right, lengths, out.ended[:n], votes, scores.missing, kept)
+    yield _Answers(right, lengths, out.ended[:n], votes, missing, kept).of_all_hosts()
 
 
 def _vote(task: Task, text: str) -> Hashable | None:

@@ -182,6 +182,11 @@ class MetricsWriter:
     if self._progress:
       self._progress.print_samples(samples)
 
+  def print(self, text: str) -> None:
+    """Show lines of text above the progress bar."""
+    if self._progress:
+      self._progress.print(text)
+
   def close(self) -> None:
     """Finish the bar and the files; a second call does nothing."""
     if self._progress:
@@ -194,6 +199,31 @@ class MetricsWriter:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+class NoWriter:
+  """What takes the place of a `MetricsWriter` on hosts that write nothing."""
+
+  def __init__(self, workdir: str | Path, total_steps: int, resume_step: int | None = None) -> None:
+    pass
+
+  def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    pass
+
+  def write_samples(self, *arguments: Any, **options: Any) -> None:
+    pass
+
+  def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+    pass
+
+  def print(self, text: str) -> None:
+    pass
+
+  def __enter__(self) -> NoWriter:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float | None]]:

@@ -239,15 +239,17 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
     )
   if problems:
     raise configs.ConfigError(problems)
+  mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)
   return Programs(
     config=c,
     topology=topology,
-    mesh=sharding.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices),
+    mesh=mesh,
     model=Decoder(
       shape,
       dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
       remat=c.model.remat,
       lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if adapters else 1.0,
+      place=sharding.placer(mesh),
     ),
     algorithm=algorithm,
     optimizer=build.optimizer_of(c)[1],

@@ -10,9 +10,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax import distributed
 from grpo_jax.core.advantages import ADVANTAGES, multi_objective, process_advantages
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.masks import token_weights
@@ -49,10 +53,10 @@ class Rollout:
 
   Attributes:
     batch: on the device.
-    scored: all completions that were sampled for it.
-    num_tokens: prompt tokens (each prompt once) and completion tokens.
-    measured: metrics of the rollout by name.
-    samples: one dict a completion.
+    scored: all completions that were sampled for it on this host.
+    num_tokens: prompt tokens (each prompt once) and completion tokens, of all hosts.
+    measured: metrics of the rollout by name, over all hosts.
+    samples: one dict a completion, of all hosts.
   """
 
   batch: Batch
@@ -85,7 +89,7 @@ def collect(
   empty ones: the update costs less and is the same, because the token weights are made before.
 
   Args:
-    draw: refill number -> P examples; 0 gives those of the step.
+    draw: refill number -> the examples of this host, P over all; 0 gives those of the step.
     reward_weights: of each reward function, for the advantage `multi_objective`.
     step_rewards: the task's, for the advantage `process_advantages`.
     max_refills: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose rewards are
@@ -95,80 +99,119 @@ def collect(
       have no tokens in the loss (DAPO's overlong filtering, section 3.4).
   """
   sample = partial(
-    _sample, sampler, params, scorer, key=key, group=group, temperature=temperature,
+    _sample, sampler, params, scorer, draw, key=key, group=group, temperature=temperature,
     step_rewards=step_rewards,
   )  # fmt: skip
-  scored = sample(draw(0), first_prompt=0)
-  count, refills = len(scored.prompts), 0
-  while refills < max_refills and has_spread(scored.scores.total).sum() < count:
+  scored, refills = sample(0), 0
+  seen, order = _numbers(scored, 1)
+  count = len(order)
+  while refills < max_refills and has_spread(seen["total"]).sum() < count:
     refills += 1
-    scored = _joined(scored, sample(draw(refills), first_prompt=refills * count))
-  spread = has_spread(scored.scores.total)
-  measured = _measure(scored)
+    scored = _joined(scored, sample(refills))
+    seen, order = _numbers(scored, refills + 1)
+  spread = has_spread(seen["total"])
+  measured = _measure(seen)
   if max_refills:
     measured |= {"dynamic_sampling/kept": spread.mean(), "dynamic_sampling/refills": refills}
   rows = np.sort(np.argsort(~spread, kind="stable")[:count]) if refills else np.arange(count)
-  batch = make_batch(
-    _taken(scored, rows), sampler, algorithm, reward_weights, mask_truncated=mask_truncated
+  batch, signal = make_batch(
+    scored, order[rows], sampler, algorithm, reward_weights, mask_truncated=mask_truncated
   )
   if algorithm.beta == 0:
-    signal = (batch.advantages != 0).reshape(count, -1).any(-1) & batch.mask.any((-2, -1))
     batch = select(batch, np.flatnonzero(signal), bucket)
-  return Rollout(
-    batch=jax.device_put(batch, sampler.prompt_sharding),
-    scored=scored,
-    num_tokens=int(scored.out.prompt_mask.sum() + scored.out.mask.sum()),
-    measured=measured,
-    samples=records(
+  samples = distributed.gathered_json(
+    records(
       scored.prompts,
       scored.out.texts,
       reward=scored.scores.total,
       accuracy=scored.scores.accuracy,
       length=scored.out.lengths,
-    ),
+    )
   )
+  return Rollout(
+    batch=batch,
+    scored=scored,
+    num_tokens=int(seen["prompt_tokens"].sum() + seen["lengths"].sum()),
+    measured=measured,
+    samples=[samples[p * group + g] for p in order for g in range(group)],
+  )
+
+
+def _numbers(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[np.ndarray, "P"]]:
+  """What metrics and the choice of prompts need, of all hosts, and the order of their prompts.
+
+  What hosts hold stands one host after another. Prompts are numbered draw after draw, whatever the
+  number of hosts: prompt i of the first result is number `order[i]` of what stands like that.
+  """
+  out, scores = scored.out, scored.scores
+  seen = distributed.gathered(
+    **{f"rewards/{name}": values for name, values in scores.per_name.items()},
+    total=scores.total,
+    accuracy=scores.accuracy,
+    lengths=out.lengths,
+    ended=out.ended,
+    entropy=out.entropy.sum(-1, dtype=np.float64),
+    prompt_tokens=out.prompt_mask.sum(-1),
+    missing=np.array([scores.missing]),
+  )
+  missing = int(seen.pop("missing").sum())
+  order = np.arange(len(seen["total"])).reshape(distributed.own_block()[1], draws, -1)
+  order = order.swapaxes(0, 1).reshape(-1)
+  return {name: values[order] for name, values in seen.items()} | {"missing": missing}, order
 
 
 def make_batch(
   scored: Scored,
+  rows: Int[np.ndarray, "P"],
   sampler: Sampler,
   algorithm: Algorithm,
   reward_weights: Sequence[float] = (),
   *,
   mask_truncated: bool = False,
-) -> Batch:
-  """Rewards as advantages, and everything else that an update needs, on the host."""
+) -> tuple[Batch, Bool[np.ndarray, "P"]]:
+  """Everything that an update needs, on the device, and which of its prompts have a gradient.
+
+  Statistics over more than a group, and the token weights, are of all prompts on all hosts: they
+  are computed from global arrays. A group lies whole on one host.
+
+  Args:
+    rows: the prompts of the batch, as indices into those of all hosts, one host after another.
+  """
   out, scores = scored.out, scored.scores
-  mask = out.mask & out.ended[..., None] if mask_truncated else out.mask
-  per_name = np.stack([*scores.per_name.values()]) if scores.per_name else None
   rewards = {
-    "multi_objective": (per_name, np.asarray(reward_weights, np.float32)),
-    "process_advantages": (scored.step_rewards, scored.step_ends),
-  }.get(algorithm.advantage, (scores.total,))
-  rewards = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == np.float64 else a, rewards)
-  advantages, weights = jax.device_get(
-    _advantages_and_weights(rewards, out.mask, mask, algorithm, sampler.completion_length)
-  )
-  return Batch(
-    prompts=out.prompts,
-    prompt_mask=out.prompt_mask,
-    completions=out.tokens,
-    mask=mask,
-    advantages=advantages,
-    weights=weights,
-    sampler_logp=out.logp,
-  )
+    "multi_objective": lambda: (np.stack([*scores.per_name.values()], -1),),
+    "process_advantages": lambda: _same_width(scored.step_rewards, scored.step_ends),
+  }.get(algorithm.advantage, lambda: (scores.total,))()
+  host = {
+    "batch": (out.prompts, out.prompt_mask, out.tokens, out.mask, out.logp),
+    "ended": out.ended | (not mask_truncated),
+    "rewards": tuple(a.astype(np.float32) if a.dtype == np.float64 else a for a in rewards),
+  }
+  layout = sampler.prompt_sharding
+  weights = np.asarray(reward_weights, np.float32)
+  everything = distributed.to_global(host, layout)
+  chosen = None if len(rows) == everything["ended"].shape[0] else rows
+  batch, signal = _batch(everything, chosen, weights, algorithm, sampler.completion_length, layout)
+  return batch, np.asarray(signal)
 
 
-@partial(jax.jit, static_argnames=("algorithm", "max_length"))
-def _advantages_and_weights(rewards, mask, loss_mask, algorithm: Algorithm, max_length: int):
+@partial(jax.jit, static_argnames=("algorithm", "max_length", "layout"))
+def _batch(everything, rows, reward_weights, algorithm: Algorithm, max_length: int, layout: Any):
+  if rows is not None:
+    everything = _rows(everything, rows, layout)
+  prompts, prompt_mask, completions, sampled, logp = everything["batch"]
+  rewards = everything["rewards"]
   if algorithm.advantage == "multi_objective":
-    advantages = multi_objective(*rewards)
+    advantages = multi_objective(jnp.moveaxis(*rewards, -1, 0), reward_weights)
   elif algorithm.advantage == "process_advantages":
-    advantages = process_advantages(*rewards, mask)
+    advantages = process_advantages(*rewards, sampled)
   else:
     advantages = lookup("advantage", ADVANTAGES, algorithm.advantage)(*rewards)
-  return advantages, token_weights(loss_mask, algorithm.average, max_length=max_length)
+  mask = sampled & everything["ended"][..., None]
+  weights = token_weights(mask, algorithm.average, max_length=max_length)
+  batch = Batch(prompts, prompt_mask, completions, mask, advantages, weights, logp)
+  signal = (advantages != 0).any(range(1, advantages.ndim)) & mask.any((-2, -1))
+  return _laid_out(batch, layout), _laid_out(signal, layout, P())
 
 
 def select(batch: Batch, rows: np.ndarray, bucket: int) -> Batch:
@@ -178,10 +221,14 @@ def select(batch: Batch, rows: np.ndarray, bucket: int) -> Batch:
   """
   size = bucket * max(-(-len(rows) // bucket), 1)
   chosen = np.concatenate([rows, np.zeros(size - len(rows), np.int64)])
-  real = (np.arange(size) < len(rows))[:, None, None]
-  batch = jax.tree.map(lambda a: a[chosen], batch)
+  return _select(batch, chosen, np.arange(size) < len(rows), batch.mask.sharding)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _select(batch: Batch, rows: jax.Array, real: jax.Array, layout: Any) -> Batch:
+  batch, real = _rows(batch, rows, layout), real[:, None, None]
   return dataclasses.replace(
-    batch, mask=batch.mask & real, weights=np.where(real, batch.weights, 0.0)
+    batch, mask=batch.mask & real, weights=jnp.where(real, batch.weights, 0.0)
   )
 
 
@@ -202,13 +249,25 @@ def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> 
   for epoch in range(epochs):
     order = np.random.default_rng([*seed, epoch]).permutation(prompts)
     for rows in np.split(order, count):
-      yield _part(batch, jax.device_put(rows, layout), count, layout)
+      yield _part(batch, distributed.to_all(rows, layout), count, layout)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _part(batch: Batch, rows: jax.Array, count: int, layout: Any) -> Batch:
-  part = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a[rows], layout), batch)
+  part = _rows(batch, rows, layout)
   return dataclasses.replace(part, weights=part.weights * count)
+
+
+def _rows(tree: Any, rows: jax.Array, layout: Any) -> Any:
+  return jax.tree.map(lambda a: _laid_out(a[rows], layout), tree)
+
+
+def _laid_out(tree: Any, layout: Any, spec: P | None = None) -> Any:
+  """Constrains the layout inside a jitted function; None leaves it open."""
+  if layout is None:
+    return tree
+  layout = layout if spec is None else NamedSharding(layout.mesh, spec)
+  return jax.lax.with_sharding_constraint(tree, layout)
 
 
 # --- parts of a rollout ---------------------------------------------------------------------------
@@ -227,19 +286,28 @@ def has_spread(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
 
 
 def _sample(
-  sampler, params, scorer, examples, *, key, group, temperature, step_rewards, first_prompt
+  sampler, params, scorer, draw, refill, *, key, group, temperature, step_rewards
 ) -> Scored:
-  """Completions of these examples with their rewards."""
-  prompts = [example.prompt for example in examples]
-  columns = columns_of(examples)
-  out = sampler(
-    params, prompts, key, group=group, temperature=temperature, first_prompt=first_prompt
-  )
-  scores = scorer(prompts, out.texts, columns, out.lengths)
-  if step_rewards is None:
-    return Scored(prompts, out, scores)
-  rewards, ends = step_arrays(step_rewards, sampler.tokenizer, prompts, out, columns)
-  return Scored(prompts, out, scores, rewards, ends)
+  """Completions of this host's examples with their rewards."""
+  with distributed.together("reading the examples"):
+    examples = draw(refill)
+    prompts = [example.prompt for example in examples]
+    columns = columns_of(examples)
+  first = refill * len(prompts) * distributed.own_block()[1]
+  out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=first)
+  with distributed.together("scoring the completions"):
+    scores = scorer(prompts, out.texts, columns, out.lengths)
+    if step_rewards is None:
+      return Scored(prompts, out, scores)
+    rewards, ends = step_arrays(step_rewards, sampler.tokenizer, prompts, out, columns)
+    return Scored(prompts, out, scores, rewards, ends)
+
+
+def _same_width(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Rewards of steps with as many of them as the host with the most has."""
+  widest = distributed.gathered(width=np.array([rewards.shape[-1]]))["width"].max()
+  more = [(0, 0), (0, 0), (0, widest - rewards.shape[-1])]
+  return np.pad(rewards, more, constant_values=np.nan), np.pad(ends, more)
 
 
 def step_arrays(
@@ -286,22 +354,17 @@ def token_at(tokenizer: AnyTokenizer, tokens: Int[np.ndarray, "T"], end: int) ->
   return low
 
 
-def _measure(scored: Scored) -> dict[str, float]:
+def _measure(seen: dict[str, Any]) -> dict[str, float]:
   """Rewards, accuracy, entropy and lengths under their usual names."""
-  out, scores = scored.out, scored.scores
-  measured = rollout_metrics(scores.total, scores.per_name, out.lengths, ~out.ended)
-  return measured | {
-    "accuracy": float(np.nanmean(scores.accuracy)),
-    "entropy": float(out.entropy.sum() / out.lengths.sum()),
-    "rewards/missing": float(scores.missing),
+  per_name = {
+    name.removeprefix("rewards/"): v for name, v in seen.items() if name.startswith("rewards/")
   }
-
-
-def _taken(scored: Scored, rows: np.ndarray) -> Scored:
-  """The prompts `rows` of it."""
-  if len(rows) == len(scored.prompts):
-    return scored
-  return _each(lambda a: a[rows] if isinstance(a, np.ndarray) else [a[i] for i in rows], scored)
+  measured = rollout_metrics(seen["total"], per_name, seen["lengths"], ~seen["ended"])
+  return measured | {
+    "accuracy": float(np.nanmean(seen["accuracy"])),
+    "entropy": float(seen["entropy"].sum() / seen["lengths"].sum()),
+    "rewards/missing": float(seen["missing"]),
+  }
 
 
 def _joined(first: Scored, second: Scored) -> Scored:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import sampling
+from grpo_jax import distributed, sampling
 from grpo_jax.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
 
@@ -62,9 +62,12 @@ class Sampler:
     ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids)))
     pieces = self.tokenizer.pieces() if self.stop else []
     table = stop_table(pieces, self.stop, ids, self.model.config.vocab_size)
+    jitted = jax.jit(
+      self._generate, static_argnames="temperature", out_shardings=self.prompt_sharding
+    )
     object.__setattr__(self, "_stop_table", table)
     object.__setattr__(self, "_ends", ids)
-    object.__setattr__(self, "_jitted", jax.jit(self._generate, static_argnames="temperature"))
+    object.__setattr__(self, "_jitted", jitted)
 
   def __call__(
     self,
@@ -78,15 +81,17 @@ class Sampler:
   ) -> Generated:
     """G completions for each prompt; `first_prompt` is the number of the first of them.
 
+    Every host gives its block of the prompts, all of the same size, and gets back its completions.
     A completion's random stream is (key, prompt number, sample number): cutting the prompts of a
     step into several calls with the right `first_prompt` changes nothing.
     """
     tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
-    ids = jax.device_put(first_prompt + np.arange(len(tokens)), self.prompt_sharding)
+    first_prompt += distributed.own_block()[0] * len(tokens)
+    ids = first_prompt + np.arange(len(tokens))
+    *on_device, ids = distributed.to_global((tokens, mask, ids), self.prompt_sharding)
     keys = _row_keys(key, ids, group)
-    on_device = jax.device_put((tokens, mask), self.prompt_sharding)
     out = self._jitted(params, *on_device, keys, self._stop_table, temperature=temperature)
-    out = jax.device_get(out)
+    out = distributed.to_local(out)
     texts = decode_completions(
       self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ends
     )

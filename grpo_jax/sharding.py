@@ -5,7 +5,9 @@ heads, MLP and vocabulary. No model contains sharding code: XLA's partitioner fo
 the arrays it is given.
 """
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,11 +35,20 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"layers/(o|down)_lora_b$", P(None, None, "fsdp")),
 )
 BATCH = P(("data", "fsdp"))
+# Where a model is told how a value lies. With weights split over `fsdp` and no word on this, the
+# partitioner leaves the weights where they are, and all devices compute on all prompts; told that
+# hidden states stay with their prompts, it gathers the weights of one layer at a time.
+PLACES = {"hidden": BATCH, "table": P("tensor")}
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
-  """A mesh of axes data, fsdp, tensor over all devices, partitioned automatically."""
-  devices = np.asarray(jax.devices() if devices is None else devices).reshape(shape)
+  """A mesh of axes data, fsdp, tensor over all devices, partitioned automatically.
+
+  It goes through the devices host by host, so that each host holds a block of the prompts.
+  """
+  if devices is None:
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+  devices = np.asarray(devices).reshape(shape)
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -72,6 +83,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def placer(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
+  """`Decoder.place` for this mesh: constrains the layout of what has a row in `PLACES`."""
+
+  def place(kind: str, array: jax.Array) -> jax.Array:
+    layout = NamedSharding(mesh, _fit(mesh, PLACES[kind], array.shape, False))
+    return jax.lax.with_sharding_constraint(array, layout)
+
+  return place
+
+
+def blocks(layout: NamedSharding | None) -> int:
+  """Blocks that the first axis is cut into: the size of a batch is a multiple of it."""
+  return _parts(layout.mesh, layout.spec[0]) if layout else 1
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same on every device."""
   return NamedSharding(mesh, P())
@@ -80,9 +106,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def _fit(mesh: Mesh, spec: Any, shape: tuple[int, ...], sampling: bool) -> P:
   axes = []
   for size, axis in zip(shape, tuple(spec) + (None,) * len(shape)):
-    keep = axis is not None and size % mesh.shape[axis] == 0 and not (sampling and axis == "fsdp")
+    keep = axis is not None and size % _parts(mesh, axis) == 0
+    keep = keep and not (sampling and axis == "fsdp")
     axes.append(axis if keep else None)
   return P(*axes)
+
+
+def _parts(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+  return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def _name(path: tuple) -> str:

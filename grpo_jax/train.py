@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import checkpoint, data, metrics, rollout
+from grpo_jax import checkpoint, cluster, data, distributed, metrics, rollout
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build, make_scorer
 from grpo_jax.evaluate import evaluate, table
@@ -33,7 +33,7 @@ from grpo_jax.train_step import (
 )
 
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
-FREE = ("steps", "eval.", "checkpoint.", "log.", "mesh.", "train.micro_batches")
+FREE = ("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts.", "train.micro_batches")
 INTERRUPTED = 130  # exit code of a run that was stopped by Ctrl-C, as shells have it
 
 
@@ -49,10 +49,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
   KeyboardInterrupt after a Ctrl-C, with the finished steps saved.
   """
   c, workdir = config, Path(workdir)
-  check_workdir(c, workdir)
-  r = build(c)
-  workdir.mkdir(parents=True, exist_ok=True)
-  checkpoint.write_config(workdir, c.to_dict())
+  with distributed.together("reading the config and what it names"):
+    check_workdir(c, workdir)
+    r = build(c)
+    if distributed.is_first():
+      workdir.mkdir(parents=True, exist_ok=True)
+      checkpoint.write_config(workdir, c.to_dict())
+  distributed.same("the config", json.dumps(c.to_dict(), sort_keys=True))
   state, frozen = r.initial_state(moving_reference=c.reference.sync_every > 0), r.frozen_params()
   to_sampler, learn = r.for_sampling(frozen), _learner(c, r, frozen)
   with (
@@ -63,8 +66,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     start = checkpoints.latest() or 0
     if start:
       state = checkpoints.restore(start, state)
-    with metrics.MetricsWriter(workdir, c.steps, resume_step=start) as writer:
-      print(describe(c, r, start), flush=True)
+    writer = metrics.MetricsWriter if distributed.is_first() else metrics.NoWriter
+    with writer(workdir, c.steps, resume_step=start) as writer:
+      writer.print(describe(c, r, start))
       late, num_tokens = metrics.OneStepLate(writer.write), metrics.last(workdir, "num_tokens", 0)
       results = {} if start else _evaluate(c, r, to_sampler(state.params), scorer, 0, writer)
       for step in range(start, c.steps):
@@ -93,15 +97,16 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         writer.write_samples(step, rolled.samples)
         if c.log.samples_every and step % c.log.samples_every == 0:
           writer.print_samples(rolled.samples[: c.log.samples])
-        done = step + 1
-        if ctrl_c.pressed or done % c.checkpoint.every == 0 or done == c.steps:
+        done, stop = step + 1, distributed.any_host(ctrl_c.pressed)
+        if stop or done % c.checkpoint.every == 0 or done == c.steps:
           late.flush()
           checkpoints.save(done, state)
-        if ctrl_c.pressed:
+        if stop:
           raise KeyboardInterrupt(f"stopped after step {done}, which is saved")
         if done == c.steps or (c.eval.every and done % c.eval.every == 0):
           results = _evaluate(c, r, to_sampler(state.params), scorer, done, writer)
-  metrics.curve(workdir)
+  if distributed.is_first():
+    metrics.curve(workdir)
   return results
 
 
@@ -127,7 +132,8 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 def _draws(c: ConfigDict, r: Run, step: int) -> Callable[[int], list[Example]]:
   """`refill -> examples`: those of the step, and what replaces prompts without a signal."""
   split, count = r.task.splits["train"], c.rollout.prompts_per_step
-  return lambda refill: data.examples(split, step, count, c.seed, stream=refill)
+  block = distributed.own_block()
+  return lambda refill: data.examples(split, step, count, c.seed, *block, stream=refill)
 
 
 def _evaluate(
@@ -234,13 +240,20 @@ def main(argv: list[str] | None = None) -> int:
   arguments, overrides = parser.parse_known_args(argv)
   try:
     config = configs.load(arguments.config, overrides)
-    results = run(config, arguments.workdir)
+    with distributed.session(config.hosts.heartbeat, config.hosts.wait):
+      results = run(config, arguments.workdir)
+      first = distributed.is_first()
   except configs.ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except distributed.HostError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return cluster.FAILED
   except KeyboardInterrupt as error:
     print(f"{error or 'stopped'}; the same command continues {arguments.workdir}")
     return INTERRUPTED
+  if not first:
+    return 0
   before = metrics.at(arguments.workdir, 0, "eval/")
   if before and results:
     print(table(results, f"held out, after {config.steps} steps", before))

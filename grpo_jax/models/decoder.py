@@ -60,12 +60,15 @@ class Decoder:
     dtype: dtype of activations; parameters keep their own and are cast where they are used.
     remat: recompute each layer in the backward pass instead of keeping its activations.
     lora_scale: what the product of a low-rank pair is multiplied by, alpha / rank.
+    place: `(kind, array) -> array`, told how it lies: the residual stream between layers
+      ("hidden"), and the embedding or head where it is used ("table"). See `sharding.placer`.
   """
 
   config: ModelConfig
   dtype: Any = jnp.float32
   remat: bool = False
   lora_scale: float = 1.0
+  place: Callable[[str, Array], Array] = lambda kind, array: array
 
   def init(self, key: Array) -> Params:
     """Random float32 parameters."""
@@ -90,7 +93,7 @@ class Decoder:
 
   def head(self, params: Params) -> Float[Array, "D V"]:
     """The output projection: logits are `hidden @ head`, capped by `config.softcap`."""
-    return params["embed" if self.config.tied else "head"].T
+    return self.place("table", params["embed" if self.config.tied else "head"]).T
 
   def _layers(
     self, params: Params, tokens: Array, positions: Array, attend: Callable, per_layer: Any
@@ -111,18 +114,21 @@ class Decoder:
 
     def body(x, inputs):
       layer, is_local, extra = inputs
+      x = self.place("hidden", x)
       window, turned = None, by
       if is_local is not None:
         window = jnp.where(is_local, c.window, EVERYTHING)
         turned = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_by, by)
       block = Block(c, self.lora_scale)
-      return block.apply(
+      x, keep = block.apply(
         {"params": layer}, x, turned, lambda q, k, v: attend(q, k, v, window, extra)
       )
+      return self.place("hidden", x), keep
 
     if self.remat:
       body = jax.checkpoint(body)
-    x = params["embed"][tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
+    table = self.place("table", params["embed"])
+    x = table[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
     x, kept = _over_layers(body, x, params["layers"], local, per_layer)
     return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), kept
 

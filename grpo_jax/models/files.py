@@ -85,7 +85,10 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     files = [single]
   elif index.is_file():
     listed = read_json(index).get("weight_map", {})
-    files = [folder / name for name in sorted(set(listed.values()))]
+    names = sorted(set(listed.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+      raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}")
+    files = [folder / name for name in names]
   else:
     have = sorted(file.name for file in folder.iterdir())
     raise FileNotFoundError(

@@ -1,0 +1,381 @@
+"""Many hosts, as processes on this machine: how they meet, what they share, how they end.
+
+Runs of several processes take a minute and are slow tests; one short one is not.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax import cluster, distributed, sharding
+from grpo_jax.metrics import read_metrics
+
+HEARTBEAT = 10  # seconds
+TIMES = ("step_time", "tokens_per_second")
+
+
+def start(program, index, count, port, devices=4, **variables):
+  """One of `count` processes with its own CPU devices, which meet at `port`."""
+  environment = dict(
+    os.environ,
+    JAX_PLATFORMS="cpu",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    PYTHONUNBUFFERED="1",
+    PYTHONPATH=str(Path.cwd()),
+  )
+  if count > 1:
+    environment |= {
+      cluster.ADDRESS: f"localhost:{port}", cluster.COUNT: str(count), cluster.INDEX: str(index)
+    }  # fmt: skip
+  return subprocess.Popen(
+    [sys.executable, *program],
+    env=environment | variables,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(("localhost", 0))
+    return listener.getsockname()[1]
+
+
+def run(program, count, **options):
+  """(exit code, output) of each of `count` processes."""
+  port = free_port()
+  processes = [start(program, i, count, port, **options) for i in range(count)]
+  return finished(processes)
+
+
+def finished(processes, seconds=600):
+  try:
+    outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(process.returncode, output) for process, output in zip(processes, outputs)]
+
+
+# --- how processes find each other ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("environment", "wanted"),
+  [
+    ({}, None),
+    ({"GRPO_JAX_CLUSTER": "auto"}, {}),
+    ({"GRPO_JAX_CLUSTER": "mpi4py"}, {"cluster_detection_method": "mpi4py"}),
+    ({"GRPO_JAX_CLUSTER": "off", "SLURM_NTASKS": "4"}, None),
+    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1"}, None),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # in the batch script, before srun
+    (
+      {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_MCA_orte_hnp_uri": "1.0"},
+      {"cluster_detection_method": "ompi"},
+    ),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"cluster_detection_method": "gketpu"}),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+  ],
+)
+def test_who_else_runs_is_in_the_environment(environment, wanted):
+  assert cluster.detect(environment) == wanted
+
+
+@pytest.mark.parametrize(
+  ("count", "index"),
+  [
+    ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+  ],
+)
+def test_an_address_is_enough_under_any_launcher(count, index):
+  found = cluster.detect({"JAX_COORDINATOR_ADDRESS": "host:1", count: "8", index: "3"})
+  assert found == {
+    "coordinator_address": "host:1",
+    "num_processes": 8,
+    "process_id": 3,
+    "cluster_detection_method": "deactivate",
+  }
+
+
+@pytest.mark.parametrize(
+  ("environment", "message"),
+  [
+    ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"),
+    (
+      {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+      r"JAX_PROCESS_ID is 2: it must be in \[0, 2\)",
+    ),
+    ({"PMI_SIZE": "two", "PMI_RANK": "0"}, "PMI_SIZE is 'two'"),
+    ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "set JAX_COORDINATOR_ADDRESS"),
+  ],
+)
+def test_half_an_environment_is_an_error(environment, message):
+  with pytest.raises(ValueError, match=message):
+    cluster.detect(environment)
+
+
+# --- one process ----------------------------------------------------------------------------------
+
+
+def test_one_process_gives_back_what_it_was_given():
+  with distributed.session(), distributed.together("nothing"):
+    pass
+  values = {"a": np.array([0.1, 0.2]), "b": np.zeros((2, 0))}
+  assert distributed.exchange(**values) == [values]
+  assert distributed.gathered(**values) == {name: pytest.approx(v) for name, v in values.items()}
+  assert distributed.gathered_json([{"x": 1}]) == [{"x": 1}]
+  assert not distributed.any_host(False)
+  assert distributed.any_host(True)
+  distributed.same("a text", "x")
+  with pytest.raises(KeyError), distributed.together("raising"):
+    raise KeyError("mine")
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_rows_go_to_a_global_array_and_back(shape):
+  mesh = sharding.make_mesh(shape)
+  distributed.check_mesh(mesh)
+  rows = {"a": np.arange(32).reshape(16, 2), "b": np.arange(16) > 3}
+  layout = sharding.batch_sharding(mesh)
+  placed = distributed.to_global(rows, layout)
+  assert placed["a"].sharding == layout
+  for name, value in distributed.to_local(placed).items():
+    np.testing.assert_array_equal(value, rows[name])
+  np.testing.assert_array_equal(distributed.to_all(rows, layout)["a"], rows["a"])
+  assert distributed.to_all(rows, layout)["a"].sharding.is_fully_replicated
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+SHORT = """
+import sys
+import numpy as np
+from grpo_jax import distributed, sharding
+import jax
+
+with distributed.session(heartbeat=10):
+  index, count = distributed.own_block()
+  assert count == 2 and distributed.is_first() == (index == 0)
+  third = 1 / 3 + index  # not a float32
+  parts = distributed.exchange(a=np.full(index + 1, third), b=np.array(["x" * index]))
+  assert [part["a"].tolist() for part in parts] == [[1 / 3], [1 / 3 + 1] * 2]
+  assert [part["b"].tolist() for part in parts] == [[""], ["x"]]
+  assert distributed.gathered(a=np.array([index]))["a"].tolist() == [0, 1]
+  assert distributed.gathered_json([index, None]) == [0, None, 1, None]
+  assert distributed.any_host(index == 1) and not distributed.any_host(False)
+  distributed.same("the config", "x")
+  try:
+    distributed.same("the config", f"{index}")
+  except ValueError as error:
+    print(error)
+
+  mesh = sharding.make_mesh((2, 1, 2))
+  distributed.check_mesh(mesh)
+  layout = sharding.batch_sharding(mesh)
+  rows = np.arange(6).reshape(3, 2) + 10 * index
+  placed = distributed.to_global(rows, layout)
+  assert placed.shape == (6, 2)
+  assert float(jax.jit(lambda a: a.sum())(placed)) == 90.0  # 15 + 75
+  np.testing.assert_array_equal(distributed.to_local(placed), rows)
+  with jax.transfer_guard("disallow"):
+    everywhere = distributed.to_all(np.arange(3), layout)
+  assert everywhere.sharding.is_fully_replicated
+  try:
+    distributed.check_mesh(sharding.make_mesh((1, 1, 4)))
+  except ValueError as error:
+    print(error)
+
+  with distributed.together("an easy thing"):
+    pass
+  with distributed.together("a hard thing"):
+    if index == 1:
+      raise LookupError("no such judge")
+"""
+
+
+def test_two_processes_share_values_and_errors():
+  (first, output), (second, other) = run(["-c", SHORT], 2, devices=2)
+  assert "the config differs between process 0 and [1]" in output
+  assert "mesh.tensor must divide the devices of a host" in output
+  message = "a hard thing failed on process 1 of 2: LookupError: no such judge"
+  assert f"HostError: {message}" in output, output
+  assert "LookupError: no such judge" in other
+  assert "HostError" not in other
+  assert first == second == 1
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+SMALL = [
+  "--config=experiments/tiny.py",
+  "--config.steps=3",
+  "--config.checkpoint.every=2",
+  "--config.task.settings.eval_size=5",
+  "--config.eval.batch_prompts=8",
+  "--config.rollout.prompts_per_step=16",
+  "--config.rollout.group_size=4",
+  "--config.rollout.completion_length=5",
+  f"--config.hosts.heartbeat={HEARTBEAT}",
+]
+RUNS = {
+  "plain": ["--config.mesh.data=2", "--config.mesh.fsdp=4"],
+  # Statistics over the batch, a KL term, refills, mini-batches, micro-batches, and all three axes.
+  "rich": [
+    "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+    "--config.algorithm.advantage=batch_normalized", "--config.algorithm.kl=k3",
+    "--config.algorithm.beta=0.1", "--config.train.mini_batches=2", "--config.train.epochs=2",
+    "--config.train.micro_batches=2", "--config.rollout.max_refills=2",
+    "--config.rollout.completion_length=2",
+  ],
+}  # fmt: skip
+
+
+def train(workdir, *overrides):
+  return ["-m", "grpo_jax.train", "--workdir", str(workdir), *SMALL, *overrides]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_hosts_of_four_devices_are_one_of_eight(tmp_path, name):
+  from grpo_jax import checkpoint
+  from grpo_jax.build import build
+  from grpo_jax.config import load
+
+  one, two = tmp_path / "one", tmp_path / "two"
+  [(code, output)] = run(train(one, *RUNS[name]), 1, devices=8)
+  assert code == 0, output
+  for code, output in run(train(two, *RUNS[name]), 2):
+    assert code == 0, output
+  assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
+  # The same completions, to the letter, of the prompts of both hosts in their order.
+  for file in sorted((one / "samples").iterdir()):
+    assert file.read_text() == (two / "samples" / file.name).read_text()
+  rows = [read_metrics(workdir) for workdir in (one, two)]
+  for a, b in zip(*rows, strict=True):
+    assert set(a) == set(b)
+    for key in set(a) - set(TIMES):
+      wanted = np.nan if a[key] is None else a[key]
+      got = np.nan if b[key] is None else b[key]
+      np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5, err_msg=key)
+  if name == "rich":
+    assert rows[0][1]["dynamic_sampling/refills"] > 0
+  config = load("experiments/tiny.py", [*SMALL[1:], *RUNS[name]])
+  states = []
+  for workdir in (one, two):
+    with checkpoint.Checkpoints(workdir, keep=2) as checkpoints:
+      assert checkpoints.latest() == 3
+      states.append(checkpoints.restore(3, build(config).initial_state()))
+  for a, b in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+REWARD = """
+import os, time
+calls = 0
+def right(prompts, completions, **columns):
+  global calls
+  calls += 1
+  if calls > 4 and os.environ.get("JAX_PROCESS_ID") == "1" and os.environ.get("FAILS"):
+    raise RuntimeError("the judge is down")
+  return [float(len(text)) for text in completions]
+"""
+
+
+def own_task(folder):
+  (folder / "reward.py").write_text(REWARD)
+  rows = [json.dumps({"prompt": letter}) + "\n" for letter in "abcdefgh"]
+  (folder / "rows.jsonl").write_text("".join(rows))
+  return [
+    "--config.task.name=table",
+    f"--config.task.settings.path={folder}/rows.jsonl",
+    f"--config.task.settings.reward={folder}/reward.py:right",
+    "--config.task.settings.eval_fraction=0.3",
+    "--config.steps=500",
+  ]
+
+
+def own_run(folder):
+  """A program like a run, without the settings that belong to another task."""
+  small = [option for option in SMALL if "eval_size" not in option]
+  return ["-m", "grpo_jax.train", "--workdir", str(folder / "run"), *small, *own_task(folder)]
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_on_one_host_ends_all_with_its_message(tmp_path):
+  (first, output), (second, other) = run(own_run(tmp_path), 2, devices=1, FAILS="1")
+  assert first == cluster.FAILED
+  assert "scoring the completions failed on process 1 of 2: RewardError" in output
+  assert "RuntimeError: the judge is down" in output
+  assert second not in (0, cluster.FAILED)
+  assert "RuntimeError: the judge is down" in other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_ends(tmp_path, victim):
+  """Within the heartbeat, and the grace for what it was doing."""
+  port = free_port()
+  program = own_run(tmp_path)
+  processes = [start(program, i, 2, port, devices=1) for i in range(2)]
+  wait_for_step(tmp_path / "run", processes)
+  processes[victim].kill()
+  began = time.monotonic()
+  results = finished(processes, seconds=HEARTBEAT + distributed.GRACE + 30)
+  assert time.monotonic() - began < HEARTBEAT + distributed.GRACE + 30
+  code, output = results[1 - victim]
+  assert code != 0
+  assert "another task died" in output or "failed" in output, output
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_one_host_stops_all_after_a_saved_step(tmp_path):
+  port = free_port()
+  processes = [start(own_run(tmp_path), i, 2, port, devices=1) for i in range(2)]
+  wait_for_step(tmp_path / "run", processes)
+  processes[1].send_signal(2)
+  for code, output in finished(processes):
+    assert code == 130, output
+    assert "which is saved" in output
+
+
+def wait_for_step(workdir, processes):
+  for _ in range(3000):
+    if (workdir / "metrics.jsonl").is_file() and len(read_metrics(workdir)) > 2:
+      return
+    assert all(process.poll() is None for process in processes), finished(processes)
+    time.sleep(0.2)
+  raise AssertionError("no step was finished")
+
+
+STUCK = """
+import time
+import numpy as np
+from grpo_jax import distributed
+with distributed.session(heartbeat=100, wait=3.0):
+  distributed.exchange(a=np.zeros(1))
+  if distributed.is_first():
+    distributed.exchange()
+  time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_waits_too_long_says_where_and_ends():
+  (first, output), (second, _) = run(["-c", STUCK], 2, devices=1)
+  assert first == cluster.FAILED
+  assert "process 0 ends: no exchange between the hosts for 3 s (hosts.wait)" in output
+  assert "in exchange" in output  # the stack
+  assert second != 0

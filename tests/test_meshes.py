@@ -1,0 +1,172 @@
+"""A step and a sample on every mesh of up to eight devices, against one device.
+
+The compiled programs are read, too: what they gather, and how large their buffers are.
+"""
+
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grpo_jax import sharding
+from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.core.masks import token_weights
+from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.sampler import Sampler
+from grpo_jax.tokens import ByteTokenizer
+from grpo_jax.train_step import Batch, TrainState, make_train_step
+
+# Every size is a multiple of eight, and no two matrices have the same shape on any mesh.
+CONFIG = ModelConfig(
+  vocab_size=272, width=24, layers=2, heads=8, kv_heads=8, head_dim=2, mlp=56, tied=False
+)
+PARAMS = jax.tree.map(np.asarray, Decoder(CONFIG).init(jax.random.key(0)))
+PROMPTS, GROUP, LENGTH, MICRO = 16, 2, 4, 2
+SHAPES = [
+  shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) in (1, 2, 4, 8)
+]
+FAST = [(2, 2, 2)]
+
+
+def make_batch():
+  rng = np.random.default_rng(0)
+  mask = np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (PROMPTS, GROUP, 1))
+  return Batch(
+    prompts=rng.integers(0, 272, (PROMPTS, 4)).astype(np.int32),
+    prompt_mask=np.arange(4) >= rng.integers(0, 3, (PROMPTS, 1)),
+    completions=rng.integers(0, 272, (PROMPTS, GROUP, LENGTH)).astype(np.int32),
+    mask=mask,
+    advantages=rng.normal(size=(PROMPTS, GROUP)).astype(np.float32),
+    weights=np.asarray(token_weights(mask, "token")),
+    sampler_logp=-rng.random((PROMPTS, GROUP, LENGTH)).astype(np.float32),
+  )
+
+
+def on_mesh(shape):
+  """(mesh, model, parameters in the layout of the table)."""
+  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  params = jax.device_put(PARAMS, sharding.param_shardings(mesh, PARAMS))
+  return mesh, Decoder(CONFIG, place=sharding.placer(mesh)), params
+
+
+def step_on(shape):
+  """(gradients, metrics, compiled step) of one step of plain descent, under the guard."""
+  mesh, model, params = on_mesh(shape)
+  optimizer = optax.sgd(1.0)
+  step = make_train_step(
+    model, ALGORITHMS["dapo"], optimizer, lambda count: 1.0, temperature=1.0, micro_batches=MICRO
+  )
+  zero = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+  batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
+  state = TrainState(zero, params, optimizer.init(params))
+  compiled = step.lower(state, batch).compile()
+  with jax.transfer_guard("disallow"):
+    state, metrics = compiled(state, batch)
+  table = jax.tree.leaves(sharding.param_shardings(mesh, PARAMS))
+  for leaf, layout in zip(jax.tree.leaves(state.params), table, strict=True):
+    assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
+  return jax.tree.map(lambda old, new: old - new, PARAMS, state.params), metrics, compiled
+
+
+def sample_on(shape):
+  mesh, model, _ = on_mesh(shape)
+  sampler = Sampler(
+    model, ByteTokenizer(), 4, LENGTH, prompt_sharding=sharding.batch_sharding(mesh)
+  )
+  apart = unstack(PARAMS)
+  params = jax.device_put(apart, sharding.param_shardings(mesh, apart, sampling=True))
+  prompts = [f"{i}:" for i in range(PROMPTS)]
+  return sampler(params, prompts, jax.random.key(3), group=GROUP, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return step_on((1, 1, 1)), sample_on((1, 1, 1))
+
+
+def gathered(compiled):
+  """Shapes of what the all-gathers of a program make, dimensions in order of size."""
+  found = re.findall(r"= (\(.*?\)|\S+) all-gather(?:-start)?\(", compiled.as_text())
+  shapes = [shape for line in found for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
+  return [tuple(sorted(int(n) for n in shape.split(",") if n)) for shape in shapes]
+
+
+def one_layer(mesh_shape):
+  """Shapes of the matrices of a layer, and of the tables, put together over `fsdp` alone."""
+  tensor, found = mesh_shape[2], set()
+  for rule_path, matrix in jax.tree_util.tree_leaves_with_path(PARAMS):
+    name = jax.tree_util.keystr(rule_path, simple=True, separator="/")
+    spec = next(spec for pattern, spec in sharding.RULES if re.search(pattern, name))
+    spec = tuple(spec) + (None,) * (matrix.ndim - len(spec))
+    sizes = [n // tensor if axis == "tensor" else n for n, axis in zip(matrix.shape, spec)]
+    if "fsdp" in spec:
+      found.add(tuple(sorted(sizes[1:] if name.startswith("layers/") else sizes)))
+  return found
+
+
+def check(shape, one_device):
+  (gradients, metrics, single), sample = one_device
+  got, got_metrics, compiled = step_on(shape)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) > 0.1
+  for name, value in metrics.items():
+    np.testing.assert_allclose(got_metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+  data, fsdp, tensor = shape
+  # With `fsdp`: the weights of one layer at a time, never a stack of layers, never what `tensor`
+  # splits, and no prompts or hidden states of other devices. Without: nothing at all.
+  assert set(gathered(compiled)) == (one_layer(shape) if fsdp > 1 else set())
+  # What comes in is what the table says, to the byte (each buffer is rounded up to 64).
+  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  layouts = sharding.param_shardings(mesh, PARAMS)
+  held = sum(
+    math.prod(layout.shard_shape(leaf.shape)) * 4
+    for leaf, layout in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(layouts))
+  )
+  rows = sum(leaf.nbytes for leaf in jax.tree.leaves(make_batch())) // (data * fsdp)
+  memory = compiled.memory_analysis()
+  buffers = len(jax.tree.leaves(PARAMS)) + len(jax.tree.leaves(make_batch())) + 1
+  assert 0 <= memory.argument_size_in_bytes - held - rows <= 64 * buffers
+  # And temporaries shrink with the prompts of a device, where whole activations would not.
+  if tensor == 1 and data * fsdp > 1:
+    assert memory.temp_size_in_bytes < single.memory_analysis().temp_size_in_bytes
+
+  drawn = sample_on(shape)
+  np.testing.assert_array_equal(drawn.tokens, sample.tokens)
+  np.testing.assert_allclose(drawn.logp, sample.logp, atol=1e-5)
+  assert len(np.unique(sample.tokens)) > 50
+
+
+@pytest.mark.parametrize("shape", FAST, ids=str)
+def test_a_mesh_changes_nothing(shape, one_device):
+  check(shape, one_device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s not in FAST and s != (1, 1, 1)], ids=str)
+def test_no_mesh_changes_anything(shape, one_device):
+  check(shape, one_device)
+
+
+def test_there_are_twenty_meshes():
+  assert len(SHAPES) == len(set(SHAPES)) == 20
+  assert [sum(math.prod(s) == n for s in SHAPES) for n in (1, 2, 4, 8)] == [1, 3, 6, 10]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_told_where_values_lie_is_caught():
+  """What the test above is for: without `place`, prompts of all devices meet on each."""
+  mesh, _, params = on_mesh((1, 2, 1))
+  step = make_train_step(
+    Decoder(CONFIG), ALGORITHMS["dapo"], optax.sgd(1.0), lambda count: 1.0, temperature=1.0
+  )
+  state = TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
+  batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
+  found = set(gathered(step.lower(state, batch).compile()))
+  assert found - one_layer((1, 2, 1))
