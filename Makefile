@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test test-slow mutants docs lint
+.PHONY: demo test test-slow mutants plans docs lint
 
 demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
@@ -16,6 +16,11 @@ test-slow: .venv/model
 
 mutants: .venv/ready
 	$(BIN)/python tests/mutants.py --jobs 2 --limit 600 > docs/mutants.md
+
+# Hours on two cores; can be stopped, and goes on where it was.
+plans: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[plan]'
+	$(BIN)/python benchmarks/plans.py
 
 docs: .venv/ready
 	$(BIN)/python tests/estimators_page.py > docs/estimators.md

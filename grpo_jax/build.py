@@ -86,15 +86,11 @@ class Run:
     return lora.join if self.new_adapters else only_trained
 
   def for_sampling(self, frozen: Any) -> Callable[[Any], Any]:
-    """`trained parameters -> the sampler's`: layers apart, adapters merged, whole over `fsdp`."""
-
-    def arrange(frozen: Any, params: Any) -> Any:
-      merged = params if frozen is None else lora.merge(frozen, params, self.model.lora_scale)
-      return unstack(merged)
-
-    shapes = jax.eval_shape(unstack, self.weights.shapes)
+    """`trained parameters -> the sampler's` (`arrange`), whole over `fsdp`."""
+    make = partial(arrange, self.model, self.mesh)
+    shapes = jax.eval_shape(partial(make, None), self.weights.shapes)
     layout = sharding.param_shardings(self.mesh, shapes, sampling=True)
-    return partial(jax.jit(arrange, out_shardings=layout), frozen)
+    return partial(jax.jit(make, out_shardings=layout), frozen)
 
   @property
   def step_rewards(self) -> StepRewards | None:
@@ -139,13 +135,7 @@ def build(config: ConfigDict) -> Run:
 
   mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
   attempt(lambda: distributed.check_mesh(mesh))
-  model = Decoder(
-    weights.config,
-    dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
-    remat=c.model.remat,
-    lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if adapters else 1.0,
-    place=sharding.placer(mesh),
-  )
+  model = make_model(c, weights.config, mesh)
   sampler = attempt(
     lambda: Sampler(
       model=model,
@@ -175,6 +165,33 @@ def build(config: ConfigDict) -> Run:
     bucket=smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest)),
     seed=c.seed,
   )
+
+
+def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
+  """The functions of a model of this shape, as the config wants them."""
+  return Decoder(
+    shape,
+    dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
+    remat=c.model.remat,
+    lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if c.lora.rank else 1.0,
+    place=sharding.placer(mesh),
+  )
+
+
+def arrange(model: Decoder, mesh: Mesh, frozen: Any, params: Any) -> Any:
+  """Trained parameters -> the sampler's: adapters merged, in the form that decodes fastest.
+
+  On CPUs layers apart, as they are. Elsewhere stacked, and in the dtype of the activations, to
+  which the model casts them anyway (but for the norms, which it reads in float32).
+  """
+  params = params if frozen is None else lora.merge(frozen, params, model.lora_scale)
+  if mesh.devices.flat[0].platform == "cpu":
+    return unstack(params)
+
+  def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+    return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(model.dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Any] | None:

@@ -20,7 +20,7 @@ from grpo_jax.chips import Topology
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.models import lora
 from grpo_jax.models.checkpoints import Weights, shapes_of
-from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.known import config_of
 from grpo_jax.train_step import Batch, TrainState, make_score, make_train_step, only_trained
 
@@ -40,22 +40,6 @@ def bytes_of(tree: Any) -> int:
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
-
-
-def arrange(model: Decoder, platform: str, frozen: Any, params: Any) -> Any:
-  """Trained parameters -> the sampler's: adapters merged, in the form that decodes fastest.
-
-  On CPUs layers apart, as they are. Elsewhere stacked, and in the dtype of the activations, to
-  which the model casts them anyway (but for the norms, which it reads in float32).
-  """
-  params = params if frozen is None else lora.merge(frozen, params, model.lora_scale)
-  if platform == "cpu":
-    return unstack(params)
-
-  def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-    return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(model.dtype)
-
-  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +104,7 @@ class Programs:
   @cached_property
   def sampling_params(self) -> Any:
     """The sampler's weights."""
-    make = partial(arrange, self.model, self.topology.platform)
+    make = partial(build.arrange, self.model, self.mesh)
     made = jax.eval_shape(make, self.frozen, self.state.params)
     return self._params(made, sampling=True)
 
@@ -192,7 +176,7 @@ class Programs:
   def arrange(self) -> tuple[Any, tuple]:
     """(the jitted way from the trained parameters to the sampler's, its arguments)."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, self.sampling_params)
-    make = partial(arrange, self.model, self.topology.platform)
+    make = partial(build.arrange, self.model, self.mesh)
     return jax.jit(make, out_shardings=layout), (self.frozen, self.state.params)
 
   def sample(self) -> tuple[Any, tuple]:
@@ -244,13 +228,7 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
     config=c,
     topology=topology,
     mesh=mesh,
-    model=Decoder(
-      shape,
-      dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
-      remat=c.model.remat,
-      lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if adapters else 1.0,
-      place=sharding.placer(mesh),
-    ),
+    model=build.make_model(c, shape, mesh),
     algorithm=algorithm,
     optimizer=build.optimizer_of(c)[1],
     new_adapters=adapters,

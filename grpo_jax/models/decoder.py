@@ -39,16 +39,38 @@ def unstack(params: Params) -> Params:
   return params | {"layers": tuple(jax.tree.map(lambda a: a[i], layers) for i in range(count))}  # noqa: B023
 
 
-def _over_layers(body: Callable, x: Array, layers: Any, local: Any, per_layer: Any) -> tuple:
-  """`lax.scan` over stacked layers; straight-line code over a tuple of them."""
+def _over_layers(body: Callable, carry: Any, layers: Any, local: Any, per_layer: Any) -> tuple:
+  """`lax.scan` over stacked layers; straight-line code over a tuple of them.
+
+  `body(carry, (layer, one of local, one of per_layer, number)) -> (carry, kept)`.
+  """
   if not isinstance(layers, tuple):
-    return jax.lax.scan(body, x, (layers, local, per_layer))
+    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+    return jax.lax.scan(body, carry, (layers, local, per_layer, numbers))
   kept = []
   for i, layer in enumerate(layers):
     one = (each if each is None else each[i] for each in (local, per_layer))
-    x, keep = body(x, (layer, *one))
+    carry, keep = body(carry, (layer, *one, i))
     kept.append(keep)
-  return x, tuple(kept)
+  return carry, tuple(kept)
+
+
+def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tuple, tuple]:
+  """The cache with token `index` of one layer in it, and what that layer holds."""
+  own = tuple(
+    jax.lax.dynamic_update_slice_in_dim(old, x[:, :, None], index, axis=2)
+    for old, x in zip(cache[layer], new)
+  )
+  return (*cache[:layer], own, *cache[layer + 1 :]), own
+
+
+def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tuple[tuple, tuple]:
+  """`_write_layer` where all layers are one array, which is changed in place, not copied."""
+  place = (layer, 0, 0, index, 0, 0)
+  cache = tuple(
+    jax.lax.dynamic_update_slice(old, x[None, :, :, None], place) for old, x in zip(cache, new)
+  )
+  return cache, tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +118,18 @@ class Decoder:
     return self.place("table", params["embed" if self.config.tied else "head"]).T
 
   def _layers(
-    self, params: Params, tokens: Array, positions: Array, attend: Callable, per_layer: Any
-  ) -> tuple[Array, Any]:
-    """Final hidden states [P, S, D] of tokens [P, S]; `attend(q, k, v, window, one of per_layer)`.
+    self,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    attend: Callable,
+    per_layer: Any = None,
+    cache: Any = None,
+  ) -> tuple[Array, Any, Any]:
+    """Final hidden states [P, S, D] of tokens [P, S], what attention keeps, and the new cache.
 
-    `window` is None where every layer sees everything.
+    `attend(q, k, v, window, one of per_layer, cache, layer) -> mixed, (cache, kept)`: the cache
+    goes from layer to layer. `window` is None where every layer sees everything.
     """
     c = self.config
     scaling = c.rope_scaling
@@ -112,25 +141,25 @@ class Decoder:
     else:
       local_by = by
 
-    def body(x, inputs):
-      layer, is_local, extra = inputs
+    def body(carry, inputs):
+      (x, cache), (layer, is_local, extra, number) = carry, inputs
       x = self.place("hidden", x)
       window, turned = None, by
       if is_local is not None:
         window = jnp.where(is_local, c.window, EVERYTHING)
         turned = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_by, by)
       block = Block(c, self.lora_scale)
-      x, keep = block.apply(
-        {"params": layer}, x, turned, lambda q, k, v: attend(q, k, v, window, extra)
+      x, (cache, keep) = block.apply(
+        {"params": layer}, x, turned, lambda *qkv: attend(*qkv, window, extra, cache, number)
       )
-      return self.place("hidden", x), keep
+      return (self.place("hidden", x), cache), keep
 
     if self.remat:
       body = jax.checkpoint(body)
     table = self.place("table", params["embed"])
     x = table[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
-    x, kept = _over_layers(body, x, params["layers"], local, per_layer)
-    return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), kept
+    (x, cache), kept = _over_layers(body, (x, cache), params["layers"], local, per_layer)
+    return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), kept, cache
 
   def _mix(self, *args: Any) -> Array:
     """`group_attention` with what the config says about scores."""
@@ -150,14 +179,17 @@ class Decoder:
   ) -> tuple[Float[Array, "P D"], Any]:
     """Hidden state of each prompt's last token (prompts are left-padded), and its keys/values."""
 
-    def attend(q, k, v, window, _):
-      return self._mix_prompt(q, k, v, mask, window), (k, v)
+    def attend(q, k, v, window, *_):
+      return self._mix_prompt(q, k, v, mask, window), (None, (k, v))
 
-    hidden, prefix = self._layers(params, tokens, prompt_positions(mask), attend, None)
+    hidden, prefix, _ = self._layers(params, tokens, prompt_positions(mask), attend)
     return hidden[:, -1], prefix
 
   def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Any:
-    """Room for the keys and values of `length` completion tokens [P, G, T, K, Dh] per layer."""
+    """Room for the keys and values of `length` completion tokens: 2 x [P, G, T, K, Dh] per layer.
+
+    A tuple where the layers are one, else stacked on a leading axis L.
+    """
     c = self.config
     shape = (prompts, group, length, c.kv_heads, c.head_dim)
     if isinstance(params["layers"], tuple):
@@ -177,20 +209,19 @@ class Decoder:
     position = prompt_mask.sum(-1)[:, None] + index
     in_prompt = prompt_positions(prompt_mask)
 
-    def attend(q, k, v, window, extra):
-      shared, (k_cache, v_cache) = extra
-      k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k[:, :, None], index, axis=2)
-      v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v[:, :, None], index, axis=2)
-      slots = jnp.arange(k_cache.shape[2])
+    write = _write_layer if isinstance(params["layers"], tuple) else _write_stacked
+
+    def attend(q, k, v, window, shared, cache, number):
+      cache, (keys, values) = write(cache, number, index, (k, v))
+      slots = jnp.arange(keys.shape[2])
       written = near(slots <= index, index[None], slots, window)
       seen = near(prompt_mask[:, None], position, in_prompt, window)
-      mixed = self._mix(q[:, :, None], (k_cache, v_cache), written, shared, seen)
-      return mixed[:, :, 0], (k_cache, v_cache)
+      mixed = self._mix(q[:, :, None], (keys, values), written, shared, seen)
+      return mixed[:, :, 0], (cache, None)
 
-    unrolled = isinstance(params["layers"], tuple)
-    per_layer = tuple(zip(prefix, cache)) if unrolled else (prefix, cache)
     positions = jnp.broadcast_to(position, tokens.shape)
-    return self._layers(params, tokens, positions, attend, per_layer)
+    hidden, _, cache = self._layers(params, tokens, positions, attend, prefix, cache)
+    return hidden, cache
 
   def score(
     self,
@@ -212,13 +243,13 @@ class Decoder:
     in_prompt = prompt_positions(prompt_mask)
     after = prompt_mask.sum(-1)[:, None] + index
 
-    def attend(q, k, v, window, _):
+    def attend(q, k, v, window, *_):
       first = self._mix_prompt(q[:, :n], k[:, :n], v[:, :n], prompt_mask, window)
       causal = near(jnp.tril(jnp.ones((length, length), bool)), index, index, window)
       seen = near(prompt_mask[:, None], after, in_prompt, window)
       own, prefix = (grouped(k), grouped(v)), (k[:, :n], v[:, :n])
       mixed = self._mix(grouped(q), own, causal, prefix, seen)
-      return jnp.concatenate([first, flat(mixed)], axis=1), None
+      return jnp.concatenate([first, flat(mixed)], axis=1), (None, None)
 
     def grouped(x):  # [P, N + G T', ...] -> [P, G, T', ...]
       return x[:, n:].reshape(count, group, length, *x.shape[2:])
@@ -228,6 +259,6 @@ class Decoder:
 
     tokens = jnp.concatenate([prompts, flat(completions[..., :length])], axis=1)
     positions = jnp.concatenate([in_prompt, jnp.tile(after, (1, group))], axis=1)
-    hidden, _ = self._layers(params, tokens, positions, attend, None)
+    hidden, _, _ = self._layers(params, tokens, positions, attend)
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
     return jnp.concatenate([first, grouped(hidden)], axis=2)
