@@ -169,8 +169,14 @@ class Programs:
   def score(self) -> tuple[Any, tuple]:
     """(the jitted log-probs under a reference or the old parameters, its arguments)."""
     join = lora.join if self.new_adapters else only_trained
-    score = make_score(self.model, temperature=self.config.rollout.temperature, join=join)
-    batch = self.batch(self.config.rollout.prompts_per_step, finished=False)
+    c = self.config
+    score = make_score(
+      self.model,
+      temperature=c.rollout.temperature,
+      micro_batches=c.train.micro_batches * c.train.mini_batches,
+      join=join,
+    )
+    batch = self.batch(c.rollout.prompts_per_step, finished=False)
     return score, (self.state.params, batch, self.frozen)
 
   def arrange(self) -> tuple[Any, tuple]:

@@ -175,7 +175,9 @@ def _learner(c: ConfigDict, r: Run, frozen: Any) -> Callable[..., tuple[TrainSta
     micro_batches=c.train.micro_batches,
     join=r.join,
   )
-  score = make_score(model, temperature=temperature, join=r.join)
+  # As many prompts at a time as in the update, so that it needs no more memory.
+  parts = c.train.micro_batches * c.train.mini_batches
+  score = make_score(model, temperature=temperature, micro_batches=parts, join=r.join)
   several = c.train.epochs * c.train.mini_batches > 1
   has_kl, sync_every = r.algorithm.beta > 0, c.reference.sync_every
   fixed = None

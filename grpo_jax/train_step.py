@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.core.algorithms import Algorithm
@@ -107,15 +108,70 @@ def score_batch(
   )
 
 
+class _Jitted:
+  """`jax.jit` of a function whose results lie where `outputs(*arguments)` says.
+
+  Left to itself the compiler names the layout of a result in its own words, `P("data")` for
+  `P(("data", "fsdp"))` where `fsdp` is 1, say; fed back in, that is another layout to `jit`, and it
+  compiles a second time.
+  """
+
+  def __init__(self, function: Callable, outputs: Callable[..., Any], **options: Any) -> None:
+    self._function, self._outputs, self._options = function, outputs, options
+    self._programs: dict[Any, Any] = {}
+
+  def _program(self, *arguments: Any) -> Any:
+    layout = self._outputs(*arguments)
+    leaves, tree = jax.tree.flatten(layout, is_leaf=lambda leaf: leaf is None)
+    key = (tree, *leaves)
+    if key not in self._programs:
+      self._programs[key] = jax.jit(self._function, out_shardings=layout, **self._options)
+    return self._programs[key]
+
+  def __call__(self, *arguments: Any) -> Any:
+    return self._program(*arguments)(*arguments)
+
+  def lower(self, *arguments: Any) -> Any:
+    """`jax.jit`'s own, for arrays or for shapes with a sharding."""
+    return self._program(*arguments).lower(*arguments)
+
+
+def _layout(tree: Any) -> Any:
+  """How the leaves of a tree lie on their mesh; None, which is up to the compiler, without one."""
+
+  def one(leaf: Any) -> NamedSharding | None:
+    found = getattr(leaf, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
+
+  return jax.tree.map(one, tree)
+
+
+def _cut(batch: Batch, count: int) -> Batch:
+  """`count` parts on a new first axis.
+
+  Every part takes a share of each device's prompts; blocks would leave devices idle in turn.
+  """
+  return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
+
+
 def make_score(
-  model: Any, *, temperature: float, join: Join = only_trained
+  model: Any, *, temperature: float, micro_batches: int = 1, join: Join = only_trained
 ) -> Callable[..., Float[Array, "P G T"]]:
-  """Jitted `(params, batch, frozen=None) -> logp`: for a reference, or before several updates."""
+  """Jitted `(params, batch, frozen=None) -> logp`: for a reference, or before several updates.
+
+  Args:
+    micro_batches: equal parts of the prompts, one after another: less memory, the same result.
+  """
 
   def score(params: Any, batch: Batch, frozen: Any = None):
-    return score_batch(model, join(frozen, params), batch, temperature)[0]
+    params = join(frozen, params)
+    if micro_batches == 1:
+      return score_batch(model, params, batch, temperature)[0]
+    parts = _cut(batch, micro_batches)
+    logp = jax.lax.map(lambda part: score_batch(model, params, part, temperature)[0], parts)
+    return logp.swapaxes(0, 1).reshape(batch.mask.shape)
 
-  return jax.jit(score)
+  return _Jitted(score, lambda params, batch, frozen=None: _layout(batch.mask))
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=0)
@@ -141,6 +197,8 @@ def make_train_step(
   join: Join = only_trained,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
+
+  The new state lies as the old one did, so a batch size is compiled for once.
 
   The loss is a sum over tokens with weights made for the whole rollout, so cutting the prompts
   into `micro_batches` equal parts changes memory and nothing else. With one update per rollout the
@@ -177,11 +235,8 @@ def make_train_step(
     if micro_batches == 1:
       (loss, metrics), grads = gradient(state.params, batch, frozen)
     else:
-      # Every part takes a share of each device's prompts; blocks would leave devices idle in turn.
-      parts = jax.tree.map(
-        lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), batch
-      )
       zeros = jax.tree.map(jnp.zeros_like, state.params)
+      parts = _cut(batch, micro_batches)
       grads, (losses, metrics, shares) = jax.lax.scan(one_part, zeros, parts)
       loss, metrics = losses.sum(), combine(metrics, shares)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -194,7 +249,10 @@ def make_train_step(
     changed = {"step": state.step + 1, "params": params, "opt_state": opt_state}
     return dataclasses.replace(state, **changed), metrics
 
-  return jax.jit(step, donate_argnums=0)
+  def outputs(state: TrainState, batch: Batch, frozen: Any = None) -> Any:
+    return _layout(state), None
+
+  return _Jitted(step, outputs, donate_argnums=0)
 
 
 def combine(

@@ -1,6 +1,7 @@
 """One step: micro-batches and traces, and the gradient that the loss alone gives."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import plain
 import pytest
 
+from grpo_jax import sharding
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig
@@ -249,3 +251,70 @@ def test_the_reference_moves_by_its_share():
 def test_metrics_of_several_updates():
   got = average([{"kl": jnp.float32(1), "x/max": jnp.float32(2)}, {"kl": 3.0, "x/max": 1.0}])
   assert {name: float(value) for name, value in got.items()} == {"kl": 2.0, "x/max": 2.0}
+
+
+# --- one compilation, the same layout -------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations():
+  """Programs that are compiled (or read from the cache) while the test runs."""
+  seen = []
+
+  def listen(event, *_, **__):
+    if event == "/jax/core/compile/backend_compile_duration":
+      seen.append(1)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield seen
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
+def test_a_state_keeps_its_layout_so_a_batch_size_is_compiled_for_once(shape, compilations):
+  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  config = dataclasses.replace(CONFIG, vocab_size=20)  # the table is split over both axes
+  model, optimizer = Decoder(config, place=sharding.placer(mesh)), optax.adam(1e-3)
+
+  def put(tree):
+    return jax.device_put(tree, sharding.param_shardings(mesh, tree))
+
+  params = put(model.init(jax.random.key(0)))
+  step = make_train_step(
+    model, ALGORITHMS["dapo"], optimizer, lambda count: 1e-3, temperature=1.0, micro_batches=2
+  )
+  zero = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+  state = TrainState(zero, params, put(optimizer.init(params)))
+  batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), make_batch())
+  batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+  layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+  assert len({leaf.spec for leaf in jax.tree.leaves(layout)}) > 3
+  compilations.clear()
+  for count in (1, 1, 1):
+    state, _ = step(state, batch)
+    assert len(compilations) == count
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == layout
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_of_the_scorer_change_nothing(params, micro_batches):
+  batch = make_batch()
+  whole = make_score(MODEL, temperature=0.7)(params, batch)
+  parts = make_score(MODEL, temperature=0.7, micro_batches=micro_batches)(params, batch)
+  np.testing.assert_allclose(parts, whole, atol=1e-6)
+  assert len(np.unique(np.asarray(whole).round(3))) > 20
+
+
+def test_the_scorer_needs_less_memory_in_micro_batches():
+  """Four parts of a batch that is large against the model take about a quarter of the room."""
+  batch = jax.tree.map(lambda a: jnp.tile(a, (8,) + (1,) * (a.ndim - 1)), make_batch())
+  shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
+  sizes = [
+    make_score(MODEL, temperature=0.7, micro_batches=count)
+    .lower(shapes, batch)
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+    for count in (1, 4)
+  ]
+  assert sizes[1] < 0.4 * sizes[0]
