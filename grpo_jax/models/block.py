@@ -104,7 +104,7 @@ class Block(nn.Module):
 
   def project(self, h: Array, name: str, size: int) -> Array:
     init = nn.initializers.normal(h.shape[-1] ** -0.5)
-    out = h @ self.param(name, init, (h.shape[-1], size)).astype(h.dtype)
+    out = product(h, self.param(name, init, (h.shape[-1], size)).astype(h.dtype))
     if name in self.config.biases:
       out = out + self.param(f"{name}_bias", nn.initializers.zeros, (size,)).astype(h.dtype)
     if self.has_variable("params", f"{name}_lora_a"):
@@ -116,6 +116,35 @@ class Block(nn.Module):
     c = self.config
     weight = self.param(name, nn.initializers.constant(1 - c.norm_offset), (h.shape[-1],))
     return rms_norm(h, weight, c.norm_eps, c.norm_offset)
+
+
+@jax.custom_vjp
+def product(h: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Array, "... O"]:
+  """`h @ weight`, whose backward pass transposes what is narrow. No forward-mode derivatives.
+
+  Of the two ways to contract over all rows, `h.T @ dy` and `(dy.T @ h).T`, XLA's CPU backend
+  copies a transpose of the first factor, computing what made it once more. That factor should be
+  the narrower one: for an MLP's activations the copy costs as much as the product.
+  """
+  return h @ weight
+
+
+def _product_forward(h: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+  return h @ weight, (h, weight)
+
+
+def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+  h, weight = saved
+  rows = tuple(range(h.ndim - 1))
+
+  def over_rows(a: Array, b: Array) -> Array:
+    return jax.lax.dot_general(a, b, ((rows, rows), ((), ())))
+
+  narrow_in = weight.shape[0] <= weight.shape[1]
+  return dy @ weight.T, over_rows(h, dy) if narrow_in else over_rows(dy, h).T
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def rms_norm(
