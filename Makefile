@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test test-slow mutants plans docs lint
+.PHONY: demo test test-slow mutants plans bench-peers docs lint
 
 demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
@@ -21,6 +21,14 @@ mutants: .venv/ready
 plans: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable '.[plan]'
 	$(BIN)/python benchmarks/plans.py
+
+# What the benchmarks compare with, in environments of their own, and the weights as both load them.
+bench-peers: .venv/model
+	$(PYTHON) -m venv .peers/trl && .peers/trl/bin/pip install -q torch==2.13.0
+	.peers/trl/bin/pip install -q -r benchmarks/peers/requirements-trl.txt
+	$(PYTHON) -m venv .peers/tunix
+	.peers/tunix/bin/pip install -q -r benchmarks/peers/requirements-tunix.txt
+	$(BIN)/python -m benchmarks.peers.export_smollm2
 
 docs: .venv/ready
 	$(BIN)/python tests/estimators_page.py > docs/estimators.md

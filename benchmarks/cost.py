@@ -1,0 +1,250 @@
+"""How the cost of a step grows with P, G, N, T and the vocabulary, one at a time.
+
+    python -m benchmarks.cost --figure docs/cost.png
+
+Sampling and update of a random model, twice: with each prompt computed once for its group, as
+grpo_jax does, and with one row per completion, as is usual (the same code, each prompt handed in G
+times as a group of one: same completions, same gradients). In alternation, in one process.
+
+The lines in the figure are `a + b · tokens + c · P·G·T·V`, with `tokens = P·(N + G·T)` where
+prompts are shared, and `tokens = P·G·(N + T)` where they are not. a (optimizer), b (layers) and c
+(head) are fitted to the points with shared prompts alone, so that the other line is a prediction.
+Attention is in neither: it is what is left where N or T are large.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import alternate
+from benchmarks.worker import clock, since
+from grpo_jax import sampling
+from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.core.masks import token_weights
+from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.optimizer import learning_rate_schedule, make_optimizer
+from grpo_jax.train_step import Batch, TrainState, make_train_step
+
+GIB = 2**30
+
+
+class Shape(NamedTuple):
+  """Sizes of a step."""
+
+  P: int = 4
+  G: int = 8
+  N: int = 64
+  T: int = 32
+  V: int = 8192
+
+
+AXES = {
+  "P": (1, 2, 4, 8, 16),
+  "G": (2, 4, 8, 16, 32),
+  "N": (16, 64, 128, 256, 512),
+  "T": (8, 16, 32, 64, 128),
+  "V": (2048, 8192, 32768, 131072),
+}
+COLUMNS = (
+  ("axis", "axis", ""),
+  ("value", "value", ""),
+  ("tokens", "tokens", ""),
+  ("plain_tokens", "plain", ""),
+  ("update_seconds", "update s", ".3f"),
+  ("plain_update_seconds", "plain", ".3f"),
+  ("update_ratio", "ratio", ".2f"),
+  ("predicted_ratio", "model", ".2f"),
+  ("sampling_seconds", "sampling s", ".3f"),
+  ("plain_sampling_seconds", "plain", ".3f"),
+  ("update_gib", "update GiB", ".3f"),
+  ("plain_update_gib", "plain", ".3f"),
+)
+
+
+class Bench:
+  """Compiled sampling and update of one shape, prompts shared or not."""
+
+  def __init__(self, shape: Shape, config: ModelConfig, *, shared: bool) -> None:
+    s, model = shape, Decoder(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    self.params = jax.jit(unstack)(params)
+    rate = {"learning_rate": 1e-6, "schedule": "constant", "warmup_steps": 0, "steps": 100}
+    schedule = learning_rate_schedule(**rate, final_fraction=0.0)
+    optimizer = make_optimizer(
+      schedule, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+    )
+    self.state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params))
+    rng = np.random.default_rng(0)
+    prompts = jnp.asarray(rng.integers(1, s.V, (s.P, s.N)), jnp.int32)
+    rows = (s.P, s.G, s.T)
+    self.batch = Batch(
+      prompts=prompts,
+      prompt_mask=jnp.ones_like(prompts, bool),
+      completions=jnp.asarray(rng.integers(1, s.V, rows), jnp.int32),
+      mask=jnp.ones(rows, bool),
+      advantages=jnp.asarray(rng.normal(size=rows[:2]), jnp.float32),
+      weights=token_weights(jnp.ones(rows, bool), "constant", max_length=shape.T),
+      sampler_logp=jnp.zeros(rows),
+    )
+    keys = sampling.row_keys(jax.random.key(1), jnp.arange(s.P), s.G)
+    if not shared:
+      self.batch, keys = _one_row_each(self.batch, s), keys.reshape(-1, 1)
+    step = make_train_step(model, ALGORITHMS["dr_grpo"], optimizer, schedule, temperature=1.0)
+    self._update = step.lower(self.state, self.batch).compile()
+    self.update_bytes = self._update.memory_analysis().temp_size_in_bytes
+    never = jnp.zeros((2, s.V), jnp.int32)
+
+    def sample(params, prompts, mask):
+      return sampling.generate(
+        model, params, prompts, mask, keys, never, length=s.T, temperature=1.0, pad_id=0
+      )
+
+    inputs = (self.params, self.batch.prompts, self.batch.prompt_mask)
+    self._sample = jax.jit(sample).lower(*inputs).compile()
+
+  def update(self) -> None:
+    self.state, _ = self._update(self.state, self.batch)
+    jax.block_until_ready(self.state)
+
+  def sample(self) -> None:
+    out = self._sample(self.params, self.batch.prompts, self.batch.prompt_mask)
+    jax.block_until_ready(out)
+
+
+def _one_row_each(batch: Batch, s: Shape) -> Batch:
+  """The same batch as P·G prompts with one completion each."""
+
+  def one(name: str, array: Any) -> Any:
+    if array is None:
+      return None
+    if name in ("prompts", "prompt_mask"):
+      return jnp.repeat(array, s.G, axis=0)
+    return array.reshape(s.P * s.G, 1, *array.shape[2:])
+
+  return Batch(**{name: one(name, array) for name, array in vars(batch).items()})
+
+
+def measure(shape: Shape, config: ModelConfig, rounds: int) -> dict[str, Any]:
+  """Median times and the planned memory of one shape, prompts shared and not."""
+  benches = {"": Bench(shape, config, shared=True), "plain_": Bench(shape, config, shared=False)}
+  times: dict[str, list[float]] = {}
+  for round_number in range(rounds + 1):
+    for prefix, bench in benches.items():
+      for part in ("sample", "update"):
+        before = clock()
+        getattr(bench, part)()
+        name = f"{prefix}{'sampling' if part == 'sample' else part}_"
+        if round_number:  # the first round warms up
+          for field, value in since(before, name).items():
+            times.setdefault(field, []).append(value)
+  row = {name: float(np.median(values)) for name, values in times.items()}
+  row["tokens"] = shape.P * (shape.N + shape.G * shape.T)
+  row["plain_tokens"] = shape.P * shape.G * (shape.N + shape.T)
+  for prefix, bench in benches.items():
+    row[f"{prefix}update_gib"] = bench.update_bytes / GIB
+  row["update_ratio"] = row["plain_update_seconds"] / row["update_seconds"]
+  return row
+
+
+def add_model(rows: list[dict[str, Any]]) -> None:
+  """Fits `a + b · tokens + c · P·G·T·V` to the shared updates, and predicts all of them."""
+
+  def inputs(row: dict[str, Any], prefix: str) -> list[float]:
+    return [1.0, row[f"{prefix}tokens"], row["P"] * row["G"] * row["T"] * row["V"]]
+
+  design = np.array([inputs(row, "") for row in rows])
+  seconds = np.array([row["update_seconds"] for row in rows])
+  # Relative errors count, and no part costs less than nothing.
+  active = [0, 1, 2]
+  while True:
+    relative = design[:, active] / seconds[:, None]
+    found, *_ = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)
+    if (found >= 0).all() or len(active) == 1:
+      break
+    active = [a for a, value in zip(active, found) if value >= 0] or [1]
+  constants = np.zeros(3)
+  constants[active] = found
+  for row in rows:
+    for prefix in ("", "plain_"):
+      row[f"{prefix}predicted_seconds"] = float(np.dot(constants, inputs(row, prefix)))
+    row["predicted_ratio"] = row["plain_predicted_seconds"] / row["predicted_seconds"]
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+  """One column per axis: time of the update above, its memory below."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  names = list(dict.fromkeys(row["axis"] for row in rows))
+  figure, panels = plt.subplots(2, len(names), figsize=(3 * len(names), 6), squeeze=False)
+  labels = {"": "each prompt once", "plain_": "one row per completion"}
+  for column, name in enumerate(names):
+    points = [row for row in rows if row["axis"] == name]
+    x = [row["value"] for row in points]
+    for prefix, color in (("", "C0"), ("plain_", "C1")):
+      top, bottom = panels[0, column], panels[1, column]
+      seconds = [row[f"{prefix}update_seconds"] for row in points]
+      top.plot(x, seconds, "o", color=color, label=labels[prefix])
+      formula = "P(N + G·T)" if prefix == "" else "P·G(N + T)"
+      predicted = [row[f"{prefix}predicted_seconds"] for row in points]
+      top.plot(x, predicted, "-" if prefix == "" else "--", color=color, label=f"model, {formula}")
+      bottom.plot(x, [row[f"{prefix}update_gib"] for row in points], "o-", color=color)
+    for panel in (top, bottom):
+      panel.set(xscale="log", yscale="log", xlabel=name)
+      panel.set_xticks(x, [str(value) for value in x])
+      panel.minorticks_off()
+  panels[0, 0].set_ylabel("update, seconds")
+  panels[1, 0].set_ylabel("memory besides weights, GiB")
+  panels[0, 0].legend(fontsize="x-small")
+  figure.suptitle(title, fontsize="small")
+  figure.tight_layout()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> None:
+  raw = argparse.RawTextHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  parser.add_argument("--axis", choices=tuple(AXES), action="append", help="default: all")
+  parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
+  parser.add_argument("--width", type=int, default=256, help="model width D; MLP 3 D, heads of 64")
+  parser.add_argument("--layers", type=int, default=6)
+  for name, value in Shape()._asdict().items():
+    parser.add_argument(f"--{name}", type=int, default=value, help="where it is not varied")
+  parser.add_argument("--points", type=int, default=5, help="values per axis, the smallest first")
+  parser.add_argument("--figure", type=Path, help="where to draw it (PNG)")
+  a = parser.parse_args(argv)
+  base = Shape(a.P, a.G, a.N, a.T, a.V)
+  rows = []
+  for axis in a.axis or AXES:
+    for value in AXES[axis][: a.points]:
+      shape = base._replace(**{axis: value})
+      config = ModelConfig(
+        vocab_size=shape.V,
+        width=a.width,
+        layers=a.layers,
+        heads=a.width // 64,
+        kv_heads=a.width // 64,
+        head_dim=64,
+        mlp=3 * a.width,
+        context=shape.N + shape.T,
+      )
+      row = {"benchmark": "cost", "axis": axis, "value": value, **shape._asdict()}
+      rows.append(row | measure(shape, config, a.rounds))
+  add_model(rows)
+  about = {"width": a.width, "layers": a.layers, "rounds": a.rounds, "jax": jax.__version__}
+  about |= {"device": jax.devices()[0].device_kind} | alternate.machine()
+  alternate.show([row | about for row in rows], COLUMNS)
+  if a.figure:
+    sizes = ", ".join(f"{name}={value}" for name, value in base._asdict().items())
+    draw(rows, a.figure, f"{sizes} where not varied; {a.layers} layers of width {a.width}; float32")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,151 @@
+"""grpo_jax as an engine: what `grpo_jax.train` does in a step, on completions of a fixed length."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.settings import SETTINGS, make_prompts
+from benchmarks.worker import Channel, clock, since
+from grpo_jax import config as configs
+from grpo_jax import data, rollout
+from grpo_jax.build import build
+from grpo_jax.sampler import Sampler
+from grpo_jax.tasks.workers import score_in_process
+from grpo_jax.train_step import Batch, TrainState, make_train_step
+
+STEPS = 64  # prompts are drawn for so many steps before they repeat
+
+
+def make_config(settings: dict[str, Any], folder: Path) -> Any:
+  """The config of a run on one of SETTINGS; its prompts are written into `folder`."""
+  shape = SETTINGS[settings["setting"]]
+  path = folder / "prompts.jsonl"
+  prompts = make_prompts(shape.kind, shape.prompts * STEPS)
+  path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+  c = configs.default_config()
+  c.model.source = settings["model"]
+  c.task.name = "table"
+  with c.unlocked():
+    c.task.settings.update(path=str(path), reward="benchmarks.settings:reward", eval_fraction=0.0)
+  c.rollout.prompts_per_step = shape.prompts
+  c.rollout.group_size = shape.group
+  c.rollout.completion_length = shape.tokens
+  c.algorithm.name = "grpo"
+  c.algorithm.beta = 0.0
+  c.optimizer.learning_rate = settings["learning_rate"]
+  return configs.override(c, settings["overrides"])
+
+
+class Engine:
+  """A run of one of SETTINGS, ready to step.
+
+  Attributes:
+    config, run: as `grpo_jax.train` has them, but that no token ends a completion.
+    update: the jitted train step.
+    state: changed by every step.
+  """
+
+  def __init__(self, settings: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+      self.config = make_config(settings, Path(folder))
+      run = build(self.config)
+      # Read now: the file of the prompts does not stay.
+      run = dataclasses.replace(
+        run, task=dataclasses.replace(run.task, splits={"train": list(run.task.splits["train"])})
+      )
+    self.run = dataclasses.replace(run, sampler=endless(run.sampler))
+    self.state: TrainState = run.initial_state()
+    self.to_sampler: Callable[[Any], Any] = run.for_sampling(run.frozen_params())
+    self._scorer = score_in_process(run.task)
+    self.update = make_train_step(
+      run.model,
+      run.algorithm,
+      run.optimizer,
+      run.schedule,
+      temperature=self.config.rollout.temperature,
+      micro_batches=self.config.train.micro_batches,
+      join=run.join,
+    )
+    self._step = 0
+
+  def sample(self) -> Batch:
+    """Prompts, completions, rewards and advantages of the next step."""
+    c, run, step = self.config, self.run, self._step
+    self._step += 1
+    rolled = rollout.collect(
+      run.sampler,
+      self.to_sampler(self.state.params),
+      self._scorer,
+      lambda _: data.examples(run.task.splits["train"], step, c.rollout.prompts_per_step, c.seed),
+      jax.random.fold_in(jax.random.key(c.seed), step),
+      group=c.rollout.group_size,
+      temperature=c.rollout.temperature,
+      algorithm=run.algorithm,
+      bucket=run.bucket,
+    )
+    return jax.block_until_ready(rolled.batch)
+
+  def empty_batch(self) -> Batch:
+    """A batch of the shape that `sample` gives, all zeros, without sampling."""
+    c, like = self.config.rollout, jax.numpy.zeros
+    rows = (c.prompts_per_step, c.group_size)
+    prompts = (c.prompts_per_step, self.run.sampler.prompt_length)
+    batch = Batch(
+      prompts=like(prompts, int),
+      prompt_mask=like(prompts, bool),
+      completions=like((*rows, c.completion_length), int),
+      mask=like((*rows, c.completion_length), bool),
+      advantages=like(rows),
+      weights=like((*rows, c.completion_length)),
+      sampler_logp=like((*rows, c.completion_length)),
+    )
+    return jax.device_put(batch, self.run.sampler.prompt_sharding)
+
+  def learn(self, batch: Batch) -> None:
+    """One update."""
+    self.state, measured = self.update(self.state, batch)
+    jax.block_until_ready((self.state, measured))
+
+  def step(self) -> dict[str, Any]:
+    """A whole step; its parts' times, and the token counts that engines must agree on."""
+    before = clock()
+    batch = self.sample()
+    record = since(before, "sampling_")
+    before = clock()
+    self.learn(batch)
+    return record | since(before, "update_") | tokens_of(batch)
+
+
+def tokens_of(batch: Batch) -> dict[str, int]:
+  """Prompt tokens (each prompt once) and completion tokens of a batch."""
+  mask, completions = jax.device_get((batch.prompt_mask, batch.mask))
+  return {"prompt_tokens": int(mask.sum()), "completion_tokens": int(completions.sum())}
+
+
+def endless(sampler: Sampler) -> Sampler:
+  """The sampler with stops that no token reaches: every completion has the full length."""
+  sampler = dataclasses.replace(sampler)
+  never = np.zeros_like(np.asarray(sampler._stop_table))
+  object.__setattr__(sampler, "_stop_table", never)
+  return sampler
+
+
+def about() -> dict[str, Any]:
+  """Versions and device of this engine."""
+  return {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+
+
+def serve() -> None:
+  """The engine's process: one step a piece of work."""
+  channel = Channel()
+  engine = Engine(channel.settings)
+  channel.ready(about())
+  while channel.wait():
+    with channel.measure() as record:
+      record |= engine.step()

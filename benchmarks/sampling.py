@@ -1,0 +1,131 @@
+"""Tokens per second of the sampler, of grpo_jax and of transformers' `generate`.
+
+    python -m benchmarks.sampling --prompts 4 --group 8 --tokens 64 --peer transformers
+
+Prompt processing included; all completions have exactly `--tokens` tokens (grpo_jax is given a
+table of stops that no token reaches, transformers `min_new_tokens`), drawn at temperature 1 from
+the whole vocabulary, float32. `--group 1` gives every row a prompt of its own, so that nothing can
+be shared.
+
+`of bound` compares with the least that a step of decoding can take: reading every weight once, at
+the speed at which this machine reads the same number of bytes (measured in between, by summing an
+array with all cores). At larger batches arithmetic, not memory, is the limit.
+"""
+
+import argparse
+import time
+from typing import Any
+
+from benchmarks import alternate
+from benchmarks.step import same_tokens
+
+PEER_MODULES = {"transformers": "benchmarks.peers.transformers_generate"}
+COLUMNS = (
+  ("engine", "engine", ""),
+  ("seconds", "wall s", ".2f"),
+  ("tokens_per_second", "tokens/s", ".1f"),
+  ("seconds_ratio", "time / ours", ".2f"),
+  ("range", "range", ""),
+  ("cpu_seconds", "CPU s", ".1f"),
+  ("tokens_per_cpu_second", "tokens/CPU s", ".1f"),
+  ("cpu_seconds_ratio", "/ ours", ".2f"),
+  ("of_bound", "of bound", ".2f"),
+  ("peak_gib", "peak GiB", ".2f"),
+  ("first_seconds", "first s", ".1f"),
+  ("other_cores", "other cores", ".2f"),
+)
+
+
+def serve() -> None:
+  """grpo_jax's sampler: one batch of completions a piece of work."""
+  import jax
+  import numpy as np
+
+  from benchmarks import ours
+  from benchmarks.settings import make_prompts
+  from benchmarks.worker import Channel
+  from grpo_jax.models.checkpoints import open_weights
+  from grpo_jax.models.decoder import Decoder, unstack
+  from grpo_jax.sampler import Sampler
+  from grpo_jax.tokens import encode_prompt, load_tokenizer
+
+  channel = Channel()
+  s = channel.settings
+  weights, tokenizer = open_weights(s["model"]), load_tokenizer(s["model"])
+  prompts = make_prompts(s["kind"], s["prompts"])
+  sampler = Sampler(
+    model=Decoder(weights.config, dtype=s["dtype"]),
+    tokenizer=tokenizer,
+    prompt_length=max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
+    completion_length=s["tokens"],
+  )
+  sampler = ours.endless(sampler)
+  params = jax.jit(unstack)(weights.read())
+  weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  channel.ready(ours.about() | {"weight_bytes": weight_bytes})
+  number = 0
+  while channel.wait():
+    number += 1
+    with channel.measure() as record:
+      out = sampler(params, prompts, jax.random.key(number), group=s["group"], temperature=1.0)
+      record["prompt_tokens"] = int(out.prompt_mask.sum())
+      record["completion_tokens"] = int(np.sum(out.lengths))
+
+
+def read_speed(size: int, rounds: int = 5) -> float:
+  """Bytes per second at which JAX sums an array of `size` bytes, the best of some rounds."""
+  import jax
+  import jax.numpy as jnp
+
+  array = jnp.ones(size // 4, jnp.float32)
+  total = jax.jit(jnp.sum)
+  total(array).block_until_ready()
+  best = float("inf")
+  for _ in range(rounds):
+    start = time.perf_counter()
+    total(array).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return size / best
+
+
+def main(argv: list[str] | None = None) -> None:
+  raw = argparse.RawTextHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  alternate.add_arguments(parser, tuple(PEER_MODULES))
+  parser.add_argument("--kind", choices=("two-shot", "chat", "eight-shot"), default="chat")
+  parser.add_argument("--prompts", type=int, default=4, help="P")
+  parser.add_argument("--group", type=int, default=8, help="G; the batch is P x G rows")
+  parser.add_argument("--tokens", type=int, default=64, help="T, new tokens per row")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                      help="of grpo_jax's activations")  # fmt: skip
+  a = parser.parse_args(argv)
+  if a.worker:
+    serve()
+    return
+  settings: dict[str, Any] = {
+    "model": alternate.model_for(a.model, a.peer),
+    "kind": a.kind,
+    "prompts": a.prompts,
+    "group": a.group,
+    "tokens": a.tokens,
+    "dtype": a.dtype,
+  }
+  commands = alternate.commands_for("benchmarks.sampling", {p: PEER_MODULES[p] for p in a.peer})
+  results = alternate.alternate(commands, settings, rounds=a.rounds, warmup=a.warmup)
+  same_tokens(results)
+  tokens = a.prompts * a.group * a.tokens
+  about = {"benchmark": "sampling", **settings}
+  rows = alternate.summarize(results, about, {"tokens_per_second": tokens})
+  weight_bytes = results[alternate.OURS]["weight_bytes"]
+  speed = read_speed(weight_bytes)
+  for row in rows:
+    row["read_bytes_per_second"] = speed
+    row["of_bound"] = a.tokens * weight_bytes / speed / row["seconds"]
+    row["tokens_per_cpu_second"] = tokens / row["cpu_seconds"]
+    row["peak_gib"] = row["peak_bytes"] / 2**30
+    row["range"] = "{:.2f} .. {:.2f}".format(*row["seconds_ratio_range"])
+  alternate.show(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+  main()
