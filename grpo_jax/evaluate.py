@@ -308,11 +308,14 @@ def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int,
   state = run.initial_state(moving_reference=settings.reference.sync_every > 0)
   stages = {0: state.params} if arguments.config or arguments.before else {}
   if arguments.workdir:
-    with checkpoint.Checkpoints(arguments.workdir, settings.checkpoint.keep) as checkpoints:
-      step = checkpoints.latest()
-      if step is None:
+    keep = settings.checkpoint.keep
+    with checkpoint.Checkpoints(arguments.workdir, keep, read_only=True) as checkpoints:
+      if checkpoints.latest() is None:
         raise ValueError(f"{arguments.workdir} holds no complete checkpoint")
-      stages[step] = checkpoints.restore(step, state).params
+      step, state = checkpoints.resume(
+        state, lambda line: print(f"warning: {line}", file=sys.stderr)
+      )
+      stages[step] = state.params
   return stages
 
 
@@ -320,15 +323,15 @@ def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
   """The config of the experiment or of the run."""
   from ml_collections import ConfigDict
 
-  from grpo_jax import checkpoint, config
+  from grpo_jax import config, workdir
 
   if (arguments.workdir is None) == (arguments.config is None):
     raise ValueError("give --workdir (a run) or --config (an experiment), one of them")
   if arguments.config:
     return config.load(arguments.config, overrides)
-  saved = checkpoint.read_config(arguments.workdir)
+  saved = workdir.read_config(arguments.workdir)
   if saved is None:
-    raise ValueError(f"{arguments.workdir} holds no {checkpoint.CONFIG}: not a work directory")
+    raise ValueError(f"{arguments.workdir} holds no {workdir.CONFIG}: not a work directory")
   return config.override(ConfigDict(saved), overrides)
 
 

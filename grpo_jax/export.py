@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import checkpoint
 from grpo_jax import config as configs
+from grpo_jax import workdir as workdirs
 from grpo_jax.models import lora
 from grpo_jax.models.checkpoints import open_weights
 from grpo_jax.models.configs import FAMILIES, find_family, parse
@@ -132,11 +133,21 @@ def read_trained(workdir: str | Path, step: int | None = None) -> tuple[int, Any
     steps = sorted(manager.all_steps())
     if not steps or (step is not None and step not in steps):
       raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; there are: {steps}")
-    chosen = steps[-1] if step is None else step
+    chosen = _whole(folder, steps[::-1] if step is None else [step])
     wanted = {"params": jax.tree.map(lambda _: 0, manager.item_metadata(chosen)["params"])}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
     return chosen, manager.restore(chosen, args=arguments)["params"]
+
+
+def _whole(folder: Path, steps: list[int]) -> int:
+  """The first of the steps whose checkpoint is not damaged; says which are."""
+  for step in steps:
+    wrong = checkpoint.damage(folder / str(step))
+    if not wrong:
+      return step
+    print(f"warning: checkpoint {step} is damaged: {wrong[0]}; it is left out", file=sys.stderr)
+  raise ValueError(f"every checkpoint in {folder} that was asked for is damaged: {steps}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,9 +176,9 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if arguments.config:
     settings, trained = configs.load(arguments.config, overrides), None
   else:
-    saved = checkpoint.read_config(arguments.workdir)
+    saved = workdirs.read_config(arguments.workdir)
     if saved is None:
-      raise ValueError(f"{arguments.workdir} holds no {checkpoint.CONFIG}: not a work directory")
+      raise ValueError(f"{arguments.workdir} holds no {workdirs.CONFIG}: not a work directory")
     settings = configs.override(ConfigDict(saved), overrides)
     step, trained = read_trained(arguments.workdir, arguments.step)
     print(f"{arguments.workdir} after {step} steps, trained from {settings.model.source}")

@@ -5,6 +5,7 @@ Device values become Python numbers here and nowhere else (`OneStepLate`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.events import Events
 from grpo_jax.progress import Progress
+from grpo_jax.workdir import write_whole
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
@@ -133,20 +136,12 @@ class MetricsWriter:
   def __init__(
     self, workdir: str | Path, total_steps: int, resume_step: int | None = None, show: bool = True
   ) -> None:
-    from tensorboardX import SummaryWriter
-
     self.workdir = Path(workdir)
     self.workdir.mkdir(parents=True, exist_ok=True)
     start = resume_step or 0
     _drop_from(self.workdir, start)
     self._file = (self.workdir / METRICS).open("a", encoding="utf-8")
-    folder = self.workdir / "tensorboard"
-    self._events = SummaryWriter(
-      str(folder),
-      purge_step=start if folder.exists() else None,
-      # Without it a restart within the second would write over the file of the process before.
-      filename_suffix=f".{start:06d}.{os.getpid()}",
-    )
+    self._events = Events(self.workdir / "tensorboard", start)
     self._progress = Progress(total_steps, start) if show else None
 
   def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -158,12 +153,15 @@ class MetricsWriter:
       if value is not None and not isinstance(value, int):
         value = float(value)
       row[name] = value if value is not None and math.isfinite(value) else None
-      if row[name] is not None:
-        self._events.add_scalar(name, value, step)
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
+    self._events.write(step, {n: v for n, v in row.items() if v is not None and n != "step"})
     if self._progress:
       self._progress.update(step, {n: math.nan if v is None else v for n, v in row.items()})
+
+  def sync(self) -> None:
+    """Wait until the lines are on the disk: before a checkpoint that counts on them."""
+    os.fsync(self._file.fileno())
 
   def write_samples(
     self, step: int, samples: Sequence[Mapping[str, Any]], kind: str = "step"
@@ -174,7 +172,7 @@ class MetricsWriter:
     """
     path = self.workdir / SAMPLES / f"{kind}_{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    _write_whole(path, "".join(json.dumps(_plain(sample)) + "\n" for sample in samples))
+    write_whole(path, "".join(json.dumps(_plain(sample)) + "\n" for sample in samples))
     return path
 
   def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -189,10 +187,11 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Finish the bar and the files; a second call does nothing."""
-    if self._progress:
-      self._progress.close()
-    self._file.close()
-    self._events.close()
+    with contextlib.ExitStack() as closing:  # each, though the disk be full
+      closing.callback(self._events.close)
+      closing.callback(self._file.close)
+      if self._progress:
+        closing.callback(self._progress.close)
 
   def __enter__(self) -> MetricsWriter:
     return self
@@ -208,6 +207,9 @@ class NoWriter:
     pass
 
   def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
+    pass
+
+  def sync(self) -> None:
     pass
 
   def write_samples(self, *arguments: Any, **options: Any) -> None:
@@ -326,21 +328,11 @@ def _drop_from(workdir: Path, step: int) -> None:
   if path.exists():
     kept = "".join(f"{line}\n" for row, line in _rows(path) if row["step"] < step)
     if kept.encode() != path.read_bytes():
-      _write_whole(path, kept)
+      write_whole(path, kept)
   for sample in (workdir / SAMPLES).glob("*_*.jsonl"):
     number = sample.stem.rpartition("_")[2]
     if number.isdigit() and int(number) >= step:
       sample.unlink()
-
-
-def _write_whole(path: Path, text: str) -> None:
-  """Write a file so that a kill at any moment leaves the old one or the new one, never a part."""
-  part = path.with_name(f".{path.name}.part")
-  with part.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(part, path)
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,14 @@
 """Training: `python -m grpo_jax.train --config experiments/X.py --workdir DIR [--config.a.b=v]`.
 
-A work directory that holds a checkpoint is continued. Ctrl-C finishes the step, saves and exits.
+A work directory that holds a checkpoint is continued. Ctrl-C and SIGTERM (preemption) finish the
+step, save and exit.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
-import signal
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -18,9 +20,11 @@ from ml_collections import ConfigDict
 
 from grpo_jax import checkpoint, cluster, data, distributed, metrics, rollout
 from grpo_jax import config as configs
+from grpo_jax import workdir as workdirs
 from grpo_jax.build import Run, build, make_scorer
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.forecast import describe
+from grpo_jax.signals import Signals, Stopped
 from grpo_jax.tasks.base import Example
 from grpo_jax.tasks.workers import Scorer
 from grpo_jax.train_step import (
@@ -34,11 +38,13 @@ from grpo_jax.train_step import (
 
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
 FREE = ("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts.", "train.micro_batches")
-INTERRUPTED = 130  # exit code of a run that was stopped by Ctrl-C, as shells have it
+# Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
+INTERRUPTED = 130  # before there was a step to finish, or at once
+NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
-  """Trains to `config.steps` steps, from the newest checkpoint in `workdir` if there is one.
+  """Trains to `config.steps` steps, from the newest whole checkpoint in `workdir` if there is one.
 
   Leaves metrics.jsonl, TensorBoard events, samples/, curve.png, config.json and checkpoints/.
 
@@ -46,32 +52,39 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     The metrics of the last evaluation.
 
   Errors: ConfigError with everything that is wrong with the config, before anything compiles;
-  KeyboardInterrupt after a Ctrl-C, with the finished steps saved.
+  WorkdirError where another run uses `workdir` or what is in it is damaged; SaveError; Stopped
+  after a Ctrl-C or SIGTERM, with the finished steps saved.
   """
   c, workdir = config, Path(workdir)
-  with distributed.together("reading the config and what it names"):
-    check_workdir(c, workdir)
-    r = build(c)
-    if distributed.is_first():
-      workdir.mkdir(parents=True, exist_ok=True)
-      checkpoint.write_config(workdir, c.to_dict())
-  distributed.same("the config", json.dumps(c.to_dict(), sort_keys=True))
+  with contextlib.ExitStack() as held:
+    with distributed.together("reading the config and what it names"):
+      r = build(c)
+      if distributed.is_first():
+        held.enter_context(workdirs.lock(workdir))
+        check_workdir(c, workdir)
+        workdirs.write_config(workdir, c.to_dict())
+    distributed.same("the config", json.dumps(c.to_dict(), sort_keys=True))
+    return _train(c, r, workdir)
+
+
+def _train(c: ConfigDict, r: Run, workdir: Path) -> dict[str, float]:
+  """The loop, from the newest checkpoint to the last step, with what has to be closed after it."""
   state, frozen = r.initial_state(moving_reference=c.reference.sync_every > 0), r.frozen_params()
   to_sampler, learn = r.for_sampling(frozen), _learner(c, r, frozen)
   with (
     checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints,
     make_scorer(c, r) as scorer,
-    _CtrlC() as ctrl_c,
+    Signals() as signals,
   ):
-    start = checkpoints.latest() or 0
-    if start:
-      state = checkpoints.restore(start, state)
+    start, state = checkpoints.resume(state, _tell)
     writer = metrics.MetricsWriter if distributed.is_first() else metrics.NoWriter
     with writer(workdir, c.steps, resume_step=start) as writer:
       writer.print(describe(c, r, start))
       late, num_tokens = metrics.OneStepLate(writer.write), metrics.last(workdir, "num_tokens", 0)
-      results = {} if start else _evaluate(c, r, to_sampler(state.params), scorer, 0, writer)
       for step in range(start, c.steps):
+        if step == 0 or (c.eval.every and step % c.eval.every == 0):
+          late.flush()
+          _evaluate(c, r, to_sampler(state.params), scorer, step, writer)
         began = time.monotonic()
         rolled = rollout.collect(
           r.sampler,
@@ -97,14 +110,15 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         writer.write_samples(step, rolled.samples)
         if c.log.samples_every and step % c.log.samples_every == 0:
           writer.print_samples(rolled.samples[: c.log.samples])
-        done, stop = step + 1, distributed.any_host(ctrl_c.pressed)
+        done, stop = step + 1, signals.of_any_host()
         if stop or done % c.checkpoint.every == 0 or done == c.steps:
           late.flush()
+          writer.sync()
           checkpoints.save(done, state)
+        checkpoints.check()
         if stop:
-          raise KeyboardInterrupt(f"stopped after step {done}, which is saved")
-        if done == c.steps or (c.eval.every and done % c.eval.every == 0):
-          results = _evaluate(c, r, to_sampler(state.params), scorer, done, writer)
+          raise Stopped(f"stopped after step {done}, which is saved", stop)
+      results = _evaluate(c, r, to_sampler(state.params), scorer, c.steps, writer)
   if distributed.is_first():
     metrics.curve(workdir)
   return results
@@ -112,7 +126,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
   """Refuses a work directory that was started with another config, listing the differences."""
-  saved = checkpoint.read_config(workdir)
+  saved = workdirs.read_config(workdir)
   if saved is None:
     return
   found = [
@@ -212,27 +226,9 @@ def _timing(step_tokens: int, num_tokens: int, began: float) -> dict[str, float]
   }
 
 
-class _CtrlC:
-  """Turns the first Ctrl-C into a request to stop after the step; the second stops at once."""
-
-  def __init__(self) -> None:
-    self.pressed = False
-
-  def __enter__(self) -> "_CtrlC":
-    try:
-      self._before = signal.signal(signal.SIGINT, self._press)
-    except ValueError:  # not in the main thread: signals are somebody else's business
-      self._before = None
-    return self
-
-  def _press(self, *_: object) -> None:
-    self.pressed = True
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    print("\nCtrl-C: finishing this step, then saving (again: stop at once)", flush=True)
-
-  def __exit__(self, *_: object) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGINT, self._before)
+def _tell(line: str) -> None:
+  if distributed.is_first():
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,12 +236,14 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--config", required=True, help="an experiment file; it is run as a program")
   parser.add_argument("--workdir", required=True, help="everything the run leaves; made if missing")
   arguments, overrides = parser.parse_known_args(argv)
+  # What orbax logs with stacks comes back as errors, which are explained.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   try:
     config = configs.load(arguments.config, overrides)
     with distributed.session(config.hosts.heartbeat, config.hosts.wait):
       results = run(config, arguments.workdir)
       first = distributed.is_first()
-  except configs.ConfigError as error:
+  except (configs.ConfigError, workdirs.WorkdirError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except distributed.HostError as error:
@@ -253,7 +251,15 @@ def main(argv: list[str] | None = None) -> int:
     return cluster.FAILED
   except KeyboardInterrupt as error:
     print(f"{error or 'stopped'}; the same command continues {arguments.workdir}")
-    return INTERRUPTED
+    return getattr(error, "exit_code", INTERRUPTED)
+  except OSError as error:
+    if not isinstance(error, checkpoint.SaveError) and not workdirs.is_full(error):
+      raise
+    said = str(error)
+    if not isinstance(error, checkpoint.SaveError):
+      said = f"the file system is full ({error}); {workdirs.room(arguments.workdir)}"
+    print(f"error: {said}. Make room; then the same command continues", file=sys.stderr)
+    return NOT_WRITTEN
   if not first:
     return 0
   before = metrics.at(arguments.workdir, 0, "eval/")

@@ -17,6 +17,7 @@ import tiny_gguf
 from safetensors.numpy import load_file
 
 from grpo_jax import checkpoint, export
+from grpo_jax import workdir as workdirs
 from grpo_jax.config import default_config
 from grpo_jax.export import export_model
 from grpo_jax.models import lora
@@ -166,7 +167,7 @@ def save_run(workdir, trained, steps, **changes):
     settings.model.source = str(LLAMA)
     settings.update(changes)
   workdir.mkdir()
-  checkpoint.write_config(workdir, settings.to_dict())
+  workdirs.write_config(workdir, settings.to_dict())
   trained = jax.tree.map(jnp.asarray, trained)
   with checkpoint.Checkpoints(workdir, keep=5) as saved:
     for step in steps:

@@ -38,11 +38,13 @@ ALLOWED = {
   "grpo_jax.sampling": "grpo_jax.core jax numpy jaxtyping",
   "grpo_jax.train_step": "grpo_jax.core jax numpy jaxtyping optax",
   "grpo_jax.config": "ml_collections",
+  "grpo_jax.workdir": "",
+  "grpo_jax.signals": "grpo_jax.distributed",
   "grpo_jax.cluster": "jax",
   "grpo_jax.distributed": "grpo_jax.cluster grpo_jax.sharding jax numpy",
   "grpo_jax.export": (
-    "grpo_jax.checkpoint grpo_jax.config grpo_jax.models grpo_jax.tokens jax numpy ml_collections "
-    "orbax tokenizers"
+    "grpo_jax.checkpoint grpo_jax.config grpo_jax.workdir grpo_jax.models grpo_jax.tokens jax "
+    "numpy ml_collections orbax tokenizers"
   ),
   "experiments*": "ml_collections grpo_jax.config",
 }

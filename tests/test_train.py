@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ FAST = [
   "--config.checkpoint.every=4",
   "--config.task.settings.eval_size=3",
   "--config.eval.batch_prompts=8",
+  "--config.eval.every=4",
   "--config.rollout.completion_length=5",
   "--config.log.samples=0",
 ]
@@ -77,13 +79,13 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(runs):
   for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):
     np.testing.assert_array_equal(a, b)
   rows = [read_metrics(workdir) for workdir in (whole, parts)]
-  assert len(rows[0]) == 10  # 8 steps, an evaluation before and one after
+  assert len(rows[0]) == 11  # 8 steps, evaluations before, in the middle and after
   for a, b in zip(*rows, strict=True):
     assert {k: v for k, v in a.items() if k not in TIMES} == {
       k: v for k, v in b.items() if k not in TIMES
     }
   names = sorted(file.name for file in (whole / "samples").iterdir())
-  assert len(names) == 10
+  assert len(names) == 11
   assert names == sorted(file.name for file in (parts / "samples").iterdir())
   for name in names:
     assert (whole / "samples" / name).read_text() == (parts / "samples" / name).read_text()
@@ -226,22 +228,64 @@ def test_mistakes_on_the_command_line_are_one_clear_error(tmp_path):
   assert not (tmp_path / "w").exists()
 
 
-def test_ctrl_c_saves_and_exits_and_the_run_goes_on(tmp_path):
-  arguments = ("--config", TINY, "--workdir", str(tmp_path), *FAST, "--config.steps=100000")
-  process = one_device(*arguments)
+def wait_for(path, process):
   deadline = time.monotonic() + 240
-  while not (tmp_path / "samples" / "step_000002.jsonl").exists():
+  while not path.exists():
     assert process.poll() is None, process.communicate()[0]
     assert time.monotonic() < deadline
     time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
-  output, _ = process.communicate(timeout=120)
-  assert process.returncode == train.INTERRUPTED, output
-  assert "Traceback" not in output
-  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
-    done = checkpoints.latest()
-  assert f"stopped after step {done}" in output
-  assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == list(range(done))
+
+
+def test_signals_save_and_exit_the_run_goes_on_and_a_second_one_is_refused(tmp_path):
+  """SIGTERM, which is preemption, and Ctrl-C."""
+  arguments = ("--config", TINY, "--workdir", str(tmp_path), *FAST, "--config.steps=100000")
+  done = 0
+  for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    process = one_device(*arguments)
+    wait_for(tmp_path / "samples" / f"step_{done + 2:06d}.jsonl", process)
+    if number == signal.SIGINT:
+      config = (tmp_path / "config.json").stat().st_mtime_ns
+      second = one_device(*arguments, "--config.steps=5")
+      output, _ = second.communicate(timeout=120)
+      assert second.returncode == 2
+      assert output.startswith(f"error: {tmp_path} is in use by process {process.pid} on ")
+      assert (tmp_path / "config.json").stat().st_mtime_ns == config
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+      done = checkpoints.latest()
+    assert f"stopped after step {done}, which is saved; the same command continues" in output
+    assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == list(range(done))
+    assert not checkpoint.damage(tmp_path / "checkpoints" / str(done))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same(runs, tmp_path):
+  """Of two checkpoints, of steps 4 and 8, the newer one has one wrong bit."""
+  whole, *_ = runs
+  parts = tmp_path / "parts"
+  shutil.copytree(whole, parts)
+  files = (parts / "checkpoints" / "8").rglob("*")
+  victim = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+  content = bytearray(victim.read_bytes())
+  content[len(content) // 2] ^= 4
+  victim.write_bytes(content)
+  output = train_in_process(parts)
+  assert "warning: checkpoint 8 is damaged: " in output
+  assert f"{victim.name} has other contents than were written" in output
+  assert f"it is kept in {parts / 'damaged'}" in output
+  assert "continuing from checkpoint 4" in output
+  assert (parts / "damaged" / "8" / victim.relative_to(parts / "checkpoints" / "8")).is_file()
+  for a, b in zip(
+    *(jax.tree.leaves(final_state(workdir, 8)) for workdir in (whole, parts)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  rows = [
+    [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(workdir)]
+    for workdir in (whole, parts)
+  ]
+  assert rows[0] == rows[1]
 
 
 def test_evaluate_command_reads_a_run(runs):

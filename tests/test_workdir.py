@@ -1,0 +1,90 @@
+"""Work directories: one run at a time, a config that is whole or explained, full disks."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import workdir
+
+HOLD = """
+import sys, time
+from grpo_jax import workdir
+with workdir.lock(sys.argv[1]):
+  print("held", flush=True)
+  time.sleep(600)
+"""
+
+
+def test_one_run_at_a_time_and_a_kill_leaves_nothing_behind(tmp_path):
+  folder = tmp_path / "new"
+  command = [sys.executable, "-c", HOLD, str(folder)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+    try:
+      assert other.stdout.readline() == "held\n"
+      before = (folder / workdir.LOCK).read_text()
+      assert before.startswith(f"process {other.pid} on ")
+      with pytest.raises(workdir.WorkdirError) as caught, workdir.lock(folder):
+        pass
+      assert f"{folder} is in use by process {other.pid} on " in str(caught.value)
+      assert (folder / workdir.LOCK).read_text() == before
+    finally:
+      other.send_signal(signal.SIGKILL)
+  with workdir.lock(folder), pytest.raises(workdir.WorkdirError), workdir.lock(folder):
+    pass
+  with workdir.lock(folder):
+    assert not (folder / workdir.LOCK).read_text().startswith(f"process {other.pid} ")
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(workdir.fcntl, "flock", flock)
+  with pytest.warns(RuntimeWarning, match="without locks .No locks available."):  # noqa: SIM117
+    with workdir.lock(tmp_path):
+      pass
+
+
+def test_a_config_comes_back_and_no_part_of_a_file_is_left(tmp_path):
+  assert workdir.read_config(tmp_path) is None
+  for config in ({"a": 1, "b": {"c": [1, None]}}, {"a": 2}):
+    workdir.write_config(tmp_path, config)
+    assert workdir.read_config(tmp_path) == config
+  assert [path.name for path in tmp_path.iterdir()] == [workdir.CONFIG]
+
+
+@pytest.mark.parametrize("text", ['{"steps": 8, "se', "", "[1]", "\x00\x00"])
+def test_a_damaged_config_is_explained(tmp_path, text):
+  (tmp_path / workdir.CONFIG).write_text(text)
+  with pytest.raises(workdir.WorkdirError) as caught:
+    workdir.read_config(tmp_path)
+  assert str(tmp_path / workdir.CONFIG) in str(caught.value)
+  assert "Put a copy of it back; or remove it" in str(caught.value)
+
+
+def test_what_a_full_disk_looks_like(tmp_path):
+  assert workdir.is_full(OSError(errno.ENOSPC, "x"))
+  assert workdir.is_full(OSError(errno.EDQUOT, "x"))
+  assert workdir.is_full(ValueError("writing failed: No space left on device [source a.cc:1]"))
+  assert not workdir.is_full(OSError(errno.ENOENT, "x"))
+  later = ValueError("y")
+  later.__cause__ = OSError(errno.ENOSPC, "x")
+  assert workdir.is_full(later)
+  free, _, rest = workdir.room(tmp_path / "not" / "there").partition(" MiB are free on ")
+  assert float(free) >= 0
+  assert Path(rest.removeprefix("the file system at ")).is_mount()
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+  """What a reader has open stays what it was."""
+  path = tmp_path / "x.json"
+  workdir.write_whole(path, json.dumps([1]))
+  with path.open() as reader:
+    workdir.write_whole(path, json.dumps([2]))
+    assert json.load(reader) == [1]
+  assert json.loads(path.read_text()) == [2]
