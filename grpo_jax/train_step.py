@@ -131,9 +131,13 @@ class _Jitted:
   def __call__(self, *arguments: Any) -> Any:
     return self._program(*arguments)(*arguments)
 
-  def lower(self, *arguments: Any) -> Any:
+  def trace(self, *arguments: Any) -> Any:
     """`jax.jit`'s own, for arrays or for shapes with a sharding."""
-    return self._program(*arguments).lower(*arguments)
+    return self._program(*arguments).trace(*arguments)
+
+  def lower(self, *arguments: Any) -> Any:
+    """`jax.jit`'s own."""
+    return self.trace(*arguments).lower()
 
 
 def _layout(tree: Any) -> Any:
