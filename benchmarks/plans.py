@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
   c = default_config()
   c.model.source = MODELS[0]
   c.model.dtype = "bfloat16"
-  c.model.remat = True
+  c.model.remat = "layers"
   c.rollout.prompts_per_step = PROMPTS
   c.rollout.group_size = 8
   c.rollout.prompt_length = 256

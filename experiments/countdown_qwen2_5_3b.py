@@ -16,7 +16,7 @@ def get_config():
   c = default_config()
   c.model.source = "Qwen/Qwen2.5-3B"
   c.model.dtype = "bfloat16"
-  c.model.remat = True
+  c.model.remat = "layers"
   c.steps = 1000
   c.task.name = "countdown"
   with c.unlocked():

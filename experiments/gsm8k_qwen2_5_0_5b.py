@@ -18,7 +18,7 @@ def get_config():
   c = default_config()
   c.model.source = "Qwen/Qwen2.5-0.5B-Instruct"
   c.model.dtype = "bfloat16"
-  c.model.remat = True
+  c.model.remat = "layers"
   c.steps = 250
   c.task.name = "gsm8k"
   with c.unlocked():

@@ -17,7 +17,7 @@ def get_config():
   c = default_config()
   c.model.source = "Qwen/Qwen2.5-1.5B-Instruct"
   c.model.dtype = "bfloat16"
-  c.model.remat = True
+  c.model.remat = "layers"
   c.lora.rank = 32
   c.lora.alpha = 64.0
   c.steps = 200

@@ -15,7 +15,7 @@ def get_config():
   c = default_config()
   c.model.source = "Qwen/Qwen3-0.6B"
   c.model.dtype = "bfloat16"
-  c.model.remat = True
+  c.model.remat = "layers"
   c.steps = 60
   c.task.name = "gsm8k"
   with c.unlocked():

@@ -32,7 +32,8 @@ def default_config() -> ConfigDict:
   c.model = ConfigDict()
   c.model.source = "random:tiny"  # folder, .gguf file, package:NAME, random:NAME or hub id
   c.model.dtype = "float32"  # of activations: float32 or bfloat16; weights stay float32
-  c.model.remat = False  # recompute layers in the backward pass: less memory, a third more work
+  c.model.remat = "dots"  # recompute in the backward pass: none, dots (all but products with
+  # weights: half the memory of none at hardly more time) or layers (a third more work)
 
   c.lora = ConfigDict()  # train low-rank adapters instead of the weights
   c.lora.rank = 0  # 0 = train all weights
@@ -163,6 +164,7 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   need(c.rollout.prompt_length >= 0, "rollout.prompt_length", "at least 0 tokens")
   need(c.rollout.overlong in ("error", "drop"), "rollout.overlong", "'error' or 'drop'")
   need(c.model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'")
+  need(c.model.remat in ("none", "dots", "layers"), "model.remat", "'none', 'dots' or 'layers'")
   need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
   need(c.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0")
   need(0 <= c.optimizer.final_fraction <= 1, "optimizer.final_fraction", "between 0 and 1")

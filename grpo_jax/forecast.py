@@ -44,14 +44,14 @@ def weights(run: Run) -> int:
 
 
 def step_flops(config: ConfigDict, run: Run) -> float:
-  """Operations of one step: 2 per weight and token to generate, 6 to learn (8 with remat).
+  """Operations of one step: 2 per weight and token to generate, 6 to learn (8 to recompute layers).
 
   A prompt is computed once per group in both, so its tokens count P times and not P·G times, and
   they need no output projection. Without a KL term only groups with a signal are learned from.
   """
   c = config.rollout
   kept = 1.0 if run.algorithm.beta > 0 else INFORMATIVE
-  learn = (8 if config.model.remat else 6) * kept + (2 if run.algorithm.beta > 0 else 0)
+  learn = (8 if config.model.remat == "layers" else 6) * kept + (2 if run.algorithm.beta > 0 else 0)
   return (2 + learn) * _weight_tokens(
     run, c.prompts_per_step, c.prompts_per_step * c.group_size, c.completion_length
   )

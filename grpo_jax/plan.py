@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
 from grpo_jax.chips import GIB, Topology, open_topology
+from grpo_jax.models.decoder import REMAT
 from grpo_jax.needs import UNITS, Plan, as_dict, make_plan, silent
 from grpo_jax.programs import open_programs
 
@@ -31,10 +32,11 @@ def changes(config: ConfigDict, plan: Plan, kv_heads: int) -> Iterator[list[str]
     micro = c.train.micro_batches
     while (micro := micro * 2) <= here:
       yield [f"--config.train.micro_batches={micro}"]
-    if not c.model.remat:
-      yield ["--config.model.remat=true"]
+    policies = tuple(REMAT)
+    for policy in policies[policies.index(c.model.remat) + 1 :]:
+      yield [f"--config.model.remat={policy}"]
       if here > c.train.micro_batches:
-        yield ["--config.model.remat=true", f"--config.train.micro_batches={here}"]
+        yield [f"--config.model.remat={policy}", f"--config.train.micro_batches={here}"]
   for tensor in (1, 2, 4, 8):
     fsdp = plan.devices // tensor
     other = (mesh["data"], mesh["tensor"]) != (1, tensor)
@@ -42,7 +44,7 @@ def changes(config: ConfigDict, plan: Plan, kv_heads: int) -> Iterator[list[str]
     if other and divides and c.rollout.prompts_per_step % (fsdp * c.train.mini_batches) == 0:
       yield [
         "--config.mesh.data=1", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}",
-        "--config.model.remat=true", f"--config.train.micro_batches={_most_micro(c, fsdp)}",
+        "--config.model.remat=layers", f"--config.train.micro_batches={_most_micro(c, fsdp)}",
       ]  # fmt: skip
 
 

@@ -37,7 +37,10 @@ from grpo_jax.train_step import (
 )
 
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
-FREE = ("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts.", "train.micro_batches")
+FREE = (
+  *("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
+  *("model.remat", "train.micro_batches"),
+)
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
 NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it

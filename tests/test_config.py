@@ -18,12 +18,14 @@ def test_overrides_have_the_type_of_their_field():
     [
       "--config.steps=7",
       "--config.optimizer.learning_rate=1",
-      "--config.model.remat=true",
+      "--config.model.remat=none",
+      "--config.rollout.mask_truncated=true",
       "--config.model.source=random:tiny",
       "--config.algorithm.beta=0.5",
     ],
   )
-  assert (c.steps, c.optimizer.learning_rate, c.model.remat) == (7, 1.0, True)
+  assert (c.steps, c.optimizer.learning_rate, c.model.remat) == (7, 1.0, "none")
+  assert c.rollout.mask_truncated is True
   assert isinstance(c.optimizer.learning_rate, float)
   assert c.algorithm.beta == 0.5
   assert load(TINY, ["--config.algorithm.beta=none"]).algorithm.beta is None
@@ -35,7 +37,7 @@ def test_all_bad_overrides_are_reported_together():
     "--config.rollout.groupsize=4",
     "--config.steps=many",
     "--config.steps=1.5",
-    "--config.model.remat=1",
+    "--config.rollout.mask_truncated=1",
     "--config.model=x",
     "--config.seed",
     "--steps=3",

@@ -7,7 +7,7 @@ import plain
 import pytest
 
 from grpo_jax.core.logprobs import head_logprobs
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.decoder import REMAT, Decoder, ModelConfig, unstack
 
 CONFIG = ModelConfig(
   vocab_size=37, width=24, layers=3, heads=4, kv_heads=2, head_dim=6, mlp=40, rope_theta=500.0
@@ -86,13 +86,41 @@ def test_prefill_and_decode_are_one_forward(case):
       np.testing.assert_allclose(hidden, want[:, :, t + 1], atol=1e-5)
 
 
-def test_remat_and_layout_change_nothing(case):
+def test_layout_changes_nothing(case):
   model, params, prompts, mask, completions, _ = case
   want = model.score(params, prompts, mask, completions)
-  remat = Decoder(CONFIG, remat=True).score(params, prompts, mask, completions)
   unrolled = model.score(unstack(params), prompts, mask, completions)
-  np.testing.assert_allclose(remat, want, atol=1e-6)
   np.testing.assert_allclose(unrolled, want, atol=1e-6)
+
+
+def test_remat_changes_what_is_kept_and_no_gradient(case):
+  """Kept per layer: the more a policy recomputes, the fewer elements go to the backward pass."""
+  _, params, *data, keep = case
+  kept, gradients = {}, {}
+  for policy in REMAT:
+    model = Decoder(CONFIG, remat=policy)
+
+    def loss(p, model=model):
+      return jnp.sum(jnp.sin(shared_logp(model, p, *data)) * keep)
+
+    _, back = jax.vjp(loss, params)
+    kept[policy] = sum(leaf.size for leaf in jax.tree.leaves(back))
+    (gradients[policy],) = back(jnp.float32(1.0))
+  assert kept["layers"] < kept["dots"] < kept["none"]
+  for policy in ("dots", "layers"):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients[policy], gradients["none"]
+    )
+  # what lies between: outputs of the seven products but `down`, whose sum is the next layer's input
+  c, rows = CONFIG, 3 * (6 + 2 * 3)
+  outputs = c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim + c.width + 2 * c.mlp
+  assert kept["dots"] - kept["layers"] == c.layers * rows * outputs
+
+
+def test_an_unknown_remat_is_refused(case):
+  _, params, *data, _ = case
+  with pytest.raises(ValueError, match="unknown remat 'dot'; known: dots, layers, none"):
+    Decoder(CONFIG, remat="dot").score(params, *data)
 
 
 def test_untied_head_is_used(case):

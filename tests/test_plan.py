@@ -267,10 +267,11 @@ def test_micro_batches_are_tried_first_and_only_the_update_is_compiled_again(mon
 
 def test_then_remat_then_the_mesh(monkeypatch):
   def by_remat(c, name):
-    return 5 if c.model.remat or name != "update" else 30
+    return 5 if c.model.remat == "layers" or name != "update" else 30
 
   tried, fitting, _ = first_change(by_remat, monkeypatch)
-  assert tried[-1] == "--config.model.remat=true"
+  assert tried[-1] == "--config.model.remat=layers"
+  assert not any("dots" in one for one in tried)  # what the config has already
   assert fitting.fits()
 
   def by_mesh(c, name):

@@ -18,13 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.types import Array
+from grpo_jax.core.types import Array, lookup
 from grpo_jax.models.attention import group_attention, near
 from grpo_jax.models.block import Block, ModelConfig, rms_norm
 from grpo_jax.models.rope import frequencies, rotation
 
 Params = dict[str, Any]
 EVERYTHING = 2**30  # the window of a layer that sees all tokens
+# What the backward pass finds of a layer, the rest it computes again: everything; products with
+# weights (norms, activations and attention are cheap); its input. None = no recomputation.
+REMAT = {
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "layers": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def prompt_positions(mask: Bool[Array, "P N"]) -> Int[Array, "P N"]:
@@ -80,7 +87,7 @@ class Decoder:
   Attributes:
     config: its shape.
     dtype: dtype of activations; parameters keep their own and are cast where they are used.
-    remat: recompute each layer in the backward pass instead of keeping its activations.
+    remat: what the backward pass recomputes instead of keeping it, a key of `REMAT`.
     lora_scale: what the product of a low-rank pair is multiplied by, alpha / rank.
     place: `(kind, array) -> array`, told how it lies: the residual stream between layers
       ("hidden"), and the embedding or head where it is used ("table"). See `sharding.placer`.
@@ -88,7 +95,7 @@ class Decoder:
 
   config: ModelConfig
   dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str = "none"
   lora_scale: float = 1.0
   place: Callable[[str, Array], Array] = lambda kind, array: array
 
@@ -125,11 +132,13 @@ class Decoder:
     attend: Callable,
     per_layer: Any = None,
     cache: Any = None,
+    policy: Callable | None = None,
   ) -> tuple[Array, Any, Any]:
     """Final hidden states [P, S, D] of tokens [P, S], what attention keeps, and the new cache.
 
     `attend(q, k, v, window, one of per_layer, cache, layer) -> mixed, (cache, kept)`: the cache
-    goes from layer to layer. `window` is None where every layer sees everything.
+    goes from layer to layer. `window` is None where every layer sees everything. `policy` says
+    what a backward pass finds of a layer.
     """
     c = self.config
     scaling = c.rope_scaling
@@ -154,8 +163,8 @@ class Decoder:
       )
       return (self.place("hidden", x), cache), keep
 
-    if self.remat:
-      body = jax.checkpoint(body)
+    if policy is not None:
+      body = jax.checkpoint(body, policy=policy)
     table = self.place("table", params["embed"])
     x = table[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
     (x, cache), kept = _over_layers(body, (x, cache), params["layers"], local, per_layer)
@@ -237,6 +246,7 @@ class Decoder:
     first token of every completion is predicted by the prompt's last hidden state, the last
     token predicts nothing and is not an input.
     """
+    policy = lookup("remat", REMAT, self.remat)
     count, n = prompts.shape
     group, length = completions.shape[1], completions.shape[2] - 1
     index = jnp.arange(length)
@@ -259,6 +269,6 @@ class Decoder:
 
     tokens = jnp.concatenate([prompts, flat(completions[..., :length])], axis=1)
     positions = jnp.concatenate([in_prompt, jnp.tile(after, (1, group))], axis=1)
-    hidden, _, _ = self._layers(params, tokens, positions, attend)
+    hidden, _, _ = self._layers(params, tokens, positions, attend, policy=policy)
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
     return jnp.concatenate([first, grouped(hidden)], axis=2)
