@@ -194,6 +194,8 @@ class Programs:
       length=r.completion_length,
       temperature=r.temperature,
       pad_id=0,
+      halvings=sampling.halvings(r.completion_length),
+      blocks=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
     )
     keys = self._rows(r.prompts_per_step, r.group_size, dtype=jax.random.key(0).dtype)
     states = 2 + sum(len(text.encode()) for text in r.stop)

@@ -373,6 +373,9 @@ def _joined(first: Scored, second: Scored) -> Scored:
   def one(a, b):
     if not isinstance(a, np.ndarray):
       return a + b
+    if a.ndim == 2 and a.shape[-1] != b.shape[-1]:  # prompts, left-padded
+      width = max(a.shape[-1], b.shape[-1])
+      a, b = (np.pad(x, [(0, 0), (width - x.shape[-1], 0)]) for x in (a, b))
     if a.ndim == 3 and a.shape[-1] != b.shape[-1]:  # as many steps as the longer has
       width = max(a.shape[-1], b.shape[-1])
       fill = np.nan if a.dtype.kind == "f" else 0

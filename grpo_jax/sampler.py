@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import distributed, sampling
+from grpo_jax import distributed, sampling, sharding
 from grpo_jax.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
 
@@ -18,7 +18,7 @@ class Generated:
   """Completions of some prompts, as numbers and as text. Arrays are on the host.
 
   Attributes:
-    prompts, prompt_mask: [P, N].
+    prompts, prompt_mask: [P, N], N as in `padded_length`.
     tokens, mask, logp, entropy: [P, G, T].
     ended: [P, G], completions that stopped by themselves; the others ran into the budget.
     texts: [P][G], without the ending token and stop string.
@@ -44,10 +44,13 @@ class Sampler:
   """A model and a tokenizer, ready to complete prompts.
 
   Attributes:
-    prompt_length, completion_length: tokens; every batch is padded to them, so one program does.
+    prompt_length: tokens of the longest prompt there may be; a batch is padded to `padded_length`.
+    completion_length: tokens, the budget.
     stop: strings that end a completion, wherever token borders fall in them.
     stop_ids: ids that end a completion, besides the tokenizer's own end of text.
     prompt_sharding: layout of arrays whose first axis is prompts; None = the default device.
+    stop_table: [S, V], a table of one's own instead (`stopping.stop_table` says what it holds);
+      None = made of the stops above.
   """
 
   model: Any
@@ -57,15 +60,20 @@ class Sampler:
   stop: tuple[str, ...] = ()
   stop_ids: tuple[int, ...] = ()
   prompt_sharding: Any = None
+  stop_table: Int[np.ndarray, "S V"] | None = None
 
   def __post_init__(self) -> None:
     ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids)))
-    pieces = self.tokenizer.pieces() if self.stop else []
-    table = stop_table(pieces, self.stop, ids, self.model.config.vocab_size)
+    table, vocab = self.stop_table, self.model.config.vocab_size
+    if table is None:
+      pieces = self.tokenizer.pieces() if self.stop else []
+      table = stop_table(pieces, self.stop, ids, vocab)
+    elif table.ndim != 2 or table.shape[1] != vocab or not len(table):
+      raise ValueError(f"stop_table has shape {table.shape}, must be [S, V] with V = {vocab}")
     jitted = jax.jit(
       self._generate, static_argnames="temperature", out_shardings=self.prompt_sharding
     )
-    object.__setattr__(self, "_stop_table", table)
+    object.__setattr__(self, "_table", table)
     object.__setattr__(self, "_ends", ids)
     object.__setattr__(self, "_jitted", jitted)
 
@@ -86,11 +94,14 @@ class Sampler:
     step into several calls with the right `first_prompt` changes nothing.
     """
     tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
+    longest = distributed.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
+    start = self.prompt_length - padded_length(int(longest), self.prompt_length)
+    tokens, mask = tokens[:, start:], mask[:, start:]
     first_prompt += distributed.own_block()[0] * len(tokens)
     ids = first_prompt + np.arange(len(tokens))
     *on_device, ids = distributed.to_global((tokens, mask, ids), self.prompt_sharding)
     keys = _row_keys(key, ids, group)
-    out = self._jitted(params, *on_device, keys, self._stop_table, temperature=temperature)
+    out = self._jitted(params, *on_device, keys, self._table, temperature=temperature)
     out = distributed.to_local(out)
     texts = decode_completions(
       self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ends
@@ -108,7 +119,24 @@ class Sampler:
       length=self.completion_length,
       temperature=temperature,
       pad_id=self.tokenizer.pad_id,
+      halvings=sampling.halvings(self.completion_length),
+      blocks=sharding.blocks(self.prompt_sharding),
     )
+
+
+def padded_length(longest: int, limit: int) -> int:
+  """Tokens that a batch of prompts is padded to: quarters of `limit`, and multiples of 16.
+
+  So there are at most four programs, and a batch is padded by less than a quarter of `limit` (and
+  15 tokens) beyond its longest prompt.
+
+  >>> [padded_length(longest, 320) for longest in (1, 80, 81, 250)]
+  [80, 80, 160, 320]
+  >>> padded_length(9, 46), padded_length(40, 46), padded_length(3, 5)
+  (16, 46, 5)
+  """
+  quarter = -(-limit // 64) * 16
+  return min(-(-longest // quarter) * quarter, limit)
 
 
 _row_keys = jax.jit(sampling.row_keys, static_argnums=2)

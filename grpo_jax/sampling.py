@@ -1,8 +1,9 @@
 """Sampling: one prefill per prompt, one decode step per token for the whole group.
 
-The model is an argument with three functions: `prefill(params, tokens, mask)`,
-`decode(params, tokens, index, prefix, mask, cache)`, `empty_cache(params, P, G, T)`, and
-`head(params)`, as `models.decoder.Decoder` has them.
+The model is an argument with the functions `prefill(params, tokens, mask)`,
+`decode(params, tokens, index, prefix, mask, cache)`, `empty_cache(params, P, G, T)` and
+`head(params)`, as `models.decoder.Decoder` has them: keys and values are trees of arrays
+[..., P, N, K, Dh] (of prompts) and [..., P, G, T, K, Dh] (of completions).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax import compaction
 from grpo_jax.core.logprobs import token_logprobs
 
 
@@ -86,6 +88,18 @@ def _invert(p: Float[Array, "... n"], uniform: Float[Array, "..."]) -> Int[Array
   return jnp.sum(cumulative <= target, axis=-1)
 
 
+def halvings(length: int) -> int:
+  """How often rows are moved together in completions of up to so many tokens.
+
+  Each halving compiles one more loop, which short completions do not earn back: none below 32
+  tokens, one more with every doubling, three from 128 on.
+
+  >>> [halvings(length) for length in (6, 32, 64, 128, 4096)]
+  [0, 1, 2, 3, 3]
+  """
+  return min(max(length.bit_length() - 5, 0), 3)
+
+
 def generate(
   model: Any,
   params: Any,
@@ -97,6 +111,8 @@ def generate(
   length: int,
   temperature: float,
   pad_id: int,
+  halvings: int = 0,
+  blocks: int = 1,
 ) -> Completions:
   """Samples G completions of up to `length` tokens for each prompt.
 
@@ -108,64 +124,107 @@ def generate(
       state 0 and has ended in state S - 1. The ending token is part of it.
     temperature: 0 is greedy (the largest logit; its recorded log-probability is at temperature
       1), otherwise the softmax of logits / temperature is sampled, all of it.
+    halvings: how often at most the rows that still live move into arrays of half as many rows
+      (`compaction`); each is one more loop to compile. Completions do not depend on it.
+    blocks: equal parts of the prompts; no row moves from one into another.
 
-  The loop ends on the device as soon as every completion has stopped.
+  The loops end on the device, the last one as soon as every completion has stopped.
   """
   count, group = keys.shape
-  head, softcap = model.head(params), model.config.softcap
+  head, end = model.head(params), stop_table.shape[0] - 1
+
+  def next_token(hidden: Array, index: Any, rows: _Rows) -> _Rows:
+    drawn = _pick(hidden, head, model.config.softcap, temperature, rows.keys, index)
+    return _written(rows, index, drawn, stop_table, pad_id)
+
+  def step(prefix: Any, prompt_mask: Array, carry: tuple) -> tuple:
+    index, rows, cache = carry
+    hidden, cache = model.decode(params, rows.token, index - 1, prefix, prompt_mask, cache)
+    return index + 1, next_token(hidden, index, rows), cache
+
+  def going(places: compaction.Places, smaller: compaction.Shape | None, carry: tuple) -> Array:
+    index, rows, _ = carry
+    live = rows.state != end
+    more = (index < length) & live.any()
+    return more if smaller is None else more & ~compaction.fits(places, live, smaller)
+
   hidden, prefix = model.prefill(params, prompts, prompt_mask)
   hidden = jnp.broadcast_to(hidden[:, None], (count, group, hidden.shape[-1]))
-  shape = (count, group, length)
-
-  def pick(hidden, index):
-    """The next token of each row, its log-probability and the entropy it was drawn from."""
-    logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if softcap is not None:
-      logits = softcap * jnp.tanh(logits / softcap)
-    if temperature > 0:
-      logits = logits / temperature
-      tokens = draw(logits, _per_key(lambda key: jax.random.fold_in(key, index), keys))
-    else:
-      tokens = logits.argmax(-1)
-    logp, entropy = token_logprobs(logits, tokens)
-    return tokens.astype(jnp.int32), logp, entropy
-
-  end = stop_table.shape[0] - 1
-
-  def write(written, index, token, *measured):
-    """Puts one token and its numbers in place, nothing in rows that have ended."""
-    tokens, mask, arrays, state = written
-    done = state == end
-    token = jnp.where(done, pad_id, token)
-    tokens, mask = _put(tokens, token, index), _put(mask, ~done, index)
-    arrays = tuple(_put(a, jnp.where(done, 0.0, x), index) for a, x in zip(arrays, measured))
-    state = jnp.where(done, end, stop_table[state, token])
-    return token, (tokens, mask, arrays, state)
-
-  def step(carry):
-    index, token, written, cache = carry
-    hidden, cache = model.decode(params, token, index - 1, prefix, prompt_mask, cache)
-    token, written = write(written, index, *pick(hidden, index))
-    return index + 1, token, written, cache
-
-  def going(carry):
-    index, _, (*_, state), _ = carry
-    return (index < length) & (state != end).any()
-
-  zeros = jnp.zeros(shape)
-  blank = (
-    jnp.full(shape, pad_id, jnp.int32),
-    jnp.zeros(shape, bool),
-    (zeros, zeros),
-    jnp.zeros((count, group), stop_table.dtype),
-  )
-  token, written = write(blank, 0, *pick(hidden, 0))
-  cache = model.empty_cache(params, count, group, max(length - 1, 1))
-  carry = (jnp.int32(1), token, written, cache)
-  _, _, (tokens, mask, (logp, entropy), state), _ = jax.lax.while_loop(going, step, carry)
+  rows = next_token(hidden, 0, _no_rows(keys, length, stop_table.dtype, pad_id))
+  carry = (jnp.int32(1), rows, model.empty_cache(params, count, group, max(length - 1, 1)))
+  shape, *others = compaction.shapes(count // blocks, group, halvings)
+  places, every = compaction.start(blocks, shape), None
+  for smaller in (*others, None):
+    body = partial(step, prefix, prompt_mask)
+    index, rows, cache = jax.lax.while_loop(partial(going, places, smaller), body, carry)
+    done = (rows.state, rows.written)
+    every = done if every is None else compaction.put_home(every, places, done)
+    if smaller is not None:
+      places, moved = compaction.regroup(places, rows.state != end, smaller)
+      rows = moved.rows(rows)
+      rows = dataclasses.replace(rows, state=jnp.where(moved.taken, rows.state, end))
+      carry = (index, rows, moved.rows(cache, axis=-5))
+      prefix, prompt_mask = moved.chunks(prefix, axis=-4), moved.chunks(prompt_mask)
+  state, (tokens, mask, logp, entropy) = every
   return Completions(tokens=tokens, mask=mask, ended=state == end, logp=logp, entropy=entropy)
 
 
-def _put(array: jax.Array, values: jax.Array, index: jax.Array | int) -> jax.Array:
-  """`array[:, :, index] = values`."""
-  return jax.lax.dynamic_update_slice_in_dim(array, values[..., None], index, axis=2)
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["keys", "token", "state", "written"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """What the loops know of each row, [C, g] or [C, g, T].
+
+  Attributes:
+    token: the one drawn last.
+    state: in the table of stops.
+    written: tokens, mask, logp and entropy, as in `Completions`.
+  """
+
+  keys: Any
+  token: Any
+  state: Any
+  written: tuple[Any, Any, Any, Any]
+
+
+def _no_rows(keys: jax.Array, length: int, state_dtype: Any, pad_id: int) -> _Rows:
+  """Before the first token."""
+  shape = (*keys.shape, length)
+  zeros, none = jnp.zeros(shape), jnp.zeros(keys.shape, jnp.int32)
+  written = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), zeros, zeros)
+  return _Rows(keys, none, none.astype(state_dtype), written)
+
+
+def _pick(
+  hidden: Float[Array, "C g D"],
+  head: Float[Array, "D V"],
+  softcap: float | None,
+  temperature: float,
+  keys: jax.Array,
+  index: Any,
+) -> tuple[Int[Array, "C g"], Float[Array, "C g"], Float[Array, "C g"]]:
+  """Token number `index` of each row, its log-probability and the entropy it was drawn from."""
+  logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
+  if temperature > 0:
+    logits = logits / temperature
+    tokens = draw(logits, _per_key(lambda key: jax.random.fold_in(key, index), keys))
+  else:
+    tokens = logits.argmax(-1)
+  return tokens.astype(jnp.int32), *token_logprobs(logits, tokens)
+
+
+def _written(rows: _Rows, index: Any, drawn: tuple, stop_table: Array, pad_id: int) -> _Rows:
+  """With one token and its numbers in place; nothing in rows that have ended."""
+  end = stop_table.shape[0] - 1
+  done = rows.state == end
+  token, logp, entropy = (jnp.where(done, no, x) for no, x in zip((pad_id, 0.0, 0.0), drawn))
+  written = tuple(
+    jax.lax.dynamic_update_slice_in_dim(array, values[..., None], index, axis=2)
+    for array, values in zip(rows.written, (token, ~done, logp, entropy))
+  )
+  return _Rows(rows.keys, token, jnp.where(done, end, stop_table[rows.state, token]), written)

@@ -35,7 +35,8 @@ ALLOWED = {
     "grpo_jax.models.checkpoints grpo_jax.models.files transformers tokenizers numpy jaxtyping"
   ),
   "grpo_jax.data": "grpo_jax.tasks grain numpy",
-  "grpo_jax.sampling": "grpo_jax.core jax numpy jaxtyping",
+  "grpo_jax.compaction": "jax jaxtyping",
+  "grpo_jax.sampling": "grpo_jax.core grpo_jax.compaction jax numpy jaxtyping",
   "grpo_jax.train_step": "grpo_jax.core jax numpy jaxtyping optax",
   "grpo_jax.config": "ml_collections",
   "grpo_jax.workdir": "",

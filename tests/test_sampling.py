@@ -35,8 +35,10 @@ def params():
   return params | {"embed": params["embed"] * 0.9}
 
 
-@partial(jax.jit, static_argnames=("length", "temperature", "pad_id"))
-def run(params, prompts, mask, keys, stop, *, length=5, temperature=1.0, pad_id=2):
+@partial(jax.jit, static_argnames=("length", "temperature", "pad_id", "halvings", "blocks"))
+def run(
+  params, prompts, mask, keys, stop, *, length=5, temperature=1.0, pad_id=2, halvings=0, blocks=1
+):
   return sampling.generate(
     MODEL,
     unstack(params),
@@ -47,6 +49,8 @@ def run(params, prompts, mask, keys, stop, *, length=5, temperature=1.0, pad_id=
     length=length,
     temperature=temperature,
     pad_id=pad_id,
+    halvings=halvings,
+    blocks=blocks,
   )
 
 
@@ -196,3 +200,49 @@ def test_a_single_token_budget(params):
   out = run(params, PROMPTS, MASK, keys(0), STOP, length=1)
   longer = run(params, PROMPTS, MASK, keys(0), STOP, length=5)
   np.testing.assert_array_equal(out.tokens[..., 0], longer.tokens[..., 0])
+
+
+@pytest.mark.parametrize(("halvings", "blocks"), [(3, 1), (1, 3)])
+def test_moving_rows_together_changes_nothing(params, halvings, blocks):
+  """Against the plain loop, where rows end one by one, all at once, and not at all."""
+  for stop in (stop_at(2, 5, 6), stop_at(*range(23)), stop_at(22)):
+    plainly, packed = (
+      run(params, PROMPTS, MASK, keys(0), stop, length=20, pad_id=1, **how)
+      for how in ({}, {"halvings": halvings, "blocks": blocks})
+    )
+    for name in ("tokens", "mask", "ended"):
+      np.testing.assert_array_equal(getattr(packed, name), getattr(plainly, name), err_msg=name)
+    np.testing.assert_allclose(packed.logp, plainly.logp, atol=1e-5)
+    np.testing.assert_allclose(packed.entropy, plainly.entropy, atol=1e-5)
+
+
+def test_rows_that_have_ended_stop_costing(params):
+  """Every decode step computes the smallest shape that holds the rows which still live."""
+  decoded = []
+
+  class Counting(Decoder):
+    def decode(self, params, tokens, index, *rest):
+      jax.debug.callback(lambda i: decoded.append((int(i), tokens.shape)), index)
+      return super().decode(params, tokens, index, *rest)
+
+  out = jax.jit(
+    lambda p: sampling.generate(
+      Counting(CONFIG), p, PROMPTS, MASK, keys(1), stop_at(2, 5),
+      length=20, temperature=1.0, pad_id=0, halvings=3,
+    )
+  )(params)  # fmt: skip
+  jax.effects_barrier()
+  lengths = np.asarray(out.mask).sum(-1)
+  shapes = [(3, 4), (6, 1), (3, 1), (2, 1)]
+  want, at = [], 0
+  for index in range(lengths.max() - 1):
+    live = (lengths > index + 1).sum(-1)  # which need the token after number `index`
+    while at + 1 < len(shapes):
+      chunks, width = shapes[at + 1]
+      if sum(-(-int(n) // width) for n in live) > chunks:
+        break
+      at += 1
+    want.append((index, shapes[at]))
+  assert sorted(decoded) == want
+  assert at == len(shapes) - 1
+  assert sum(chunks * width for _, (chunks, width) in want) < 0.7 * 12 * len(want)

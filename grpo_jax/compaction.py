@@ -1,0 +1,158 @@
+"""Rows that still live, moved together, so that those that have ended stop costing.
+
+Completions lie as [C, g]: C chunks of g of the same prompt, which a chunk reads once. At first a
+chunk is a whole group. When few enough rows live, they go into chunks that are fewer or smaller,
+in arrays of the next static shape. The batch is cut into S blocks, one for each part of the devices
+that prompts are split over, and no row leaves its block.
+
+Axes: S blocks, C chunks of a block, g completions of a chunk. A program holds chunks of all blocks
+one after another, as [S C, g].
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+_NOWHERE = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Room for `chunks` x `width` rows in each block."""
+
+  chunks: int
+  width: int
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["prompt", "home"], meta_fields=["count"])
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Which completion each row is.
+
+  Attributes:
+    prompt: [S, C], number of each chunk's prompt in its block; chunks with rows come in its order.
+    home: [S, C, g], number of the completion in its block, prompt after prompt; `_NOWHERE` where
+      a place is empty.
+    count: prompts of a block.
+  """
+
+  prompt: Int[Array, "S C"]
+  home: Int[Array, "S C g"]
+  count: int
+
+
+def shapes(prompts: int, group: int, halvings: int) -> list[Shape]:
+  """The shapes of a block on its way, each with half the rows of the one before, down to one row.
+
+  Chunks get small faster than rows get few: with g = G / 2 a prompt of which slightly more than
+  half lives would need two.
+
+  >>> [(one.chunks, one.width) for one in shapes(4, 8, halvings=9)]
+  [(4, 8), (8, 2), (8, 1), (4, 1), (2, 1), (1, 1)]
+  """
+  found, rows = [Shape(prompts, group)], prompts * group
+  for i in range(halvings):
+    rows = -(-rows // 2)
+    width = max(group >> (i + 2), 1)
+    one = Shape(-(-rows // width), width)
+    if one == found[-1]:
+      break
+    found.append(one)
+  return found
+
+
+def start(blocks: int, shape: Shape) -> Places:
+  """Every group is a chunk."""
+  size = (blocks, shape.chunks, shape.width)
+  home = jnp.arange(shape.chunks * shape.width, dtype=jnp.int32).reshape(size[1:])
+  prompt = jnp.arange(shape.chunks, dtype=jnp.int32)
+  return Places(jnp.broadcast_to(prompt, size[:2]), jnp.broadcast_to(home, size), shape.chunks)
+
+
+def fits(places: Places, live: Bool[Array, "SC g"], shape: Shape) -> Bool[Array, ""]:
+  """Whether the rows that live have room in that shape, in every block."""
+  needed = -(-_alive(places, live) // shape.width)
+  return (needed.sum(-1) <= shape.chunks).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+  """The way from one shape to the next.
+
+  Attributes:
+    source: [S, C g], for each new row the number of the old one in its block.
+    chunk: [S, C], the same of chunks.
+    taken: [S C, g], new rows that are one; the others are copies that nobody asked for.
+  """
+
+  source: Int[Array, "S n"]
+  chunk: Int[Array, "S C"]
+  taken: Bool[Array, "SC g"]
+
+  def rows(self, tree: Any, axis: int = 0) -> Any:
+    """The rows of arrays that have [S C, g] from `axis` on, as [S C', g']."""
+    shape = (-1, self.taken.shape[-1])
+    return jax.tree.map(lambda a: _take(a, self.source, axis, 2, shape), tree)
+
+  def chunks(self, tree: Any, axis: int = 0) -> Any:
+    """The chunks of arrays that have [S C] at `axis`, as [S C']."""
+    return jax.tree.map(lambda a: _take(a, self.chunk, axis, 1, (-1,)), tree)
+
+
+def regroup(places: Places, live: Bool[Array, "SC g"], shape: Shape) -> tuple[Places, Move]:
+  """The rows that live, put into that shape, which they must fit."""
+
+  def one(prompt, home, live, alive):  # [C], [n], [n], [P]
+    chunks = -(-alive // shape.width)
+    before, own = (jnp.cumsum(a) - a for a in (chunks, alive))
+    of = jnp.repeat(prompt, live.size // prompt.size)
+    # Living rows of a prompt follow each other, so that counts before them give their rank in it.
+    place = before[of] * shape.width + jnp.cumsum(live) - 1 - own[of]
+    size = shape.chunks * shape.width
+    source = jnp.full(size, live.size).at[jnp.where(live, place, size)]
+    source = source.set(jnp.arange(live.size), mode="drop")
+    taken, source = source < live.size, jnp.minimum(source, live.size - 1)
+    return source, jnp.where(taken, home[source], _NOWHERE), taken
+
+  alive = _alive(places, live)
+  blocks, _, width = places.home.shape
+  flat = (places.home.reshape(blocks, -1), live.reshape(blocks, -1))
+  source, home, taken = jax.vmap(one)(places.prompt, *flat, alive)
+  chunk = source[:, :: shape.width] // width
+  prompt = jnp.take_along_axis(places.prompt, chunk, axis=1)
+  places = Places(prompt, home.reshape(blocks, shape.chunks, shape.width), places.count)
+  return places, Move(source, chunk, taken.reshape(-1, shape.width))
+
+
+def put_home(tree: Any, places: Places, rows: Any) -> Any:
+  """`tree` [S P, G, ...] with the rows [S C, g, ...] written where they belong."""
+
+  def one(all_rows: Array, some: Array) -> Array:
+    blocks = places.home.shape[0]
+    every = all_rows.reshape(blocks, -1, *all_rows.shape[2:])
+    some = some.reshape(blocks, -1, *some.shape[2:])
+    home = places.home.reshape(blocks, -1)
+    put = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))(every, home, some)
+    return put.reshape(all_rows.shape)
+
+  return jax.tree.map(one, tree, rows)
+
+
+def _alive(places: Places, live: Bool[Array, "SC g"]) -> Int[Array, "S P"]:
+  """Rows of each prompt that live."""
+  per_chunk = live.sum(-1, dtype=jnp.int32).reshape(places.prompt.shape)
+  zeros = jnp.zeros((places.prompt.shape[0], places.count), jnp.int32)
+  return jax.vmap(lambda a, i, n: a.at[i].add(n))(zeros, places.prompt, per_chunk)
+
+
+def _take(array: Array, index: Array, axis: int, axes: int, shape: tuple[int, ...]) -> Array:
+  """Along `axes` axes from `axis` on, which hold the blocks one after another."""
+  axis %= array.ndim
+  before, after = array.shape[:axis], array.shape[axis + axes :]
+  blocked = array.reshape(*before, index.shape[0], -1, *after)
+  pick = jax.vmap(lambda a, i: jnp.take(a, i, axis=axis), (axis, 0), axis)
+  return pick(blocked, index).reshape(*before, *shape, *after)
