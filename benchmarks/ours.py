@@ -130,10 +130,8 @@ def tokens_of(batch: Batch) -> dict[str, int]:
 
 def endless(sampler: Sampler) -> Sampler:
   """The sampler with stops that no token reaches: every completion has the full length."""
-  sampler = dataclasses.replace(sampler)
-  never = np.zeros_like(np.asarray(sampler._stop_table))
-  object.__setattr__(sampler, "_stop_table", never)
-  return sampler
+  never = np.zeros((2, sampler.model.config.vocab_size), np.int32)
+  return dataclasses.replace(sampler, stop_table=never)
 
 
 def about() -> dict[str, Any]:

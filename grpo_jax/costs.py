@@ -76,9 +76,10 @@ class Counter:
     self._known: dict[tuple[str, bool], tuple[Cost, Cost]] = {}
 
   def cost(self) -> tuple[Cost, Cost]:
-    """(all that runs once, one turn of the loops whose number of turns depends on the data).
+    """(all that runs once, one turn of a loop whose number of turns depends on the data).
 
-    A loop that stops early (`index < n and ...`) is of the second kind.
+    A loop that stops early (`index < n and ...`) is of the second kind; of several, the costliest
+    counts: the sampler's first, as long as no completion has ended.
     """
     return self._cost(self.module.entry, True)
 
@@ -88,7 +89,7 @@ class Counter:
       total, turn = Cost(), Cost()
       for instruction in self.module.computations[name].values():
         one, inner = self._of(instruction, self.module.computations[name], moves)
-        total, turn = total + one, turn + inner
+        total, turn = total + one, max(turn, inner, key=_weight)
       self._known[name, moves] = total, turn
     return self._known[name, moves]
 
@@ -109,7 +110,7 @@ class Counter:
     names = ("calls", "branch_computations", "true_computation", "false_computation")
     for called in i.called(*names, *(("to_apply",) if i.op == "call" else ())):
       one, inner = self._cost(called, moves and i.op in ("call", "conditional", "async-start"))
-      total, turn = total + one, turn + inner
+      total, turn = total + one, max(turn, inner, key=_weight)
     return total, turn
 
   def _turns(self, loop: Instruction, scope: dict[str, Instruction]) -> int | None:
@@ -207,6 +208,10 @@ class Counter:
       yield (scope[one.operands[1]].size if in_place else leaf.bytes) if leaf.main else 0.0
 
 
+def _weight(cost: Cost) -> tuple[float, float]:
+  return cost.bytes, cost.ops
+
+
 def _group_size(i: Instruction, partitions: int) -> int:
   """Devices that take part in a collective together; 2 stands for the pairs of a permutation."""
   if i.op.startswith("collective-permute"):
@@ -270,7 +275,8 @@ def _meetings(
 def product_ops(jaxpr: Any) -> tuple[float, float]:
   """Operations of the matrix products of a traced program, over all devices.
 
-  Returns (those that run once, those of one turn of loops that end when the data says so).
+  Returns (those that run once, those of one turn of the costliest loop that ends when the data
+  says so).
 
   >>> import jax, jax.numpy as jnp
   >>> function = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)[0]
@@ -285,12 +291,12 @@ def product_ops(jaxpr: Any) -> tuple[float, float]:
       once += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in summed)
     inner = [product_ops(part) for part in _inner(equation)]
     if equation.primitive.name == "while":
-      turn += sum(a + b for a, b in inner)
+      turn = max(turn, sum(a + b for a, b in inner))
     elif inner:
       times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
       combine = max if equation.primitive.name == "cond" else sum
       once += times * combine(a for a, _ in inner)
-      turn += times * combine(b for _, b in inner)
+      turn = max(turn, *(times * b for _, b in inner))
   return once, turn
 
 

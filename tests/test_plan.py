@@ -57,6 +57,19 @@ def test_a_loop_that_data_ends_is_counted_apart():
   assert costs.product_ops(jax.make_jaxpr(function)(x).jaxpr) == (2 * 16**3, 2 * 2 * 16**3)
 
 
+def test_of_several_open_loops_the_costliest_counts():
+  def function(x):
+    for rows in (16, 8):
+      going = lambda c: (c[0] < 9) & (c[1].sum() < 1e6)
+      x = jax.lax.while_loop(going, lambda c: (c[0] + 1, c[1] @ c[1].T @ c[1]), (0, x[:rows]))[1]
+    return x
+
+  x = jnp.ones((16, 16))
+  _, turn = costs.Counter(jax.jit(function).lower(x).compile().as_text()).cost()
+  assert turn.ops == 2 * 2 * 16**3
+  assert costs.product_ops(jax.make_jaxpr(function)(x).jaxpr) == (0, 2 * 2 * 16**3)
+
+
 def test_collectives_and_what_a_device_sends():
   """A sum of [4, 6] float32 over 4 devices: a ring sends 2 * 3/4 of it; a gather 3 times a part."""
   mesh = sharding.make_mesh((4, 1, 1), jax.devices()[:4])
