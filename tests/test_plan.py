@@ -58,9 +58,11 @@ def test_a_loop_that_data_ends_is_counted_apart():
 
 
 def test_of_several_open_loops_the_costliest_counts():
+  def going(carry):
+    return (carry[0] < 9) & (carry[1].sum() < 1e6)
+
   def function(x):
     for rows in (16, 8):
-      going = lambda c: (c[0] < 9) & (c[1].sum() < 1e6)
       x = jax.lax.while_loop(going, lambda c: (c[0] + 1, c[1] @ c[1].T @ c[1]), (0, x[:rows]))[1]
     return x
 
