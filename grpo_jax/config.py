@@ -100,6 +100,7 @@ def default_config() -> ConfigDict:
   c.train.epochs = 1  # times that each rollout is gone through
   c.train.mini_batches = 1  # updates each time, on equal parts of the prompts in a new order
   c.train.micro_batches = 1  # parts that an update is computed in; changes memory only
+  c.train.micro_batch_tokens = 0  # more parts, until a device has no more tokens at once; 0 = any
 
   c.mesh = ConfigDict()  # devices along each axis; one of them may be -1, the rest
   c.mesh.data = -1
@@ -179,7 +180,8 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   for name in ("eval.batch_prompts", "checkpoint.every", "checkpoint.keep",
                "train.micro_batches", "train.mini_batches", "train.epochs"):  # fmt: skip
     need(_get(c, name) >= 1, name, "at least 1")
-  for name in ("rollout.max_refills", "rewards.workers", "reference.sync_every", "lora.rank"):
+  for name in ("rollout.max_refills", "rewards.workers", "reference.sync_every", "lora.rank",
+               "train.micro_batch_tokens"):  # fmt: skip
     need(_get(c, name) >= 0, name, "at least 0")
   need(c.hosts.heartbeat >= 1, "hosts.heartbeat", "at least 1 second")
   need(c.hosts.wait > 0, "hosts.wait", "above 0 seconds")

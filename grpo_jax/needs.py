@@ -104,8 +104,8 @@ def make_plan(
   memory, work = {}, {}
   for name in ("update", *(["score"] if scores else []), "arrange", "sample"):
     key = (name, *p.mesh.shape.values())
-    key += (c.model.remat,) if name in ("update", "score") else ()
-    key += (c.train.micro_batches,) if name == "update" else ()
+    if name in ("update", "score"):
+      key += (c.model.remat, c.train.micro_batches, c.train.micro_batch_tokens)
     if key not in known:
       say(f"compiling {name} ...")
       known[key] = compile_part(p, name)

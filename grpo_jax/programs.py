@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from grpo_jax import build, rollout, sampling, sharding, tasks, tokens
+from grpo_jax import budget, build, rollout, sampling, sharding, tasks, tokens
 from grpo_jax import config as configs
 from grpo_jax.chips import Topology
 from grpo_jax.core.algorithms import Algorithm
@@ -160,11 +160,22 @@ class Programs:
       self.optimizer,
       lambda count: c.optimizer.learning_rate,
       temperature=c.rollout.temperature,
-      micro_batches=c.train.micro_batches,
+      micro_batches=self._micro_batches(c.train.mini_batches, c.train.micro_batches),
       join=join,
     )
     batch = self.batch(c.rollout.prompts_per_step // c.train.mini_batches)
     return step, (self.state, batch, self.frozen)
+
+  def _micro_batches(self, parts: int, least: int) -> int:
+    """Of one of so many parts of a step's prompts, none of whose completions ends early."""
+    r = self.config.rollout
+    return budget.micro_batches(
+      r.prompts_per_step // parts,
+      self.prompt_length + r.group_size * r.completion_length,
+      budget=self.config.train.micro_batch_tokens,
+      blocks=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+      least=least,
+    )
 
   def score(self) -> tuple[Any, tuple]:
     """(the jitted log-probs under a reference or the old parameters, its arguments)."""
@@ -173,7 +184,7 @@ class Programs:
     score = make_score(
       self.model,
       temperature=c.rollout.temperature,
-      micro_batches=c.train.micro_batches * c.train.mini_batches,
+      micro_batches=self._micro_batches(1, c.train.micro_batches * c.train.mini_batches),
       join=join,
     )
     batch = self.batch(c.rollout.prompts_per_step, finished=False)

@@ -29,6 +29,8 @@ from grpo_jax.tasks.workers import Scorer, Scores
 from grpo_jax.tokens import AnyTokenizer, encode_prompt, encode_prompts
 from grpo_jax.train_step import Batch
 
+SHORTEST = 16  # tokens; padding is not cut off below that
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
@@ -87,6 +89,7 @@ def collect(
   Prompts whose advantages are all 0 have no gradient. Where there is no KL term to give them one,
   they are left out of the batch, which is then filled up to a multiple of `bucket` prompts with
   empty ones: the update costs less and is the same, because the token weights are made before.
+  For the same reason the padding is cut off that all of its prompts and completions share.
 
   Args:
     draw: refill number -> the examples of this host, P over all; 0 gives those of the step.
@@ -118,7 +121,9 @@ def collect(
     scored, order[rows], sampler, algorithm, reward_weights, mask_truncated=mask_truncated
   )
   if algorithm.beta == 0:
+    rows = rows[signal]
     batch = select(batch, np.flatnonzero(signal), bucket)
+  batch, measured["update/padded"] = trim(batch, seen["prompt_tokens"][rows], seen["lengths"][rows])
   samples = distributed.gathered_json(
     records(
       scored.prompts,
@@ -230,6 +235,42 @@ def _select(batch: Batch, rows: jax.Array, real: jax.Array, layout: Any) -> Batc
   return dataclasses.replace(
     batch, mask=batch.mask & real, weights=jnp.where(real, batch.weights, 0.0)
   )
+
+
+def trim(
+  batch: Batch, prompt_tokens: Int[np.ndarray, "P"], lengths: Int[np.ndarray, "P G"]
+) -> tuple[Batch, float]:
+  """A batch without the padding that all its rows share, and the share of padding that is left.
+
+  Prompts lose slots at their beginning, completions at their end, down to a size of `sizes`.
+
+  Args:
+    prompt_tokens, lengths: of the real rows of the batch.
+  """
+  group, most = batch.mask.shape[1], (batch.prompts.shape[1], batch.mask.shape[2])
+  used = (prompt_tokens.max(initial=0), lengths.max(initial=0))
+  n, t = (min(size for size in sizes(full) if size >= least) for full, least in zip(most, used))
+  left = 1 - (prompt_tokens.sum() + lengths.sum()) / (len(batch.mask) * (n + group * t))
+  return batch if (n, t) == most else _trim(batch, n, t, batch.mask.sharding), float(left)
+
+
+def sizes(full: int) -> list[int]:
+  """The lengths that the update is compiled for: halves of the longest, thrice at most.
+
+  >>> sizes(512), sizes(36), sizes(5)
+  ([512, 256, 128, 64], [36, 18], [5])
+  """
+  return [full] + [n for i in (1, 2, 3) if (n := -(-full // 2**i)) >= SHORTEST]
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _trim(batch: Batch, n: int, t: int, layout: Any) -> Batch:
+  cut = {"prompts": batch.prompts[:, -n:], "prompt_mask": batch.prompt_mask[:, -n:]}
+  for field in dataclasses.fields(batch):
+    array = getattr(batch, field.name)
+    if field.name not in cut and array is not None and array.ndim == 3:
+      cut[field.name] = array[..., :t]
+  return _laid_out(dataclasses.replace(batch, **cut), layout)
 
 
 def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> Iterator[Batch]:

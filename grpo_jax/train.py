@@ -12,13 +12,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import checkpoint, cluster, data, distributed, metrics, rollout
+from grpo_jax import budget, checkpoint, cluster, data, distributed, metrics, rollout, sharding
 from grpo_jax import config as configs
 from grpo_jax import workdir as workdirs
 from grpo_jax.build import Run, build, make_scorer
@@ -39,7 +40,7 @@ from grpo_jax.train_step import (
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
 FREE = (
   *("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
-  *("model.remat", "train.micro_batches"),
+  *("model.remat", "train.micro_batches", "train.micro_batch_tokens"),
 )
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
@@ -183,18 +184,25 @@ def _learner(c: ConfigDict, r: Run, frozen: Any) -> Callable[..., tuple[TrainSta
   has a KL term, or several updates that move away from the parameters that sampled.
   """
   model, temperature = r.model, c.rollout.temperature
-  update = make_train_step(
+  update_of = partial(
+    make_train_step,
     model,
     r.algorithm,
     r.optimizer,
     r.schedule,
     temperature=temperature,
-    micro_batches=c.train.micro_batches,
     join=r.join,
   )
+  score_of = partial(make_score, model, temperature=temperature, join=r.join)
+  limits = {
+    "budget": c.train.micro_batch_tokens,
+    "blocks": sharding.blocks(r.sampler.prompt_sharding),
+  }
+  least = c.train.micro_batches
+  update = budget.within(lambda n: update_of(micro_batches=n), least=least, **limits)
   # As many prompts at a time as in the update, so that it needs no more memory.
-  parts = c.train.micro_batches * c.train.mini_batches
-  score = make_score(model, temperature=temperature, micro_batches=parts, join=r.join)
+  least *= c.train.mini_batches
+  score = budget.within(lambda n: score_of(micro_batches=n), least=least, **limits)
   several = c.train.epochs * c.train.mini_batches > 1
   has_kl, sync_every = r.algorithm.beta > 0, c.reference.sync_every
   fixed = None

@@ -40,6 +40,7 @@ ALLOWED = {
   "grpo_jax.train_step": "grpo_jax.core jax numpy jaxtyping optax",
   "grpo_jax.config": "ml_collections",
   "grpo_jax.workdir": "",
+  "grpo_jax.budget": "",
   "grpo_jax.signals": "grpo_jax.distributed",
   "grpo_jax.cluster": "jax",
   "grpo_jax.distributed": "grpo_jax.cluster grpo_jax.sharding jax numpy",

@@ -218,3 +218,64 @@ def test_a_step_ends_with_the_token_that_brings_the_text_there():
   assert found[4] == 7
   assert found[5] == 8  # beyond the text: the last token
   assert found == sorted(found)
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def padded_batch(n=40, t=40):
+  """Prompts of 3 to 9 tokens and completions of up to 10, in room for 40 and 40."""
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(1, 11, (4, 3))
+  lengths[1, 2] = 10
+  prompt_tokens = np.array([3, 9, 4, 6])
+  mask = np.arange(t) < lengths[..., None]
+  batch = rollout.Batch(
+    prompts=jnp.asarray(rng.integers(0, 256, (4, n))),
+    prompt_mask=jnp.asarray(np.arange(n) >= n - prompt_tokens[:, None]),
+    completions=jnp.asarray(rng.integers(0, 256, (4, 3, t))),
+    mask=jnp.asarray(mask),
+    advantages=jnp.asarray(rng.normal(size=(4, 3, t)), jnp.float32),
+    weights=jnp.asarray(mask / mask.sum(), jnp.float32),
+    sampler_logp=jnp.asarray(-rng.random((4, 3, t)), jnp.float32),
+  )
+  return batch, prompt_tokens, lengths
+
+
+def test_shared_padding_is_cut_off_and_changes_no_update(params):
+  batch, prompt_tokens, lengths = padded_batch()
+  short, padded = rollout.trim(batch, prompt_tokens, lengths)
+  # halves of 40 are 20 and 10, and 10 is less than the least, 16
+  assert short.prompts.shape == short.prompt_mask.shape == (4, 20)
+  assert {a.shape for a in (short.completions, short.mask, short.weights)} == {(4, 3, 20)}
+  assert short.advantages.shape == short.sampler_logp.shape == (4, 3, 20)
+  assert padded == pytest.approx(1 - (3 + 9 + 4 + 6 + lengths.sum()) / (4 * (20 + 3 * 20)))
+  np.testing.assert_array_equal(short.prompts, batch.prompts[:, 20:])
+  (got, metrics), (want, whole) = (update(params, b, ALGORITHMS["dapo"]) for b in (short, batch))
+  assert optax.tree.norm(want) > 1e-3
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  for name, value in whole.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_no_token_is_cut_off():
+  batch, prompt_tokens, lengths = padded_batch()
+  for longest, kept in ((20, 20), (21, 40), (40, 40)):
+    long = np.where(lengths == 10, longest, lengths)
+    assert rollout.trim(batch, prompt_tokens, long)[0].mask.shape[-1] == kept
+    assert rollout.trim(batch, np.array([1, 2, 3, longest]), lengths)[0].prompts.shape[-1] == kept
+  same, padded = rollout.trim(batch, np.array([40] * 4), np.full((4, 3), 40))
+  assert same is batch
+  assert padded == 0
+  nothing, padded = rollout.trim(batch, np.array([], int), np.zeros((0, 3), int))
+  assert (nothing.mask.shape, padded) == ((4, 3, 20), 1)
+
+
+def test_the_padded_share_is_measured(params):
+  out = collect(params, bucket=3)
+  lengths, spread = out.scored.out.lengths, rollout.has_spread(out.scored.scores.total)
+  assert spread.sum() == 4
+  # in the update: four prompts of two tokens, in a batch of six with room for 4 + 4 * 6 tokens
+  want = 1 - (4 * 2 + lengths[spread].sum()) / (6 * (4 + 4 * 6))
+  assert out.measured["update/padded"] == pytest.approx(want)
