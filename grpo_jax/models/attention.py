@@ -4,6 +4,8 @@ Axes: P prompts, G completions per prompt, S queries, N prompt tokens, H query h
 heads, d head width.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -12,6 +14,9 @@ from grpo_jax.core.types import Array
 
 KeysValues = tuple[Array, Array]
 
+# Scores of one head and sequence, queries x keys: up to how many they are computed all at once, and
+# how many at a time where there are more.
+AT_ONCE, BLOCK = 2**22, 2**19
 MASKED = -1e30  # finite, so that a query without any visible key gives numbers, not NaN
 
 
@@ -57,6 +62,30 @@ def group_attention(
     mixed = jnp.einsum("pgkrtn,pnkd->pgtkrd", to_prefix, prefix[1])
     mixed += jnp.einsum("pgkrts,pgskd->pgtkrd", to_own, v)
   return mixed.reshape(prompts, group, length, heads, dim)
+
+
+def over_queries(
+  attend: Callable[[Array, Array], Array], q: Float[Array, "P G S H d"], keys: int
+) -> Float[Array, "P G S H d"]:
+  """`attend(q, arange(S))`, for long sequences in blocks of queries, each of which sees all keys.
+
+  The backward pass recomputes a block's scores, so that memory grows with queries + keys and not
+  with their product (Rabe and Staats 2021, arXiv 2112.05682, with whole rows of scores).
+
+  Args:
+    attend: queries [P, G, B, H, d] and their numbers [B] -> what they see, [P, G, B, H, d].
+    keys: how many keys a query meets.
+  """
+  length = q.shape[2]
+  if length * keys <= AT_ONCE:
+    return attend(q, jnp.arange(length))
+  size = max(BLOCK // keys, 1)
+  count = -(-length // size)
+  whole = jnp.pad(q, [(0, 0), (0, 0), (0, count * size - length), (0, 0), (0, 0)])
+  blocks = jnp.moveaxis(whole.reshape(*q.shape[:2], count, size, *q.shape[3:]), 2, 0)
+  numbers = jnp.minimum(jnp.arange(count * size), length - 1).reshape(count, size)
+  mixed = jax.lax.map(jax.checkpoint(lambda block: attend(*block)), (blocks, numbers))
+  return jnp.moveaxis(mixed, 0, 2).reshape(whole.shape)[:, :, :length]
 
 
 def near(

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.core.types import Array, lookup
-from grpo_jax.models.attention import group_attention, near
+from grpo_jax.models.attention import group_attention, near, over_queries
 from grpo_jax.models.block import Block, ModelConfig, rms_norm
 from grpo_jax.models.rope import frequencies, rotation
 
@@ -178,10 +178,13 @@ class Decoder:
 
   def _mix_prompt(self, q: Array, k: Array, v: Array, mask: Array, window: Any) -> Array:
     """Causal attention among the real tokens of a prompt."""
-    index = jnp.arange(q.shape[1])
-    visible = near(jnp.tril(jnp.ones((index.size,) * 2, bool)), index, index, window)
-    visible = (visible & mask[:, None, :])[:, None, None, None]
-    return self._mix(q[:, None], (k[:, None], v[:, None]), visible)[:, 0]
+    slots = jnp.arange(k.shape[1])
+
+    def mix(q, at):
+      visible = near(at[:, None] >= slots, at, slots, window) & mask[:, None, :]
+      return self._mix(q, (k[:, None], v[:, None]), visible[:, None, None, None])
+
+    return over_queries(mix, q[:, None], slots.size)[:, 0]
 
   def prefill(
     self, params: Params, tokens: Int[Array, "P N"], mask: Bool[Array, "P N"]
@@ -251,14 +254,18 @@ class Decoder:
     group, length = completions.shape[1], completions.shape[2] - 1
     index = jnp.arange(length)
     in_prompt = prompt_positions(prompt_mask)
-    after = prompt_mask.sum(-1)[:, None] + index
+    start = prompt_mask.sum(-1)[:, None]
 
     def attend(q, k, v, window, *_):
       first = self._mix_prompt(q[:, :n], k[:, :n], v[:, :n], prompt_mask, window)
-      causal = near(jnp.tril(jnp.ones((length, length), bool)), index, index, window)
-      seen = near(prompt_mask[:, None], after, in_prompt, window)
       own, prefix = (grouped(k), grouped(v)), (k[:, :n], v[:, :n])
-      mixed = self._mix(grouped(q), own, causal, prefix, seen)
+
+      def mix(q, at):
+        causal = near(at[:, None] >= index, at, index, window)
+        seen = near(prompt_mask[:, None], start + at, in_prompt, window)
+        return self._mix(q, own, causal, prefix, seen)
+
+      mixed = over_queries(mix, grouped(q), n + length)
       return jnp.concatenate([first, flat(mixed)], axis=1), (None, None)
 
     def grouped(x):  # [P, N + G T', ...] -> [P, G, T', ...]
@@ -268,7 +275,7 @@ class Decoder:
       return x.reshape(count, group * length, *x.shape[3:])
 
     tokens = jnp.concatenate([prompts, flat(completions[..., :length])], axis=1)
-    positions = jnp.concatenate([in_prompt, jnp.tile(after, (1, group))], axis=1)
+    positions = jnp.concatenate([in_prompt, jnp.tile(start + index, (1, group))], axis=1)
     hidden, _, _ = self._layers(params, tokens, positions, attend, policy=policy)
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
     return jnp.concatenate([first, grouped(hidden)], axis=2)

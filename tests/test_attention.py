@@ -1,0 +1,128 @@
+"""Attention of a group, all at once and in blocks of queries, against one query after another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.models import attention
+from grpo_jax.models.attention import group_attention, near, over_queries
+from grpo_jax.models.decoder import Decoder, ModelConfig
+
+P, G, S, N, H, K, D = 2, 2, 7, 5, 4, 2, 3
+PROMPT_MASK = np.array([[False, False, True, True, True], [True] * 5])  # left-padded
+CASES = {"plain": (None, None), "softcap": (1.5, None), "window": (None, 3), "both": (0.7, 5)}
+
+
+def arrays():
+  rng = np.random.default_rng(0)
+  shapes = ((P, G, S, H, D), (P, G, S, K, D), (P, G, S, K, D), (P, N, K, D), (P, N, K, D))
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def one_query_after_another(q, k, v, prefix_k, prefix_v, softcap, window):
+  """In float64, from the definition: a softmax over the keys that a query sees."""
+  out = np.zeros((P, G, S, H, D))
+  for p, g, s, h in np.ndindex(P, G, S, H):
+    seen = np.flatnonzero(PROMPT_MASK[p])
+    keys = [*prefix_k[p, seen, h // (H // K)], *k[p, g, : s + 1, h // (H // K)]]
+    values = [*prefix_v[p, seen, h // (H // K)], *v[p, g, : s + 1, h // (H // K)]]
+    if window:
+      keys, values = keys[-window:], values[-window:]
+    scores = np.array(keys) @ q[p, g, s, h] / np.sqrt(D)
+    if softcap:
+      scores = softcap * np.tanh(scores / softcap)
+    weights = np.exp(scores)
+    out[p, g, s, h] = weights / weights.sum() @ np.array(values)
+  return out
+
+
+def group(q, k, v, prefix_k, prefix_v, softcap, window):
+  """As the decoder asks for it."""
+  count, slots = PROMPT_MASK.sum(-1)[:, None], jnp.arange(S)
+  in_prompt = jnp.maximum(jnp.cumsum(PROMPT_MASK, -1) - 1, 0)
+
+  def attend(q, at):
+    own_mask = near(at[:, None] >= slots, at, slots, window)
+    seen = near(jnp.asarray(PROMPT_MASK)[:, None], count + at, in_prompt, window)
+    return group_attention(
+      q, (k, v), own_mask, (prefix_k, prefix_v), seen, scale=D**-0.5, softcap=softcap
+    )
+
+  return over_queries(attend, q, N + S)
+
+
+def in_blocks(monkeypatch, size, keys):
+  """Blocks of `size` queries that see `keys` keys each, however short the sequence."""
+  monkeypatch.setattr(attention, "AT_ONCE", 1)
+  monkeypatch.setattr(attention, "BLOCK", size * keys)
+
+
+@pytest.mark.parametrize("size", [None, 3])  # of seven queries: three, three and one
+@pytest.mark.parametrize(("softcap", "window"), CASES.values(), ids=CASES)
+def test_every_query_sees_its_keys(softcap, window, size, monkeypatch):
+  if size:
+    in_blocks(monkeypatch, size, N + S)
+  got = jax.jit(lambda *a: group(*a, softcap, window))(*arrays())
+  wide = [np.asarray(a, np.float64) for a in arrays()]
+  np.testing.assert_allclose(got, one_query_after_another(*wide, softcap, window), atol=1e-5)
+
+
+def test_gradients_in_blocks_are_those_of_all_at_once(monkeypatch):
+  weights = jnp.asarray(np.random.default_rng(1).normal(size=(P, G, S, H, D)), jnp.float32)
+
+  def gradients():
+    return jax.jit(jax.grad(lambda *a: jnp.sum(group(*a, 1.5, 5) * weights), range(5)))(*arrays())
+
+  whole = gradients()
+  in_blocks(monkeypatch, 2, N + S)
+  for got, want in zip(gradients(), whole, strict=True):
+    assert jnp.abs(want).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_model_in_blocks_is_the_same_model(monkeypatch):
+  """Windows of some layers, prompts with left padding, prefill, log-probs and gradients."""
+  config = ModelConfig(
+    vocab_size=37, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24,
+    window=4, local_layers=(True, False), attn_softcap=2.0,
+  )  # fmt: skip
+  model = Decoder(config, remat="dots")
+  params = model.init(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  prompts, completions = rng.integers(0, 37, (P, N)), rng.integers(0, 37, (P, G, S))
+
+  def compute():
+    def loss(params):
+      hidden = model.score(params, prompts, jnp.asarray(PROMPT_MASK), completions)
+      return jnp.sum(jnp.sin(hidden)), hidden
+
+    (_, hidden), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return hidden, gradient, model.prefill(params, prompts, jnp.asarray(PROMPT_MASK))[0]
+
+  whole = compute()
+  in_blocks(monkeypatch, 2, N)  # and one query of a completion, which sees more keys
+  for got, want in zip(jax.tree.leaves(compute()), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_grows_with_the_length_and_not_its_square(monkeypatch):
+  def temporaries(length):
+    def loss(q, k, v):
+      slots = jnp.arange(length)
+
+      def attend(q, at):
+        return group_attention(q, (k, v), at[:, None] >= slots, scale=1.0)
+
+      return jnp.sum(jnp.sin(over_queries(attend, q, length)))
+
+    shape = jax.ShapeDtypeStruct((1, 1, length, 1, 4), jnp.float32)
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(1024) > 1024**2 * 4  # all at once
+  monkeypatch.setattr(attention, "AT_ONCE", 512**2)
+  monkeypatch.setattr(attention, "BLOCK", 2**14)
+  short, long = temporaries(1024), temporaries(2048)
+  assert long < 2048**2 * 4 / 8
+  assert long < 2.5 * short
