@@ -20,6 +20,7 @@ from grpo_jax import distributed, rollout, sharding, tasks, tokens
 from grpo_jax import optimizer as optimizers
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
+from grpo_jax.guard import History
 from grpo_jax.models import lora
 from grpo_jax.models.checkpoints import Weights, open_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
@@ -73,7 +74,8 @@ class Run:
     init = jax.jit(self.optimizer.init, out_shardings=sharding.param_shardings(self.mesh, shapes))
     step = jax.device_put(jnp.int32(0), sharding.replicated(self.mesh))
     reference = jax.tree.map(jnp.copy, params) if moving_reference else None
-    return TrainState(step=step, params=params, opt_state=init(params), reference=reference)
+    history = jax.device_put(History.new(), sharding.replicated(self.mesh))
+    return TrainState(step, params, init(params), reference, history)
 
   def _adapters(self) -> Any:
     key = jax.random.key(self.seed)

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from grpo_jax import distributed
 from grpo_jax import workdir as workdirs
+from grpo_jax.guard import History
 from grpo_jax.train_step import TrainState
 
 DIGESTS = "sha256.json"
@@ -78,9 +79,18 @@ class Checkpoints:
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """The state after `step` steps, with the shapes, dtypes and layout of `like`."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
+    wanted = _tree(like)
+    if not self._holds(step, "history"):  # older than skipped updates: as if none had been seen
+      wanted.pop("history", None)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    return TrainState(**tree)
+    history = History(**tree.pop("history")) if "history" in tree else like.history
+    return TrainState(**tree, history=history)
+
+  def _holds(self, step: int, name: str) -> bool:
+    with ocp.StandardCheckpointer() as reader:
+      found = reader.metadata(self._manager.directory / str(step) / "default").item_metadata
+    return name in found
 
   def resume(self, like: TrainState, tell: Callable[[str], object]) -> tuple[int, TrainState]:
     """(steps finished, state) of the newest checkpoint without damage; (0, like) if there is none.
@@ -220,4 +230,8 @@ def _first_line(error: BaseException) -> str:
 
 def _tree(state: TrainState) -> dict[str, Any]:
   tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-  return tree if state.reference is None else tree | {"reference": state.reference}
+  if state.reference is not None:
+    tree["reference"] = state.reference
+  if state.history is not None:
+    tree["history"] = vars(state.history)
+  return tree

@@ -101,6 +101,8 @@ def default_config() -> ConfigDict:
   c.train.mini_batches = 1  # updates each time, on equal parts of the prompts in a new order
   c.train.micro_batches = 1  # parts that an update is computed in; changes memory only
   c.train.micro_batch_tokens = 0  # more parts, until a device has no more tokens at once; 0 = any
+  c.train.max_skipped = 5  # NaN or infinite updates skipped in a row, after which the run stops
+  c.train.spike = 0.0  # skip gradients of more than so many times the usual norm; 0 = never
 
   c.mesh = ConfigDict()  # devices along each axis; one of them may be -1, the rest
   c.mesh.data = -1
@@ -147,6 +149,14 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
   return config.lock()
 
 
+def from_saved(saved: dict[str, Any]) -> ConfigDict:
+  """The config that was written as JSON; fields that are newer than it have their defaults."""
+  config = default_config()
+  with config.unlocked():
+    config.update(saved)
+  return config
+
+
 def check(config: ConfigDict, device_count: int) -> list[str]:
   """What is wrong with the numbers of a config, all of it; an empty list if nothing is."""
   c, problems = config, []
@@ -178,11 +188,13 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   for name in ("eval.every", "eval.samples", "log.samples", "log.samples_every"):
     need(_get(c, name) >= 0, name, "at least 0")
   for name in ("eval.batch_prompts", "checkpoint.every", "checkpoint.keep",
-               "train.micro_batches", "train.mini_batches", "train.epochs"):  # fmt: skip
+               "train.micro_batches", "train.mini_batches", "train.epochs",
+               "train.max_skipped"):  # fmt: skip
     need(_get(c, name) >= 1, name, "at least 1")
   for name in ("rollout.max_refills", "rewards.workers", "reference.sync_every", "lora.rank",
                "train.micro_batch_tokens"):  # fmt: skip
     need(_get(c, name) >= 0, name, "at least 0")
+  need(c.train.spike == 0 or c.train.spike > 1, "train.spike", "0 (off) or above 1")
   need(c.hosts.heartbeat >= 1, "hosts.heartbeat", "at least 1 second")
   need(c.hosts.wait > 0, "hosts.wait", "above 0 seconds")
   need(c.rewards.timeout > 0, "rewards.timeout", "above 0 seconds")

@@ -103,6 +103,48 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+class Jitted:
+  """`jax.jit` of a function whose results lie where `outputs(*arguments)` says.
+
+  Left to itself the compiler names the layout of a result in its own words, `P("data")` for
+  `P(("data", "fsdp"))` where `fsdp` is 1, say; fed back in, that is another layout to `jit`, and it
+  compiles a second time.
+  """
+
+  def __init__(self, function: Callable, outputs: Callable[..., Any], **options: Any) -> None:
+    self._function, self._outputs, self._options = function, outputs, options
+    self._programs: dict[Any, Any] = {}
+
+  def _program(self, *arguments: Any) -> Any:
+    layout = self._outputs(*arguments)
+    leaves, tree = jax.tree.flatten(layout, is_leaf=lambda leaf: leaf is None)
+    key = (tree, *leaves)
+    if key not in self._programs:
+      self._programs[key] = jax.jit(self._function, out_shardings=layout, **self._options)
+    return self._programs[key]
+
+  def __call__(self, *arguments: Any) -> Any:
+    return self._program(*arguments)(*arguments)
+
+  def trace(self, *arguments: Any) -> Any:
+    """`jax.jit`'s own, for arrays or for shapes with a sharding."""
+    return self._program(*arguments).trace(*arguments)
+
+  def lower(self, *arguments: Any) -> Any:
+    """`jax.jit`'s own."""
+    return self.trace(*arguments).lower()
+
+
+def layout_of(tree: Any) -> Any:
+  """How the leaves of a tree lie on their mesh; None, which is up to the compiler, without one."""
+
+  def one(leaf: Any) -> NamedSharding | None:
+    found = getattr(leaf, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
+
+  return jax.tree.map(one, tree)
+
+
 def _fit(mesh: Mesh, spec: Any, shape: tuple[int, ...], sampling: bool) -> P:
   axes = []
   for size, axis in zip(shape, tuple(spec) + (None,) * len(shape)):

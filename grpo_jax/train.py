@@ -6,45 +6,41 @@ step, save and exit.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import budget, checkpoint, cluster, data, distributed, metrics, rollout, sharding
+from grpo_jax import checkpoint, cluster, data, distributed, metrics, rollout
 from grpo_jax import config as configs
 from grpo_jax import workdir as workdirs
 from grpo_jax.build import Run, build, make_scorer
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.forecast import describe
+from grpo_jax.learner import Learner
 from grpo_jax.signals import Signals, Stopped
 from grpo_jax.tasks.base import Example
 from grpo_jax.tasks.workers import Scorer
-from grpo_jax.train_step import (
-  Batch,
-  TrainState,
-  average,
-  make_score,
-  make_train_step,
-  move_reference,
-)
 
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
 FREE = (
   *("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
-  *("model.remat", "train.micro_batches", "train.micro_batch_tokens"),
+  *("model.remat", "train.micro_batches", "train.micro_batch_tokens", "train.max_skipped"),
 )
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
 NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it
+GAVE_UP = 3  # too many updates in a row were skipped
+
+
+class SkippedError(RuntimeError):
+  """Too many updates in a row were skipped; the text names the dumps."""
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -57,7 +53,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
   Errors: ConfigError with everything that is wrong with the config, before anything compiles;
   WorkdirError where another run uses `workdir` or what is in it is damaged; SaveError; Stopped
-  after a Ctrl-C or SIGTERM, with the finished steps saved.
+  after a Ctrl-C or SIGTERM, and SkippedError after too many skipped updates, both with the finished
+  steps saved.
   """
   c, workdir = config, Path(workdir)
   with contextlib.ExitStack() as held:
@@ -74,7 +71,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 def _train(c: ConfigDict, r: Run, workdir: Path) -> dict[str, float]:
   """The loop, from the newest checkpoint to the last step, with what has to be closed after it."""
   state, frozen = r.initial_state(moving_reference=c.reference.sync_every > 0), r.frozen_params()
-  to_sampler, learn = r.for_sampling(frozen), _learner(c, r, frozen)
+  to_sampler, learn = r.for_sampling(frozen), Learner(c, r, frozen, workdir)
   with (
     checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints,
     make_scorer(c, r) as scorer,
@@ -106,7 +103,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path) -> dict[str, float]:
           mask_truncated=c.rollout.mask_truncated,
         )
         with jax.transfer_guard("disallow"):  # what the updates need is on the device already
-          state, measured = learn(state, rolled.batch, step)
+          state, measured = learn(state, rolled.batch, step, writer.print)
         num_tokens += rolled.num_tokens
         jax.block_until_ready(state.step)
         measured |= rolled.measured | _timing(rolled.num_tokens, num_tokens, began)
@@ -115,11 +112,13 @@ def _train(c: ConfigDict, r: Run, workdir: Path) -> dict[str, float]:
         if c.log.samples_every and step % c.log.samples_every == 0:
           writer.print_samples(rolled.samples[: c.log.samples])
         done, stop = step + 1, signals.of_any_host()
-        if stop or done % c.checkpoint.every == 0 or done == c.steps:
+        if stop or learn.trouble or done % c.checkpoint.every == 0 or done == c.steps:
           late.flush()
           writer.sync()
           checkpoints.save(done, state)
         checkpoints.check()
+        if learn.trouble:
+          raise SkippedError(f"{learn.trouble}; step {done} is saved")
         if stop:
           raise Stopped(f"stopped after step {done}, which is saved", stop)
       results = _evaluate(c, r, to_sampler(state.params), scorer, c.steps, writer)
@@ -177,56 +176,6 @@ def _evaluate(
   return result.metrics
 
 
-def _learner(c: ConfigDict, r: Run, frozen: Any) -> Callable[..., tuple[TrainState, dict]]:
-  """`(state, batch, step) -> (state, metrics)`: all updates that one rollout gives.
-
-  Reference and old log-probs are computed before the first of them, and only where the algorithm
-  has a KL term, or several updates that move away from the parameters that sampled.
-  """
-  model, temperature = r.model, c.rollout.temperature
-  update_of = partial(
-    make_train_step,
-    model,
-    r.algorithm,
-    r.optimizer,
-    r.schedule,
-    temperature=temperature,
-    join=r.join,
-  )
-  score_of = partial(make_score, model, temperature=temperature, join=r.join)
-  limits = {
-    "budget": c.train.micro_batch_tokens,
-    "blocks": sharding.blocks(r.sampler.prompt_sharding),
-  }
-  least = c.train.micro_batches
-  update = budget.within(lambda n: update_of(micro_batches=n), least=least, **limits)
-  # As many prompts at a time as in the update, so that it needs no more memory.
-  least *= c.train.mini_batches
-  score = budget.within(lambda n: score_of(micro_batches=n), least=least, **limits)
-  several = c.train.epochs * c.train.mini_batches > 1
-  has_kl, sync_every = r.algorithm.beta > 0, c.reference.sync_every
-  fixed = None
-  if has_kl and not sync_every:  # adapters left out, the frozen parameters are the reference
-    fixed = r.loaded_params() if frozen is None else {}
-
-  def learn(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
-    if has_kl:
-      reference = state.reference if fixed is None else fixed
-      batch = dataclasses.replace(batch, ref_logp=score(reference, batch, frozen))
-    if several:
-      batch = dataclasses.replace(batch, old_logp=score(state.params, batch, frozen))
-    parts = rollout.mini_batches(batch, c.train.mini_batches, c.train.epochs, (c.seed, step))
-    measured = []
-    for part in parts:
-      state, metrics_of_part = update(state, part, frozen)
-      measured.append(metrics_of_part)
-    if sync_every and (step + 1) % sync_every == 0:
-      state = move_reference(state, c.reference.sync_share)
-    return state, average(measured)
-
-  return learn
-
-
 def _timing(step_tokens: int, num_tokens: int, began: float) -> dict[str, float]:
   """Seconds of the step, tokens (prompts once, and completions) per second, and in all so far."""
   seconds = time.monotonic() - began
@@ -260,6 +209,9 @@ def main(argv: list[str] | None = None) -> int:
   except distributed.HostError as error:
     print(f"error: {error}", file=sys.stderr)
     return cluster.FAILED
+  except SkippedError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return GAVE_UP
   except KeyboardInterrupt as error:
     print(f"{error or 'stopped'}; the same command continues {arguments.workdir}")
     return getattr(error, "exit_code", INTERRUPTED)

@@ -12,17 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
+from grpo_jax.guard import SKIPPED, History, judge
+from grpo_jax.sharding import Jitted, layout_of
 
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["step", "params", "opt_state", "reference"],
+  data_fields=["step", "params", "opt_state", "reference", "history"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +31,18 @@ class TrainState:
   """Everything that training changes.
 
   Attributes:
-    step: number of finished updates.
+    step: number of finished updates, skipped ones left out.
     params: what is trained: all parameters, or the adapters alone.
     opt_state: of the optimizer.
     reference: what `params` is held close to, where that moves too (`move_reference`); else None.
+    history: of the gradient norm and of skipped updates; None where nobody asks for it.
   """
 
   step: jax.Array
   params: Any
   opt_state: Any
   reference: Any = None
+  history: History | None = None
 
 
 @partial(
@@ -108,48 +111,6 @@ def score_batch(
   )
 
 
-class _Jitted:
-  """`jax.jit` of a function whose results lie where `outputs(*arguments)` says.
-
-  Left to itself the compiler names the layout of a result in its own words, `P("data")` for
-  `P(("data", "fsdp"))` where `fsdp` is 1, say; fed back in, that is another layout to `jit`, and it
-  compiles a second time.
-  """
-
-  def __init__(self, function: Callable, outputs: Callable[..., Any], **options: Any) -> None:
-    self._function, self._outputs, self._options = function, outputs, options
-    self._programs: dict[Any, Any] = {}
-
-  def _program(self, *arguments: Any) -> Any:
-    layout = self._outputs(*arguments)
-    leaves, tree = jax.tree.flatten(layout, is_leaf=lambda leaf: leaf is None)
-    key = (tree, *leaves)
-    if key not in self._programs:
-      self._programs[key] = jax.jit(self._function, out_shardings=layout, **self._options)
-    return self._programs[key]
-
-  def __call__(self, *arguments: Any) -> Any:
-    return self._program(*arguments)(*arguments)
-
-  def trace(self, *arguments: Any) -> Any:
-    """`jax.jit`'s own, for arrays or for shapes with a sharding."""
-    return self._program(*arguments).trace(*arguments)
-
-  def lower(self, *arguments: Any) -> Any:
-    """`jax.jit`'s own."""
-    return self.trace(*arguments).lower()
-
-
-def _layout(tree: Any) -> Any:
-  """How the leaves of a tree lie on their mesh; None, which is up to the compiler, without one."""
-
-  def one(leaf: Any) -> NamedSharding | None:
-    found = getattr(leaf, "sharding", None)
-    return found if isinstance(found, NamedSharding) else None
-
-  return jax.tree.map(one, tree)
-
-
 def _cut(batch: Batch, count: int) -> Batch:
   """`count` parts on a new first axis.
 
@@ -175,7 +136,7 @@ def make_score(
     logp = jax.lax.map(lambda part: score_batch(model, params, part, temperature)[0], parts)
     return logp.swapaxes(0, 1).reshape(batch.mask.shape)
 
-  return _Jitted(score, lambda params, batch, frozen=None: _layout(batch.mask))
+  return Jitted(score, lambda params, batch, frozen=None: layout_of(batch.mask))
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=0)
@@ -190,30 +151,16 @@ def move_reference(state: TrainState, share: float) -> TrainState:
   return dataclasses.replace(state, reference=move)
 
 
-def make_train_step(
-  model: Any,
-  algorithm: Algorithm,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  *,
-  temperature: float,
-  micro_batches: int = 1,
-  join: Join = only_trained,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """Jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
+# (params, batch, frozen) -> (gradients, loss, metrics)
+Gradient = Callable[[Any, Batch, Any], tuple[Any, jax.Array, dict[str, jax.Array]]]
 
-  The new state lies as the old one did, so a batch size is compiled for once.
 
-  The loss is a sum over tokens with weights made for the whole rollout, so cutting the prompts
-  into `micro_batches` equal parts changes memory and nothing else. With one update per rollout the
-  log-probs of this forward pass are the old ones too; else the batch brings them (`old_logp`).
+def make_loss(
+  model: Any, algorithm: Algorithm, *, temperature: float, join: Join = only_trained
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """`(params, batch, frozen) -> (loss, metrics)`; the losses of parts of a batch add up."""
 
-  Args:
-    temperature: the one used for sampling.
-    join: makes the model's parameters of the frozen ones and the trained ones.
-  """
-
-  def loss_fn(params, part: Batch, frozen):
+  def loss(params: Any, part: Batch, frozen: Any):
     logp, _ = score_batch(model, join(frozen, params), part, temperature)
     return policy_loss(
       algorithm,
@@ -226,37 +173,93 @@ def make_train_step(
       weights=part.weights,
     )
 
-  gradient = jax.value_and_grad(loss_fn, has_aux=True)
+  return loss
 
-  def step(state: TrainState, batch: Batch, frozen: Any = None):
+
+def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
+  """The gradient of `make_loss` over a batch, in so many parts one after another."""
+  gradient = jax.value_and_grad(loss, has_aux=True)
+
+  def whole(params: Any, batch: Batch, frozen: Any):
+    (value, metrics), grads = gradient(params, batch, frozen)
+    return grads, value, metrics
+
+  def in_parts(params: Any, batch: Batch, frozen: Any):
     total = jnp.maximum(batch.mask.sum(), 1)
 
     def one_part(grads, part):
-      (loss, metrics), new = gradient(state.params, part, frozen)
-      share = part.mask.sum() / total
-      return jax.tree.map(jnp.add, grads, new), (loss, metrics, share)
+      new, value, metrics = whole(params, part, frozen)
+      return jax.tree.map(jnp.add, grads, new), (value, metrics, part.mask.sum() / total)
 
-    if micro_batches == 1:
-      (loss, metrics), grads = gradient(state.params, batch, frozen)
-    else:
-      zeros = jax.tree.map(jnp.zeros_like, state.params)
-      parts = _cut(batch, micro_batches)
-      grads, (losses, metrics, shares) = jax.lax.scan(one_part, zeros, parts)
-      loss, metrics = losses.sum(), combine(metrics, shares)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics |= {
-      "loss": loss,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": jnp.asarray(schedule(state.step)),
-    }
-    changed = {"step": state.step + 1, "params": params, "opt_state": opt_state}
-    return dataclasses.replace(state, **changed), metrics
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, (losses, metrics, shares) = jax.lax.scan(one_part, zeros, _cut(batch, micro_batches))
+    return grads, losses.sum(), combine(metrics, shares)
+
+  return whole if micro_batches == 1 else in_parts
+
+
+def make_train_step(
+  model: Any,
+  algorithm: Algorithm,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  temperature: float,
+  micro_batches: int = 1,
+  spike: float = 0.0,
+  join: Join = only_trained,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
+
+  The new state lies as the old one did, so a batch size is compiled for once.
+
+  The loss is a sum over tokens with weights made for the whole rollout, so cutting the prompts
+  into `micro_batches` equal parts changes memory and nothing else. With one update per rollout the
+  log-probs of this forward pass are the old ones too; else the batch brings them (`old_logp`).
+
+  An update whose loss or gradient norm is NaN or infinite is skipped: step, parameters and
+  optimizer state stay as they are, bit for bit, and the metric `update/skipped` is 1.
+
+  Args:
+    temperature: the one used for sampling.
+    spike: skips updates also whose gradient norm is more than this many times the typical one of
+      `state.history`, once that knows `WARM_UP` updates; 0 = off.
+    join: makes the model's parameters of the frozen ones and the trained ones.
+  """
+  loss = make_loss(model, algorithm, temperature=temperature, join=join)
+  gradient = make_gradient(loss, micro_batches)
+  apply = make_apply(optimizer, schedule, spike)
+
+  def step(state: TrainState, batch: Batch, frozen: Any = None):
+    return apply(state, *gradient(state.params, batch, frozen))
 
   def outputs(state: TrainState, batch: Batch, frozen: Any = None) -> Any:
-    return _layout(state), None
+    return layout_of(state), None
 
-  return _Jitted(step, outputs, donate_argnums=0)
+  return Jitted(step, outputs, donate_argnums=0)
+
+
+def make_apply(
+  optimizer: optax.GradientTransformation, schedule: optax.Schedule, spike: float
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """`(state, gradients, loss, metrics) -> (state, metrics)`: the optimizer's part of a step."""
+
+  def apply(state: TrainState, grads: Any, loss: jax.Array, metrics: dict[str, jax.Array]):
+    norm = optax.tree.norm(grads)
+    ok, history = judge(state.history, loss, norm, spike)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    old = (state.step, state.params, state.opt_state)
+    new = (state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    step, params, opt_state = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    metrics |= {
+      "loss": loss,
+      "grad_norm": norm,
+      "learning_rate": jnp.asarray(schedule(state.step)),
+      SKIPPED: 1.0 - ok,
+    }
+    return TrainState(step, params, opt_state, state.reference, history), metrics
+
+  return apply
 
 
 def combine(
@@ -276,6 +279,11 @@ def combine(
 
 @jax.jit
 def average(measured: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-  """Metrics of several updates as one: means, but the extremes of `/max` and `/min`."""
+  """Metrics of several updates as one: means, but the extremes of `/max` and `/min`.
+
+  Skipped updates are counted.
+  """
   shares = jnp.full(len(measured), 1 / len(measured))
-  return combine({name: jnp.stack([m[name] for m in measured]) for name in measured[0]}, shares)
+  stacked = {name: jnp.stack([m[name] for m in measured]) for name in measured[0]}
+  counts = {name: stacked[name].sum() for name in (SKIPPED,) if name in stacked}
+  return combine(stacked, shares) | counts
