@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax import distributed, rollout, sharding, tasks, tokens
+from grpo_jax import distributed, ordered, rollout, sharding, tasks, tokens
 from grpo_jax import optimizer as optimizers
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
@@ -24,6 +24,7 @@ from grpo_jax.guard import History
 from grpo_jax.models import lora
 from grpo_jax.models.checkpoints import Weights, open_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.ordered import Slots
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.sampler import Sampler
 from grpo_jax.tasks.base import StepRewards, Task
@@ -45,6 +46,7 @@ class Run:
     new_adapters: key -> LoRA adapters, trained instead of the weights; None = the weights.
     bucket: the update takes a multiple of this many prompts (see `rollout.collect`).
     seed: of the adapters' first values.
+    slots: what sums are made in, in one order on any mesh; None = as the compiler likes.
   """
 
   mesh: Mesh
@@ -58,6 +60,7 @@ class Run:
   new_adapters: Callable[[jax.Array], Any] | None
   bucket: int
   seed: int
+  slots: Slots | None = None
 
   def loaded_params(self) -> Any:
     """The parameters of the model as it was before training, read straight into their layout."""
@@ -92,6 +95,8 @@ class Run:
     make = partial(arrange, self.model, self.mesh)
     shapes = jax.eval_shape(partial(make, None), self.weights.shapes)
     layout = sharding.param_shardings(self.mesh, shapes, sampling=True)
+    if self.slots:
+      make = ordered.alike(make, self.mesh)
     return partial(jax.jit(make, out_shardings=layout), frozen)
 
   @property
@@ -137,6 +142,7 @@ def build(config: ConfigDict) -> Run:
 
   mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
   attempt(lambda: distributed.check_mesh(mesh))
+  slots = Slots(c.train.slots, mesh) if c.train.reduction == "ordered" else None
   model = make_model(c, weights.config, mesh)
   sampler = attempt(
     lambda: Sampler(
@@ -147,13 +153,14 @@ def build(config: ConfigDict) -> Run:
       stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
       stop_ids=tuple(c.rollout.stop_ids),
       prompt_sharding=sharding.batch_sharding(mesh),
+      slots=slots,
     )
   )
   if problems:
     raise configs.ConfigError(problems)
   schedule, optimizer = optimizer_of(c)
   parts = c.train.mini_batches * c.train.micro_batches
-  smallest = mesh.shape["data"] * mesh.shape["fsdp"] * parts
+  smallest = (slots.count if slots else mesh.shape["data"] * mesh.shape["fsdp"]) * parts
   return Run(
     mesh=mesh,
     model=model,
@@ -166,6 +173,7 @@ def build(config: ConfigDict) -> Run:
     new_adapters=adapters,
     bucket=smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest)),
     seed=c.seed,
+    slots=slots,
   )
 
 
@@ -176,7 +184,8 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
     dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
     remat=c.model.remat,
     lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if c.lora.rank else 1.0,
-    place=sharding.placer(mesh),
+    # In slots each device computes by itself: there is nothing to place.
+    **({"place": sharding.placer(mesh)} if c.train.reduction == "fast" else {}),
   )
 
 

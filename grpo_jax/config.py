@@ -101,6 +101,8 @@ def default_config() -> ConfigDict:
   c.train.mini_batches = 1  # updates each time, on equal parts of the prompts in a new order
   c.train.micro_batches = 1  # parts that an update is computed in; changes memory only
   c.train.micro_batch_tokens = 0  # more parts, until a device has no more tokens at once; 0 = any
+  c.train.reduction = "fast"  # ordered: the same bits on any number of devices; see ordered.py
+  c.train.slots = 8  # with ordered: equal parts of an update, whatever the devices
   c.train.max_skipped = 5  # NaN or infinite updates skipped in a row, after which the run stops
   c.train.spike = 0.0  # skip gradients of more than so many times the usual norm; 0 = never
 
@@ -189,11 +191,12 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
     need(_get(c, name) >= 0, name, "at least 0")
   for name in ("eval.batch_prompts", "checkpoint.every", "checkpoint.keep",
                "train.micro_batches", "train.mini_batches", "train.epochs",
-               "train.max_skipped"):  # fmt: skip
+               "train.max_skipped", "train.slots"):  # fmt: skip
     need(_get(c, name) >= 1, name, "at least 1")
   for name in ("rollout.max_refills", "rewards.workers", "reference.sync_every", "lora.rank",
                "train.micro_batch_tokens"):  # fmt: skip
     need(_get(c, name) >= 0, name, "at least 0")
+  need(c.train.reduction in ("fast", "ordered"), "train.reduction", "'fast' or 'ordered'")
   need(c.train.spike == 0 or c.train.spike > 1, "train.spike", "0 (off) or above 1")
   need(c.hosts.heartbeat >= 1, "hosts.heartbeat", "at least 1 second")
   need(c.hosts.wait > 0, "hosts.wait", "above 0 seconds")
@@ -206,9 +209,11 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
 def _check_division(c: ConfigDict, device_count: int) -> list[str]:
   """The mesh against the devices, and the batch against the mesh and the micro-batches."""
   try:
-    data, fsdp, _ = mesh_shape(c.mesh, device_count)
+    data, fsdp, tensor = mesh_shape(c.mesh, device_count)
   except ValueError as error:
     return [str(error)]
+  if c.train.reduction == "ordered":
+    return _check_slots(c, data * fsdp, tensor)
   parts = max(c.train.micro_batches, 1) * max(c.train.mini_batches, 1)
   unit = data * fsdp * parts
   if c.rollout.prompts_per_step % unit:
@@ -218,6 +223,31 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
       f"parts over mesh data={data} x fsdp={fsdp}"
     ]
   return []
+
+
+def _check_slots(c: ConfigDict, width: int, tensor: int) -> list[str]:
+  """What `train.reduction='ordered'` asks of the rest."""
+  slots, problems = max(c.train.slots, 1), []
+  if slots % width:
+    problems.append(
+      f"train.slots is {slots}, it must be a multiple of the {width} devices that "
+      "train.reduction='ordered' deals them out to (mesh data x fsdp)"
+    )
+  if tensor != 1:
+    problems.append(f"mesh.tensor is {tensor}, it must be 1 with train.reduction='ordered'")
+  for name, off in (("micro_batches", 1), ("micro_batch_tokens", 0)):
+    if c.train[name] != off:
+      problems.append(
+        f"train.{name} is {c.train[name]}, it must be {off} with train.reduction='ordered': "
+        "train.slots takes its place"
+      )
+  unit = slots * max(c.train.mini_batches, 1)
+  if c.rollout.prompts_per_step % unit:
+    problems.append(
+      f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
+      f"train.slots={slots} in each of train.mini_batches={c.train.mini_batches}"
+    )
+  return problems
 
 
 def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, int, int]:

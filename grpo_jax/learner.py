@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import budget, dumps, rollout, sharding
+from grpo_jax import budget, dumps, ordered, rollout, sharding
 from grpo_jax.build import Run
 from grpo_jax.guard import SKIPPED
 from grpo_jax.train_step import (
@@ -36,6 +36,7 @@ def make_update(c: ConfigDict, r: Run) -> Callable[..., tuple[TrainState, dict[s
       micro_batches=micro_batches,
       spike=c.train.spike,
       join=r.join,
+      slots=r.slots,
     )
 
   return _within_budget(c, r, make)
@@ -44,6 +45,8 @@ def make_update(c: ConfigDict, r: Run) -> Callable[..., tuple[TrainState, dict[s
 def make_gradients(c: ConfigDict, r: Run) -> Callable[..., tuple]:
   """The jitted gradient of a run's update alone, `(params, batch, frozen) -> (gradients, ...)`."""
   loss = make_loss(r.model, r.algorithm, temperature=c.rollout.temperature, join=r.join)
+  if r.slots:
+    return ordered.make_gradient(loss, r.slots)
   return _within_budget(c, r, lambda micro_batches: jax.jit(make_gradient(loss, micro_batches)))
 
 
@@ -55,7 +58,11 @@ def make_scoring(c: ConfigDict, r: Run) -> Callable[..., jax.Array]:
 
   def make(micro_batches: int) -> Callable:
     return make_score(
-      r.model, temperature=c.rollout.temperature, micro_batches=micro_batches, join=r.join
+      r.model,
+      temperature=c.rollout.temperature,
+      micro_batches=micro_batches,
+      join=r.join,
+      slots=r.slots,
     )
 
   return _within_budget(c, r, make, c.train.mini_batches)

@@ -240,6 +240,11 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
       f"rollout.completion_length is {c.rollout.completion_length}: with prompts of {length} "
       f"tokens that is more than the context of {c.model.source}, {shape.context}"
     )
+  if c.train.reduction != "fast":
+    problems.append(
+      f"train.reduction is {c.train.reduction!r}, which is not planned for; give "
+      "--config.train.reduction=fast for the rest"
+    )
   if problems:
     raise configs.ConfigError(problems)
   mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)

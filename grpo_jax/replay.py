@@ -78,7 +78,7 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   del like
   logp = np.asarray(make_scoring(c, r)(state.params, batch, frozen))
   params = _named(state.params)
-  grads, _, _ = make_gradients(c, r)(state.params, batch, frozen)
+  grads, *_ = make_gradients(c, r)(state.params, batch, frozen)
   grads = _named(grads)
   state, metrics = make_update(c, r)(state, batch, frozen)
   return Replayed(

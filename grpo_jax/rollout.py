@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import distributed
+from grpo_jax import distributed, ordered
 from grpo_jax.core.advantages import ADVANTAGES, multi_objective, process_advantages
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.masks import token_weights
@@ -196,27 +196,35 @@ def make_batch(
   weights = np.asarray(reward_weights, np.float32)
   everything = distributed.to_global(host, layout)
   chosen = None if len(rows) == everything["ended"].shape[0] else rows
-  batch, signal = _batch(everything, chosen, weights, algorithm, sampler.completion_length, layout)
+  length, alike = sampler.completion_length, sampler.slots is not None
+  batch, signal = _batch(everything, chosen, weights, algorithm, length, layout, alike)
   return batch, np.asarray(signal)
 
 
-@partial(jax.jit, static_argnames=("algorithm", "max_length", "layout"))
-def _batch(everything, rows, reward_weights, algorithm: Algorithm, max_length: int, layout: Any):
+@partial(jax.jit, static_argnames=("algorithm", "max_length", "layout", "alike"))
+def _batch(
+  everything, rows, reward_weights, algorithm: Algorithm, max_length: int, layout: Any, alike: bool
+):
   if rows is not None:
     everything = _rows(everything, rows, layout)
   prompts, prompt_mask, completions, sampled, logp = everything["batch"]
-  rewards = everything["rewards"]
-  if algorithm.advantage == "multi_objective":
-    advantages = multi_objective(jnp.moveaxis(*rewards, -1, 0), reward_weights)
-  elif algorithm.advantage == "process_advantages":
-    advantages = process_advantages(*rewards, sampled)
-  else:
-    advantages = lookup("advantage", ADVANTAGES, algorithm.advantage)(*rewards)
+  compute = partial(_advantages, algorithm)
+  if alike:  # statistics over rows have the same bits only where all devices have all rows
+    compute = ordered.alike(compute, layout.mesh)
+  advantages = compute(everything["rewards"], reward_weights, sampled)
   mask = sampled & everything["ended"][..., None]
   weights = token_weights(mask, algorithm.average, max_length=max_length)
   batch = Batch(prompts, prompt_mask, completions, mask, advantages, weights, logp)
   signal = (advantages != 0).any(range(1, advantages.ndim)) & mask.any((-2, -1))
   return _laid_out(batch, layout), _laid_out(signal, layout, P())
+
+
+def _advantages(algorithm: Algorithm, rewards: tuple, weights: jax.Array, sampled: jax.Array):
+  if algorithm.advantage == "multi_objective":
+    return multi_objective(jnp.moveaxis(*rewards, -1, 0), weights)
+  if algorithm.advantage == "process_advantages":
+    return process_advantages(*rewards, sampled)
+  return lookup("advantage", ADVANTAGES, algorithm.advantage)(*rewards)
 
 
 def select(batch: Batch, rows: np.ndarray, bucket: int) -> Batch:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import distributed, sampling, sharding
+from grpo_jax import distributed, ordered, sampling, sharding
 from grpo_jax.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
 
@@ -51,6 +52,7 @@ class Sampler:
     prompt_sharding: layout of arrays whose first axis is prompts; None = the default device.
     stop_table: [S, V], a table of one's own instead (`stopping.stop_table` says what it holds);
       None = made of the stops above.
+    slots: samples slot by slot, with the same bits on any number of devices; see `ordered`.
   """
 
   model: Any
@@ -61,6 +63,7 @@ class Sampler:
   stop_ids: tuple[int, ...] = ()
   prompt_sharding: Any = None
   stop_table: Int[np.ndarray, "S V"] | None = None
+  slots: ordered.Slots | None = None
 
   def __post_init__(self) -> None:
     ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids)))
@@ -109,19 +112,20 @@ class Sampler:
     return Generated(tokens, mask, out.tokens, out.mask, out.ended, out.logp, out.entropy, texts)
 
   def _generate(self, params, prompts, mask, keys, table, *, temperature):
-    return sampling.generate(
+    in_slots = self.slots is not None and len(prompts) % self.slots.count == 0
+    generate = partial(
+      sampling.generate,
       self.model,
-      params,
-      prompts,
-      mask,
-      keys,
-      table,
       length=self.completion_length,
       temperature=temperature,
       pad_id=self.tokenizer.pad_id,
       halvings=sampling.halvings(self.completion_length),
-      blocks=sharding.blocks(self.prompt_sharding),
+      blocks=1 if in_slots else sharding.blocks(self.prompt_sharding),
     )
+    if in_slots:
+      one = ordered.in_slots(lambda params, rows, table: generate(params, *rows, table), self.slots)
+      return one(params, (prompts, mask, keys), table, mask)
+    return generate(params, prompts, mask, keys, table)
 
 
 def padded_length(longest: int, limit: int) -> int:

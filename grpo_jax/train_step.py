@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax import ordered
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.guard import SKIPPED, History, judge
+from grpo_jax.ordered import Slots
 from grpo_jax.sharding import Jitted, layout_of
 
 
@@ -120,20 +122,30 @@ def _cut(batch: Batch, count: int) -> Batch:
 
 
 def make_score(
-  model: Any, *, temperature: float, micro_batches: int = 1, join: Join = only_trained
+  model: Any,
+  *,
+  temperature: float,
+  micro_batches: int = 1,
+  join: Join = only_trained,
+  slots: Slots | None = None,
 ) -> Callable[..., Float[Array, "P G T"]]:
   """Jitted `(params, batch, frozen=None) -> logp`: for a reference, or before several updates.
 
   Args:
     micro_batches: equal parts of the prompts, one after another: less memory, the same result.
+    slots: in these instead, with the same bits on any number of devices.
   """
 
+  def whole(params: Any, batch: Batch, frozen: Any):
+    return score_batch(model, join(frozen, params), batch, temperature)[0]
+
+  if slots:
+    return ordered.make_score(whole, slots)
+
   def score(params: Any, batch: Batch, frozen: Any = None):
-    params = join(frozen, params)
     if micro_batches == 1:
-      return score_batch(model, params, batch, temperature)[0]
-    parts = _cut(batch, micro_batches)
-    logp = jax.lax.map(lambda part: score_batch(model, params, part, temperature)[0], parts)
+      return whole(params, batch, frozen)
+    logp = jax.lax.map(lambda part: whole(params, part, frozen), _cut(batch, micro_batches))
     return logp.swapaxes(0, 1).reshape(batch.mask.shape)
 
   return Jitted(score, lambda params, batch, frozen=None: layout_of(batch.mask))
@@ -208,6 +220,7 @@ def make_train_step(
   micro_batches: int = 1,
   spike: float = 0.0,
   join: Join = only_trained,
+  slots: Slots | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
 
@@ -225,10 +238,14 @@ def make_train_step(
     spike: skips updates also whose gradient norm is more than this many times the typical one of
       `state.history`, once that knows `WARM_UP` updates; 0 = off.
     join: makes the model's parameters of the frozen ones and the trained ones.
+    slots: computes the gradient in these instead of in micro-batches, so that the new state has
+      the same bits on any number of devices; see `ordered`.
   """
   loss = make_loss(model, algorithm, temperature=temperature, join=join)
-  gradient = make_gradient(loss, micro_batches)
   apply = make_apply(optimizer, schedule, spike)
+  if slots:
+    return _in_slots(ordered.make_gradient(loss, slots), apply)
+  gradient = make_gradient(loss, micro_batches)
 
   def step(state: TrainState, batch: Batch, frozen: Any = None):
     return apply(state, *gradient(state.params, batch, frozen))
@@ -237,6 +254,21 @@ def make_train_step(
     return layout_of(state), None
 
   return Jitted(step, outputs, donate_argnums=0)
+
+
+def _in_slots(gradient: Callable, apply: Callable) -> Callable:
+  """A step of two programs: in one, the optimizer would be fused into what comes before it."""
+
+  def finish(state: TrainState, grads: Any, losses: Any, metrics: dict, tokens: Any):
+    shares = tokens / jnp.maximum(tokens.sum(), 1)
+    return apply(state, grads, losses.sum(), combine(metrics, shares))
+
+  finish = Jitted(finish, lambda state, *_: (layout_of(state), None), donate_argnums=0)
+
+  def step(state: TrainState, batch: Batch, frozen: Any = None):
+    return finish(state, *gradient(state.params, batch, frozen))
+
+  return step
 
 
 def make_apply(

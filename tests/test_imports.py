@@ -38,9 +38,10 @@ ALLOWED = {
   "grpo_jax.compaction": "jax jaxtyping",
   "grpo_jax.sampling": "grpo_jax.core grpo_jax.compaction jax numpy jaxtyping",
   "grpo_jax.train_step": (
-    "grpo_jax.core grpo_jax.guard grpo_jax.sharding jax numpy jaxtyping optax"
+    "grpo_jax.core grpo_jax.guard grpo_jax.ordered grpo_jax.sharding jax numpy jaxtyping optax"
   ),
   "grpo_jax.guard": "jax",
+  "grpo_jax.ordered": "grpo_jax.sharding jax",
   "grpo_jax.config": "ml_collections",
   "grpo_jax.workdir": "",
   "grpo_jax.budget": "",
