@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import budget, dumps, ordered, rollout, sharding
+from grpo_jax import batches, budget, dumps, ordered, sharding
 from grpo_jax.build import Run
 from grpo_jax.guard import SKIPPED
 from grpo_jax.train_step import (
@@ -108,7 +108,7 @@ class Learner:
       batch = dataclasses.replace(batch, ref_logp=self._score(reference, batch, self._frozen))
     if c.train.epochs * c.train.mini_batches > 1:
       batch = dataclasses.replace(batch, old_logp=self._score(state.params, batch, self._frozen))
-    parts = rollout.mini_batches(batch, c.train.mini_batches, c.train.epochs, (c.seed, step))
+    parts = batches.mini_batches(batch, c.train.mini_batches, c.train.epochs, (c.seed, step))
     measured = []
     for number, part in enumerate(parts):
       state, found = self._update(state, part, self._frozen)

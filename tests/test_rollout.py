@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import rollout
+from grpo_jax import batches, rollout
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.tasks.base import Example, Task
@@ -97,7 +97,7 @@ def test_leaving_out_groups_without_a_signal_changes_no_update(params, average):
 
 
 def test_select_keeps_one_empty_bucket_when_nothing_is_left(params):
-  batch = rollout.select(collect(params).batch, np.array([], np.int64), 2)
+  batch = batches.select(collect(params).batch, np.array([], np.int64), 2)
   assert batch.mask.shape == (2, 4, 6)
   assert not batch.mask.any()
   assert not batch.weights.any()
@@ -244,7 +244,7 @@ def padded_batch(n=40, t=40):
 
 def test_shared_padding_is_cut_off_and_changes_no_update(params):
   batch, prompt_tokens, lengths = padded_batch()
-  short, padded = rollout.trim(batch, prompt_tokens, lengths)
+  short, padded = batches.trim(batch, prompt_tokens, lengths)
   # halves of 40 are 20 and 10, and 10 is less than the least, 16
   assert short.prompts.shape == short.prompt_mask.shape == (4, 20)
   assert {a.shape for a in (short.completions, short.mask, short.weights)} == {(4, 3, 20)}
@@ -263,12 +263,12 @@ def test_no_token_is_cut_off():
   batch, prompt_tokens, lengths = padded_batch()
   for longest, kept in ((20, 20), (21, 40), (40, 40)):
     long = np.where(lengths == 10, longest, lengths)
-    assert rollout.trim(batch, prompt_tokens, long)[0].mask.shape[-1] == kept
-    assert rollout.trim(batch, np.array([1, 2, 3, longest]), lengths)[0].prompts.shape[-1] == kept
-  same, padded = rollout.trim(batch, np.array([40] * 4), np.full((4, 3), 40))
+    assert batches.trim(batch, prompt_tokens, long)[0].mask.shape[-1] == kept
+    assert batches.trim(batch, np.array([1, 2, 3, longest]), lengths)[0].prompts.shape[-1] == kept
+  same, padded = batches.trim(batch, np.array([40] * 4), np.full((4, 3), 40))
   assert same is batch
   assert padded == 0
-  nothing, padded = rollout.trim(batch, np.array([], int), np.zeros((0, 3), int))
+  nothing, padded = batches.trim(batch, np.array([], int), np.zeros((0, 3), int))
   assert (nothing.mask.shape, padded) == ((4, 3, 20), 1)
 
 

@@ -11,10 +11,10 @@ import plain
 import pytest
 
 from grpo_jax import sharding
+from grpo_jax.batches import mini_batches
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig
-from grpo_jax.rollout import mini_batches
 from grpo_jax.train_step import (
   Batch,
   TrainState,
