@@ -124,6 +124,8 @@ def default_config() -> ConfigDict:
   c.checkpoint.every = 50  # steps; the last step is always saved
   c.checkpoint.keep = 2  # newest checkpoints to keep
 
+  c.compilation_cache = "auto"  # beside the work directory; or a folder, or off
+
   c.log = ConfigDict()
   c.log.samples = 3  # completions shown at a time
   c.log.samples_every = 10  # steps; 0 = never
@@ -154,7 +156,7 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
 def from_saved(saved: dict[str, Any]) -> ConfigDict:
   """The config that was written as JSON; fields that are newer than it have their defaults."""
   config = default_config()
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():
     config.update(saved)
   return config
 

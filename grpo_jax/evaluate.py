@@ -321,8 +321,6 @@ def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int,
 
 def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
   """The config of the experiment or of the run."""
-  from ml_collections import ConfigDict
-
   from grpo_jax import config, workdir
 
   if (arguments.workdir is None) == (arguments.config is None):
@@ -332,7 +330,7 @@ def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
   saved = workdir.read_config(arguments.workdir)
   if saved is None:
     raise ValueError(f"{arguments.workdir} holds no {workdir.CONFIG}: not a work directory")
-  return config.override(ConfigDict(saved), overrides)
+  return config.override(config.from_saved(saved), overrides)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ def _within_budget(c: ConfigDict, r: Run, make: Callable[[int], Callable], times
   )
 
 
+class SkippedError(RuntimeError):
+  """Too many updates in a row were skipped; the text names the dumps."""
+
+
 class Learner:
   """`(state, batch, step, say) -> (state, metrics)`: the updates of one rollout.
 
@@ -128,6 +132,11 @@ class Learner:
         f"DUMP, for {kept}"
       )
     return state, average(measured)
+
+  def check(self, done: int) -> None:
+    """Ends a run in trouble, once its `done` steps are saved. Errors: SkippedError."""
+    if self.trouble:
+      raise SkippedError(f"{self.trouble}; step {done} is saved")
 
   def _skipped(
     self,

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax import compilation, dumps, sharding
 from grpo_jax import config as configs
-from grpo_jax import dumps, sharding
 from grpo_jax.build import Run, build
 from grpo_jax.learner import make_gradients, make_scoring, make_update
 from grpo_jax.train_step import Batch, TrainState
@@ -72,6 +72,7 @@ class Replayed:
 def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   """Makes the update of a dump again. Errors: ConfigError where the config cannot be built here."""
   c = configs.from_saved(dump.config)
+  compilation.use_cache(c.compilation_cache, dump.path.absolute().parents[1])
   r = build(c) if run is None else run
   frozen, like = r.frozen_params(), r.initial_state()
   state, batch = dump.state(like), dump.batch(sharding.batch_sharding(r.mesh))

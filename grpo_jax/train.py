@@ -17,30 +17,26 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import checkpoint, cluster, data, distributed, metrics, rollout
+from grpo_jax import checkpoint, cluster, compilation, data, distributed, metrics, rollout
 from grpo_jax import config as configs
 from grpo_jax import workdir as workdirs
 from grpo_jax.build import Run, build, make_scorer
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.forecast import describe
-from grpo_jax.learner import Learner
+from grpo_jax.learner import Learner, SkippedError
 from grpo_jax.signals import Signals, Stopped
 from grpo_jax.tasks.base import Example
 from grpo_jax.tasks.workers import Scorer
 
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
 FREE = (
-  *("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
+  *("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts.", "compilation_cache"),
   *("model.remat", "train.micro_batches", "train.micro_batch_tokens", "train.max_skipped"),
 )
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
 NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it
 GAVE_UP = 3  # too many updates in a row were skipped
-
-
-class SkippedError(RuntimeError):
-  """Too many updates in a row were skipped; the text names the dumps."""
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -58,6 +54,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
   """
   c, workdir = config, Path(workdir)
   with contextlib.ExitStack() as held:
+    compilation.use_cache(c.compilation_cache, workdir)
+    watch = held.enter_context(compilation.Watch())
     with distributed.together("reading the config and what it names"):
       r = build(c)
       if distributed.is_first():
@@ -65,10 +63,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         check_workdir(c, workdir)
         workdirs.write_config(workdir, c.to_dict())
     distributed.same("the config", json.dumps(c.to_dict(), sort_keys=True))
-    return _train(c, r, workdir)
+    return _train(c, r, workdir, watch)
 
 
-def _train(c: ConfigDict, r: Run, workdir: Path) -> dict[str, float]:
+def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> dict[str, float]:
   """The loop, from the newest checkpoint to the last step, with what has to be closed after it."""
   state, frozen = r.initial_state(moving_reference=c.reference.sync_every > 0), r.frozen_params()
   to_sampler, learn = r.for_sampling(frozen), Learner(c, r, frozen, workdir)
@@ -105,7 +103,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path) -> dict[str, float]:
         with jax.transfer_guard("disallow"):  # what the updates need is on the device already
           state, measured = learn(state, rolled.batch, step, writer.print)
         num_tokens += rolled.num_tokens
-        jax.block_until_ready(state.step)
+        watch.report(writer.print)
         measured |= rolled.measured | _timing(rolled.num_tokens, num_tokens, began)
         late.push(step, measured)
         writer.write_samples(step, rolled.samples)
@@ -117,8 +115,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path) -> dict[str, float]:
           writer.sync()
           checkpoints.save(done, state)
         checkpoints.check()
-        if learn.trouble:
-          raise SkippedError(f"{learn.trouble}; step {done} is saved")
+        learn.check(done)
         if stop:
           raise Stopped(f"stopped after step {done}, which is saved", stop)
       results = _evaluate(c, r, to_sampler(state.params), scorer, c.steps, writer)
@@ -134,7 +131,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     return
   found = [
     line
-    for line in configs.differences(saved, json.loads(json.dumps(config.to_dict())))
+    for line in configs.differences(_json(configs.from_saved(saved)), _json(config))
     if not line.startswith(tuple(f if f.endswith(".") else f"{f}:" for f in FREE))
   ]
   if found:
@@ -144,6 +141,10 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         for line in found
       ]
     )
+
+
+def _json(config: ConfigDict) -> dict[str, Any]:
+  return json.loads(json.dumps(config.to_dict()))
 
 
 def _draws(c: ConfigDict, r: Run, step: int) -> Callable[[int], list[Example]]:

@@ -41,6 +41,7 @@ ALLOWED = {
     "grpo_jax.core grpo_jax.guard grpo_jax.ordered grpo_jax.sharding jax numpy jaxtyping optax"
   ),
   "grpo_jax.guard": "jax",
+  "grpo_jax.compilation": "jax",
   "grpo_jax.ordered": "grpo_jax.sharding jax",
   "grpo_jax.config": "ml_collections",
   "grpo_jax.workdir": "",

@@ -16,6 +16,7 @@ from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.guard import MEMORY, WARM_UP, History, judge
+from grpo_jax.learner import SkippedError
 from grpo_jax.metrics import read_metrics
 from grpo_jax.train_step import TrainState, make_train_step
 
@@ -155,7 +156,7 @@ def runs(tmp_path_factory):
     patch.setattr(rollout, "collect", poisoned)
     train.run(c, whole)
     fewer = load("experiments/tiny.py", [*OPTIONS, "--config.train.max_skipped=2"])
-    with pytest.raises(train.SkippedError) as caught:
+    with pytest.raises(SkippedError) as caught:
       train.run(fewer, parts)
     train.run(fewer, parts)
   return whole, parts, str(caught.value)
