@@ -3,20 +3,25 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.settings import SETTINGS, make_prompts
 from benchmarks.worker import Channel, clock, since
 from grpo_jax import config as configs
-from grpo_jax import data, rollout
-from grpo_jax.build import build
+from grpo_jax import data, rollout, sharding
+from grpo_jax.build import arrange, build
+from grpo_jax.models.checkpoints import open_weights
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.sampler import Sampler
 from grpo_jax.tasks.workers import score_in_process
+from grpo_jax.tokens import encode_prompt, load_tokenizer
 from grpo_jax.train_step import Batch, TrainState, make_train_step
 
 STEPS = 64  # prompts are drawn for so many steps before they repeat
@@ -132,6 +137,23 @@ def endless(sampler: Sampler) -> Sampler:
   """The sampler with stops that no token reaches: every completion has the full length."""
   never = np.zeros((2, sampler.model.config.vocab_size), np.int32)
   return dataclasses.replace(sampler, stop_table=never)
+
+
+def make_sampler(
+  source: str, prompts: Sequence[Any], tokens: int, dtype: str
+) -> tuple[Sampler, Any]:
+  """A sampler for these prompts on one device, and its weights, laid out as a run lays them out."""
+  weights, tokenizer = open_weights(source), load_tokenizer(source)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  model = Decoder(weights.config, dtype=jnp.dtype(dtype), place=sharding.placer(mesh))
+  sampler = Sampler(
+    model=model,
+    tokenizer=tokenizer,
+    prompt_length=max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
+    completion_length=tokens,
+  )
+  params = weights.read(sharding.param_shardings(mesh, weights.shapes))
+  return sampler, jax.jit(partial(arrange, model, mesh, None))(params)
 
 
 def about() -> dict[str, Any]:

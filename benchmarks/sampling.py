@@ -8,12 +8,13 @@ the whole vocabulary, float32. `--group 1` gives every row a prompt of its own, 
 be shared.
 
 `of bound` compares with the least that a step of decoding can take: reading every weight once, at
-the speed at which this machine reads the same number of bytes (measured in between, by summing an
-array with all cores). At larger batches arithmetic, not memory, is the limit.
+the speed at which the engine's process sums them up with all cores, measured before each round. At
+larger batches arithmetic, not memory, is the limit.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import alternate
@@ -44,48 +45,43 @@ def serve() -> None:
   from benchmarks import ours
   from benchmarks.settings import make_prompts
   from benchmarks.worker import Channel
-  from grpo_jax.models.checkpoints import open_weights
-  from grpo_jax.models.decoder import Decoder, unstack
-  from grpo_jax.sampler import Sampler
-  from grpo_jax.tokens import encode_prompt, load_tokenizer
 
   channel = Channel()
   s = channel.settings
-  weights, tokenizer = open_weights(s["model"]), load_tokenizer(s["model"])
   prompts = make_prompts(s["kind"], s["prompts"])
-  sampler = Sampler(
-    model=Decoder(weights.config, dtype=s["dtype"]),
-    tokenizer=tokenizer,
-    prompt_length=max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
-    completion_length=s["tokens"],
-  )
+  sampler, params = ours.make_sampler(s["model"], prompts, s["tokens"], s["dtype"])
   sampler = ours.endless(sampler)
-  params = jax.jit(unstack)(weights.read())
+  read_seconds = reader(params)
   weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   channel.ready(ours.about() | {"weight_bytes": weight_bytes})
   number = 0
   while channel.wait():
     number += 1
+    seconds = read_seconds()
     with channel.measure() as record:
       out = sampler(params, prompts, jax.random.key(number), group=s["group"], temperature=1.0)
       record["prompt_tokens"] = int(out.prompt_mask.sum())
       record["completion_tokens"] = int(np.sum(out.lengths))
+      record["read_seconds"] = seconds
 
 
-def read_speed(size: int, rounds: int = 5) -> float:
-  """Bytes per second at which JAX sums an array of `size` bytes, the best of some rounds."""
+def reader(params: Any, rounds: int = 5) -> Callable[[], float]:
+  """A function that reads every weight once, by summing it, and says how long that took at best."""
   import jax
   import jax.numpy as jnp
 
-  array = jnp.ones(size // 4, jnp.float32)
-  total = jax.jit(jnp.sum)
-  total(array).block_until_ready()
-  best = float("inf")
-  for _ in range(rounds):
-    start = time.perf_counter()
-    total(array).block_until_ready()
-    best = min(best, time.perf_counter() - start)
-  return size / best
+  total = jax.jit(lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)))
+  jax.block_until_ready(total(params))
+
+  def seconds() -> float:
+    best = float("inf")
+    for _ in range(rounds):
+      start = time.perf_counter()
+      jax.block_until_ready(total(params))
+      best = min(best, time.perf_counter() - start)
+    return best
+
+  return seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,11 +112,9 @@ def main(argv: list[str] | None = None) -> None:
   tokens = a.prompts * a.group * a.tokens
   about = {"benchmark": "sampling", **settings}
   rows = alternate.summarize(results, about, {"tokens_per_second": tokens})
-  weight_bytes = results[alternate.OURS]["weight_bytes"]
-  speed = read_speed(weight_bytes)
+  bound = a.tokens * rows[0]["read_seconds"]
   for row in rows:
-    row["read_bytes_per_second"] = speed
-    row["of_bound"] = a.tokens * weight_bytes / speed / row["seconds"]
+    row["of_bound"] = bound / row["seconds"]
     row["tokens_per_cpu_second"] = tokens / row["cpu_seconds"]
     row["peak_gib"] = row["peak_bytes"] / 2**30
     row["range"] = "{:.2f} .. {:.2f}".format(*row["seconds_ratio_range"])

@@ -53,24 +53,32 @@ def row_keys(key: jax.Array, prompt_ids: Int[Array, "P"], group: int) -> jax.Arr
   return jax.vmap(lambda k: fold(k, jnp.arange(group)))(fold(key, prompt_ids))
 
 
-def draw(logits: Float[Array, "... V"], keys: jax.Array) -> Int[Array, "..."]:
-  """An exact draw from `softmax(logits)` per row, by inverting the distribution function.
+def draw(
+  logits: Float[Array, "... V"], keys: jax.Array
+) -> tuple[Int[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+  """An exact draw from `softmax(logits)` per row, its log-probability and the row's entropy, nats.
 
   The vocabulary is cut into about sqrt(V) blocks: one uniform picks the block, a second the
   token inside it. That needs two random numbers per row instead of V, sums at most sqrt(V)
   numbers in a row (so rare tokens keep their probability in float32), and never returns a token
-  of probability 0.
+  of probability 0. What the blocks sum up to is the normalizer of the log-probability, too.
   """
   vocab = logits.shape[-1]
   width = 1 << max(vocab.bit_length() // 2, 1)
   blocks = -(-vocab // width)
-  p = jnp.exp(logits - logits.max(-1, keepdims=True))
-  p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, blocks * width - vocab)])
-  p = p.reshape(*p.shape[:-1], blocks, width)
+  z = logits - logits.max(-1, keepdims=True)
+  padding = [(0, 0)] * (z.ndim - 1) + [(0, blocks * width - vocab)]
+  z = jnp.pad(z, padding, constant_values=-jnp.inf).reshape(*z.shape[:-1], blocks, width)
+  p = jnp.exp(z)
+  sums = p.sum(-1)
   uniform = _per_key(lambda key: jax.random.uniform(key, (2,)), keys)
-  block = _invert(p.sum(-1), uniform[..., 0])
-  inside = jnp.take_along_axis(p, block[..., None, None], axis=-2)[..., 0, :]
-  return block * width + _invert(inside, uniform[..., 1])
+  block = _invert(sums, uniform[..., 0])
+  inside = jnp.take_along_axis(z, block[..., None, None], axis=-2)[..., 0, :]
+  place = _invert(jnp.exp(inside), uniform[..., 1])
+  total = sums.sum(-1)
+  entropy = jnp.log(total) - jnp.where(p > 0, p * z, 0.0).sum((-2, -1)) / total
+  chosen = jnp.take_along_axis(inside, place[..., None], axis=-1)[..., 0]
+  return block * width + place, chosen - jnp.log(total), entropy
 
 
 def _per_key(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:
@@ -211,11 +219,12 @@ def _pick(
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
   if temperature > 0:
-    logits = logits / temperature
-    tokens = draw(logits, _per_key(lambda key: jax.random.fold_in(key, index), keys))
+    keys = _per_key(lambda key: jax.random.fold_in(key, index), keys)
+    tokens, *measured = draw(logits / temperature, keys)
   else:
     tokens = logits.argmax(-1)
-  return tokens.astype(jnp.int32), *token_logprobs(logits, tokens)
+    measured = token_logprobs(logits, tokens)
+  return tokens.astype(jnp.int32), *measured
 
 
 def _written(rows: _Rows, index: Any, drawn: tuple, stop_table: Array, pad_id: int) -> _Rows:

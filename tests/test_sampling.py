@@ -69,12 +69,26 @@ def test_draw_inverts_the_distribution_function():
 def test_draw_has_the_right_frequencies():
   logits = jnp.log(jnp.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 1e-30]))
   many = jax.random.split(jax.random.key(3), 40000)
-  tokens = np.asarray(sampling.draw(jnp.broadcast_to(logits, (40000, 7)), many))
+  tokens = np.asarray(sampling.draw(jnp.broadcast_to(logits, (40000, 7)), many)[0])
   share = np.bincount(tokens, minlength=7) / 40000
   want = np.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 0.0])
   error = 4.5 * np.sqrt(want * (1 - want) / 40000)  # 4.5 standard errors
   assert (np.abs(share - want) <= error).all(), share
   assert share[6] == 0
+
+
+def test_draw_measures_what_it_draws():
+  """Against float64, with a token that cannot come, and rows far from 0."""
+  logits = np.random.default_rng(0).normal(size=(50, 11)) * 3 + np.linspace(-80, 80, 50)[:, None]
+  logits[:, 4] = -np.inf
+  tokens, logp, entropy = sampling.draw(
+    jnp.asarray(logits, jnp.float32), jax.random.split(jax.random.key(1), 50)
+  )
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  np.testing.assert_allclose(logp, np.log(p[np.arange(50), tokens]), atol=2e-5)
+  want = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+  np.testing.assert_allclose(entropy, want, atol=2e-5)
 
 
 def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
@@ -83,7 +97,7 @@ def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
   p = np.full(vocab, 0.5 / (vocab - 1))
   p[17] = 0.5
   logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (4000, vocab))
-  draw = jax.jit(lambda k: jax.lax.map(lambda k: sampling.draw(logits[0], k), k, batch_size=100))
+  draw = jax.jit(lambda k: jax.lax.map(lambda k: sampling.draw(logits[0], k)[0], k, batch_size=100))
   tokens = np.asarray(draw(jax.random.split(jax.random.key(5), 4000)))
   rest = tokens[tokens != 17]
   assert abs(len(rest) / 4000 - 0.5) < 4.5 * 0.5 / np.sqrt(4000)
