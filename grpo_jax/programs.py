@@ -135,18 +135,15 @@ class Programs:
     c, r = self.model.config, self.config.rollout
     tensor = self.mesh.shape["tensor"]
     heads = "tensor" if c.kv_heads % tensor == 0 else None
-    own = (c.layers, r.prompts_per_step, r.group_size, max(r.completion_length - 1, 1))
-    prefix = (c.layers, r.prompts_per_step, self.prompt_length)
-    tail = (c.kv_heads, c.head_dim)
 
-    def one(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-      middle = [None] * (len(shape) - 2)
-      spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), *middle, heads, None)
-      return jax.ShapeDtypeStruct(
-        (*shape, *tail), self.model.dtype, sharding=NamedSharding(self.mesh, spec)
-      )
+    def one(*rows: int, tokens: int) -> jax.ShapeDtypeStruct:
+      shape = (c.layers, *rows, c.kv_heads, tokens, c.head_dim)
+      middle = [None] * (len(rows) - 1)
+      spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), *middle, heads)
+      return jax.ShapeDtypeStruct(shape, self.model.dtype, sharding=NamedSharding(self.mesh, spec))
 
-    return [one(own)] * 2 + [one(prefix)] * 2
+    own = one(r.prompts_per_step, r.group_size, tokens=max(r.completion_length - 1, 1))
+    return [own] * 2 + [one(r.prompts_per_step, tokens=self.prompt_length)] * 2
 
   # --- what is compiled ---------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 The model is an argument with the functions `prefill(params, tokens, mask)`,
 `decode(params, tokens, index, prefix, mask, cache)`, `empty_cache(params, P, G, T)` and
 `head(params)`, as `models.decoder.Decoder` has them: keys and values are trees of arrays
-[..., P, N, K, Dh] (of prompts) and [..., P, G, T, K, Dh] (of completions).
+[..., P, K, N, Dh] (of prompts) and [..., P, G, K, T, Dh] (of completions).
 """
 
 import dataclasses

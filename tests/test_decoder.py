@@ -160,7 +160,7 @@ def test_a_prompt_passes_through_the_model_once(case):
   assert mlp_rows(model.prefill, params, prompts, mask) == 3 * 6
   _, prefix = model.prefill(params, prompts, mask)
   for keys in jax.tree.leaves(prefix):
-    assert keys.shape == (3, 3, 6, 2, 6)  # [L, P, N, K, Dh]: not repeated over the group
+    assert keys.shape == (3, 3, 2, 6, 6)  # [L, P, K, N, Dh]: not repeated over the group
   cache = model.empty_cache(params, 3, 2, 3)
 
   def step(p):

@@ -88,6 +88,44 @@ def over_queries(
   return jnp.moveaxis(mixed, 0, 2).reshape(whole.shape)[:, :, :length]
 
 
+def cached_attention(
+  q: Float[Array, "P G H d"],
+  own: KeysValues,
+  own_mask: Bool[Array, "..."],
+  prefix: KeysValues,
+  prefix_mask: Bool[Array, "P #G N"],
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> Float[Array, "P G H d"]:
+  """`group_attention` of one query, keys and values as they are kept while decoding.
+
+  Heads come before tokens in them, as in the products that read them, so that nothing is copied.
+
+  Args:
+    own: [P, G, K, T, d], of completions.
+    own_mask: [T] or broadcastable, true where a query sees one of its own keys.
+    prefix: [P, K, N, d], of prompts.
+  """
+  prompts, group, heads, dim = q.shape
+  q = q.reshape(prompts, group, own[0].shape[2], -1, dim) * scale
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+
+  def scores(equation: str, keys: Array, mask: Array) -> Array:
+    values = jnp.einsum(equation, q, keys, preferred_element_type=wide)
+    if softcap is not None:
+      values = softcap * jnp.tanh(values / softcap)
+    return jnp.where(mask, values, MASKED)
+
+  to_prefix = scores("pgkrd,pknd->pgkrn", prefix[0], prefix_mask[:, :, None, None])
+  to_own = scores("pgkrd,pgktd->pgkrt", own[0], own_mask)
+  weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
+  to_prefix, to_own = jnp.split(weights.astype(q.dtype), [to_prefix.shape[-1]], axis=-1)
+  mixed = jnp.einsum("pgkrn,pknd->pgkrd", to_prefix, prefix[1])
+  mixed += jnp.einsum("pgkrt,pgktd->pgkrd", to_own, own[1])
+  return mixed.reshape(prompts, group, heads, dim)
+
+
 def near(
   mask: Bool[Array, "..."],
   queries: Int[Array, "... q"],

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.core.types import Array, lookup
-from grpo_jax.models.attention import group_attention, near, over_queries
+from grpo_jax.models.attention import cached_attention, group_attention, near, over_queries
 from grpo_jax.models.block import Block, ModelConfig, rms_norm
 from grpo_jax.models.rope import frequencies, rotation
 
@@ -65,7 +65,7 @@ def _over_layers(body: Callable, carry: Any, layers: Any, local: Any, per_layer:
 def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tuple, tuple]:
   """The cache with token `index` of one layer in it, and what that layer holds."""
   own = tuple(
-    jax.lax.dynamic_update_slice_in_dim(old, x[:, :, None], index, axis=2)
+    jax.lax.dynamic_update_slice_in_dim(old, x[..., None, :], index, axis=3)
     for old, x in zip(cache[layer], new)
   )
   return (*cache[:layer], own, *cache[layer + 1 :]), own
@@ -73,9 +73,9 @@ def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tu
 
 def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tuple[tuple, tuple]:
   """`_write_layer` where all layers are one array, which is changed in place, not copied."""
-  place = (layer, 0, 0, index, 0, 0)
+  place = (layer, 0, 0, 0, index, 0)
   cache = tuple(
-    jax.lax.dynamic_update_slice(old, x[None, :, :, None], place) for old, x in zip(cache, new)
+    jax.lax.dynamic_update_slice(old, x[None, ..., None, :], place) for old, x in zip(cache, new)
   )
   return cache, tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
 
@@ -170,11 +170,11 @@ class Decoder:
     (x, cache), kept = _over_layers(body, (x, cache), params["layers"], local, per_layer)
     return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), kept, cache
 
-  def _mix(self, *args: Any) -> Array:
-    """`group_attention` with what the config says about scores."""
+  def _mix(self, *args: Any, by: Callable = group_attention) -> Array:
+    """Attention with what the config says about scores."""
     c = self.config
     scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
-    return group_attention(*args, scale=scale, softcap=c.attn_softcap)
+    return by(*args, scale=scale, softcap=c.attn_softcap)
 
   def _mix_prompt(self, q: Array, k: Array, v: Array, mask: Array, window: Any) -> Array:
     """Causal attention among the real tokens of a prompt."""
@@ -189,21 +189,25 @@ class Decoder:
   def prefill(
     self, params: Params, tokens: Int[Array, "P N"], mask: Bool[Array, "P N"]
   ) -> tuple[Float[Array, "P D"], Any]:
-    """Hidden state of each prompt's last token (prompts are left-padded), and its keys/values."""
+    """Hidden state of each prompt's last token (prompts are left-padded), and its keys/values.
+
+    These are 2 x [P, K, N, Dh] per layer: for each head, what `decode` reads lies together.
+    """
 
     def attend(q, k, v, window, *_):
-      return self._mix_prompt(q, k, v, mask, window), (None, (k, v))
+      kept = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+      return self._mix_prompt(q, k, v, mask, window), (None, kept)
 
     hidden, prefix, _ = self._layers(params, tokens, prompt_positions(mask), attend)
     return hidden[:, -1], prefix
 
   def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Any:
-    """Room for the keys and values of `length` completion tokens: 2 x [P, G, T, K, Dh] per layer.
+    """Room for the keys and values of `length` completion tokens: 2 x [P, G, K, T, Dh] per layer.
 
     A tuple where the layers are one, else stacked on a leading axis L.
     """
     c = self.config
-    shape = (prompts, group, length, c.kv_heads, c.head_dim)
+    shape = (prompts, group, c.kv_heads, length, c.head_dim)
     if isinstance(params["layers"], tuple):
       return tuple((jnp.zeros(shape, self.dtype),) * 2 for _ in range(c.layers))
     return (jnp.zeros((c.layers, *shape), self.dtype),) * 2
@@ -225,11 +229,11 @@ class Decoder:
 
     def attend(q, k, v, window, shared, cache, number):
       cache, (keys, values) = write(cache, number, index, (k, v))
-      slots = jnp.arange(keys.shape[2])
+      slots = jnp.arange(keys.shape[3])
       written = near(slots <= index, index[None], slots, window)
       seen = near(prompt_mask[:, None], position, in_prompt, window)
-      mixed = self._mix(q[:, :, None], (keys, values), written, shared, seen)
-      return mixed[:, :, 0], (cache, None)
+      mixed = self._mix(q, (keys, values), written, shared, seen, by=cached_attention)
+      return mixed, (cache, None)
 
     positions = jnp.broadcast_to(position, tokens.shape)
     hidden, _, cache = self._layers(params, tokens, positions, attend, prefix, cache)
