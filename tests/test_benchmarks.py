@@ -63,6 +63,14 @@ def test_sampling(run):
   assert 0 < row["of_bound"] < 1
 
 
+def test_tails(run):
+  small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --halvings 0 1"
+  stay, move = run("tails", "--model", "random:tiny", *small.split())
+  assert (stay["halvings"], move["halvings"]) == (0, 1)
+  assert stay["gain"] == move["same"] == 1
+  assert 1 <= stay["mean_length"] <= stay["longest"] <= 6
+
+
 @pytest.mark.slow
 def test_memory(run):
   update, process = run("memory", "--setting", "smallest", *TINY)
