@@ -1,6 +1,7 @@
 """Log-probabilities: by hand, against float64, in tiles, and how much memory they ask for."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +176,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_tiles_agree_with_float64_and_with_the_logits(settings, small_tiles):
-  assert logprobs._tiles(B * T, V) == (3, 366)  # three tiles and a rest of two columns
+  # three tiles of 91 columns from each of four blocks, and a rest of two
+  assert logprobs._tiles(B * T, 4, V // 4) == (3, 91)
   hidden, head, a, b = inputs()
   got = tiled(hidden, head, a, b, **settings)
   close(got, dense64(hidden, head, a, b, **settings))
@@ -259,17 +261,18 @@ def test_the_entropy_does_not_suffer_from_the_size_of_the_logits(small_tiles):
 
 def test_one_tile_and_many_give_the_same():
   hidden, head, a, b = inputs()
-  assert logprobs._tiles(B * T, V) == (1, V)
+  assert logprobs._tiles(B * T, 4, V // 4) == (1, V // 4)
   close(tiled(hidden, head, a, b), dense64(hidden, head, a, b))
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 511, 512, 513, 1024, 1025, 49152, 151936])
 @pytest.mark.parametrize("rows", [0, 1, 64, 1024, 65536])
 def test_tiles_cover_the_vocabulary(rows, vocab):
-  count, width = logprobs._tiles(rows, vocab)
-  assert width >= 1
-  assert 0 <= vocab - count * width < count
-  assert rows * width <= max(logprobs.TILE_ELEMENTS, 512 * rows)
+  for blocks in {1, math.gcd(vocab, 16)}:
+    count, width = logprobs._tiles(rows, blocks, vocab // blocks)
+    assert width >= 1
+    assert 0 <= vocab // blocks - count * width < count
+    assert rows * blocks * width <= max(logprobs.TILE_ELEMENTS, 512 * rows)
 
 
 def test_leading_axes_vmap_and_empty_batches(small_tiles):
@@ -345,14 +348,14 @@ def test_no_logits_are_kept(width, dtype):
   """
   batch, length, vocab = 2, 512, 151_936
 
-  def scalar(hidden, head, tokens, a, b):
-    logp, entropy = head_logprobs(hidden, head, tokens)
+  def scalar(hidden, embedding, tokens, a, b):
+    logp, entropy = head_logprobs(hidden, embedding.T, tokens)
     return jnp.sum(a * logp) + jnp.sum(b * entropy)
 
   rows = jax.ShapeDtypeStruct((batch, length), jnp.float32)
   program = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1))).lower(
     jax.ShapeDtypeStruct((batch, length, width), dtype),
-    jax.ShapeDtypeStruct((width, vocab), dtype),
+    jax.ShapeDtypeStruct((vocab, width), dtype),
     jax.ShapeDtypeStruct((batch, length), jnp.int32),
     rows,
     rows,

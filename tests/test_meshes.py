@@ -3,6 +3,7 @@
 The compiled programs are read, too: what they gather, and how large their buffers are.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -14,6 +15,7 @@ import optax
 import pytest
 
 from grpo_jax import sharding
+from grpo_jax.core import logprobs
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
@@ -170,3 +172,20 @@ def test_a_model_that_is_not_told_where_values_lie_is_caught():
   batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
   found = set(gathered(step.lower(state, batch).compile()))
   assert found - one_layer((1, 2, 1))
+
+
+def test_tiles_of_the_head_are_cut_where_they_lie(monkeypatch):
+  """Forward and backward, eight tiles: the head is put together over `fsdp` once, never whole."""
+  monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1)
+  mesh = sharding.make_mesh((2, 2, 2), jax.devices()[:8])
+  model = Decoder(dataclasses.replace(CONFIG, vocab_size=4096), place=sharding.placer(mesh))
+  rows = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=sharding.batch_sharding(mesh))
+  hidden = jax.ShapeDtypeStruct((8, 3, 24), jnp.float32, sharding=sharding.batch_sharding(mesh))
+  table = sharding.param_shardings(mesh, {"head": jnp.zeros((4096, 24))})
+  head = jax.ShapeDtypeStruct((4096, 24), jnp.float32, sharding=table["head"])
+
+  def loss(head, hidden, tokens):
+    return logprobs.head_logprobs(hidden, model.head({"head": head}), tokens)[0].sum()
+
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(head, hidden, rows).compile()
+  assert gathered(compiled) == [(24, 2048)]

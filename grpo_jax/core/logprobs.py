@@ -1,5 +1,6 @@
 """Log-probabilities of given tokens, from logits or straight from hidden states."""
 
+import math
 from functools import partial
 
 import jax
@@ -10,6 +11,9 @@ from grpo_jax.core.types import Array, as_float, as_mask, as_tokens, check_posit
 
 # Elements of the largest logits tile that `head_logprobs` forms (float32: 16 MiB).
 TILE_ELEMENTS = 2**22
+# A tile takes its columns in equal shares from so many blocks of the vocabulary, at most: a head
+# that devices hold in blocks is then sliced where it lies, not gathered for every tile.
+BLOCKS = 16
 
 
 def token_logprobs(
@@ -100,19 +104,35 @@ def head_logprobs(
   return logp.reshape(tokens.shape), entropy.reshape(tokens.shape)
 
 
-def _tiles(rows: int, vocab: int) -> tuple[int, int]:
-  """(number of whole tiles, their width); what is left over is less than one tile."""
-  target = max(TILE_ELEMENTS // max(rows, 1), 512)
-  count = -(-vocab // target)
-  return count, vocab // count
+def _tiles(rows: int, blocks: int, size: int) -> tuple[int, int]:
+  """(number of whole tiles, columns of each block in one); what is left over is less than one."""
+  target = max(TILE_ELEMENTS // max(rows, 1), 512) // blocks
+  count = -(-size // target)
+  return count, size // count
 
 
-def _over_tiles(body, carry, rows: int, vocab: int):
-  """`carry = body(carry, start, width)` over all tiles, the widths static."""
-  count, width = _tiles(rows, vocab)
-  carry = jax.lax.fori_loop(0, count, lambda i, c: body(c, i * width, width), carry)
-  rest = vocab - count * width
-  return body(carry, count * width, rest) if rest else carry
+def _over_tiles(body, carry, rows: int, head: jax.Array):
+  """`carry = body(carry, start, width)` over all tiles of a head in blocks, the widths static."""
+  blocks, size, _ = head.shape
+  count, width = _tiles(rows, blocks, size)
+  # What is left over comes first: after the loop, XLA would copy the gradient of the head for it.
+  if rest := size - count * width:
+    carry = body(carry, count * width, rest)
+  return jax.lax.fori_loop(0, count, lambda i, c: body(c, i * width, width), carry)
+
+
+def _in_blocks(head: jax.Array) -> jax.Array:
+  """[D, V] as [blocks, V / blocks, D]: the way an embedding lies, which then is not transposed."""
+  width, vocab = head.shape
+  blocks = math.gcd(vocab, BLOCKS)
+  return head.T.reshape(blocks, vocab // blocks, width)
+
+
+def _is_token(tokens: jax.Array, head: jax.Array, start: jax.Array, width: int) -> jax.Array:
+  """[rows, blocks, width], true in the column of each row's token."""
+  blocks, size, _ = head.shape
+  columns = jnp.arange(blocks)[:, None] * size + (start + jnp.arange(width))[None]
+  return tokens[:, None, None] == columns[None]
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -123,7 +143,7 @@ def _bits(x: jax.Array) -> jax.Array:
 def _tile_logits(hidden, head, start, width, temperature, softcap, dtype):
   """Scaled logits of one tile, `d logits / d (hidden @ head)`, and the tile of the head."""
   tile = jax.lax.dynamic_slice_in_dim(_bits(head), start, width, axis=1).view(head.dtype)
-  raw = jnp.matmul(hidden, tile, preferred_element_type=dtype)
+  raw = jnp.einsum("rd,bwd->rbw", hidden, tile, preferred_element_type=dtype)
   if softcap is None:
     return raw / temperature, 1.0 / temperature, tile
   squashed = jnp.tanh(raw / softcap)
@@ -136,28 +156,27 @@ def _tiled(hidden, head, tokens, temperature, softcap):
 
 
 def _tiled_forward(hidden, head, tokens, temperature, softcap):
-  rows, vocab = hidden.shape[0], head.shape[1]
+  rows, vocab, head = hidden.shape[0], head.shape[1], _in_blocks(head)
   dtype = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
 
   def body(carry, start, width):
     top, total, weighted, chosen = carry
     z, _, _ = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
-    new_top = jnp.maximum(top, z.max(-1))
+    new_top = jnp.maximum(top, z.max((1, 2)))
     # A row whose logits so far are all -inf keeps its sums at 0 instead of inf - inf.
     base = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
     shift = jnp.where(total > 0, top - base, 0.0)
-    shrink, below = jnp.exp(shift), z - base[:, None]
+    shrink, below = jnp.exp(shift), z - base[:, None, None]
     p = jnp.exp(below)
-    weighted = (weighted + shift * total) * shrink + jnp.where(p > 0, p * below, 0.0).sum(-1)
-    total = total * shrink + p.sum(-1)
-    column = tokens - start
-    # NaN beyond this tile, until the token's own one comes; what lies before it has been picked.
-    picked = jnp.take_along_axis(z, column[:, None], -1).squeeze(-1)
-    return new_top, total, weighted, jnp.where(column >= 0, picked, chosen)
+    weighted = (weighted + shift * total) * shrink + jnp.where(p > 0, p * below, 0.0).sum((1, 2))
+    total = total * shrink + p.sum((1, 2))
+    chosen += jnp.where(_is_token(tokens, head, start, width), z, 0.0).sum((1, 2))
+    return new_top, total, weighted, chosen
 
   zeros = jnp.zeros((rows,), dtype)
-  carry = (jnp.full((rows,), -jnp.inf, dtype), zeros, zeros, jnp.full((rows,), jnp.nan, dtype))
-  top, total, weighted, chosen = _over_tiles(body, carry, rows, vocab)
+  carry = (jnp.full((rows,), -jnp.inf, dtype), zeros, zeros, zeros)
+  top, total, weighted, chosen = _over_tiles(body, carry, rows, head)
+  chosen = jnp.where((tokens >= 0) & (tokens < vocab), chosen, jnp.nan)
   logsumexp = top + jnp.log(total)
   entropy = jnp.log(total) - weighted / total
   return (chosen - logsumexp, entropy), (hidden, head, tokens, logsumexp, entropy)
@@ -165,26 +184,27 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
 
 def _tiled_backward(temperature, softcap, saved, cotangents):
   hidden, head, tokens, logsumexp, entropy = saved
-  rows, vocab = hidden.shape[0], head.shape[1]
+  rows, features = hidden.shape
   dtype = logsumexp.dtype
   d_logp, d_entropy = cotangents
 
   def body(carry, start, width):
     d_hidden, d_head = carry
     z, slope, tile = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
-    logps = z - logsumexp[:, None]
+    logps = z - logsumexp[:, None, None]
     p = jnp.exp(logps)
-    is_token = (tokens - start)[:, None] == jnp.arange(width)[None, :]
-    surprise = jnp.where(p > 0, p * (logps + entropy[:, None]), 0.0)
-    d_z = d_logp[:, None] * (is_token - p) - d_entropy[:, None] * surprise
+    is_token = _is_token(tokens, head, start, width)
+    surprise = jnp.where(p > 0, p * (logps + entropy[:, None, None]), 0.0)
+    d_z = d_logp[:, None, None] * (is_token - p) - d_entropy[:, None, None] * surprise
     d_raw = (d_z * slope).astype(hidden.dtype)
-    d_hidden += jnp.matmul(d_raw, tile.T, preferred_element_type=dtype)
-    d_tile = jnp.matmul(hidden.T, d_raw, preferred_element_type=dtype).astype(head.dtype)
-    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, _bits(d_tile), start, axis=1)
+    d_hidden += jnp.einsum("rbw,bwd->rd", d_raw, tile, preferred_element_type=dtype)
+    d_tile = jnp.einsum("rbw,rd->bwd", d_raw, hidden, preferred_element_type=dtype)
+    d_tile = _bits(d_tile.astype(head.dtype))
+    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=1)
 
   carry = (jnp.zeros(hidden.shape, dtype), _bits(jnp.empty_like(head)))
-  d_hidden, d_head = _over_tiles(body, carry, rows, vocab)
-  return d_hidden.astype(hidden.dtype), d_head.view(head.dtype), None
+  d_hidden, d_head = _over_tiles(body, carry, rows, head)
+  return d_hidden.astype(hidden.dtype), d_head.view(head.dtype).reshape(-1, features).T, None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
