@@ -14,6 +14,12 @@ test: .venv/ready
 test-slow: .venv/model
 	$(BIN)/python -m pytest -m slow
 
+test-faults: .venv/ready
+	$(BIN)/python tests/faults.py
+
+soak: .venv/ready
+	$(BIN)/python tests/soak.py
+
 mutants: .venv/ready
 	$(BIN)/python tests/mutants.py --jobs 2 --limit 600 > docs/mutants.md
 

@@ -5,6 +5,7 @@ Runs of several processes take a minute and are slow tests; one short one is not
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -341,13 +342,14 @@ def test_when_one_process_is_killed_the_other_ends(tmp_path, victim):
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_one_host_stops_all_after_a_saved_step(tmp_path):
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_on_one_host_stops_all_after_a_saved_step(tmp_path, number, exit_code):
   port = free_port()
   processes = [start(own_run(tmp_path), i, 2, port, devices=1) for i in range(2)]
   wait_for_step(tmp_path / "run", processes)
-  processes[1].send_signal(2)
+  processes[1].send_signal(number)
   for code, output in finished(processes):
-    assert code == 130, output
+    assert code == exit_code, output
     assert "which is saved" in output
 
 
