@@ -28,9 +28,9 @@ def lock(workdir: str | Path) -> Iterator[None]:
   """Keeps other runs out of a work directory, which is made if it is missing.
 
   The operating system holds the lock and drops it when this process ends, however it ends, so none
-  is ever left behind. On a network file system (NFS, Lustre with `flock`) it also holds between
-  machines; that of a machine that died is dropped when the server gives it up, for NFS after about
-  90 s. A file system without locks gets a warning: there, nothing keeps a second run out.
+  is ever left behind. Network file systems that have locks (NFS, Lustre mounted with `flock`) hold
+  it between machines; that of a machine that died is dropped when the server gives it up, for NFS
+  after about 90 s. Without locks there is a warning: nothing keeps a second run out.
 
   Errors: WorkdirError, with the process that has it, and nothing changed in the directory.
   """
