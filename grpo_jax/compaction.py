@@ -150,9 +150,13 @@ def _alive(places: Places, live: Bool[Array, "SC g"]) -> Int[Array, "S P"]:
 
 
 def _take(array: Array, index: Array, axis: int, axes: int, shape: tuple[int, ...]) -> Array:
-  """Along `axes` axes from `axis` on, which hold the blocks one after another."""
-  axis %= array.ndim
-  before, after = array.shape[:axis], array.shape[axis + axes :]
-  blocked = array.reshape(*before, index.shape[0], -1, *after)
-  pick = jax.vmap(lambda a, i: jnp.take(a, i, axis=axis), (axis, 0), axis)
-  return pick(blocked, index).reshape(*before, *shape, *after)
+  """Along `axes` axes from `axis` on, which hold the blocks one after another.
+
+  What lies before them, layers, goes one after another: a compiler that lays out the rows anew for
+  this copies one layer then, not a whole cache.
+  """
+  if axis % array.ndim:
+    return jax.lax.map(lambda a: _take(a, index, axis % array.ndim - 1, axes, shape), array)
+  after = array.shape[axes:]
+  blocked = array.reshape(index.shape[0], -1, *after)
+  return jax.vmap(lambda a, i: a[i])(blocked, index).reshape(*shape, *after)
