@@ -243,6 +243,11 @@ def _check_slots(c: ConfigDict, width: int, tensor: int) -> list[str]:
         f"train.{name} is {c.train[name]}, it must be {off} with train.reduction='ordered': "
         "train.slots takes its place"
       )
+  if c.model.remat != "none":
+    problems.append(
+      f"model.remat is {c.model.remat!r}, it must be 'none' with train.reduction='ordered': layers "
+      "that are computed again come out with other bits"
+    )
   unit = slots * max(c.train.mini_batches, 1)
   if c.rollout.prompts_per_step % unit:
     problems.append(

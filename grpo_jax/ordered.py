@@ -12,7 +12,9 @@ twice. The compiler must not know the number of turns either, or it would unroll
 It costs: each device holds the whole parameters and about three whole gradients while it computes;
 gradients are exchanged after every turn instead of once; and completions are sampled slot by slot
 as well, because the last bit of a logit can decide on a token. Where reading the weights limits
-decoding, that takes slots / devices times as long. On one kind of device and one version of JAX.
+decoding, that takes slots / devices times as long. Layers are not computed again in the backward
+pass (`model.remat` is none): what XLA fuses there depends on the devices. On one kind of device and
+one version of JAX.
 """
 
 import dataclasses

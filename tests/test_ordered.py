@@ -116,10 +116,11 @@ def test_a_mesh_that_does_not_fit_is_refused():
   options = [
     "--config.train.reduction=ordered", "--config.train.slots=12", "--config.mesh.tensor=2",
     "--config.train.micro_batches=2", "--config.rollout.prompts_per_step=18",
+    "--config.model.remat=layers",
   ]  # fmt: skip
   problems = check(load("experiments/tiny.py", options), 16)
   assert [problem.split(" is ")[0] for problem in problems] == [
-    "train.slots", "mesh.tensor", "train.micro_batches", "rollout.prompts_per_step",
+    "train.slots", "mesh.tensor", "train.micro_batches", "model.remat", "rollout.prompts_per_step",
   ]  # fmt: skip
   problems = check(load("experiments/tiny.py", ["--config.train.reduction=slow"]), 1)
   assert problems == ["train.reduction is 'slow', it must be 'fast' or 'ordered'"]
@@ -132,6 +133,7 @@ OPTIONS = [
   "--config.rollout.completion_length=5", "--config.rewards.workers=0", "--config.log.samples=0",
   "--config.train.reduction=ordered", "--config.algorithm.name=grpo",
   "--config.algorithm.advantage=batch_normalized", "--config.checkpoint.keep=9",
+  "--config.model.remat=none",
 ]  # fmt: skip
 
 
