@@ -23,7 +23,7 @@ soak: .venv/ready
 mutants: .venv/ready
 	$(BIN)/python tests/mutants.py --jobs 2 --limit 600 > docs/mutants.md
 
-# Hours on two cores; can be stopped, and goes on where it was.
+# Half an hour on two cores; can be stopped, and goes on where it was.
 plans: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable '.[plan]'
 	$(BIN)/python benchmarks/plans.py
