@@ -30,7 +30,8 @@ from faulty_runs import Run, children, rows, same_end, steps_written, table, wri
 
 REWARDS = Path(__file__).with_name("soak_rewards.py")
 EVERY = 50  # steps between kills
-WARM = 0.6  # share of the steps before growth counts: 250 MiB are freed once, at about step 250
+WARM = 0.5  # share of the steps before growth counts: 250 MiB are freed once, at about step 250
+BLOCKS = 10  # of the steps after that
 MIB_PER_100_STEPS, FILES = 3.0, 4  # that may come on top after that
 # Else memory also depends on which of glibc's arenas the threads of a save happen to fill.
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
@@ -61,7 +62,7 @@ def main() -> int:
     f"reward in all; others slow. Seed {arguments.seed}, jax {version('jax')}, Python "
     f"{platform.python_version()}, {minutes:.0f} minutes. A second run was killed {kills} times, "
     f"about every {EVERY} steps, and ended as the first: {compared}. Of the run left alone, with "
-    f"one arena of malloc, after step {int(WARM * steps)}:"
+    f"one arena of malloc, after step {int(WARM * steps)}, the least of each of {BLOCKS} blocks:"
   )
   print(f"{about}\n\n{text}")
   write_section("Soak", about, text)
@@ -132,26 +133,30 @@ def killed(workdir: Path, settings: list[str], steps: int, rng: random.Random) -
 def growth(samples: list[dict[str, float]], steps: int) -> tuple[list[tuple], int]:
   """(rows of the table, how many of them grow more than they may)."""
   # Not the end either: it draws the curve, and takes the run down.
-  warm = [sample for sample in samples if WARM * steps <= sample["step"] < steps]
+  warm = [
+    sample for sample in samples if WARM * steps <= sample["step"] < steps and sample["workers"]
+  ]
+  for sample in warm:  # one that died is missing until it is needed again
+    sample["memory of a worker"] = sample["workers' memory"] / sample["workers"]
+  blocks = np.array_split(np.unique([sample["step"] for sample in warm]), BLOCKS)
   lines, failed = [], 0
   for name, unit, most in (
     ("memory", "MiB", MIB_PER_100_STEPS),
-    ("workers' memory", "MiB", MIB_PER_100_STEPS),
+    ("memory of a worker", "MiB", MIB_PER_100_STEPS),
     ("files", "", FILES * 100 / steps),
   ):
-    # Medians of blocks, so that a worker that is just being started again does not count.
-    values = np.array([[sample["step"], sample[name]] for sample in warm], float)
-    blocks = np.array(
-      [np.median(part, axis=0) for part in np.array_split(values, min(20, len(values)))]
-    )
-    slope = 100 * np.polyfit(*blocks.T, 1)[0]
-    print(name, " ".join(f"{step:.0f}:{value:.1f}" for step, value in blocks), flush=True)
+    # The least of each block of steps: what is held for a save goes again, a leak stays.
+    least = [min(s[name] for s in warm if block[0] <= s["step"] <= block[-1]) for block in blocks]
+    values = np.array([[block.mean(), value] for block, value in zip(blocks, least)])
+    slope = 100 * np.polyfit(*values.T, 1)[0]
+    print(name, " ".join(f"{step:.0f}:{value:.1f}" for step, value in values), flush=True)
     failed += slope > most
-    first, last = blocks[0, 1], blocks[-1, 1]
+    first, last = least[0], least[-1]
     title = {"memory": "resident memory of the run", "files": "open files of the run"}
     note = "" if slope <= most else f", more than {most:g}"
     cells = f"{first:.0f} {unit}", f"{last:.0f} {unit}", f"{slope:+.2f} {unit}{note}"
-    lines.append((title.get(name, "resident memory of its reward workers"), *cells))
+    cells = tuple(cell.strip() for cell in cells)
+    lines.append((title.get(name, "resident memory of a reward worker"), *cells))
   return lines, failed
 
 
