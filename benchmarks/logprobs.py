@@ -7,16 +7,16 @@ states and head. They run in alternation in one process, so that a busy machine 
 alike. Memory is what XLA's compiled program asks for beside its arguments and results, in units
 of one float32 array [B, T, V]. Prints a table, then one JSON line per way.
 
-Measured on two busy CPU cores (jax 0.10.2), width 576, vocabulary 49152:
+Measured on two busy CPU cores (jax 0.10.2), width 576, vocabulary 49152, float32, medians:
 
-| tokens  | dtype    | time / plain | memory of head_logprobs | memory of plain |
-|---------|----------|--------------|-------------------------|-----------------|
-| 4 x 128 | float32  | 0.57         | 0.37                    | 5.0             |
-| 64 x 6  | float32  | 0.58         | 0.51                    | 5.0             |
-| 4 x 128 | bfloat16 | 0.40         | 1.03                    | 7.1             |
+| tokens  | time / plain | memory of head_logprobs | memory of plain |
+|---------|--------------|-------------------------|-----------------|
+| 4 x 128 | 1.08         | 2.25                    | 4.0             |
+| 64 x 6  | 1.18         | 3.0                     | 4.0             |
 
-At 2 x 512 tokens and a vocabulary of 151936 the memory is 0.06 in float32 (0.34 in bfloat16, where
-XLA's CPU backend copies the head once); `tests/test_logprobs.py` holds it below 0.4.
+The head is given as [D, V] here, and its memory is that of a transposed copy and its gradient; an
+embedding's transpose, which tied models give, needs none (`tests/test_logprobs.py` holds that below
+0.4 for a vocabulary of 151936).
 """
 
 import argparse
