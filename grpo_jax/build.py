@@ -115,13 +115,7 @@ def build(config: ConfigDict) -> Run:
   c = config
   problems = configs.check(c, jax.device_count())
 
-  def attempt(make: Callable[[], Any]) -> Any:
-    try:
-      return make()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-      problems.append(str(error))
-      return None
-
+  attempt = partial(configs.attempt, problems)
   algorithm = attempt(lambda: make_algorithm(c.algorithm))
   task = attempt(lambda: tasks.make_task(c.task.name, **c.task.settings.to_dict()))
   weights = attempt(lambda: open_weights(c.model.source, seed=c.seed))

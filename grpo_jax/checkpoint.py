@@ -168,7 +168,9 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      reason = "the file system is full" if workdirs.is_full(error) else _first_line(error)
+      reason = (
+        "the file system is full" if workdirs.is_full(error) else distributed.in_a_line(error)
+      )
       raise SaveError(
         f"the checkpoint of step {self._saving} could not be saved: {reason}. It takes up to "
         f"{self._bytes / 2**20:.1f} MiB; {workdirs.room(self._folder)}. Those before it are intact"
@@ -203,7 +205,7 @@ def damage(checkpoint: Path, block: int = 0, blocks: int = 1) -> list[str] | Non
     wanted = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
     mine = sorted((name, *digest) for name, digest in wanted.items())[block::blocks]
   except (ValueError, TypeError, AttributeError, OSError) as error:
-    return [f"{DIGESTS} cannot be read ({_first_line(error)})"]
+    return [f"{DIGESTS} cannot be read ({distributed.in_a_line(error)})"]
   with ThreadPoolExecutor() as pool:
     found = pool.map(lambda row: _difference(checkpoint / row[0], *row[1:]), mine)
   return [f"{row[0]} {text}" for row, text in zip(mine, found) if text]
@@ -222,10 +224,6 @@ def _difference(path: Path, size: int, digest: str) -> str:
     return "" if _digest(path)[1] == digest else "has other contents than were written"
   except OSError as error:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-
-
-def _first_line(error: BaseException) -> str:
-  return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def _tree(state: TrainState) -> dict[str, Any]:

@@ -7,6 +7,7 @@ program and runs as one: load only files that you would run.
 import ast
 import difflib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ class ConfigError(ValueError):
     self.problems = problems
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     super().__init__(f"the config has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
+  """`make()`; if it finds something wrong with what the config names, that goes to `problems`."""
+  try:
+    return make()
+  except (ValueError, FileNotFoundError, ImportError) as error:
+    problems.append(str(error))
+    return None
 
 
 def default_config() -> ConfigDict:

@@ -54,7 +54,7 @@ def session(heartbeat: int = 30, wait: float = 1800.0) -> Iterator[None]:
     jax.distributed.shutdown()
     _limit.set(None)
   except BaseException as error:
-    _limit.set(GRACE, f"this process failed ({_first_line(error)}) and could not end by itself")
+    _limit.set(GRACE, f"this process failed ({in_a_line(error)}) and could not end by itself")
     raise
 
 
@@ -122,7 +122,7 @@ def together(what: str) -> Iterator[None]:
   except BaseException as error:
     failed = error
     # The others may be elsewhere and never come to the exchange.
-    _limit.set(GRACE, f"{what} failed ({_first_line(error)}) and the other hosts do not answer")
+    _limit.set(GRACE, f"{what} failed ({in_a_line(error)}) and the other hosts do not answer")
   said = _all_bytes(f"{type(failed).__name__}: {failed}".encode() if failed else b"")
   if failed:
     raise failed
@@ -160,7 +160,8 @@ def _unpacked(content: bytes) -> dict[str, np.ndarray]:
     return dict(archive)
 
 
-def _first_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+  """Kind and first line of an error, to quote it in another."""
   return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.chips import Topology, bound
 from grpo_jax.costs import Cost, Counter, product_ops
+from grpo_jax.models.files import first_line
 from grpo_jax.programs import Programs, bytes_of, open_programs
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -155,7 +156,7 @@ def compile_part(p: Programs, name: str) -> tuple[Memory, dict[str, tuple[Cost, 
   except Exception as error:  # XLA's error type has no public name of its own
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return Memory(kinds, _needed(str(error)), refused=_first_line(error)), {}
+    return Memory(kinds, _needed(str(error)), refused=first_line(error)), {}
   xla = compiled.memory_analysis()
   ours = bytes_of(_read(traced, arguments))
   kinds["temporaries"] += (
@@ -221,10 +222,6 @@ def _needed(message: str) -> float:
   """Bytes that the compiler says a program needs when it refuses it."""
   found = re.search(r"(?:Used |required for [^(]*\()([\d.]+)([KMGT]?)", message)
   return float(found.group(1)) * UNITS[found.group(2)] if found else float("inf")
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().splitlines()[0]
 
 
 def as_dict(plan: Plan, tried: list[str] | None = None) -> dict[str, Any]:

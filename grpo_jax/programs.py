@@ -220,13 +220,7 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
   c, count = config, len(topology.devices)
   problems = configs.check(c, count)
 
-  def attempt(make: Callable[[], Any]) -> Any:
-    try:
-      return make()
-    except (ValueError, FileNotFoundError, ImportError) as error:
-      problems.append(str(error))
-      return None
-
+  attempt = partial(configs.attempt, problems)
   algorithm = attempt(lambda: build.make_algorithm(c.algorithm))
   shape = attempt(lambda: config_of(c.model.source))
   weights = Weights(shape, shapes_of(shape), None) if shape else None

@@ -5,6 +5,7 @@ heads, d head width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,22 +44,14 @@ def group_attention(
   k, v = own
   prompts, group, length, heads, dim = q.shape
   q = q.reshape(prompts, group, length, k.shape[-2], heads // k.shape[-2], dim) * scale
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-
-  def scores(equation: str, keys: Array, mask: Array) -> Array:
-    values = jnp.einsum(equation, q, keys, preferred_element_type=wide)
-    if softcap is not None:
-      values = softcap * jnp.tanh(values / softcap)
-    return jnp.where(mask, values, MASKED)
-
-  to_own = scores("pgtkrd,pgskd->pgkrts", k, own_mask)
+  to_own = _scores("pgtkrd,pgskd->pgkrts", q, k, own_mask, softcap)
   if prefix is None:
     weights = jax.nn.softmax(to_own, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("pgkrts,pgskd->pgtkrd", weights, v)
   else:
-    to_prefix = scores("pgtkrd,pnkd->pgkrtn", prefix[0], prefix_mask[:, None, None, None])
-    weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
-    to_prefix, to_own = jnp.split(weights.astype(v.dtype), [to_prefix.shape[-1]], axis=-1)
+    seen = prefix_mask[:, None, None, None]
+    to_prefix = _scores("pgtkrd,pnkd->pgkrtn", q, prefix[0], seen, softcap)
+    to_prefix, to_own = _weights(to_prefix, to_own, v.dtype)
     mixed = jnp.einsum("pgkrtn,pnkd->pgtkrd", to_prefix, prefix[1])
     mixed += jnp.einsum("pgkrts,pgskd->pgtkrd", to_own, v)
   return mixed.reshape(prompts, group, length, heads, dim)
@@ -109,21 +102,27 @@ def cached_attention(
   """
   prompts, group, heads, dim = q.shape
   q = q.reshape(prompts, group, own[0].shape[2], -1, dim) * scale
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-
-  def scores(equation: str, keys: Array, mask: Array) -> Array:
-    values = jnp.einsum(equation, q, keys, preferred_element_type=wide)
-    if softcap is not None:
-      values = softcap * jnp.tanh(values / softcap)
-    return jnp.where(mask, values, MASKED)
-
-  to_prefix = scores("pgkrd,pknd->pgkrn", prefix[0], prefix_mask[:, :, None, None])
-  to_own = scores("pgkrd,pgktd->pgkrt", own[0], own_mask)
-  weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
-  to_prefix, to_own = jnp.split(weights.astype(q.dtype), [to_prefix.shape[-1]], axis=-1)
+  to_prefix = _scores("pgkrd,pknd->pgkrn", q, prefix[0], prefix_mask[:, :, None, None], softcap)
+  to_own = _scores("pgkrd,pgktd->pgkrt", q, own[0], own_mask, softcap)
+  to_prefix, to_own = _weights(to_prefix, to_own, q.dtype)
   mixed = jnp.einsum("pgkrn,pknd->pgkrd", to_prefix, prefix[1])
   mixed += jnp.einsum("pgkrt,pgktd->pgkrd", to_own, own[1])
   return mixed.reshape(prompts, group, heads, dim)
+
+
+def _scores(equation: str, q: Array, keys: Array, mask: Array, softcap: float | None) -> Array:
+  """Scores in float32 or wider, `MASKED` where a query does not see a key."""
+  wide = jnp.promote_types(q.dtype, jnp.float32)
+  values = jnp.einsum(equation, q, keys, preferred_element_type=wide)
+  if softcap is not None:
+    values = softcap * jnp.tanh(values / softcap)
+  return jnp.where(mask, values, MASKED)
+
+
+def _weights(to_prefix: Array, to_own: Array, dtype: Any) -> list[Array]:
+  """One softmax over scores of both sources, in its two parts."""
+  weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
+  return jnp.split(weights.astype(dtype), [to_prefix.shape[-1]], axis=-1)
 
 
 def near(
