@@ -7,16 +7,19 @@ states and head. They run in alternation in one process, so that a busy machine 
 alike. Memory is what XLA's compiled program asks for beside its arguments and results, in units
 of one float32 array [B, T, V]. Prints a table, then one JSON line per way.
 
-Measured on two busy CPU cores (jax 0.10.2), width 576, vocabulary 49152, float32, medians:
+Measured on two CPU cores (jax 0.10.2), width 576, vocabulary 49152, float32, medians:
 
-| tokens  | time / plain | memory of head_logprobs | memory of plain |
-|---------|--------------|-------------------------|-----------------|
-| 4 x 128 | 1.08         | 2.25                    | 4.0             |
-| 64 x 6  | 1.18         | 3.0                     | 4.0             |
+| tokens  | head that lies as | time / plain | memory of head_logprobs | memory of plain |
+|---------|-------------------|--------------|-------------------------|-----------------|
+| 4 x 128 | [V, D]            | 0.67         | 0.37                    | 4.0             |
+| 32 x 32 | [V, D]            | 0.63         | 0.17                    | 5.0             |
+| 64 x 6  | [V, D]            | 0.72         | 0.51                    | 4.0             |
+| 4 x 128 | [D, V]            | 0.68         | 2.25                    | 4.0             |
+| 32 x 32 | [D, V]            | 0.58         | 1.13                    | 5.0             |
+| 64 x 6  | [D, V]            | 0.80         | 3.0                     | 4.0             |
 
-The head is given as [D, V] here, and its memory is that of a transposed copy and its gradient; an
-embedding's transpose, which tied models give, needs none (`tests/test_logprobs.py` holds that below
-0.4 for a vocabulary of 151936).
+An embedding lies as [V, D]. With `--kernel` the head lies as [D, V], of which `head_logprobs` makes
+a copy that lies the other way, and another of its gradient.
 """
 
 import argparse
@@ -37,31 +40,33 @@ def plain(hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> tuple[jax.Ar
   return grpo_jax.token_logprobs(logits, tokens)
 
 
-def compiled(function: Callable, inputs: tuple[jax.Array, ...]) -> jax.stages.Compiled:
+def compiled(
+  function: Callable, inputs: tuple[jax.Array, ...], kernel: bool
+) -> jax.stages.Compiled:
   """Value and gradients of `sum(a * logp + b * entropy)`, ready to run."""
 
   def loss(hidden, head, tokens, a, b):
-    logp, entropy = function(hidden, head, tokens)
+    logp, entropy = function(hidden, head if kernel else head.T, tokens)
     return jnp.sum(a * logp + b * entropy)
 
   return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*inputs).compile()
 
 
 def measure(
-  batch: int, tokens: int, width: int, vocab: int, dtype: str, repeats: int
+  batch: int, tokens: int, width: int, vocab: int, dtype: str, repeats: int, kernel: bool
 ) -> list[dict]:
   """One row per way: median and spread in seconds, temporary memory."""
   rng = np.random.default_rng(0)
   inputs = (
     jnp.asarray(rng.normal(size=(batch, tokens, width)), dtype),
-    jnp.asarray(rng.normal(size=(width, vocab)) / width**0.5, dtype),
+    jnp.asarray(rng.normal(size=(width, vocab) if kernel else (vocab, width)) / width**0.5, dtype),
     jnp.asarray(rng.integers(0, vocab, (batch, tokens)), jnp.int32),
     jnp.asarray(rng.normal(size=(batch, tokens)), jnp.float32),
     jnp.asarray(rng.normal(size=(batch, tokens)), jnp.float32),
   )
   programs = {
-    "head_logprobs": compiled(grpo_jax.head_logprobs, inputs),
-    "plain logits": compiled(plain, inputs),
+    "head_logprobs": compiled(grpo_jax.head_logprobs, inputs, kernel),
+    "plain logits": compiled(plain, inputs, kernel),
   }
   seconds: dict[str, list[float]] = {name: [] for name in programs}
   for round_number in range(repeats + 1):
@@ -82,6 +87,7 @@ def measure(
         "width": width,
         "vocab": vocab,
         "dtype": dtype,
+        "head": "[D, V]" if kernel else "[V, D]",
         "device": jax.devices()[0].device_kind,
         "seconds_median": round(float(median), 5),
         "seconds_quartiles": [round(float(low), 5), round(float(high), 5)],
@@ -102,6 +108,7 @@ def main() -> None:
   parser.add_argument("--width", type=int, default=576, help="model width D")
   parser.add_argument("--vocab", type=int, default=49152, help="vocabulary V")
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  parser.add_argument("--kernel", action="store_true", help="a head that lies as [D, V]")
   parser.add_argument("--repeats", type=int, default=9, help="timed rounds of each way")
   rows = measure(**vars(parser.parse_args()))
   print(f"{'way':<16}{'median s':>10}{'quartiles':>22}{'x plain':>10}{'memory / [B,T,V]':>18}")

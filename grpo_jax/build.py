@@ -180,6 +180,7 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
     lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if c.lora.rank else 1.0,
     # In slots each device computes by itself: there is nothing to place.
     **({"place": sharding.placer(mesh)} if c.train.reduction == "fast" else {}),
+    vocab_blocks=sharding.vocab_blocks(mesh, shape.vocab_size),
   )
 
 

@@ -98,6 +98,11 @@ def blocks(layout: NamedSharding | None) -> int:
   return _parts(layout.mesh, layout.spec[0]) if layout else 1
 
 
+def vocab_blocks(mesh: Mesh, vocab: int) -> int:
+  """Blocks of the vocabulary that a head lies in, as `core.logprobs.head_logprobs` wants them."""
+  return _parts(mesh, _fit(mesh, PLACES["table"], (vocab,), False)[0] or ())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same on every device."""
   return NamedSharding(mesh, P())

@@ -110,6 +110,7 @@ def score_batch(
     temperature=temperature,
     where=batch.mask,
     softcap=model.config.softcap,
+    blocks=model.vocab_blocks,
   )
 
 

@@ -170,17 +170,20 @@ SETTINGS = {
   "plain": {},
   "temperature": {"temperature": 0.7},
   "softcap": {"softcap": 1.5},
-  "all": {"temperature": 1.3, "softcap": 2.0, "where": WHERE},
+  "blocks": {"blocks": 4},
+  "all": {"temperature": 1.3, "softcap": 2.0, "where": WHERE, "blocks": 2},
 }
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_tiles_agree_with_float64_and_with_the_logits(settings, small_tiles):
-  # three tiles of 91 columns from each of four blocks, and a rest of two
+  # three tiles and a rest of two columns; of each of four blocks 91 columns and the same rest
+  assert logprobs._tiles(B * T, 1, V) == (3, 366)
   assert logprobs._tiles(B * T, 4, V // 4) == (3, 91)
   hidden, head, a, b = inputs()
   got = tiled(hidden, head, a, b, **settings)
-  close(got, dense64(hidden, head, a, b, **settings))
+  wanted = {name: value for name, value in settings.items() if name != "blocks"}
+  close(got, dense64(hidden, head, a, b, **wanted))
   if "where" not in settings:
     logits = hidden @ head
     if "softcap" in settings:
@@ -261,7 +264,7 @@ def test_the_entropy_does_not_suffer_from_the_size_of_the_logits(small_tiles):
 
 def test_one_tile_and_many_give_the_same():
   hidden, head, a, b = inputs()
-  assert logprobs._tiles(B * T, 4, V // 4) == (1, V // 4)
+  assert logprobs._tiles(B * T, 1, V) == (1, V)
   close(tiled(hidden, head, a, b), dense64(hidden, head, a, b))
 
 
@@ -334,6 +337,9 @@ def test_errors_of_head_logprobs():
     call(temperature=0.0)
   with pytest.raises(ValueError, match=r"^softcap must be a finite number above 0, got -1"):
     call(softcap=-1)
+  for blocks in (0, -1, 3):
+    with pytest.raises(ValueError, match=rf"^blocks must divide the vocabulary of 8, got {blocks}"):
+      call(blocks=blocks)
 
 
 # --- memory --------------------------------------------------------------------------------------

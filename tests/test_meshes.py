@@ -53,7 +53,8 @@ def on_mesh(shape):
   """(mesh, model, parameters in the layout of the table)."""
   mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
   params = jax.device_put(PARAMS, sharding.param_shardings(mesh, PARAMS))
-  return mesh, Decoder(CONFIG, place=sharding.placer(mesh)), params
+  blocks = sharding.vocab_blocks(mesh, CONFIG.vocab_size)
+  return mesh, Decoder(CONFIG, place=sharding.placer(mesh), vocab_blocks=blocks), params
 
 
 def step_on(shape):
@@ -175,9 +176,11 @@ def test_a_model_that_is_not_told_where_values_lie_is_caught():
 
 
 def test_tiles_of_the_head_are_cut_where_they_lie(monkeypatch):
-  """Forward and backward, eight tiles: the head is put together over `fsdp` once, never whole."""
+  """Forward and backward, four tiles: the head is put together over `fsdp` once, never whole."""
   monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1)
   mesh = sharding.make_mesh((2, 2, 2), jax.devices()[:8])
+  blocks = sharding.vocab_blocks(mesh, 4096)
+  assert blocks == 2
   model = Decoder(dataclasses.replace(CONFIG, vocab_size=4096), place=sharding.placer(mesh))
   rows = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=sharding.batch_sharding(mesh))
   hidden = jax.ShapeDtypeStruct((8, 3, 24), jnp.float32, sharding=sharding.batch_sharding(mesh))
@@ -185,7 +188,8 @@ def test_tiles_of_the_head_are_cut_where_they_lie(monkeypatch):
   head = jax.ShapeDtypeStruct((4096, 24), jnp.float32, sharding=table["head"])
 
   def loss(head, hidden, tokens):
-    return logprobs.head_logprobs(hidden, model.head({"head": head}), tokens)[0].sum()
+    head = model.head({"head": head})
+    return logprobs.head_logprobs(hidden, head, tokens, blocks=blocks)[0].sum()
 
   compiled = jax.jit(jax.grad(loss, (0, 1))).lower(head, hidden, rows).compile()
   assert gathered(compiled) == [(24, 2048)]

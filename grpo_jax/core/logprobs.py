@@ -1,6 +1,5 @@
 """Log-probabilities of given tokens, from logits or straight from hidden states."""
 
-import math
 from functools import partial
 
 import jax
@@ -11,9 +10,6 @@ from grpo_jax.core.types import Array, as_float, as_mask, as_tokens, check_posit
 
 # Elements of the largest logits tile that `head_logprobs` forms (float32: 16 MiB).
 TILE_ELEMENTS = 2**22
-# A tile takes its columns in equal shares from so many blocks of the vocabulary, at most: a head
-# that devices hold in blocks is then sliced where it lies, not gathered for every tile.
-BLOCKS = 16
 
 
 def token_logprobs(
@@ -54,6 +50,7 @@ def head_logprobs(
   temperature: float = 1.0,
   where: Bool[Array, "... T"] | None = None,
   softcap: float | None = None,
+  blocks: int = 1,
 ) -> tuple[Float[Array, "... T"], Float[Array, "... T"]]:
   """`token_logprobs(hidden @ head, tokens)` without ever forming `[..., T, V]`.
 
@@ -64,16 +61,21 @@ def head_logprobs(
 
   Args:
     hidden: final hidden states, `hidden[..., t, :]` predicting `tokens[..., t]`.
-    head: output projection; a tied embedding `[V, D]` goes in as `embedding.T`.
+    head: output projection. It is read as `head.T`: a matrix stored as `[V, D]`, such as a tied
+      embedding, goes in as `embedding.T` and is not copied.
     temperature: divides the logits, after the soft cap.
     where: rows to compute; elsewhere both results and all gradients are 0 and `hidden` may hold
       NaN. None computes all.
     softcap: `logits = softcap * tanh(logits / softcap)`, as Gemma 2 does.
+    blocks: a tile takes equal shares of its columns from so many blocks of the vocabulary; it has
+      to divide V. With the number of devices that `head` is split over along V, each slices what
+      it holds; otherwise the head is sent for every tile. The results are the same.
 
   Returns:
     (logp, entropy), both `[..., T]`, nats, float32 or wider.
 
-  Errors: a shape or dtype that does not fit, a temperature or soft cap that is not above 0.
+  Errors: a shape or dtype that does not fit, a temperature or soft cap that is not above 0, blocks
+  that do not divide the vocabulary.
 
   Example:
     >>> import jax.numpy as jnp
@@ -93,12 +95,16 @@ def head_logprobs(
   check_positive("temperature", temperature)
   if softcap is not None:
     check_positive("softcap", softcap)
+  if blocks < 1 or head.shape[1] % blocks:
+    raise ValueError(f"blocks must divide the vocabulary of {head.shape[1]}, got {blocks}")
   tokens = as_tokens("tokens", tokens, hidden.shape[:-1])
   flat = hidden.reshape(-1, hidden.shape[-1])
   if where is not None:
     rows = as_mask("where", where, hidden.shape[:-1]).reshape(-1)
     flat = jnp.where(rows[:, None], flat, 0.0)
-  logp, entropy = _tiled(flat, head, tokens.reshape(-1), float(temperature), softcap)
+  logp, entropy = _tiled(
+    flat, head.T.reshape(blocks, -1, head.shape[0]), tokens.reshape(-1), float(temperature), softcap
+  )
   if where is not None:
     logp, entropy = jnp.where(rows, logp, 0.0), jnp.where(rows, entropy, 0.0)
   return logp.reshape(tokens.shape), entropy.reshape(tokens.shape)
@@ -106,7 +112,7 @@ def head_logprobs(
 
 def _tiles(rows: int, blocks: int, size: int) -> tuple[int, int]:
   """(number of whole tiles, columns of each block in one); what is left over is less than one."""
-  target = max(TILE_ELEMENTS // max(rows, 1), 512) // blocks
+  target = max(max(TILE_ELEMENTS // max(rows, 1), 512) // blocks, 1)
   count = -(-size // target)
   return count, size // count
 
@@ -121,18 +127,10 @@ def _over_tiles(body, carry, rows: int, head: jax.Array):
   return jax.lax.fori_loop(0, count, lambda i, c: body(c, i * width, width), carry)
 
 
-def _in_blocks(head: jax.Array) -> jax.Array:
-  """[D, V] as [blocks, V / blocks, D]: the way an embedding lies, which then is not transposed."""
-  width, vocab = head.shape
-  blocks = math.gcd(vocab, BLOCKS)
-  return head.T.reshape(blocks, vocab // blocks, width)
-
-
-def _is_token(tokens: jax.Array, head: jax.Array, start: jax.Array, width: int) -> jax.Array:
-  """[rows, blocks, width], true in the column of each row's token."""
+def _columns(head: jax.Array, start: jax.Array, width: int) -> jax.Array:
+  """The tokens of a tile's columns."""
   blocks, size, _ = head.shape
-  columns = jnp.arange(blocks)[:, None] * size + (start + jnp.arange(width))[None]
-  return tokens[:, None, None] == columns[None]
+  return (jnp.arange(blocks)[:, None] * size + (start + jnp.arange(width))[None]).reshape(-1)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -143,7 +141,8 @@ def _bits(x: jax.Array) -> jax.Array:
 def _tile_logits(hidden, head, start, width, temperature, softcap, dtype):
   """Scaled logits of one tile, `d logits / d (hidden @ head)`, and the tile of the head."""
   tile = jax.lax.dynamic_slice_in_dim(_bits(head), start, width, axis=1).view(head.dtype)
-  raw = jnp.einsum("rd,bwd->rbw", hidden, tile, preferred_element_type=dtype)
+  tile = tile.reshape(-1, head.shape[-1])
+  raw = jnp.matmul(hidden, tile.T, preferred_element_type=dtype)
   if softcap is None:
     return raw / temperature, 1.0 / temperature, tile
   squashed = jnp.tanh(raw / softcap)
@@ -156,21 +155,21 @@ def _tiled(hidden, head, tokens, temperature, softcap):
 
 
 def _tiled_forward(hidden, head, tokens, temperature, softcap):
-  rows, vocab, head = hidden.shape[0], head.shape[1], _in_blocks(head)
+  rows, vocab = hidden.shape[0], head.shape[0] * head.shape[1]
   dtype = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
 
   def body(carry, start, width):
     top, total, weighted, chosen = carry
     z, _, _ = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
-    new_top = jnp.maximum(top, z.max((1, 2)))
+    new_top = jnp.maximum(top, z.max(-1))
     # A row whose logits so far are all -inf keeps its sums at 0 instead of inf - inf.
     base = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
     shift = jnp.where(total > 0, top - base, 0.0)
-    shrink, below = jnp.exp(shift), z - base[:, None, None]
+    shrink, below = jnp.exp(shift), z - base[:, None]
     p = jnp.exp(below)
-    weighted = (weighted + shift * total) * shrink + jnp.where(p > 0, p * below, 0.0).sum((1, 2))
-    total = total * shrink + p.sum((1, 2))
-    chosen += jnp.where(_is_token(tokens, head, start, width), z, 0.0).sum((1, 2))
+    weighted = (weighted + shift * total) * shrink + jnp.where(p > 0, p * below, 0.0).sum(-1)
+    total = total * shrink + p.sum(-1)
+    chosen += jnp.where(tokens[:, None] == _columns(head, start, width)[None], z, 0.0).sum(-1)
     return new_top, total, weighted, chosen
 
   zeros = jnp.zeros((rows,), dtype)
@@ -184,27 +183,26 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
 
 def _tiled_backward(temperature, softcap, saved, cotangents):
   hidden, head, tokens, logsumexp, entropy = saved
-  rows, features = hidden.shape
   dtype = logsumexp.dtype
   d_logp, d_entropy = cotangents
 
   def body(carry, start, width):
     d_hidden, d_head = carry
     z, slope, tile = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
-    logps = z - logsumexp[:, None, None]
+    logps = z - logsumexp[:, None]
     p = jnp.exp(logps)
-    is_token = _is_token(tokens, head, start, width)
-    surprise = jnp.where(p > 0, p * (logps + entropy[:, None, None]), 0.0)
-    d_z = d_logp[:, None, None] * (is_token - p) - d_entropy[:, None, None] * surprise
+    is_token = tokens[:, None] == _columns(head, start, width)[None]
+    surprise = jnp.where(p > 0, p * (logps + entropy[:, None]), 0.0)
+    d_z = d_logp[:, None] * (is_token - p) - d_entropy[:, None] * surprise
     d_raw = (d_z * slope).astype(hidden.dtype)
-    d_hidden += jnp.einsum("rbw,bwd->rd", d_raw, tile, preferred_element_type=dtype)
-    d_tile = jnp.einsum("rbw,rd->bwd", d_raw, hidden, preferred_element_type=dtype)
-    d_tile = _bits(d_tile.astype(head.dtype))
+    d_hidden += jnp.matmul(d_raw, tile, preferred_element_type=dtype)
+    d_tile = jnp.matmul(d_raw.T, hidden, preferred_element_type=dtype).astype(head.dtype)
+    d_tile = _bits(d_tile).reshape(head.shape[0], width, -1)
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=1)
 
   carry = (jnp.zeros(hidden.shape, dtype), _bits(jnp.empty_like(head)))
-  d_hidden, d_head = _over_tiles(body, carry, rows, head)
-  return d_hidden.astype(hidden.dtype), d_head.view(head.dtype).reshape(-1, features).T, None
+  d_hidden, d_head = _over_tiles(body, carry, hidden.shape[0], head)
+  return d_hidden.astype(hidden.dtype), d_head.view(head.dtype), None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

@@ -91,6 +91,7 @@ class Decoder:
     lora_scale: what the product of a low-rank pair is multiplied by, alpha / rank.
     place: `(kind, array) -> array`, told how it lies: the residual stream between layers
       ("hidden"), and the embedding or head where it is used ("table"). See `sharding.placer`.
+    vocab_blocks: blocks of the vocabulary that devices hold the head in, `sharding.vocab_blocks`.
   """
 
   config: ModelConfig
@@ -98,6 +99,7 @@ class Decoder:
   remat: str = "none"
   lora_scale: float = 1.0
   place: Callable[[str, Array], Array] = lambda kind, array: array
+  vocab_blocks: int = 1
 
   def init(self, key: Array) -> Params:
     """Random float32 parameters."""
