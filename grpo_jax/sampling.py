@@ -139,10 +139,11 @@ def generate(
   The loops end on the device, the last one as soon as every completion has stopped.
   """
   count, group = keys.shape
-  head, end = model.head(params), stop_table.shape[0] - 1
+  # As an embedding lies; written as `hidden @ head`, the loop gets a transposed copy of it.
+  table, end = model.head(params).T, stop_table.shape[0] - 1
 
   def next_token(hidden: Array, index: Any, rows: _Rows) -> _Rows:
-    drawn = _pick(hidden, head, model.config.softcap, temperature, rows.keys, index)
+    drawn = _pick(hidden, table, model.config.softcap, temperature, rows.keys, index)
     return _written(rows, index, drawn, stop_table, pad_id)
 
   def step(prefix: Any, prompt_mask: Array, carry: tuple) -> tuple:
@@ -208,14 +209,15 @@ def _no_rows(keys: jax.Array, length: int, state_dtype: Any, pad_id: int) -> _Ro
 
 def _pick(
   hidden: Float[Array, "C g D"],
-  head: Float[Array, "D V"],
+  table: Float[Array, "V D"],
   softcap: float | None,
   temperature: float,
   keys: jax.Array,
   index: Any,
 ) -> tuple[Int[Array, "C g"], Float[Array, "C g"], Float[Array, "C g"]]:
   """Token number `index` of each row, its log-probability and the entropy it was drawn from."""
-  logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  table = table.astype(hidden.dtype)
+  logits = jnp.einsum("cgd,vd->cgv", hidden, table, preferred_element_type=jnp.float32)
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
   if temperature > 0:

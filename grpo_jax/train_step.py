@@ -280,10 +280,14 @@ def make_apply(
   def apply(state: TrainState, grads: Any, loss: jax.Array, metrics: dict[str, jax.Array]):
     norm = optax.tree.norm(grads)
     ok, history = judge(state.history, loss, norm, spike)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+    def update(step: Any, params: Any, opt_state: Any):
+      updates, opt_state = optimizer.update(grads, opt_state, params)
+      return step + 1, optax.apply_updates(params, updates), opt_state
+
+    # A branch, not a choice between two results: the new state is written over the old one.
     old = (state.step, state.params, state.opt_state)
-    new = (state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-    step, params, opt_state = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    step, params, opt_state = jax.lax.cond(ok, update, lambda *old: old, *old)
     metrics |= {
       "loss": loss,
       "grad_norm": norm,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,10 +113,18 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
       part = opened.get_slice(name)
       if part.get_dtype() not in _FLOATS:
         raise ValueError(f"{file}: {name} is {part.get_dtype()}, known: {', '.join(_FLOATS)}")
-      tensors[name] = Tensor(tuple(part.get_shape()), part.__getitem__)
+      tensors[name] = Tensor(tuple(part.get_shape()), partial(_read_part, file, name))
   if absent := [name for name in listed if name not in tensors]:
     raise ValueError(f"{index} lists tensors that no shard holds: {', '.join(absent[:20])}")
   return tensors
+
+
+def _read_part(file: Path, name: str, index: Index) -> np.ndarray:
+  """Part of a tensor; the file is mapped only so long, for what was read of it counts as memory."""
+  from safetensors import safe_open
+
+  with safe_open(str(file), "np") as opened:
+    return opened.get_slice(name)[index]
 
 
 def read_json(path: Path) -> dict[str, Any]:
