@@ -296,6 +296,18 @@ def test_opening_reads_no_data():
     unread.read()
 
 
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists the files that are mapped here")
+def test_a_file_is_not_mapped_after_it_was_read():
+  weights = open_weights(str(UNTIED))
+  weights.read()
+  assert "python" in MAPS.read_text()
+  assert "model.safetensors" not in MAPS.read_text()
+  assert weights.parts  # still there to be read again
+
+
 def test_a_host_holds_one_parameter_beside_what_it_keeps():
   """Counts the bytes of all buffers that were read and are still alive, whenever one more is.
 
