@@ -18,7 +18,10 @@ PARAMS = {
   "final_norm": np.array([0.5]),
 }
 GRADS = [
-  {"layers": {"q": np.array([[3.0, 0.0]]), "attn_norm": np.array([4.0])}, "final_norm": np.zeros(1)},
+  {
+    "layers": {"q": np.array([[3.0, 0.0]]), "attn_norm": np.array([4.0])},
+    "final_norm": np.zeros(1),
+  },
   {
     "layers": {"q": np.array([[0.1, -0.2]]), "attn_norm": np.array([0.2])},
     "final_norm": np.array([-0.4]),
@@ -60,13 +63,19 @@ def test_adamw_by_hand(clip):
     grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
     updates, state = optimizer.update(grads, state, params)
     params = optax.apply_updates(params, updates)
-  jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), params, by_hand(clip))
+  jax.tree.map(
+    lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), params, by_hand(clip)
+  )
 
 
 def test_gradients_of_zero_are_not_scaled():
-  optimizer = make_optimizer(optax.constant_schedule(RATE), **SETTINGS | {"weight_decay": 0.0}, clip_norm=1.0)
+  optimizer = make_optimizer(
+    optax.constant_schedule(RATE), **SETTINGS | {"weight_decay": 0.0}, clip_norm=1.0
+  )
   params = {"final_norm": jnp.ones(2)}
-  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  updates, _ = optimizer.update(
+    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+  )
   np.testing.assert_array_equal(updates["final_norm"], 0.0)
 
 
