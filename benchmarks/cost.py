@@ -13,6 +13,7 @@ Attention is in neither: it is what is left where N or T are large.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +181,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
+  from matplotlib.ticker import LogLocator, StrMethodFormatter
 
   names = list(dict.fromkeys(row["axis"] for row in rows))
   figure, panels = plt.subplots(2, len(names), figsize=(3 * len(names), 6), squeeze=False)
@@ -198,12 +200,15 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     for panel in (top, bottom):
       panel.set(xscale="log", yscale="log", xlabel=name)
       panel.set_xticks(x, [str(value) for value in x])
+      panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
       panel.minorticks_off()
   panels[0, 0].set_ylabel("update, seconds")
   panels[1, 0].set_ylabel("memory besides weights, GiB")
-  panels[0, 0].legend(fontsize="x-small")
+  handles, texts = panels[0, 0].get_legend_handles_labels()
+  figure.legend(handles, texts, loc="lower center", ncols=len(texts), fontsize="small")
   figure.suptitle(title, fontsize="small")
-  figure.tight_layout()
+  figure.tight_layout(rect=(0, 0.05, 1, 1))
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
 
@@ -218,9 +223,26 @@ def main(argv: list[str] | None = None) -> None:
   for name, value in Shape()._asdict().items():
     parser.add_argument(f"--{name}", type=int, default=value, help="where it is not varied")
   parser.add_argument("--points", type=int, default=5, help="values per axis, the smallest first")
+  parser.add_argument("--rows", type=Path, help="JSON lines printed before, instead of measuring")
   parser.add_argument("--figure", type=Path, help="where to draw it (PNG)")
   a = parser.parse_args(argv)
   base = Shape(a.P, a.G, a.N, a.T, a.V)
+  if a.rows:
+    rows = [json.loads(line) for line in a.rows.read_text(encoding="utf-8").splitlines()]
+  else:
+    rows = measured(base, a)
+  add_model(rows)
+  alternate.show(rows, COLUMNS)
+  if a.figure:
+    sizes = ", ".join(f"{name}={value}" for name, value in base._asdict().items())
+    layers, width = (rows[0][name] for name in ("layers", "width"))
+    draw(rows, a.figure, f"{sizes} where not varied; {layers} layers of width {width}; float32")
+
+
+def measured(base: Shape, a: argparse.Namespace) -> list[dict[str, Any]]:
+  """One row per value of each axis."""
+  about = {"width": a.width, "layers": a.layers, "rounds": a.rounds, "jax": jax.__version__}
+  about |= {"device": jax.devices()[0].device_kind} | alternate.machine()
   rows = []
   for axis in a.axis or AXES:
     for value in AXES[axis][: a.points]:
@@ -236,14 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         context=shape.N + shape.T,
       )
       row = {"benchmark": "cost", "axis": axis, "value": value, **shape._asdict()}
-      rows.append(row | measure(shape, config, a.rounds))
-  add_model(rows)
-  about = {"width": a.width, "layers": a.layers, "rounds": a.rounds, "jax": jax.__version__}
-  about |= {"device": jax.devices()[0].device_kind} | alternate.machine()
-  alternate.show([row | about for row in rows], COLUMNS)
-  if a.figure:
-    sizes = ", ".join(f"{name}={value}" for name, value in base._asdict().items())
-    draw(rows, a.figure, f"{sizes} where not varied; {a.layers} layers of width {a.width}; float32")
+      rows.append(row | measure(shape, config, a.rounds) | about)
+  return rows
 
 
 if __name__ == "__main__":

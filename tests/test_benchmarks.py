@@ -79,13 +79,21 @@ def test_memory(run):
   assert 0 < process["start_gib"] <= process["peak_gib"]
 
 
-def test_cost(run):
+def test_cost(run, tmp_path):
   small = ("--points", "1", "--rounds", "1", "--width", "64", "--layers", "1", "--V", "256")
   (row,) = run("cost", "--axis", "G", *small, "--P", "1", "--N", "8", "--T", "4")
   assert (row["P"], row["G"], row["N"], row["T"]) == (1, 2, 8, 4)
   assert row["tokens"] == 8 + 2 * 4
   assert row["plain_tokens"] == 2 * (8 + 4)
   assert row["update_gib"] > 0
+  kept = tmp_path / "rows.jsonl"
+  kept.write_text(json.dumps(row) + "\n")
+  (again,) = run("cost", "--rows", str(kept), "--figure", str(tmp_path / "cost.png"))
+  # Printed numbers are rounded, so that a fit to them is another one.
+  assert {k: v for k, v in again.items() if "predicted" not in k} == {
+    k: v for k, v in row.items() if "predicted" not in k
+  }
+  assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
 def test_logprobs(run):

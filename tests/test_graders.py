@@ -1,5 +1,6 @@
 """Graders: the right verdict on answers as models write them, and in time on any text."""
 
+import signal
 import threading
 import time
 from fractions import Fraction
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.tasks import RewardError, score
 from grpo_jax.tasks.answers import extract, final, normalize, number
-from grpo_jax.tasks.graders import ANSWERS, GRADERS, MATH_LENGTH, make_grader
+from grpo_jax.tasks.graders import ANSWERS, GRADERS, MATH_LENGTH, _limited, make_grader
 
 # (what stands where the answer belongs, right answer, is it right)
 # fmt: off
@@ -262,6 +263,27 @@ def test_mathematics_ends_in_time_in_the_main_thread(monkeypatch):
   began = time.monotonic()
   assert verdict("math", "\\boxed{\\sum_{i=1}^{1000000000} i^{7.5}}", "5") == 0.0
   assert time.monotonic() - began < 5
+
+
+def test_an_alarm_that_is_not_heard_rings_again():
+  swallowed = []
+
+  def deaf():
+    while len(swallowed) < 3:
+      try:
+        while True:
+          time.sleep(0.01)
+      except BaseException as error:  # as libraries do
+        swallowed.append(error)
+    while True:
+      time.sleep(0.01)
+
+  before = signal.getsignal(signal.SIGALRM)
+  assert not _limited(deaf, 0.1)
+  assert len(swallowed) == 3
+  assert signal.getsignal(signal.SIGALRM) is before
+  assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+  assert _limited(lambda: True, 1.0)
 
 
 def test_what_to_install_for_mathematics(monkeypatch):

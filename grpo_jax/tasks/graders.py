@@ -14,6 +14,7 @@ import logging
 import math
 import numbers
 import re
+import signal
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
@@ -26,7 +27,7 @@ __all__ = ["ANSWERS", "GRADERS", "MAKERS", "extract", "make_grader", "normalize"
 
 # The extra fixes the antlr4 runtime: the parsers in it are generated for three of its versions.
 MATH_VERIFY = '"math-verify[antlr4_13_2]==0.9.0"'
-MATH_SECONDS = 2  # for reading an answer, and again for comparing it
+MATH_SECONDS = 4  # for reading two answers and comparing them
 MATH_LENGTH = 500  # characters; a longer answer is wrong
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
@@ -253,10 +254,42 @@ def _same_mathematics(completion: str, wanted: Any) -> bool:
 def _verify(gold: str, found: str) -> bool:
   from math_verify import parse, verify
 
-  # Its limit is an alarm signal, which only the main thread can set.
-  limit = MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
-  boxed = [f"\\boxed{{{text}}}" for text in (gold, found)]
-  return bool(verify(*(parse(b, parsing_timeout=limit) for b in boxed), timeout_seconds=limit))
+  def equal() -> bool:
+    boxed = [f"\\boxed{{{text}}}" for text in (gold, found)]
+    return bool(verify(*(parse(b, parsing_timeout=None) for b in boxed), timeout_seconds=None))
+
+  in_main = threading.current_thread() is threading.main_thread()
+  return _limited(equal, MATH_SECONDS) if in_main and hasattr(signal, "setitimer") else equal()
+
+
+class _Late(BaseException):
+  """A comparison took too long."""
+
+
+def _limited(equal: Callable[[], bool], seconds: float) -> bool:
+  """`equal()`, or False when it takes longer.
+
+  The alarm rings until it is heard: math-verify's own rings once, and sympy, which catches
+  exceptions of all kinds on its way, may then go on for ever.
+  """
+  running = True
+
+  def ring(*_: Any) -> None:
+    if running:
+      raise _Late
+
+  before = signal.signal(signal.SIGALRM, ring)
+  signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+  try:
+    try:
+      return equal()
+    finally:
+      running = False
+  except _Late:
+    return False
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @functools.cache
