@@ -5,6 +5,7 @@ heads, d head width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +50,10 @@ def group_attention(
     mixed = jnp.einsum("pgkrts,pgskd->pgtkrd", weights, v)
   else:
     seen = prefix_mask[:, None, None, None]
-    to_prefix = _scores("pgtkrd,pnkd->pkgrtn", q, prefix[0], seen, softcap)
-    of_prefix, of_own, total = _softmax(to_prefix, to_own)
-    mixed = _product("pkgrtn,pnkd->pgtkrd", of_prefix, prefix[1])
-    mixed += _product("pgkrts,pgskd->pgtkrd", of_own, v)
-    mixed = (mixed / jnp.moveaxis(total, -1, 2)[..., None]).astype(v.dtype)
+    to_prefix = _scores("pgtkrd,pnkd->pgkrtn", q, prefix[0], seen, softcap)
+    to_prefix, to_own = _weights(to_prefix, to_own, v.dtype)
+    mixed = jnp.einsum("pgkrtn,pnkd->pgtkrd", to_prefix, prefix[1])
+    mixed += jnp.einsum("pgkrts,pgskd->pgtkrd", to_own, v)
   return mixed.reshape(prompts, group, length, heads, dim)
 
 
@@ -102,12 +102,12 @@ def cached_attention(
   """
   prompts, group, heads, dim = q.shape
   q = q.reshape(prompts, group, own[0].shape[2], -1, dim) * scale
-  to_prefix = _scores("pgkrd,pknd->pkgrn", q, prefix[0], prefix_mask[:, None, :, None], softcap)
+  to_prefix = _scores("pgkrd,pknd->pgkrn", q, prefix[0], prefix_mask[:, :, None, None], softcap)
   to_own = _scores("pgkrd,pgktd->pgkrt", q, own[0], own_mask, softcap)
-  of_prefix, of_own, total = _softmax(to_prefix, to_own)
-  mixed = _product("pkgrn,pknd->pgkrd", of_prefix, prefix[1])
-  mixed += _product("pgkrt,pgktd->pgkrd", of_own, own[1])
-  return (mixed / total[..., None]).astype(q.dtype).reshape(prompts, group, heads, dim)
+  to_prefix, to_own = _weights(to_prefix, to_own, q.dtype)
+  mixed = jnp.einsum("pgkrn,pknd->pgkrd", to_prefix, prefix[1])
+  mixed += jnp.einsum("pgkrt,pgktd->pgkrd", to_own, own[1])
+  return mixed.reshape(prompts, group, heads, dim)
 
 
 def _scores(equation: str, q: Array, keys: Array, mask: Array, softcap: float | None) -> Array:
@@ -119,23 +119,10 @@ def _scores(equation: str, q: Array, keys: Array, mask: Array, softcap: float | 
   return jnp.where(mask, values, MASKED)
 
 
-def _softmax(
-  to_prefix: Float[Array, "P K G ... N"], to_own: Float[Array, "P G K ... S"]
-) -> tuple[Array, Array, Float[Array, "P G K ..."]]:
-  """One softmax over scores of both sources: its two parts before they are divided, and by what.
-
-  Each has the order of axes in which its products come: only numbers per query change theirs.
-  """
-  top = jnp.maximum(to_prefix.max(-1).swapaxes(1, 2), to_own.max(-1))
-  top = jax.lax.stop_gradient(top)[..., None]
-  of_prefix, of_own = jnp.exp(to_prefix - top.swapaxes(1, 2)), jnp.exp(to_own - top)
-  return of_prefix, of_own, of_prefix.sum(-1).swapaxes(1, 2) + of_own.sum(-1)
-
-
-def _product(equation: str, weights: Array, values: Array) -> Array:
-  """Weighted values, added up in float32 or wider."""
-  wide = jnp.promote_types(values.dtype, jnp.float32)
-  return jnp.einsum(equation, weights.astype(values.dtype), values, preferred_element_type=wide)
+def _weights(to_prefix: Array, to_own: Array, dtype: Any) -> list[Array]:
+  """One softmax over scores of both sources, in its two parts."""
+  weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
+  return jnp.split(weights.astype(dtype), [to_prefix.shape[-1]], axis=-1)
 
 
 def near(
