@@ -98,6 +98,10 @@ class Move:
     shape = (-1, self.taken.shape[-1])
     return jax.tree.map(lambda a: _take(a, self.source, axis, 2, shape), tree)
 
+  def flat_rows(self, tree: Any, axis: int = 0) -> Any:
+    """The same of arrays that have all rows on one axis, [S C g], as [S C' g']."""
+    return jax.tree.map(lambda a: _take(a, self.source, axis, 1, (-1,)), tree)
+
   def chunks(self, tree: Any, axis: int = 0) -> Any:
     """The chunks of arrays that have [S C] at `axis`, as [S C']."""
     return jax.tree.map(lambda a: _take(a, self.chunk, axis, 1, (-1,)), tree)

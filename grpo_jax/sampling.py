@@ -3,7 +3,7 @@
 The model is an argument with the functions `prefill(params, tokens, mask)`,
 `decode(params, tokens, index, prefix, mask, cache)`, `empty_cache(params, P, G, T)` and
 `head(params)`, as `models.decoder.Decoder` has them: keys and values are trees of arrays
-[..., P, K, N, Dh] (of prompts) and [..., P, G, K, T, Dh] (of completions).
+[..., P, K, N, Dh] (of prompts) and [..., P·G, K, _, _] (of completions).
 """
 
 import dataclasses
@@ -172,7 +172,7 @@ def generate(
       places, moved = compaction.regroup(places, rows.state != end, smaller)
       rows = moved.rows(rows)
       rows = dataclasses.replace(rows, state=jnp.where(moved.taken, rows.state, end))
-      carry = (index, rows, moved.rows(cache, axis=-5))
+      carry = (index, rows, moved.flat_rows(cache, axis=-4))
       prefix, prompt_mask = moved.chunks(prefix, axis=-4), moved.chunks(prompt_mask)
   state, (tokens, mask, logp, entropy) = every
   return Completions(tokens=tokens, mask=mask, ended=state == end, logp=logp, entropy=entropy)

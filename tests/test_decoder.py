@@ -87,10 +87,16 @@ def test_prefill_and_decode_are_one_forward(case):
 
 
 def test_layout_changes_nothing(case):
+  """Not a bit, operation by operation; compilers fuse the two differently, and round otherwise."""
   model, params, prompts, mask, completions, _ = case
-  want = model.score(params, prompts, mask, completions)
-  unrolled = model.score(unstack(params), prompts, mask, completions)
-  np.testing.assert_allclose(unrolled, want, atol=1e-6)
+
+  def both():
+    yield model.score(params, prompts, mask, completions)
+    yield model.score(unstack(params), prompts, mask, completions)
+
+  np.testing.assert_allclose(*both(), atol=1e-5)
+  with jax.disable_jit():
+    np.testing.assert_array_equal(*both())
 
 
 def test_remat_changes_what_is_kept_and_no_gradient(case):

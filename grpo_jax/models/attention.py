@@ -86,28 +86,44 @@ def cached_attention(
   own: KeysValues,
   own_mask: Bool[Array, "..."],
   prefix: KeysValues,
-  prefix_mask: Bool[Array, "P #G N"],
+  prefix_mask: Bool[Array, "P 1 N"],
   *,
   scale: float,
   softcap: float | None = None,
 ) -> Float[Array, "P G H d"]:
   """`group_attention` of one query, keys and values as they are kept while decoding.
 
-  Heads come before tokens in them, as in the products that read them, so that nothing is copied.
+  They lie as the products read them, so that nothing of their size is copied: heads before tokens,
+  and one axis R = P·G for the completions of all prompts.
 
   Args:
-    own: [P, G, K, T, d], of completions.
+    own: keys [R, K, d, T] and values [R, K, T, d] of completions.
     own_mask: [T] or broadcastable, true where a query sees one of its own keys.
     prefix: [P, K, N, d], of prompts.
   """
   prompts, group, heads, dim = q.shape
-  q = q.reshape(prompts, group, own[0].shape[2], -1, dim) * scale
-  to_prefix = _scores("pgkrd,pknd->pgkrn", q, prefix[0], prefix_mask[:, :, None, None], softcap)
-  to_own = _scores("pgkrd,pgktd->pgkrt", q, own[0], own_mask, softcap)
-  to_prefix, to_own = _weights(to_prefix, to_own, q.dtype)
-  mixed = jnp.einsum("pgkrn,pknd->pgkrd", to_prefix, prefix[1])
-  mixed += jnp.einsum("pgkrt,pgktd->pgkrd", to_own, own[1])
-  return mixed.reshape(prompts, group, heads, dim)
+  kv_heads = own[0].shape[1]
+  q = q.reshape(prompts, group, kv_heads, -1, dim) * scale
+
+  def by_prompt(x):  # [R, K, r, ...] -> [P, K, G r, ...]
+    x = x.reshape(prompts, group, *x.shape[1:]).swapaxes(1, 2)
+    return x.reshape(prompts, kv_heads, -1, *x.shape[4:])
+
+  def by_row(x):  # and back
+    x = x.reshape(prompts, kv_heads, group, -1, *x.shape[3:]).swapaxes(1, 2)
+    return x.reshape(prompts * group, *x.shape[2:])
+
+  rows = q.reshape(-1, *q.shape[2:])
+  to_prefix = _scores("pkqd,pknd->pkqn", by_prompt(rows), prefix[0], prefix_mask[:, None], softcap)
+  to_own = _scores("akrd,akdt->akrt", rows, own[0], own_mask, softcap)
+  # One softmax over both, without putting them together.
+  top = jnp.maximum(by_row(to_prefix.max(-1)), to_own.max(-1))
+  to_prefix = jnp.exp(to_prefix - by_prompt(top)[..., None])
+  to_own = jnp.exp(to_own - top[..., None])
+  total = by_row(to_prefix.sum(-1)) + to_own.sum(-1)
+  mixed = by_row(jnp.einsum("pkqn,pknd->pkqd", to_prefix.astype(q.dtype), prefix[1]))
+  mixed += jnp.einsum("akrt,aktd->akrd", to_own.astype(q.dtype), own[1])
+  return (mixed / total[..., None]).astype(q.dtype).reshape(prompts, group, heads, dim)
 
 
 def _scores(equation: str, q: Array, keys: Array, mask: Array, softcap: float | None) -> Array:

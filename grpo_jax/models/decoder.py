@@ -25,6 +25,7 @@ from grpo_jax.models.rope import frequencies, rotation
 
 Params = dict[str, Any]
 EVERYTHING = 2**30  # the window of a layer that sees all tokens
+LANES = 16  # float32 numbers in the widest vector of a CPU
 # What the backward pass finds of a layer, the rest it computes again: everything; products with
 # weights (norms, activations and attention are cheap); its input. None = no recomputation.
 REMAT = {
@@ -63,21 +64,30 @@ def _over_layers(body: Callable, carry: Any, layers: Any, local: Any, per_layer:
 
 
 def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tuple, tuple]:
-  """The cache with token `index` of one layer in it, and what that layer holds."""
-  own = tuple(
-    jax.lax.dynamic_update_slice_in_dim(old, x[..., None, :], index, axis=3)
-    for old, x in zip(cache[layer], new)
+  """The cache with token `index` of one layer in it, and what that layer holds.
+
+  Keys lie as [R, K, Dh, T]: the CPU backend's product with the other order takes three times as
+  long.
+  """
+  keys, values = cache[layer]
+  own = (
+    jax.lax.dynamic_update_slice_in_dim(keys, new[0][..., None], index, axis=3),
+    jax.lax.dynamic_update_slice_in_dim(values, new[1][..., None, :], index, axis=2),
   )
   return (*cache[:layer], own, *cache[layer + 1 :]), own
 
 
 def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tuple[tuple, tuple]:
-  """`_write_layer` where all layers are one array, which is changed in place, not copied."""
-  place = (layer, 0, 0, 0, index, 0)
+  """`_write_layer` where all layers are one array, which is changed in place, not copied.
+
+  Keys lie as [L, R, K, T, Dh]: what is written for a token lies together.
+  """
+  place = (layer, 0, 0, index, 0)
   cache = tuple(
     jax.lax.dynamic_update_slice(old, x[None, ..., None, :], place) for old, x in zip(cache, new)
   )
-  return cache, tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
+  keys, values = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
+  return cache, (keys.swapaxes(-1, -2), values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,15 +214,20 @@ class Decoder:
     return hidden[:, -1], prefix
 
   def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Any:
-    """Room for the keys and values of `length` completion tokens: 2 x [P, G, K, T, Dh] per layer.
+    """Room for the keys and values of `length` completion tokens of R = prompts · group rows.
 
-    A tuple where the layers are one, else stacked on a leading axis L.
+    [R, K, Dh, T] and [R, K, T, Dh] for each layer where the layers are a tuple, T rounded up to
+    what vectors hold; else 2 x [L, R, K, T, Dh]. The rows are one axis, since the CPU backend
+    copies a cache whose axes it merges or splits in the loop that changes it.
     """
     c = self.config
-    shape = (prompts, group, c.kv_heads, length, c.head_dim)
+    rows = (prompts * group, c.kv_heads)
     if isinstance(params["layers"], tuple):
-      return tuple((jnp.zeros(shape, self.dtype),) * 2 for _ in range(c.layers))
-    return (jnp.zeros((c.layers, *shape), self.dtype),) * 2
+      length = -(-length // LANES) * LANES
+      shapes = (*rows, c.head_dim, length), (*rows, length, c.head_dim)
+      empty = tuple(jnp.zeros(shape, self.dtype) for shape in shapes)
+      return (empty,) * c.layers
+    return (jnp.zeros((c.layers, *rows, length, c.head_dim), self.dtype),) * 2
 
   def decode(
     self,
@@ -230,8 +245,9 @@ class Decoder:
     write = _write_layer if isinstance(params["layers"], tuple) else _write_stacked
 
     def attend(q, k, v, window, shared, cache, number):
-      cache, (keys, values) = write(cache, number, index, (k, v))
-      slots = jnp.arange(keys.shape[3])
+      new = tuple(x.reshape(-1, *x.shape[2:]) for x in (k, v))
+      cache, (keys, values) = write(cache, number, index, new)
+      slots = jnp.arange(values.shape[2])
       written = near(slots <= index, index[None], slots, window)
       seen = near(prompt_mask[:, None], position, in_prompt, window)
       mixed = self._mix(q, (keys, values), written, shared, seen, by=cached_attention)
