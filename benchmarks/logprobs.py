@@ -20,6 +20,10 @@ Measured on two CPU cores (jax 0.10.2), width 576, vocabulary 49152, float32, me
 
 An embedding lies as [V, D]. With `--kernel` the head lies as [D, V], of which `head_logprobs` makes
 a copy that lies the other way, and another of its gradient.
+
+`--peer trl` measures the functions that TRL's update, or Tunix's, calls, on the same numbers in a
+process of its own, in turns: log-probabilities with their gradient, and entropy without one.
+`besides` is what a process came to hold on top of what it held with its inputs ready.
 """
 
 import argparse
@@ -32,6 +36,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import grpo_jax
+from benchmarks import alternate
+from benchmarks.settings import head_inputs
+from benchmarks.worker import Channel
+
+PEER_MODULES = {"trl": "benchmarks.peers.trl_logprobs", "tunix": "benchmarks.peers.tunix_logprobs"}
+COLUMNS = (
+  ("engine", "engine", ""),
+  ("seconds", "wall s", ".3f"),
+  ("seconds_ratio", "/ ours", ".2f"),
+  ("range", "range", ""),
+  ("cpu_seconds", "CPU s", ".3f"),
+  ("cpu_seconds_ratio", "/ ours", ".2f"),
+  ("besides_gib", "besides GiB", ".3f"),
+  ("logp", "mean logp", ".5f"),
+  ("other_cores", "other cores", ".2f"),
+)
 
 
 def plain(hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,9 +120,46 @@ def measure(
   return rows
 
 
+def serve() -> None:
+  """`head_logprobs` as an engine: forward and backward a piece of work."""
+  channel = Channel()
+  hidden, head, tokens, weights = (jnp.asarray(a) for a in head_inputs(**channel.settings["shape"]))
+
+  @jax.jit
+  def work(hidden, head, tokens, weights):
+    def loss(hidden, head):
+      logp, entropy = grpo_jax.head_logprobs(hidden, head.T, tokens)
+      return jnp.sum(weights * logp), (logp.mean(), entropy)
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+
+  channel.ready({"jax": jax.__version__})
+  while channel.wait():
+    with channel.measure() as record:
+      (_, (logp, _)), _ = jax.block_until_ready(work(hidden, head, tokens, weights))
+      record["logp"] = float(logp)
+
+
+def beside_peers(shape: dict[str, int], peers: list[str], rounds: int, warmup: int) -> None:
+  """`head_logprobs` and what peers call, in turns; refuses numbers that differ."""
+  commands = alternate.commands_for("benchmarks.logprobs", {p: PEER_MODULES[p] for p in peers})
+  results = alternate.alternate(commands, {"shape": shape}, rounds=rounds, warmup=warmup)
+  rows = alternate.summarize(results, {"benchmark": "head", **shape}, {})
+  for row in rows:
+    row["range"] = "{:.2f} .. {:.2f}".format(*row["seconds_ratio_range"])
+    row["besides_gib"] = (row["peak_bytes"] - row["ready_bytes"]) / 2**30
+  found = [row["logp"] for row in rows]
+  if not np.allclose(found, found[0], atol=1e-4):
+    raise ValueError(f"the engines did not compute the same: mean log-probabilities {found}")
+  alternate.show(rows, COLUMNS)
+
+
 def main() -> None:
   raw = argparse.RawTextHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--peer", choices=tuple(PEER_MODULES), action="append", default=[],
+                      help="beside head_logprobs instead of plain logits, in turns")  # fmt: skip
   parser.add_argument("--batch", type=int, default=4, help="sequences")
   parser.add_argument("--tokens", type=int, default=128, help="tokens per sequence")
   parser.add_argument("--width", type=int, default=576, help="model width D")
@@ -110,7 +167,19 @@ def main() -> None:
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
   parser.add_argument("--kernel", action="store_true", help="a head that lies as [D, V]")
   parser.add_argument("--repeats", type=int, default=9, help="timed rounds of each way")
-  rows = measure(**vars(parser.parse_args()))
+  a = parser.parse_args()
+  shape = {"batch": a.batch, "tokens": a.tokens, "width": a.width, "vocab": a.vocab}
+  if a.worker:
+    serve()
+  elif a.peer:
+    beside_peers(shape, a.peer, rounds=a.repeats, warmup=2)
+  else:
+    beside_plain(**shape, dtype=a.dtype, repeats=a.repeats, kernel=a.kernel)
+
+
+def beside_plain(**settings) -> None:
+  """`measure` as a table and JSON lines."""
+  rows = measure(**settings)
   print(f"{'way':<16}{'median s':>10}{'quartiles':>22}{'x plain':>10}{'memory / [B,T,V]':>18}")
   for row in rows:
     quartiles = "{:.4f} .. {:.4f}".format(*row["seconds_quartiles"])

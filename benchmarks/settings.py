@@ -1,12 +1,14 @@
 """What the benchmarks run on: prompts of a known length, and the three shapes of a step.
 
-Standard library only: peers read the same table in environments of their own. Tokenizers of these
-models split numbers into digits, so all prompts of one kind have the same number of tokens.
+Standard library and NumPy only: peers read the same table in environments of their own. Tokenizers
+of these models split numbers into digits, so that all prompts of one kind have as many tokens.
 """
 
 import random
 import zlib
 from typing import Any, NamedTuple
+
+import numpy as np
 
 Prompt = str | list[dict[str, str]]
 
@@ -57,3 +59,12 @@ def reward(prompts: list[Prompt], completions: list[Any], **columns: Any) -> lis
   """
   texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
   return [zlib.crc32(text.encode()) / 2**32 for text in texts]
+
+
+def head_inputs(*, batch: int, tokens: int, width: int, vocab: int) -> tuple[Any, Any, Any, Any]:
+  """Hidden states [B, T, D], head [V, D], tokens [B, T] and weights [B, T], float32 and int32."""
+  rng = np.random.default_rng(0)
+  hidden = rng.standard_normal((batch, tokens, width), np.float32)
+  head = rng.standard_normal((vocab, width), np.float32) / np.float32(width**0.5)
+  chosen = rng.integers(0, vocab, (batch, tokens), np.int32)
+  return hidden, head, chosen, rng.standard_normal((batch, tokens), np.float32)

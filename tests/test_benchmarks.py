@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import alternate, cost, settings, step
+from benchmarks import alternate, cost, logprobs, settings, step
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--model", "random:tiny", "--rounds", "1", "--warmup", "1")
@@ -99,6 +99,16 @@ def test_cost(run, tmp_path):
 def test_logprobs(run):
   small = ("--batch", "1", "--tokens", "4", "--width", "8", "--vocab", "64", "--repeats", "1")
   assert [row["way"] for row in run("logprobs", *small)] == ["head_logprobs", "plain logits"]
+
+
+def test_the_head_as_an_engine(capsys):
+  shape = {"batch": 2, "tokens": 3, "width": 8, "vocab": 16}
+  logprobs.beside_peers(shape, [], rounds=1, warmup=1)
+  row = json.loads(capsys.readouterr().out.splitlines()[-1])
+  hidden, head, tokens, _ = settings.head_inputs(**shape)
+  p = np.exp(hidden @ head.T)  # small enough for no shift
+  chosen = np.take_along_axis(p / p.sum(-1, keepdims=True), tokens[..., None], -1)
+  assert row["logp"] == pytest.approx(np.log(chosen).mean(), rel=1e-4)
 
 
 STAND_IN = """
