@@ -232,12 +232,12 @@ def test_a_plan_of_the_tiny_model(capsys):
   assert set(found["work"]) == {"update", "arrange", "prefill", "decode"}
   assert found["work"]["decode"]["times"] == 5
   # A decode step: 2 operations per weight of the layers and the head for each of P * G / 8 rows,
-  # and attention over 8 + 5 keys, 2 products of 64 a layer.
+  # and attention over 8 + 16 keys (5, rounded up to a vector), 2 products of 64 a layer.
   layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
-  ops = 8 * 2 / 8 * 2 * (2 * layer + 257 * 64 + 2 * 2 * 13 * 64)
+  ops = 8 * 2 / 8 * 2 * (2 * layer + 257 * 64 + 2 * 2 * 24 * 64)
   assert found["work"]["decode"]["cost"]["ops"] == pytest.approx(ops, rel=1e-6)
-  # Without splitting, keys and values of 8 + 2 * 5 tokens, 2 layers, 2 heads of 16, float32.
-  assert found["memory"]["sample"]["kinds"]["KV cache"] == 2 * (8 + 2 * 5) * 2 * 2 * 16 * 4
+  # Without splitting, keys and values of 8 + 2 * 16 tokens, 2 layers, 2 heads of 16, float32.
+  assert found["memory"]["sample"]["kinds"]["KV cache"] == 2 * (8 + 2 * 16) * 2 * 2 * 16 * 4
 
 
 GIB = 2**30
