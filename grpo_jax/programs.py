@@ -136,14 +136,16 @@ class Programs:
     tensor = self.mesh.shape["tensor"]
     heads = "tensor" if c.kv_heads % tensor == 0 else None
 
-    def one(*rows: int, tokens: int) -> jax.ShapeDtypeStruct:
-      shape = (c.layers, *rows, c.kv_heads, tokens, c.head_dim)
-      middle = [None] * (len(rows) - 1)
-      spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), *middle, heads)
-      return jax.ShapeDtypeStruct(shape, self.model.dtype, sharding=NamedSharding(self.mesh, spec))
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
+      before = [None] * (leaf.ndim - 4)
+      spec = jax.sharding.PartitionSpec(*before, ("data", "fsdp"), heads)
+      sharding = NamedSharding(self.mesh, spec)
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    own = one(r.prompts_per_step, r.group_size, tokens=max(r.completion_length - 1, 1))
-    return [own] * 2 + [one(r.prompts_per_step, tokens=self.prompt_length)] * 2
+    rows, length = (r.prompts_per_step, r.group_size), max(r.completion_length - 1, 1)
+    own = jax.eval_shape(lambda p: self.model.empty_cache(p, *rows, length), self.sampling_params)
+    shape = (c.layers, r.prompts_per_step, c.kv_heads, self.prompt_length, c.head_dim)
+    return jax.tree.map(placed, (own, (jax.ShapeDtypeStruct(shape, self.model.dtype),) * 2))
 
   # --- what is compiled ---------------------------------------------------------------------------
 
