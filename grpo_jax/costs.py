@@ -103,7 +103,7 @@ class Counter:
       return inside * turns, inner * turns
     total = Cost(ops=_product_ops(i, scope), bytes=self._moved(i, scope) if moves else 0.0)
     turn = Cost()
-    if (kind := i.op.removesuffix("-start")) in COLLECTIVES:
+    if (kind := i.op.removesuffix("-start")) in COLLECTIVES and not _goes_on(i, scope):
       n = _group_size(i, self.module.partitions)
       sent = COLLECTIVES[kind](n) * sum(scope[o].size for o in i.operands if o in scope)
       total += Cost(collectives={kind: (1.0, sent)} if n > 1 else {})
@@ -210,6 +210,16 @@ class Counter:
 
 def _weight(cost: Cost) -> tuple[float, float]:
   return cost.bytes, cost.ops
+
+
+def _goes_on(i: Instruction, scope: dict[str, Instruction]) -> bool:
+  """Whether a collective is a later step of one that has started elsewhere.
+
+  The TPU compiler fuses a collective into the work beside which it runs, up to dozens of fusions,
+  also in loops, and writes it in each of them. They are one chain, and so is what is sent.
+  """
+  starts = any('"AsyncCollectiveStart"' in other.attributes for other in scope.values())
+  return "chain_id=" in i.attributes and not starts
 
 
 def _group_size(i: Instruction, partitions: int) -> int:

@@ -141,6 +141,66 @@ def test_the_text_of_a_tpu_program():
   assert turn == costs.Cost()
 
 
+# A gather beside a loop: it starts, goes on in every turn, and is done.
+CHAIN_TEXT = """\
+HloModule m, num_partitions=8
+
+%start (a: f32[2,4]) -> (f32[2,4], f32[16,4], u32[]) {
+  %a = f32[2,4]{1,0} parameter(0)
+  %g = f32[16,4]{1,0} all-gather(%a), channel_id=1, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %s = (f32[2,4]{1,0}, f32[16,4]{1,0}, u32[]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%step (a.1: f32[2,4], x: f32[4]) -> (f32[16,4], f32[4]) {
+  %a.1 = f32[2,4]{1,0} parameter(0)
+  %x = f32[4]{0} parameter(1)
+  %g.1 = f32[16,4]{1,0} all-gather(%a.1), channel_id=1, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %t = (f32[16,4]{1,0}, f32[4]{0}) tuple(%g.1, %x)
+}
+
+%done (a.2: f32[2,4], u: u32[]) -> f32[16,4] {
+  %a.2 = f32[2,4]{1,0} parameter(0)
+  %u = u32[] parameter(1)
+  %g.2 = f32[16,4]{1,0} all-gather(%a.2), channel_id=1, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %d = f32[16,4]{1,0} custom-call(%a.2, %g.2, %u), custom_call_target="AsyncCollectiveDone"
+}
+
+%cond (p: (s32[], f32[2,4], f32[4])) -> pred[] {
+  %n = s32[] constant(5)
+  %p = (s32[], f32[2,4]{1,0}, f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p.1: (s32[], f32[2,4], f32[4])) -> (s32[], f32[2,4], f32[4]) {
+  %p.1 = (s32[], f32[2,4]{1,0}, f32[4]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %b = f32[2,4]{1,0} get-tuple-element(%p.1), index=1
+  %y = f32[4]{0} get-tuple-element(%p.1), index=2
+  %beside = (f32[16,4]{1,0}, f32[4]{0}) fusion(%b, %y), kind=kLoop, calls=%step
+  %one = s32[] constant(1)
+  %next = s32[] add(%i.1, %one)
+  ROOT %out = (s32[], f32[2,4]{1,0}, f32[4]{0}) tuple(%next, %b, %y)
+}
+
+ENTRY %main (a.3: f32[2,4], z: f32[4]) -> f32[16,4] {
+  %a.3 = f32[2,4]{1,0} parameter(0)
+  %z = f32[4]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %started = (f32[2,4]{1,0}, f32[16,4]{1,0}, u32[]) fusion(%a.3), kind=kCustom, calls=%start
+  %t.1 = (s32[], f32[2,4]{1,0}, f32[4]{0}) tuple(%zero, %a.3, %z)
+  %loop = (s32[], f32[2,4]{1,0}, f32[4]{0}) while(%t.1), condition=%cond, body=%body
+  %flag = u32[] get-tuple-element(%started), index=2
+  ROOT %r = f32[16,4]{1,0} fusion(%a.3, %flag), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_other_work_is_counted_where_it_starts():
+  once, _ = costs.Counter(CHAIN_TEXT).cost()
+  assert once.collectives == {"all-gather": (1, 7 * 2 * 4 * 4)}
+
+
 @pytest.mark.parametrize(
   ("groups", "size"),
   [("{{0,1,2},{3,4,5}}", 3), ("[2,4]<=[8]", 4), ("[4,2]<=[2,4]T(1,0)", 2), ("{}", 8),
