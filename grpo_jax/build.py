@@ -173,13 +173,16 @@ def build(config: ConfigDict) -> Run:
 
 def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
   """The functions of a model of this shape, as the config wants them."""
+  # In slots each device computes by itself: there is nothing to place.
+  fast = c.train.reduction == "fast"
+  batch = sharding.batch_sharding(mesh)
   return Decoder(
     shape,
     dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
     remat=c.model.remat,
     lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if c.lora.rank else 1.0,
-    # In slots each device computes by itself: there is nothing to place.
-    **({"place": sharding.placer(mesh)} if c.train.reduction == "fast" else {}),
+    **({"place": sharding.placer(mesh)} if fast else {}),
+    prompt_blocks=sharding.blocks(batch) if fast else 1,
     vocab_blocks=sharding.vocab_blocks(mesh, shape.vocab_size),
   )
 

@@ -5,6 +5,7 @@ The model is an argument with two functions, as `models.decoder.Decoder` has the
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -111,6 +112,8 @@ def score_batch(
     where=batch.mask,
     softcap=model.config.softcap,
     blocks=model.vocab_blocks,
+    # A part of fewer prompts than devices, or of an odd number of them, lies as it likes.
+    shares=math.gcd(model.prompt_blocks, len(batch.prompts)),
   )
 
 

@@ -24,7 +24,7 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "logprobs.py: flat = jnp.where(rows[:, None], flat, 0.0)": {
     "0.0 -> 1": "results of these rows are replaced, their cotangents are 0; it has to be finite",
   },
-  "logprobs.py: base = jnp.where(jnp.isneginf(new_top), 0.0, new_top)": {
+  "logprobs.py: return jnp.where(jnp.isneginf(top), 0.0, top)": {
     "0.0 -> 1": "subtracted from -inf only; it has to be finite",
   },
   "logprobs.py: shift = jnp.where(total > 0, top - base, 0.0)": {

@@ -171,7 +171,8 @@ SETTINGS = {
   "temperature": {"temperature": 0.7},
   "softcap": {"softcap": 1.5},
   "blocks": {"blocks": 4},
-  "all": {"temperature": 1.3, "softcap": 2.0, "where": WHERE, "blocks": 2},
+  "shares": {"shares": 3},
+  "all": {"temperature": 1.3, "softcap": 2.0, "where": WHERE, "blocks": 2, "shares": 2},
 }
 
 
@@ -182,7 +183,7 @@ def test_tiles_agree_with_float64_and_with_the_logits(settings, small_tiles):
   assert logprobs._tiles(B * T, 4, V // 4) == (3, 91)
   hidden, head, a, b = inputs()
   got = tiled(hidden, head, a, b, **settings)
-  wanted = {name: value for name, value in settings.items() if name != "blocks"}
+  wanted = {name: settings[name] for name in settings.keys() - {"blocks", "shares"}}
   close(got, dense64(hidden, head, a, b, **wanted))
   if "where" not in settings:
     logits = hidden @ head
@@ -239,10 +240,11 @@ def test_tokens_of_rows_that_are_not_wanted_may_be_out_of_range(small_tiles):
   close(logp, dense64(hidden, head, a, b, where=WHERE)[0][0])
 
 
-def test_a_column_of_the_head_that_is_impossible(small_tiles):
+@pytest.mark.parametrize("blocks", [1, 2])  # of two, the first is impossible altogether
+def test_a_column_of_the_head_that_is_impossible(blocks, small_tiles):
   """Logits of -inf, as a mask on the vocabulary gives them, cost neither NaN nor probability."""
   hidden, head = jnp.ones((1, 2, 1)), jnp.zeros((1, V)).at[0, :600].set(-jnp.inf)
-  logp, entropy = head_logprobs(hidden, head, np.array([[700, 1099]]))
+  logp, entropy = head_logprobs(hidden, head, np.array([[700, 1099]]), blocks=blocks)
   np.testing.assert_allclose(logp, -np.log(500), rtol=1e-6)
   np.testing.assert_allclose(entropy, np.log(500), rtol=1e-6)
 
@@ -337,9 +339,11 @@ def test_errors_of_head_logprobs():
     call(temperature=0.0)
   with pytest.raises(ValueError, match=r"^softcap must be a finite number above 0, got -1"):
     call(softcap=-1)
-  for blocks in (0, -1, 3):
-    with pytest.raises(ValueError, match=rf"^blocks must divide the vocabulary of 8, got {blocks}"):
-      call(blocks=blocks)
+  for count in (0, -1, 5):
+    with pytest.raises(ValueError, match=rf"^blocks must divide the vocabulary of 8, got {count}"):
+      call(blocks=count)
+    with pytest.raises(ValueError, match=rf"^shares must divide the 6 rows, got {count}"):
+      call(shares=count)
 
 
 # --- memory --------------------------------------------------------------------------------------

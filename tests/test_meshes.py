@@ -1,6 +1,7 @@
 """A step and a sample on every mesh of up to eight devices, against one device.
 
-The compiled programs are read, too: what they gather, and how large their buffers are.
+The compiled programs are read, too: what they gather and how often, and how large their buffers
+are.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ from grpo_jax import sharding
 from grpo_jax.core import logprobs
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
+from grpo_jax.costs import Counter
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.programs import put
 from grpo_jax.sampler import Sampler
 from grpo_jax.tokens import ByteTokenizer
 from grpo_jax.train_step import Batch, TrainState, make_train_step
@@ -29,6 +32,8 @@ CONFIG = ModelConfig(
 )
 PARAMS = jax.tree.map(np.asarray, Decoder(CONFIG).init(jax.random.key(0)))
 PROMPTS, GROUP, LENGTH, MICRO = 16, 2, 4, 2
+MATRICES = 7  # of a layer: query, key, value, output; gate, up, down
+TILES = 3  # and a rest, of 272 tokens and of a half, a fourth and an eighth of them
 SHAPES = [
   shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) in (1, 2, 4, 8)
 ]
@@ -53,8 +58,17 @@ def on_mesh(shape):
   """(mesh, model, parameters in the layout of the table)."""
   mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
   params = jax.device_put(PARAMS, sharding.param_shardings(mesh, PARAMS))
-  blocks = sharding.vocab_blocks(mesh, CONFIG.vocab_size)
-  return mesh, Decoder(CONFIG, place=sharding.placer(mesh), vocab_blocks=blocks), params
+  return mesh, model_on(mesh, CONFIG), params
+
+
+def model_on(mesh, config, **settings):
+  return Decoder(
+    config,
+    place=sharding.placer(mesh),
+    vocab_blocks=sharding.vocab_blocks(mesh, config.vocab_size),
+    prompt_blocks=sharding.blocks(sharding.batch_sharding(mesh)),
+    **settings,
+  )
 
 
 def step_on(shape):
@@ -87,6 +101,14 @@ def sample_on(shape):
   return sampler(params, prompts, jax.random.key(3), group=GROUP, temperature=1.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def several_tiles():
+  """Also of a vocabulary that would fit into one."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(logprobs, "_tiles", lambda rows, blocks, size: (TILES, size // TILES))
+    yield
+
+
 @pytest.fixture(scope="module")
 def one_device():
   return step_on((1, 1, 1)), sample_on((1, 1, 1))
@@ -97,6 +119,12 @@ def gathered(compiled):
   found = re.findall(r"= (\(.*?\)|\S+) all-gather(?:-start)?\(", compiled.as_text())
   shapes = [shape for line in found for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
   return [tuple(sorted(int(n) for n in shape.split(",") if n)) for shape in shapes]
+
+
+def runs(compiled):
+  """How many collectives of each kind run, those in a loop as often as it turns."""
+  found = Counter(compiled.as_text()).cost()[0].collectives
+  return {kind: int(count) for kind, (count, _) in found.items()}
 
 
 def one_layer(mesh_shape):
@@ -125,6 +153,9 @@ def check(shape, one_device):
   # With `fsdp`: the weights of one layer at a time, never a stack of layers, never what `tensor`
   # splits, and no prompts or hidden states of other devices. Without: nothing at all.
   assert set(gathered(compiled)) == (one_layer(shape) if fsdp > 1 else set())
+  # Forward and backward, each matrix of each layer once; the embedding and the head once.
+  most = MICRO * (2 * CONFIG.layers * MATRICES + 2)
+  assert runs(compiled).get("all-gather", 0) <= (most if fsdp > 1 else 0)
   # What comes in is what the table says, to the byte (each buffer is rounded up to 64).
   mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
   layouts = sharding.param_shardings(mesh, PARAMS)
@@ -175,21 +206,51 @@ def test_a_model_that_is_not_told_where_values_lie_is_caught():
   assert found - one_layer((1, 2, 1))
 
 
-def test_tiles_of_the_head_are_cut_where_they_lie(monkeypatch):
-  """Forward and backward, four tiles: the head is put together over `fsdp` once, never whole."""
-  monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1)
-  mesh = sharding.make_mesh((2, 2, 2), jax.devices()[:8])
-  blocks = sharding.vocab_blocks(mesh, 4096)
-  assert blocks == 2
-  model = Decoder(dataclasses.replace(CONFIG, vocab_size=4096), place=sharding.placer(mesh))
-  rows = jax.ShapeDtypeStruct((8, 3), jnp.int32, sharding=sharding.batch_sharding(mesh))
-  hidden = jax.ShapeDtypeStruct((8, 3, 24), jnp.float32, sharding=sharding.batch_sharding(mesh))
-  table = sharding.param_shardings(mesh, {"head": jnp.zeros((4096, 24))})
-  head = jax.ShapeDtypeStruct((4096, 24), jnp.float32, sharding=table["head"])
+# `data` or `fsdp` alone, `tensor` alone, and together
+CUTS = [(1, 8, 1), (8, 1, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
 
-  def loss(head, hidden, tokens):
-    head = model.head({"head": head})
-    return logprobs.head_logprobs(hidden, head, tokens, blocks=blocks)[0].sum()
 
-  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(head, hidden, rows).compile()
-  assert gathered(compiled) == [(24, 2048)]
+@pytest.mark.parametrize("shape", CUTS, ids=str)
+def test_devices_send_nothing_for_a_tile_of_the_head(shape):
+  """Forward and backward: the head is put together over `fsdp` once, its gradient added once."""
+  mesh = sharding.make_mesh(shape, jax.devices()[:8])
+  data, fsdp, tensor = shape
+  model = model_on(mesh, dataclasses.replace(CONFIG, vocab_size=4096))
+  assert (model.vocab_blocks, model.prompt_blocks) == (tensor, data * fsdp)
+  head = {"head": jax.ShapeDtypeStruct((4096, 24), jnp.float32)}
+  table = sharding.param_shardings(mesh, head)
+  rows = jax.ShapeDtypeStruct((8, 3, 24), jnp.float32), jax.ShapeDtypeStruct((8, 3), jnp.int32)
+
+  def loss(params, hidden, tokens):
+    cut = {"blocks": model.vocab_blocks, "shares": model.prompt_blocks}
+    return logprobs.head_logprobs(hidden, model.head(params), tokens, **cut)[0].sum()
+
+  batch = sharding.batch_sharding(mesh)
+  gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(table, batch))
+  compiled = gradient.lower(put(head, table), *put(rows, batch)).compile()
+  assert gathered(compiled) == ([(24, 4096 // tensor)] if fsdp > 1 else [])
+  ran = runs(compiled)
+  assert ran.pop("all-gather", 0) == (fsdp > 1)
+  # Over `tensor`: the largest logits, sums over the vocabulary, the gradient of the rows. Over the
+  # rest: the gradient of the head. Of what is reduced together, the compiler may make one.
+  assert 0 < sum(ran.values()) <= 3 * (tensor > 1) + (data * fsdp > 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
+def test_an_update_gathers_a_matrix_three_times(shape):
+  """In the forward pass, when a layer is computed again, and in its backward pass: no more."""
+  mesh = sharding.make_mesh(shape, jax.devices()[:8])
+  model = model_on(mesh, dataclasses.replace(CONFIG, tied=True), remat="layers")
+
+  def shapes(tree):
+    return put(tree, sharding.param_shardings(mesh, tree))
+
+  optimizer, params = optax.adam(1.0), shapes(jax.eval_shape(model.init, jax.random.key(0)))
+  zero = shapes(jax.ShapeDtypeStruct((), jnp.int32))
+  state = TrainState(zero, params, shapes(jax.eval_shape(optimizer.init, params)))
+  batch = put(make_batch(), sharding.batch_sharding(mesh))
+  step = make_train_step(
+    model, ALGORITHMS["dapo"], optimizer, lambda count: 1.0, temperature=1.0, micro_batches=MICRO
+  )
+  ran = runs(step.lower(state, batch).compile())
+  assert 0 < ran["all-gather"] <= MICRO * (3 * CONFIG.layers * MATRICES + 1)

@@ -1,5 +1,6 @@
 """Log-probabilities of given tokens, from logits or straight from hidden states."""
 
+import math
 from functools import partial
 
 import jax
@@ -51,6 +52,7 @@ def head_logprobs(
   where: Bool[Array, "... T"] | None = None,
   softcap: float | None = None,
   blocks: int = 1,
+  shares: int = 1,
 ) -> tuple[Float[Array, "... T"], Float[Array, "... T"]]:
   """`token_logprobs(hidden @ head, tokens)` without ever forming `[..., T, V]`.
 
@@ -67,15 +69,19 @@ def head_logprobs(
     where: rows to compute; elsewhere both results and all gradients are 0 and `hidden` may hold
       NaN. None computes all.
     softcap: `logits = softcap * tanh(logits / softcap)`, as Gemma 2 does.
-    blocks: a tile takes equal shares of its columns from so many blocks of the vocabulary; it has
-      to divide V. With the number of devices that `head` is split over along V, each slices what
-      it holds; otherwise the head is sent for every tile. The results are the same.
+    blocks: so many equal blocks of the vocabulary are walked side by side, and joined at the end.
+      With the number of devices that `head` is split over along V, each walks what it holds;
+      otherwise the head is sent for every tile.
+    shares: so many equal shares of the rows, in their order, are walked side by side, and their
+      gradients of the head added at the end. With the number of devices that `hidden` is split
+      over, each adds up its own; otherwise they are added for every tile. Neither changes the
+      results.
 
   Returns:
     (logp, entropy), both `[..., T]`, nats, float32 or wider.
 
   Errors: a shape or dtype that does not fit, a temperature or soft cap that is not above 0, blocks
-  that do not divide the vocabulary.
+  that do not divide the vocabulary, shares that do not divide the rows.
 
   Example:
     >>> import jax.numpy as jnp
@@ -98,13 +104,23 @@ def head_logprobs(
   if blocks < 1 or head.shape[1] % blocks:
     raise ValueError(f"blocks must divide the vocabulary of {head.shape[1]}, got {blocks}")
   tokens = as_tokens("tokens", tokens, hidden.shape[:-1])
+  if shares < 1 or tokens.size % shares:
+    raise ValueError(f"shares must divide the {tokens.size} rows, got {shares}")
   flat = hidden.reshape(-1, hidden.shape[-1])
   if where is not None:
     rows = as_mask("where", where, hidden.shape[:-1]).reshape(-1)
     flat = jnp.where(rows[:, None], flat, 0.0)
+  # One share or one block is no axis: CPUs would copy to multiply what has more axes than matrices.
+  share = (*(shares,) * (shares > 1), tokens.size // shares)
+  block = (*(blocks,) * (blocks > 1), head.shape[1] // blocks)
   logp, entropy = _tiled(
-    flat, head.T.reshape(blocks, -1, head.shape[0]), tokens.reshape(-1), float(temperature), softcap
+    flat.reshape(*share, head.shape[0]),
+    head.T.reshape(*block, head.shape[0]),
+    tokens.reshape(share),
+    float(temperature),
+    softcap,
   )
+  logp, entropy = logp.reshape(-1), entropy.reshape(-1)
   if where is not None:
     logp, entropy = jnp.where(rows, logp, 0.0), jnp.where(rows, entropy, 0.0)
   return logp.reshape(tokens.shape), entropy.reshape(tokens.shape)
@@ -117,20 +133,31 @@ def _tiles(rows: int, blocks: int, size: int) -> tuple[int, int]:
   return count, size // count
 
 
-def _over_tiles(body, carry, rows: int, head: jax.Array):
-  """`carry = body(carry, start, width)` over all tiles of a head in blocks, the widths static."""
-  blocks, size, _ = head.shape
-  count, width = _tiles(rows, blocks, size)
+def _over_tiles(body, carry, hidden: jax.Array, head: jax.Array):
+  """`carry = body(carry, start, width)` over all tiles, the widths static."""
+  blocks, size = head.shape[0] if head.ndim == 3 else 1, head.shape[-2]
+  count, width = _tiles(hidden.shape[-2], blocks, size)
   # What is left over comes first: after the loop, XLA would copy the gradient of the head for it.
   if rest := size - count * width:
     carry = body(carry, count * width, rest)
   return jax.lax.fori_loop(0, count, lambda i, c: body(c, i * width, width), carry)
 
 
-def _columns(head: jax.Array, start: jax.Array, width: int) -> jax.Array:
-  """The tokens of a tile's columns."""
-  blocks, size, _ = head.shape
-  return (jnp.arange(blocks)[:, None] * size + (start + jnp.arange(width))[None]).reshape(-1)
+def _axes(hidden: jax.Array, head: jax.Array) -> tuple[str, str]:
+  """The axes "s" and "b", as far as there are any."""
+  return "s" * (hidden.ndim - 2), "b" * (head.ndim - 2)
+
+
+def _beside(per_row: jax.Array, head: jax.Array) -> jax.Array:
+  """Numbers of rows [S, R] with axes of length 1 for what logits have beside: [S, R, 1, 1]."""
+  return per_row.reshape(per_row.shape + (1,) * (head.ndim - 1))
+
+
+def _is_token(tokens: jax.Array, head: jax.Array, start: jax.Array, width: int) -> jax.Array:
+  """[S, R, B, w], true in the column of each row's token."""
+  first = jnp.arange(math.prod(head.shape[:-2])).reshape(*head.shape[:-2], 1) * head.shape[-2]
+  columns = first + (start + jnp.arange(width)).reshape((1,) * (head.ndim - 2) + (-1,))
+  return _beside(tokens, head) == columns.reshape((1,) * tokens.ndim + columns.shape)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -140,41 +167,63 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _tile_logits(hidden, head, start, width, temperature, softcap, dtype):
   """Scaled logits of one tile, `d logits / d (hidden @ head)`, and the tile of the head."""
-  tile = jax.lax.dynamic_slice_in_dim(_bits(head), start, width, axis=1).view(head.dtype)
-  tile = tile.reshape(-1, head.shape[-1])
-  raw = jnp.matmul(hidden, tile.T, preferred_element_type=dtype)
+  s, b = _axes(hidden, head)
+  tile = jax.lax.dynamic_slice_in_dim(_bits(head), start, width, axis=-2).view(head.dtype)
+  raw = jnp.einsum(f"{s}rd,{b}wd->{s}r{b}w", hidden, tile, preferred_element_type=dtype)
   if softcap is None:
     return raw / temperature, 1.0 / temperature, tile
   squashed = jnp.tanh(raw / softcap)
   return softcap * squashed / temperature, (1.0 - squashed**2) / temperature, tile
 
 
+def _rebase(top, total, weighted, base):
+  """`sum e^(z - top)` and `sum e^(z - top) (z - top)` with `base` in the place of `top`."""
+  # A row whose logits so far are all -inf keeps its sums at 0 instead of inf - inf.
+  shift = jnp.where(total > 0, top - base, 0.0)
+  shrink = jnp.exp(shift)
+  return total * shrink, (weighted + shift * total) * shrink
+
+
+def _finite(top: jax.Array) -> jax.Array:
+  """What to subtract from logits of which `top` is the largest, also where all are -inf."""
+  return jnp.where(jnp.isneginf(top), 0.0, top)
+
+
+# Axes: S shares of R rows each, B blocks of V / B tokens each, w columns of a block in a tile. No
+# sum over shares or blocks is made before the last tile, so that a device which has one of each
+# has nothing to tell the others meanwhile. Axes are in the order in which products have them.
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _tiled(hidden, head, tokens, temperature, softcap):
+  """(logp, entropy) [S, R] of hidden [S, R, D], head [B, V / B, D] and tokens [S, R].
+
+  Without S where there is one share, without B where there is one block.
+  """
   return _tiled_forward(hidden, head, tokens, temperature, softcap)[0]
 
 
 def _tiled_forward(hidden, head, tokens, temperature, softcap):
-  rows, vocab = hidden.shape[0], head.shape[0] * head.shape[1]
   dtype = jnp.promote_types(jnp.result_type(hidden, head), jnp.float32)
 
   def body(carry, start, width):
     top, total, weighted, chosen = carry
     z, _, _ = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
     new_top = jnp.maximum(top, z.max(-1))
-    # A row whose logits so far are all -inf keeps its sums at 0 instead of inf - inf.
-    base = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
-    shift = jnp.where(total > 0, top - base, 0.0)
-    shrink, below = jnp.exp(shift), z - base[:, None]
+    base = _finite(new_top)
+    total, weighted = _rebase(top, total, weighted, base)
+    below = z - base[..., None]
     p = jnp.exp(below)
-    weighted = (weighted + shift * total) * shrink + jnp.where(p > 0, p * below, 0.0).sum(-1)
-    total = total * shrink + p.sum(-1)
-    chosen += jnp.where(tokens[:, None] == _columns(head, start, width)[None], z, 0.0).sum(-1)
-    return new_top, total, weighted, chosen
+    weighted += jnp.where(p > 0, p * below, 0.0).sum(-1)
+    chosen += jnp.where(_is_token(tokens, head, start, width), z, 0.0).sum(-1)
+    return new_top, total + p.sum(-1), weighted, chosen
 
-  zeros = jnp.zeros((rows,), dtype)
-  carry = (jnp.full((rows,), -jnp.inf, dtype), zeros, zeros, zeros)
-  top, total, weighted, chosen = _over_tiles(body, carry, rows, head)
+  zeros = jnp.zeros((*tokens.shape, *head.shape[:-2]), dtype)
+  carry = (jnp.full_like(zeros, -jnp.inf), zeros, zeros, zeros)
+  top, total, weighted, chosen = _over_tiles(body, carry, hidden, head)
+  if head.ndim == 3:
+    tops, top = top, top.max(-1)
+    total, weighted = _rebase(tops, total, weighted, _finite(top)[..., None])
+    total, weighted, chosen = total.sum(-1), weighted.sum(-1), chosen.sum(-1)
+  vocab = math.prod(head.shape[:-1])
   chosen = jnp.where((tokens >= 0) & (tokens < vocab), chosen, jnp.nan)
   logsumexp = top + jnp.log(total)
   entropy = jnp.log(total) - weighted / total
@@ -183,26 +232,32 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
 
 def _tiled_backward(temperature, softcap, saved, cotangents):
   hidden, head, tokens, logsumexp, entropy = saved
+  s, b = _axes(hidden, head)
   dtype = logsumexp.dtype
-  d_logp, d_entropy = cotangents
+  per_row = (logsumexp, entropy, *cotangents)
+  logsumexp, entropy, d_logp, d_entropy = (_beside(each, head) for each in per_row)
 
   def body(carry, start, width):
     d_hidden, d_head = carry
     z, slope, tile = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
-    logps = z - logsumexp[:, None]
+    logps = z - logsumexp
     p = jnp.exp(logps)
-    is_token = tokens[:, None] == _columns(head, start, width)[None]
-    surprise = jnp.where(p > 0, p * (logps + entropy[:, None]), 0.0)
-    d_z = d_logp[:, None] * (is_token - p) - d_entropy[:, None] * surprise
+    surprise = jnp.where(p > 0, p * (logps + entropy), 0.0)
+    d_z = d_logp * (_is_token(tokens, head, start, width) - p) - d_entropy * surprise
     d_raw = (d_z * slope).astype(hidden.dtype)
-    d_hidden += jnp.matmul(d_raw, tile, preferred_element_type=dtype)
-    d_tile = jnp.matmul(d_raw.T, hidden, preferred_element_type=dtype).astype(head.dtype)
-    d_tile = _bits(d_tile).reshape(head.shape[0], width, -1)
-    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=1)
+    d_hidden += jnp.einsum(f"{s}r{b}w,{b}wd->{b}{s}rd", d_raw, tile, preferred_element_type=dtype)
+    d_tile = jnp.einsum(f"{s}r{b}w,{s}rd->{s}{b}wd", d_raw, hidden, preferred_element_type=dtype)
+    d_tile = _bits(d_tile.astype(head.dtype))
+    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=-2)
 
-  carry = (jnp.zeros(hidden.shape, dtype), _bits(jnp.empty_like(head)))
-  d_hidden, d_head = _over_tiles(body, carry, hidden.shape[0], head)
-  return d_hidden.astype(hidden.dtype), d_head.view(head.dtype), None
+  carry = (
+    jnp.zeros((*head.shape[:-2], *hidden.shape), dtype),
+    _bits(jnp.empty((*hidden.shape[:-2], *head.shape), head.dtype)),
+  )
+  d_hidden, d_head = _over_tiles(body, carry, hidden, head)
+  d_head = d_head.view(head.dtype)
+  d_hidden, d_head = d_hidden.sum(0) if b else d_hidden, d_head.sum(0) if s else d_head
+  return d_hidden.astype(hidden.dtype), d_head, None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

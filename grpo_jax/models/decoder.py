@@ -102,6 +102,7 @@ class Decoder:
     place: `(kind, array) -> array`, told how it lies: the residual stream between layers
       ("hidden"), and the embedding or head where it is used ("table"). See `sharding.placer`.
     vocab_blocks: blocks of the vocabulary that devices hold the head in, `sharding.vocab_blocks`.
+    prompt_blocks: blocks of the prompts that devices hold, `sharding.blocks`.
   """
 
   config: ModelConfig
@@ -110,6 +111,7 @@ class Decoder:
   lora_scale: float = 1.0
   place: Callable[[str, Array], Array] = lambda kind, array: array
   vocab_blocks: int = 1
+  prompt_blocks: int = 1
 
   def init(self, key: Array) -> Params:
     """Random float32 parameters."""
