@@ -238,25 +238,24 @@ def test_a_negative_token_is_nan_whatever_the_shape():
 
 def test_tiles_hold_16_mib():
   """2^22 floats of 4 bytes; at least 512 columns; nothing is left out."""
-  assert logprobs._tiles(1, 1, 3 * 2**22 + 1)[0] == 4
-  assert logprobs._tiles(1, 1, 3 * 2**22) == (3, 2**22)
-  assert logprobs._tiles(2**10, 1, 2**14) == (4, 2**12)
-  assert logprobs._tiles(2**20, 1, 1024) == (2, 512)
-  # the same in sixteen blocks, of which a tile takes a sixteenth each
-  assert logprobs._tiles(2**10, 16, 2**10) == (4, 2**8)
-  assert logprobs._tiles(2**20, 16, 64) == (2, 32)
-  assert logprobs._tiles(2**20, 1024, 3) == (3, 1)  # more blocks than a tile has columns
+  assert logprobs._tiles(1, 3 * 2**22 + 1)[0] == 4
+  assert logprobs._tiles(1, 3 * 2**22) == (3, 2**22)
+  assert logprobs._tiles(2**10, 2**14) == (4, 2**12)
+  assert logprobs._tiles(2**20, 1024) == (2, 512)
+  assert logprobs._tiles(2**20, 3) == (1, 3)
 
 
 def test_both_passes_size_their_tiles_by_rows_and_vocabulary(monkeypatch):
+  """Those of a share and of a block."""
   sizes, tiles = [], logprobs._tiles
   monkeypatch.setattr(logprobs, "_tiles", lambda *size: sizes.append(size) or tiles(*size))
 
-  def loss(hidden):
-    return grpo_jax.head_logprobs(hidden, jnp.ones((2, 7)), jnp.zeros(3, int))[0].sum()
+  def loss(hidden, **cut):
+    return grpo_jax.head_logprobs(hidden, jnp.ones((2, 14)), jnp.zeros(6, int), **cut)[0].sum()
 
-  jax.grad(loss)(jnp.ones((3, 2)))
-  assert sizes == [(3, 1, 7), (3, 1, 7)]
+  jax.grad(loss)(jnp.ones((6, 2)))
+  jax.grad(loss)(jnp.ones((6, 2)), blocks=2, shares=3)
+  assert sizes == [(6, 14), (6, 14), (2, 7), (2, 7)]
 
 
 def test_slope_of_the_entropy_with_an_impossible_token():

@@ -105,7 +105,7 @@ def sample_on(shape):
 def several_tiles():
   """Also of a vocabulary that would fit into one."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(logprobs, "_tiles", lambda rows, blocks, size: (TILES, size // TILES))
+    patch.setattr(logprobs, "_tiles", lambda rows, size: (TILES, size // TILES))
     yield
 
 

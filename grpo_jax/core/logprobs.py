@@ -9,8 +9,10 @@ from jaxtyping import Bool, Float, Int
 
 from grpo_jax.core.types import Array, as_float, as_mask, as_tokens, check_positive
 
-# Elements of the largest logits tile that `head_logprobs` forms (float32: 16 MiB).
+# Elements of the largest tile of logits that `head_logprobs` forms (float32: 16 MiB), of one share
+# and one block, which is what a device has; and the columns that it has whatever the rows.
 TILE_ELEMENTS = 2**22
+LEAST_COLUMNS = 512
 
 
 def token_logprobs(
@@ -126,17 +128,17 @@ def head_logprobs(
   return logp.reshape(tokens.shape), entropy.reshape(tokens.shape)
 
 
-def _tiles(rows: int, blocks: int, size: int) -> tuple[int, int]:
-  """(number of whole tiles, columns of each block in one); what is left over is less than one."""
-  target = max(max(TILE_ELEMENTS // max(rows, 1), 512) // blocks, 1)
+def _tiles(rows: int, size: int) -> tuple[int, int]:
+  """(number of whole tiles of a block, columns of one); what is left over is less than one."""
+  target = max(TILE_ELEMENTS // max(rows, 1), LEAST_COLUMNS)
   count = -(-size // target)
   return count, size // count
 
 
 def _over_tiles(body, carry, hidden: jax.Array, head: jax.Array):
   """`carry = body(carry, start, width)` over all tiles, the widths static."""
-  blocks, size = head.shape[0] if head.ndim == 3 else 1, head.shape[-2]
-  count, width = _tiles(hidden.shape[-2], blocks, size)
+  size = head.shape[-2]
+  count, width = _tiles(hidden.shape[-2], size)
   # What is left over comes first: after the loop, XLA would copy the gradient of the head for it.
   if rest := size - count * width:
     carry = body(carry, count * width, rest)
