@@ -22,8 +22,10 @@ from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.guard import History
 from grpo_jax.models import lora
+from grpo_jax.models.attention import in_blocks
 from grpo_jax.models.checkpoints import Weights, open_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.kernels import KERNELS, each_layer, where_long
 from grpo_jax.ordered import Slots
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.sampler import Sampler
@@ -137,8 +139,8 @@ def build(config: ConfigDict) -> Run:
   mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
   attempt(lambda: distributed.check_mesh(mesh))
   slots = Slots(c.train.slots, mesh) if c.train.reduction == "ordered" else None
-  model = make_model(c, weights.config, mesh)
-  sampler = attempt(
+  model = attempt(lambda: make_model(c, weights.config, mesh))
+  sampler = model and attempt(
     lambda: Sampler(
       model=model,
       tokenizer=tokenizer,
@@ -184,7 +186,42 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
     **({"place": sharding.placer(mesh)} if fast else {}),
     prompt_blocks=sharding.blocks(batch) if fast else 1,
     vocab_blocks=sharding.vocab_blocks(mesh, shape.vocab_size),
+    attention=attention_of(c, shape, mesh),
   )
+
+
+def attention_of(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Callable[..., jax.Array]:
+  """`Decoder.attention` for these devices. ValueError for a kernel that they or the model lack.
+
+  `auto` takes what cannot fail for a reason given here, and only for rows that are long enough.
+  """
+  platform, wanted = mesh.devices.flat[0].platform, c.model.attention
+  if wanted == "auto":
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+    if kernel is None or c.train.reduction == "ordered" or _lacks(kernel, c, shape, platform):
+      return in_blocks
+    return where_long(each_layer(sharding.over_mesh(mesh, KERNELS[kernel])))
+  if wanted == "blocks":
+    return in_blocks
+  if reason := _lacks(wanted, c, shape, platform):
+    raise ValueError(f"model.attention is {wanted!r}, {reason}; set it to 'auto' or 'blocks'")
+  return each_layer(sharding.over_mesh(mesh, KERNELS[wanted]))
+
+
+def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str:
+  """Why a kernel is not possible, "" if it is."""
+  if (needed := {"splash": "tpu", "cudnn": "gpu"}[kernel]) != platform:
+    return f"which runs on a {needed}, and the devices are of platform {platform!r}"
+  if kernel == "cudnn" and c.model.dtype != "bfloat16":
+    return f"which needs model.dtype 'bfloat16', and that is {c.model.dtype!r}"
+  if kernel == "cudnn" and shape.attn_softcap is not None:
+    return f"which cannot cap scores, and {c.model.source} caps them at {shape.attn_softcap:g}"
+  if kernel == "cudnn" and (shape.head_dim % 8 or shape.head_dim > 128):
+    return (
+      "which needs heads whose width is a multiple of 8 up to 128, and those of "
+      f"{c.model.source} have {shape.head_dim}"
+    )
+  return ""
 
 
 def arrange(model: Decoder, mesh: Mesh, frozen: Any, params: Any) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+ATTENTION = ("auto", "blocks", "splash", "cudnn")  # of model.attention
+
 
 class ConfigError(ValueError):
   """Everything that is wrong with a config, one problem a line."""
@@ -44,6 +46,9 @@ def default_config() -> ConfigDict:
   c.model.dtype = "float32"  # of activations: float32 or bfloat16; weights stay float32
   c.model.remat = "dots"  # recompute in the backward pass: none, dots (all but products with
   # weights: half the memory of none at hardly more time) or layers (a third more work)
+
+  c.model.attention = "auto"  # over whole rows: blocks (of queries; anywhere), splash (TPU), cudnn
+  # (GPU, bfloat16, no softcap) or auto: the kernel of the platform for long rows, else blocks
 
   c.lora = ConfigDict()  # train low-rank adapters instead of the weights
   c.lora.rank = 0  # 0 = train all weights
@@ -190,6 +195,7 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   need(c.rollout.overlong in ("error", "drop"), "rollout.overlong", "'error' or 'drop'")
   need(c.model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'")
   need(c.model.remat in ("none", "dots", "layers"), "model.remat", "'none', 'dots' or 'layers'")
+  need(c.model.attention in ATTENTION, "model.attention", _one_of(ATTENTION))
   need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
   need(c.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0")
   need(0 <= c.optimizer.final_fraction <= 1, "optimizer.final_fraction", "between 0 and 1")
@@ -216,6 +222,11 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   need(c.lora.alpha > 0, "lora.alpha", "above 0")
   need(0 < c.reference.sync_share <= 1, "reference.sync_share", "above 0 and at most 1")
   return problems + _check_division(c, device_count)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+  *most, last = map(repr, names)
+  return f"{', '.join(most)} or {last}"
 
 
 def _check_division(c: ConfigDict, device_count: int) -> list[str]:
@@ -257,6 +268,11 @@ def _check_slots(c: ConfigDict, width: int, tensor: int) -> list[str]:
     problems.append(
       f"model.remat is {c.model.remat!r}, it must be 'none' with train.reduction='ordered': layers "
       "that are computed again come out with other bits"
+    )
+  if c.model.attention not in ("auto", "blocks"):
+    problems.append(
+      f"model.attention is {c.model.attention!r}, it must be 'auto' or 'blocks' with "
+      "train.reduction='ordered'"
     )
   unit = slots * max(c.train.mini_batches, 1)
   if c.rollout.prompts_per_step % unit:

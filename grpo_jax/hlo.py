@@ -22,7 +22,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line: `%name = shape op(operands), attributes`."""
+  """One line: `%name = shape op(operands), attributes`; of a call, also the scope it is in."""
 
   name: str
   shape: str
@@ -30,6 +30,7 @@ class Instruction:
   arguments: str
   attributes: str
   root: bool
+  scope: str = ""
 
   @cached_property
   def operands(self) -> list[str]:
@@ -107,8 +108,10 @@ def _instruction(line: str) -> Instruction | None:
   closing = _closing(rest, opening)
   attributes = re.sub(r"metadata=\{[^}]*\}", "", rest[closing:])
   name = left.removeprefix("ROOT ").lstrip("%")
-  arguments = rest[opening + 1 : closing - 1]
-  return Instruction(name, shape, rest[:opening], arguments, attributes, left.startswith("ROOT "))
+  op, arguments = rest[:opening], rest[opening + 1 : closing - 1]
+  scope = re.search(r'op_name="([^"]*)"', rest[closing:]) if op == "custom-call" else None
+  root, scope = left.startswith("ROOT "), scope.group(1) if scope else ""
+  return Instruction(name, shape, op, arguments, attributes, root, scope)
 
 
 def _closing(text: str, start: int) -> int:

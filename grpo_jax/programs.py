@@ -241,11 +241,14 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
   if problems:
     raise configs.ConfigError(problems)
   mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)
+  model = attempt(lambda: build.make_model(c, shape, mesh))
+  if problems:
+    raise configs.ConfigError(problems)
   return Programs(
     config=c,
     topology=topology,
     mesh=mesh,
-    model=build.make_model(c, shape, mesh),
+    model=model,
     algorithm=algorithm,
     optimizer=build.optimizer_of(c)[1],
     new_adapters=adapters,

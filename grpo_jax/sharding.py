@@ -8,6 +8,7 @@ the arrays it is given.
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ BATCH = P(("data", "fsdp"))
 # partitioner leaves the weights where they are, and all devices compute on all prompts; told that
 # hidden states stay with their prompts, it gathers the weights of one layer at a time.
 PLACES = {"hidden": BATCH, "table": P("tensor")}
+# Where a kernel finds queries, keys and values [P, S, heads, d]: the partitioner cannot split it.
+HEADS = P(("data", "fsdp"), None, "tensor")
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
@@ -91,6 +94,27 @@ def placer(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
     return jax.lax.with_sharding_constraint(array, layout)
 
   return place
+
+
+def over_mesh(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """`attention(q, k, v, prompt_mask, **options)` of each device's own prompts and heads.
+
+  Prompts are whole, heads stay with their keys, so that nothing travels. Where an axis of the mesh
+  does not divide its dimension (heads: those of queries and of keys), its devices do the same work.
+  """
+
+  def attend(q, k, v, prompt_mask, **options):
+    layout = _fit(mesh, HEADS, k.shape, False)  # an axis that divides K divides H
+    mapped = jax.shard_map(
+      partial(attention, **options),
+      mesh=mesh,
+      in_specs=(layout,) * 3 + (P(layout[0]),),
+      out_specs=layout,
+      check_vma=False,  # kernels do not say over which axes their results differ
+    )
+    return mapped(q, k, v, prompt_mask)
+
+  return attend
 
 
 def blocks(layout: NamedSharding | None) -> int:

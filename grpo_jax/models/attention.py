@@ -1,7 +1,8 @@
 """Attention in which the completions of a group read the keys of their one prompt.
 
-Axes: P prompts, G completions per prompt, S queries, N prompt tokens, H query heads, K key-value
-heads, d head width.
+`in_blocks` is the plain implementation, which runs everywhere; `kernels.py` has those for TPUs and
+GPUs. Axes: P prompts, G completions per prompt, S queries, N prompt tokens, T' tokens of a
+completion, H query heads, K key-value heads, d head width.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,67 @@ KeysValues = tuple[Array, Array]
 # how many at a time where there are more.
 AT_ONCE, BLOCK = 2**22, 2**19
 MASKED = -1e30  # finite, so that a query without any visible key gives numbers, not NaN
+EVERYTHING = 2**30  # the window of a layer that sees all tokens
+
+
+def prompt_positions(mask: Bool[Array, "P N"]) -> Int[Array, "P N"]:
+  """Position of each real prompt token, counted from 0 whatever the padding."""
+  return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+
+
+def window_of(local: Array | bool | None, window: int) -> Int[Array, ""] | None:
+  """What `near` takes in a layer that is `local` or not; None where a model has no local layers."""
+  return None if local is None else jnp.where(local, window, EVERYTHING)
+
+
+def in_blocks(
+  q: Float[Array, "P S H d"],
+  k: Float[Array, "P S K d"],
+  v: Float[Array, "P S K d"],
+  prompt_mask: Bool[Array, "P N"],
+  local: Array | bool | None = None,
+  *,
+  group: int = 0,
+  window: int = 0,
+  scale: float,
+  softcap: float | None = None,
+) -> Float[Array, "P S H d"]:
+  """Attention of whole rows: a prompt, then its completions one after another, S = N + G T'.
+
+  A prompt is left-padded and sees itself causally. A completion sees the whole prompt and itself
+  causally, none of the others. What padding sees is of no meaning, and nothing else sees padding.
+  All scores at once, or in blocks of queries where there are many (`over_queries`).
+
+  Args:
+    local: whether this layer is one with a window, which may be known at run time only.
+    group: G; 0 for prompts alone.
+    window: of local layers: a query sees the last so many real tokens, itself included.
+    scale, softcap: as in `group_attention`.
+  """
+  n, last = prompt_mask.shape[1], window_of(local, window)
+  options = {"scale": scale, "softcap": softcap}
+  slots = jnp.arange(n)
+
+  def of_prompt(q, at):
+    visible = near(at[:, None] >= slots, at, slots, last) & prompt_mask[:, None, :]
+    own = k[:, None, :n], v[:, None, :n]
+    return group_attention(q, own, visible[:, None, None, None], **options)
+
+  first = over_queries(of_prompt, q[:, None, :n], n)[:, 0]
+  if q.shape[1] == n:
+    return first
+  length = (q.shape[1] - n) // group
+  index, start = jnp.arange(length), prompt_mask.sum(-1)[:, None]
+  in_prompt = prompt_positions(prompt_mask)
+  own_q, *own = (x[:, n:].reshape(x.shape[0], group, length, *x.shape[2:]) for x in (q, k, v))
+
+  def of_completions(q, at):
+    causal = near(at[:, None] >= index, at, index, last)
+    seen = near(prompt_mask[:, None], start + at, in_prompt, last)
+    return group_attention(q, tuple(own), causal, (k[:, :n], v[:, :n]), seen, **options)
+
+  mixed = over_queries(of_completions, own_q, n + length)
+  return jnp.concatenate([first, mixed.reshape(q[:, n:].shape)], axis=1)
 
 
 def group_attention(

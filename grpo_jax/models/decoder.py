@@ -19,12 +19,17 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.core.types import Array, lookup
-from grpo_jax.models.attention import cached_attention, group_attention, near, over_queries
+from grpo_jax.models.attention import (
+  cached_attention,
+  in_blocks,
+  near,
+  prompt_positions,
+  window_of,
+)
 from grpo_jax.models.block import Block, ModelConfig, rms_norm
 from grpo_jax.models.rope import frequencies, rotation
 
 Params = dict[str, Any]
-EVERYTHING = 2**30  # the window of a layer that sees all tokens
 LANES = 16  # float32 numbers in the widest vector of a CPU
 # What the backward pass finds of a layer, the rest it computes again: everything; products with
 # weights (norms, activations and attention are cheap); its input. None = no recomputation.
@@ -33,11 +38,6 @@ REMAT = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "layers": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def prompt_positions(mask: Bool[Array, "P N"]) -> Int[Array, "P N"]:
-  """Position of each real prompt token, counted from 0 whatever the padding."""
-  return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
 def unstack(params: Params) -> Params:
@@ -103,6 +103,7 @@ class Decoder:
       ("hidden"), and the embedding or head where it is used ("table"). See `sharding.placer`.
     vocab_blocks: blocks of the vocabulary that devices hold the head in, `sharding.vocab_blocks`.
     prompt_blocks: blocks of the prompts that devices hold, `sharding.blocks`.
+    attention: of whole rows, as `attention.in_blocks` says it; `build.attention_of` chooses it.
   """
 
   config: ModelConfig
@@ -112,6 +113,7 @@ class Decoder:
   place: Callable[[str, Array], Array] = lambda kind, array: array
   vocab_blocks: int = 1
   prompt_blocks: int = 1
+  attention: Callable[..., Array] = in_blocks
 
   def init(self, key: Array) -> Params:
     """Random float32 parameters."""
@@ -150,9 +152,9 @@ class Decoder:
   ) -> tuple[Array, Any, Any]:
     """Final hidden states [P, S, D] of tokens [P, S], what attention keeps, and the new cache.
 
-    `attend(q, k, v, window, one of per_layer, cache, layer) -> mixed, (cache, kept)`: the cache
-    goes from layer to layer. `window` is None where every layer sees everything. `policy` says
-    what a backward pass finds of a layer.
+    `attend(q, k, v, local, one of per_layer, cache, layer) -> mixed, (cache, kept)`: the cache
+    goes from layer to layer. `local` says whether the layer has a window; None where none has.
+    `policy` says what a backward pass finds of a layer.
     """
     c = self.config
     scaling = c.rope_scaling
@@ -167,13 +169,12 @@ class Decoder:
     def body(carry, inputs):
       (x, cache), (layer, is_local, extra, number) = carry, inputs
       x = self.place("hidden", x)
-      window, turned = None, by
+      turned = by
       if is_local is not None:
-        window = jnp.where(is_local, c.window, EVERYTHING)
         turned = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_by, by)
       block = Block(c, self.lora_scale)
       x, (cache, keep) = block.apply(
-        {"params": layer}, x, turned, lambda *qkv: attend(*qkv, window, extra, cache, number)
+        {"params": layer}, x, turned, lambda *qkv: attend(*qkv, is_local, extra, cache, number)
       )
       return (self.place("hidden", x), cache), keep
 
@@ -184,21 +185,12 @@ class Decoder:
     (x, cache), kept = _over_layers(body, (x, cache), params["layers"], local, per_layer)
     return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), kept, cache
 
-  def _mix(self, *args: Any, by: Callable = group_attention) -> Array:
-    """Attention with what the config says about scores."""
+  @property
+  def _scores(self) -> dict[str, Any]:
+    """What the config says about scores."""
     c = self.config
     scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
-    return by(*args, scale=scale, softcap=c.attn_softcap)
-
-  def _mix_prompt(self, q: Array, k: Array, v: Array, mask: Array, window: Any) -> Array:
-    """Causal attention among the real tokens of a prompt."""
-    slots = jnp.arange(k.shape[1])
-
-    def mix(q, at):
-      visible = near(at[:, None] >= slots, at, slots, window) & mask[:, None, :]
-      return self._mix(q, (k[:, None], v[:, None]), visible[:, None, None, None])
-
-    return over_queries(mix, q[:, None], slots.size)[:, 0]
+    return {"scale": scale, "softcap": c.attn_softcap}
 
   def prefill(
     self, params: Params, tokens: Int[Array, "P N"], mask: Bool[Array, "P N"]
@@ -208,9 +200,10 @@ class Decoder:
     These are 2 x [P, K, N, Dh] per layer: for each head, what `decode` reads lies together.
     """
 
-    def attend(q, k, v, window, *_):
+    def attend(q, k, v, local, *_):
       kept = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-      return self._mix_prompt(q, k, v, mask, window), (None, kept)
+      mixed = self.attention(q, k, v, mask, local, window=self.config.window, **self._scores)
+      return mixed, (None, kept)
 
     hidden, prefix, _ = self._layers(params, tokens, prompt_positions(mask), attend)
     return hidden[:, -1], prefix
@@ -246,13 +239,14 @@ class Decoder:
 
     write = _write_layer if isinstance(params["layers"], tuple) else _write_stacked
 
-    def attend(q, k, v, window, shared, cache, number):
+    def attend(q, k, v, local, shared, cache, number):
+      window = window_of(local, self.config.window)
       new = tuple(x.reshape(-1, *x.shape[2:]) for x in (k, v))
       cache, (keys, values) = write(cache, number, index, new)
       slots = jnp.arange(values.shape[2])
       written = near(slots <= index, index[None], slots, window)
       seen = near(prompt_mask[:, None], position, in_prompt, window)
-      mixed = self._mix(q, (keys, values), written, shared, seen, by=cached_attention)
+      mixed = cached_attention(q, (keys, values), written, shared, seen, **self._scores)
       return mixed, (cache, None)
 
     positions = jnp.broadcast_to(position, tokens.shape)
@@ -280,17 +274,10 @@ class Decoder:
     in_prompt = prompt_positions(prompt_mask)
     start = prompt_mask.sum(-1)[:, None]
 
-    def attend(q, k, v, window, *_):
-      first = self._mix_prompt(q[:, :n], k[:, :n], v[:, :n], prompt_mask, window)
-      own, prefix = (grouped(k), grouped(v)), (k[:, :n], v[:, :n])
+    options = {"group": group, "window": self.config.window, **self._scores}
 
-      def mix(q, at):
-        causal = near(at[:, None] >= index, at, index, window)
-        seen = near(prompt_mask[:, None], start + at, in_prompt, window)
-        return self._mix(q, own, causal, prefix, seen)
-
-      mixed = over_queries(mix, grouped(q), n + length)
-      return jnp.concatenate([first, flat(mixed)], axis=1), (None, None)
+    def attend(q, k, v, local, *_):
+      return self.attention(q, k, v, prompt_mask, local, **options), (None, None)
 
     def grouped(x):  # [P, N + G T', ...] -> [P, G, T', ...]
       return x[:, n:].reshape(count, group, length, *x.shape[2:])
