@@ -10,9 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax.chips import Topology, bound
-from grpo_jax.costs import Cost, Counter, product_ops
+from grpo_jax.costs import Cost, Counter
 from grpo_jax.models.files import first_line
 from grpo_jax.programs import Programs, bytes_of, open_programs
+from grpo_jax.traced import product_ops
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

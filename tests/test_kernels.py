@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import build, config, costs, sharding
+from grpo_jax import build, config, costs, sharding, traced
 from grpo_jax.models import kernels
 from grpo_jax.models.attention import in_blocks
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
@@ -361,7 +361,7 @@ def test_the_operations_of_a_kernel_are_those_of_the_blocks_it_looks_at(monkeypa
   one = 2 * 2 * 2 * (3 + 2 * (4 + 3)) * 128 * 128 * 128  # P, H, multiply-adds; heads are 128 wide
 
   def ops(function):
-    return costs.product_ops(jax.make_jaxpr(function)(*case.arrays()).jaxpr)[0]
+    return traced.product_ops(jax.make_jaxpr(function)(*case.arrays()).jaxpr)[0]
 
   def mix(*arrays):
     return attend(*arrays, jnp.asarray(case.mask))
@@ -407,7 +407,7 @@ def test_of_two_branches_the_costlier_counts():
 
   x = jnp.ones((16, 16))
   once, _ = costs.Counter(jax.jit(function).lower(x, True).compile().as_text()).cost()
-  assert once.ops == 2 * 2 * 16**3 == costs.product_ops(jax.make_jaxpr(function)(x, True).jaxpr)[0]
+  assert once.ops == 2 * 2 * 16**3 == traced.product_ops(jax.make_jaxpr(function)(x, True).jaxpr)[0]
 
 
 @pytest.mark.skipif(
