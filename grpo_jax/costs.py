@@ -34,6 +34,7 @@ FREE = frozenset((
 # fmt: on
 VIEWS = frozenset(("bitcast", "reshape", "convert", "copy", "transpose", "get-tuple-element"))
 SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+KERNELS = ("tpu_custom_call", "__cudnn$")  # starts of what kernels are called by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,9 @@ class Counter:
       if turns is None:
         return Cost(), inside + inner + self._cost(condition, moves)[0]
       return inside * turns, inner * turns
-    called = f"{i.scope}/{i.attribute('custom_call_target')}"
-    ops, rereads = kernel_work(called) or (_product_ops(i, scope), 0.0)
+    target = i.attribute("custom_call_target").strip('"')
+    kernel = kernel_work(f"{i.scope}/{target}") if target.startswith(KERNELS) else None
+    ops, rereads = kernel or (_product_ops(i, scope), 0.0)
     total = Cost(ops=ops, bytes=rereads + self._moved(i, scope) if moves else 0.0)
     turn = Cost()
     if (kind := i.op.removesuffix("-start")) in COLLECTIVES and not _goes_on(i, scope):

@@ -76,7 +76,8 @@ class Module:
     self.computations: dict[str, dict[str, Instruction]] = {}
     self.entry = ""
     body: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    # What a kernel says about itself is written over several lines.
+    for line in re.sub(r'\n(?="|\}\})', "", text).splitlines():
       if line[:1] not in (" ", "}", "") and line.endswith("{"):
         found = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
         body = self.computations[found.group(2)] = {}
@@ -109,8 +110,8 @@ def _instruction(line: str) -> Instruction | None:
   attributes = re.sub(r"metadata=\{[^}]*\}", "", rest[closing:])
   name = left.removeprefix("ROOT ").lstrip("%")
   op, arguments = rest[:opening], rest[opening + 1 : closing - 1]
-  scope = re.search(r'op_name="([^"]*)"', rest[closing:]) if op == "custom-call" else None
-  root, scope = left.startswith("ROOT "), scope.group(1) if scope else ""
+  found = re.search(r'op_name="([^"]*)"', rest[closing:]) if op == "custom-call" else None
+  root, scope = left.startswith("ROOT "), found.group(1) if found else ""
   return Instruction(name, shape, op, arguments, attributes, root, scope)
 
 

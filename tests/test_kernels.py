@@ -380,7 +380,10 @@ HloModule m
 
 ENTRY %main (q: bf16[2,4,768,128]) -> bf16[2,4,768,128] {
   %q = bf16[2,4,768,128]{3,2,1,0} parameter(0)
-  ROOT %r = bf16[2,4,768,128]{3,2,1,0} custom-call(%q), custom_call_target="TARGET", metadata={op_name="jit(f)/kernel_100_ops_7_bytes/NAME"}
+  %empty = f32[] custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(f)/kernel_100_ops_7_bytes/splash_mha_fwd"}
+  ROOT %r = bf16[2,4,768,128]{3,2,1,0} custom-call(%q), custom_call_target="TARGET", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/kernel_100_ops_7_bytes/NAME"}
 }
 """  # noqa: E501
 
@@ -398,7 +401,7 @@ ENTRY %main (q: bf16[2,4,768,128]) -> bf16[2,4,768,128] {
 def test_a_compiled_call_counts_what_its_scope_says(target, name, times):
   once, _ = costs.Counter(CALL.replace("TARGET", target).replace("NAME", name)).cost()
   assert once.ops == times * 100
-  assert once.bytes == 7 + 2 * 2 * (2 * 4 * 768 * 128)  # and the operand and the result
+  assert once.bytes == 7 + 2 * 2 * (2 * 4 * 768 * 128) + 4  # and operand and result, and the other
 
 
 def test_of_two_branches_the_costlier_counts():
