@@ -39,7 +39,7 @@ class Case:
   window: int | None = None
   softcap: float | None = None
   padding: tuple[int, ...] = (2, 0)  # slots in front of each prompt
-  block: int = 512
+  blocks: tuple[int, ...] = (128,)
 
   @property
   def mask(self):
@@ -85,9 +85,9 @@ CASES = {
   "as many heads of keys": Case(heads=2),
   "softcap": Case(softcap=1.5),
   "softcap and window": Case(softcap=0.7, window=5),
-  "many blocks": Case(length=150, prompt=130, heads=2, kv_heads=1, block=128, padding=(129, 1)),
+  "many blocks": Case(length=150, prompt=130, heads=2, kv_heads=1, padding=(129, 1)),
   "window over blocks": Case(
-    length=150, prompt=130, heads=2, kv_heads=1, block=128, padding=(3, 0), window=140
+    length=150, prompt=130, heads=2, kv_heads=1, padding=(3, 0), window=140
   ),
 }
 # The others take half a minute, and are slow.
@@ -140,7 +140,7 @@ def plain(case):
 @pytest.mark.parametrize(("name", "case"), RUNS)
 def test_a_kernel_is_what_the_definition_says_with_the_gradients_of_blocks(name, case, monkeypatch):
   case = CASES[case]
-  monkeypatch.setattr(kernels, "SPLASH_BLOCK", case.block)
+  monkeypatch.setattr(kernels, "SPLASH_BLOCKS", case.blocks)
   arrays = case.arrays()
   attend = partial(IN_PLACE[name], window=case.window, **case.options)
   mixed, *gradients = values_and_gradients(case, attend, arrays)
@@ -190,6 +190,18 @@ def test_blocks_that_are_not_full_are_all_the_same():
   tree, cuts = Tree(prompt=8, length=12, group=3), [slice(i, i + 4) for i in range(0, 44, 4)]
   blocks = [tree[a, b] for a in cuts for b in cuts]
   assert len({block.tobytes() for block in blocks if block.any() and not block.all()}) == 1
+
+
+def test_blocks_are_as_large_as_padding_allows(monkeypatch):
+  """768 tokens are three blocks of 256, and would be padded to two of 512; 1024 are two of 512."""
+  taken = []
+  monkeypatch.setattr(kernels.pallas, "make_splash_mha", lambda mask, block_sizes, **_: (
+    taken.append((mask.shape[1], block_sizes.block_q)), lambda q, *_: q)[1])  # fmt: skip
+  for n, length in ((256, 768), (256, 1023), (100, 0)):
+    q = jax.ShapeDtypeStruct((1, n + 2 * length, 1, 128), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, n), bool)
+    jax.eval_shape(partial(splash, group=2, scale=1.0), q, q, q, mask)
+  assert taken == [(256 + 2 * 768, 256), (512 + 2 * 1024, 512), (128, 128)]
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -355,7 +367,7 @@ def test_a_config_names_the_field():
 
 def test_the_operations_of_a_kernel_are_those_of_the_blocks_it_looks_at(monkeypatch):
   """Of 6 blocks a side, prompt and two completions of two blocks each: 3 + 2 * (4 + 3) are met."""
-  monkeypatch.setattr(kernels, "SPLASH_BLOCK", 128)
+  monkeypatch.setattr(kernels, "SPLASH_BLOCKS", (128,))
   case = CASES["many blocks"]
   attend = partial(splash, interpret=True, **case.options)
   one = 2 * 2 * 2 * (3 + 2 * (4 + 3)) * 128 * 128 * 128  # P, H, multiply-adds; heads are 128 wide

@@ -19,9 +19,11 @@ from jaxtyping import Bool, Float
 from grpo_jax.core.types import Array
 from grpo_jax.models.attention import in_blocks
 
-LANES = 128  # of a TPU: blocks and head widths are multiples of it
-# Queries and keys that splash attention works on at a time, at most.
-SPLASH_BLOCK = 512
+LANES = 128  # of a TPU: head widths are multiples of it
+# Queries and keys that splash attention works on at a time: what costs least if going on to the
+# next block takes as long as so many pairs of them do. That is what a third of a microsecond is
+# worth on a TPU v5e; it was not measured here.
+SPLASH_BLOCKS, STEP = (512, 256, 128), 2**17
 # Scores of one head and sequence from which on `where_long` takes a kernel.
 LARGE = 2**20
 
@@ -117,8 +119,9 @@ def splash(
   n = prompt_mask.shape[1]
   length = (slots - n) // group if group else 0
   group = group if length else 0
-  block = min(SPLASH_BLOCK, _up(max(n, length), LANES))
-  tree = Tree(_up(n, block), _up(length, block), group, window)
+  trees = {size: Tree(_up(n, size), _up(length, size), group, window) for size in SPLASH_BLOCKS}
+  block = min(trees, key=lambda size: trees[size].blocks(size) * (size**2 + STEP))
+  tree = trees[block]
   front, behind, wide = tree.prompt - n, tree.length - length, _up(dim, LANES) - dim
 
   def lay(x: Array) -> Array:  # [P, S, H, d] -> [P, H, padded slots, padded width]
