@@ -25,7 +25,7 @@ LANES = 128  # of a TPU: head widths are multiples of it
 # worth on a TPU v5e; it was not measured here.
 SPLASH_BLOCKS, STEP = (512, 256, 128), 2**17
 # Scores of one head and sequence from which on `where_long` takes a kernel.
-LARGE = 2**20
+LARGE = 2**18
 
 
 # --- splash attention -----------------------------------------------------------------------------
