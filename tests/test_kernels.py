@@ -169,7 +169,7 @@ def test_padding_is_not_seen(name):
 # --- the mask of the tree -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 8, 9, 100])
+@pytest.mark.parametrize("window", [None, 1, 5, 7, 8, 9, 100])
 def test_a_tree_block_by_block(window):
   """Any part of it is that part of the whole, and blocks with something to see are counted."""
   tree, size = Tree(prompt=8, length=12, group=3, window=window), 4

@@ -186,13 +186,13 @@ def cudnn(
   softcap: float | None = None,
   implementation: str = "cudnn",
 ) -> Float[Array, "P S H d"]:
-  """Flash attention of cuDNN, which knows causal rows of some length each and no trees.
+  """Flash attention of cuDNN, which knows causal rows and, in linear memory, no trees.
 
-  So a row here is a completion behind its prompt, with the padding turned around to the end. That
-  repeats the attention of a prompt to itself for each of its completions, and its keys; memory
-  stays linear in tokens, and the products with weights still compute a prompt once. Two sources
-  merged by their log-sum-exp would repeat nothing, but the gradient of the log-sum-exp that
-  `jax.nn.dot_product_attention` returns is dropped.
+  So a row here is a completion behind its prompt, with the padding turned around to the end, where
+  it is later than all that could see it. That repeats the attention of a prompt to itself for each
+  of its completions, and its keys; memory stays linear in tokens, and the products with weights
+  still compute a prompt once. Two sources merged by their log-sum-exp would repeat nothing, but the
+  gradient of the log-sum-exp that `jax.nn.dot_product_attention` returns is dropped.
 
   Args:
     window: a query sees the last so many tokens, itself included; None = all.
@@ -209,7 +209,6 @@ def cudnn(
   slot = jnp.arange(total)
   turn = (slot + padding[:, None]) % total  # where each slot of a turned row comes from
   back = (slot - padding[:, None]) % total
-  is_real = (slot < total - padding[:, None])[:, None, :, None, None]
 
   @jax.vmap
   def turned(rows: Array, order: Array) -> Array:  # [P, G, N + T', ...], [P, N + T']
@@ -219,23 +218,18 @@ def cudnn(
     rest = x.shape[2:]
     first = jnp.broadcast_to(x[:, None, :n], (prompts, group, n, *rest))
     rows = jnp.concatenate([first, x[:, n:].reshape(prompts, group, length, *rest)], axis=2)
-    # Zeros, so that whatever a kernel does with padding no gradient comes from there.
-    return jnp.where(is_real, turned(rows, turn), 0).reshape(-1, total, *rest)
+    return turned(rows, turn).reshape(-1, total, *rest)
 
-  lengths = jnp.repeat(total - padding, group)
   met = sum(min(i + 1, window or total) for i in range(total))
   with work(operations=2 * met * prompts * group * heads * dim):
     mixed = jax.nn.dot_product_attention(
       lay(q), lay(k), lay(v),
       scale=scale,
       is_causal=True,
-      query_seq_lengths=lengths,
-      key_value_seq_lengths=lengths,
       local_window_size=None if window is None else (window - 1, 0),
       implementation=implementation,
     )  # fmt: skip
-  mixed = jnp.where(is_real, mixed.reshape(prompts, group, total, heads, dim), 0)
-  mixed = turned(mixed, back)
+  mixed = turned(mixed.reshape(prompts, group, total, heads, dim), back)
   own = mixed[:, :, n:].reshape(prompts, slots - n, heads, dim)
   return jnp.concatenate([mixed[:, 0, :n], own], axis=1)
 
