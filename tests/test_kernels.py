@@ -204,6 +204,18 @@ def test_blocks_are_as_large_as_padding_allows(monkeypatch):
   assert taken == [(256 + 2 * 768, 256), (512 + 2 * 1024, 512), (128, 128)]
 
 
+@pytest.mark.parametrize(("length", "total"), [(7, 12), (8, 14)])  # behind a prompt of five
+def test_cudnn_is_asked_for_even_lengths(length, total, monkeypatch):
+  """It refuses gradients of odd ones."""
+  asked = []
+  monkeypatch.setattr(
+    jax.nn, "dot_product_attention", lambda q, *_, **__: asked.append(q.shape) or q
+  )
+  case = Case(length=length)
+  jax.eval_shape(partial(cudnn, **case.options), *case.arrays(), case.mask)
+  assert asked == [(4, total, 4, 6)]
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 MODEL = ModelConfig(

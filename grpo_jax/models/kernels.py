@@ -205,7 +205,7 @@ def cudnn(
   n = prompt_mask.shape[1]
   length = (slots - n) // group if group else 0
   group = group if length else 1
-  total, padding = n + length, n - prompt_mask.sum(-1, dtype=jnp.int32)
+  total, padding = _up(n + length, 2), n - prompt_mask.sum(-1)  # gradients want even lengths
   slot = jnp.arange(total)
   turn = (slot + padding[:, None]) % total  # where each slot of a turned row comes from
   back = (slot - padding[:, None]) % total
@@ -218,6 +218,7 @@ def cudnn(
     rest = x.shape[2:]
     first = jnp.broadcast_to(x[:, None, :n], (prompts, group, n, *rest))
     rows = jnp.concatenate([first, x[:, n:].reshape(prompts, group, length, *rest)], axis=2)
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, total - n - length), (0, 0), (0, 0)])
     return turned(rows, turn).reshape(-1, total, *rest)
 
   met = sum(min(i + 1, window or total) for i in range(total))
@@ -230,7 +231,7 @@ def cudnn(
       implementation=implementation,
     )  # fmt: skip
   mixed = turned(mixed.reshape(prompts, group, total, heads, dim), back)
-  own = mixed[:, :, n:].reshape(prompts, slots - n, heads, dim)
+  own = mixed[:, :, n : n + length].reshape(prompts, slots - n, heads, dim)
   return jnp.concatenate([mixed[:, 0, :n], own], axis=1)
 
 
