@@ -416,6 +416,21 @@ def test_a_tpu_plan():
 
 @pytest.mark.slow
 @needs_libtpu
+def test_a_tpu_plan_counts_what_its_kernels_do():
+  """The compiled program does what was asked for, products in kernels included."""
+  topology = chips.open_topology("v5e:2x2")
+  c = load("model.dtype=bfloat16", "model.attention=splash")
+  programs = open_programs(c, topology)
+  for name, part in (("update", "update"), ("sample", "prefill")):
+    function, arguments = getattr(programs, name)()
+    asked, _ = traced.product_ops(function.trace(*arguments).jaxpr)
+    cost, excess = needs.compile_part(programs, name)[1][part]
+    assert excess == pytest.approx(1, abs=0.02)
+    assert cost.ops >= asked / 4
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_tpu_program_that_cannot_fit_is_a_verdict_and_no_crash():
   c = load("model.source=Qwen/Qwen3-8B", "rollout.completion_length=512")
   made = needs.make_plan(c, chips.open_topology("v5e:2x2"))
