@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test test-slow mutants plans bench-peers docs lint
+.PHONY: demo test test-slow test-faults soak mutants plans bench-peers docs lint
 
 demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
