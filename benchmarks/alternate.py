@@ -44,7 +44,8 @@ class Engine:
     before = _busy_seconds()
     record = self._ask("work")
     if before is not None:
-      others = _busy_seconds() - before - record["cpu_seconds"]
+      aside = record.get("aside_cpu_seconds", 0.0)  # what the engine did before its work
+      others = _busy_seconds() - before - record["cpu_seconds"] - aside
       record["other_cores"] = max(others, 0.0) / record["seconds"]
     return record
 
@@ -106,8 +107,9 @@ def summarize(
     about: what was measured; part of every row.
     units: {name: count}: rates that a row gets besides, count / median seconds.
   """
-  rows = []
-  ours = results[OURS]["records"]
+  rows, ours = [], results[OURS]["records"]
+  if "model" in about:  # where this copy of the project lies is nobody's concern
+    about = {**about, "model": about["model"].removeprefix(f"{ROOT}/")}
   for name, result in results.items():
     records = result["records"]
     row = {"engine": name, **about, **{k: v for k, v in result.items() if k != "records"}}

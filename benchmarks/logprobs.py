@@ -7,16 +7,14 @@ states and head. They run in alternation in one process, so that a busy machine 
 alike. Memory is what XLA's compiled program asks for beside its arguments and results, in units
 of one float32 array [B, T, V]. Prints a table, then one JSON line per way.
 
-Measured on two CPU cores (jax 0.10.2), width 576, vocabulary 49152, float32, medians:
+Measured on two cores of an AMD EPYC (jax 0.10.2), width 576, vocabulary 49152, float32, medians:
 
 | tokens  | head that lies as | time / plain | memory of head_logprobs | memory of plain |
 |---------|-------------------|--------------|-------------------------|-----------------|
-| 4 x 128 | [V, D]            | 0.67         | 0.37                    | 4.0             |
-| 32 x 32 | [V, D]            | 0.63         | 0.17                    | 5.0             |
-| 64 x 6  | [V, D]            | 0.72         | 0.51                    | 4.0             |
-| 4 x 128 | [D, V]            | 0.68         | 2.25                    | 4.0             |
-| 32 x 32 | [D, V]            | 0.58         | 1.13                    | 5.0             |
-| 64 x 6  | [D, V]            | 0.80         | 3.0                     | 4.0             |
+| 4 x 128 | [V, D]            | 0.68         | 0.37                    | 4.0             |
+| 32 x 32 | [V, D]            | 0.65         | 0.17                    | 5.0             |
+| 64 x 6  | [V, D]            | 0.74         | 0.51                    | 4.0             |
+| 32 x 32 | [D, V]            | 0.55         | 0.73                    | 5.0             |
 
 An embedding lies as [V, D]. With `--kernel` the head lies as [D, V], of which `head_logprobs` makes
 a copy that lies the other way, and another of its gradient.

@@ -61,6 +61,7 @@ def test_sampling(run):
   assert row["completion_tokens"] == 2 * 2 * 5
   assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=1e-3)
   assert 0 < row["of_bound"] < 1
+  assert 0 < row["of_products"] < 1
 
 
 def test_tails(run):
