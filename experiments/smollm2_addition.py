@@ -5,9 +5,9 @@ an answer ends at the line break. 3,800 problems are trained on and 200 others a
 problem is a pair of numbers in either order). The reward is 1 if the answer is exactly right.
 
 Hardware  2 CPU cores, float32
-Time      about 11 minutes (608 s without the evaluations in between)
-Result    greedy accuracy on the 200 held-out sums: 0.285 before; after 70 steps 0.865, 0.870 and
-          0.920 with seeds 0, 1 and 2 (standard errors 0.032 before, 0.019 to 0.026 after)
+Time      6 minutes on an AMD EPYC, 11 on an Intel Xeon
+Result    greedy accuracy on the 200 held-out sums: 0.285 before; after 70 steps 0.875, 0.870 and
+          0.920 with seeds 0, 1 and 2 (standard errors 0.032 before, 0.019 to 0.024 after)
 Command   python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition
           (`make demo`; other seeds with --config.seed=1)
 
