@@ -52,8 +52,8 @@ TAIL = """
   included. Parameters, optimizer state, reference and KV cache follow from shapes and the sharding
   table; a test compares the first two with the buffers on a device: equal to the byte. Our sum of
   a program's arguments and the compiler's are 0.00 to 0.10 % apart in the rows above. Temporaries
-  are the compiler's figure, all that it reserves, which may be more than the peak that it reports. A
-  program fits if the compiler takes it and the sum is below what a program may use of the chip
+  are the compiler's figure, all that it reserves, which may be more than the peak that it reports.
+  A program fits if the compiler takes it and the sum is below what a program may use of the chip
   (15.75 GiB of a v5e).
 - **Operations** are those of the matrix products in the compiled program, loops multiplied out
   (XLA's own analysis counts a scanned body once). The plan also prints `excess`: operations of all

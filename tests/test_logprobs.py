@@ -1,6 +1,7 @@
 """Log-probabilities: by hand, against float64, in tiles, and how much memory they ask for."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -372,3 +373,21 @@ def test_no_logits_are_kept(width, dtype):
   temporary = program.compile().memory_analysis().temp_size_in_bytes
   assert temporary > 0
   assert temporary <= 0.4 * batch * length * vocab * 4
+
+
+def test_one_share_and_one_block_are_no_axes():
+  """Products of matrices: with one more axis, of length 1, the CPU backend copies its operands."""
+
+  def ranks(**parts):
+    def loss(hidden, head):
+      return head_logprobs(hidden, head, jnp.zeros((4, 2), jnp.int32), **parts)[0].sum()
+
+    shapes = jax.ShapeDtypeStruct((4, 2, 3), jnp.float32), jax.ShapeDtypeStruct((3, 8), jnp.float32)
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).as_text()
+    found = re.findall(r"dot_general.*: \((\S+), (\S+)\) ->", text)
+    return {operand.count("x") for pair in found for operand in pair}  # tensor<8x3xf32>
+
+  # Hidden states [R, D], a tile [w, D] and its logits [R, w]; then [S, R, D] and [S, R, w] as well.
+  assert ranks() == {2}
+  assert ranks(shares=2) == {2, 3}
+  assert ranks(blocks=2) == {2, 3}
