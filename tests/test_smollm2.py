@@ -21,7 +21,9 @@ pytestmark = [
   ),
 ]
 ADDITION = "experiments/smollm2_addition.py"
-ONE_BATCH = ["--config.eval.batch_prompts=16", "--config.rollout.prompts_per_step=16"]
+# On the eight devices of the tests, which cannot each hold a state of its own in 24 GiB.
+ONE_BATCH = ["--config.eval.batch_prompts=16", "--config.rollout.prompts_per_step=16",
+             "--config.mesh.data=1", "--config.mesh.fsdp=-1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,8 @@ def run():
 def test_recorded_logprobs_are_the_trainers(run, temperature):
   state = run.initial_state()
   prompts = [example.prompt for example in run.task.splits["train"][:8]]
-  out = run.sampler(
-    run.for_sampling()(state.params), prompts, jax.random.key(0), group=4, temperature=temperature
-  )
+  params = run.for_sampling(None)(state.params)
+  out = run.sampler(params, prompts, jax.random.key(0), group=4, temperature=temperature)
   batch = Batch(out.prompts, out.prompt_mask, out.tokens, out.mask, None, None, out.logp)
   scorer = jax.jit(lambda params, b: score_batch(run.model, params, b, temperature))
   logp, entropy = scorer(state.params, batch)
