@@ -22,6 +22,7 @@ from benchmarks import alternate
 from benchmarks.step import same_tokens
 
 PEER_MODULES = {"transformers": "benchmarks.peers.transformers_generate"}
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
 COLUMNS = (
   ("engine", "engine", ""),
   ("seconds", "wall s", ".2f"),
@@ -79,17 +80,18 @@ def reader(params: Any) -> Callable[[], Any]:
 
 
 def multiplier(params: Any, rows: int) -> Callable[[], Any]:
-  """A function that multiplies `rows` vectors with every matrix, the embedding as the head."""
+  """A function that multiplies `rows` vectors with every matrix, layers apart or stacked."""
   import jax
   import jax.numpy as jnp
 
-  matrices = [leaf for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 2]
-  x = jnp.ones((rows, max(leaf.shape[0] for leaf in matrices)), matrices[0].dtype)
+  layers = jax.tree_util.tree_leaves_with_path(params["layers"])
+  matrices = [leaf for path, leaf in layers if path[-1].key in MATRICES]
+  x = jnp.ones((rows, max(leaf.shape[-2] for leaf in matrices)), matrices[0].dtype)
 
   @jax.jit
   def products(matrices, table, x):
     logits = jnp.einsum("rd,vd->rv", x[:, : table.shape[1]], table)
-    return [x[:, : leaf.shape[0]] @ leaf for leaf in matrices], logits
+    return [jnp.einsum("ri,...io->...ro", x[:, : m.shape[-2]], m) for m in matrices], logits
 
   return lambda: products(matrices, params.get("head", params["embed"]), x)
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import alternate, cost, logprobs, settings, step
+from benchmarks import alternate, cost, logprobs, sampling, settings, step
+from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--model", "random:tiny", "--rounds", "1", "--warmup", "1")
@@ -62,6 +64,21 @@ def test_sampling(run):
   assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=1e-3)
   assert 0 < row["of_bound"] < 1
   assert 0 < row["of_products"] < 1
+
+
+def test_products_of_layers_apart_and_stacked():
+  shape = ModelConfig(
+    vocab_size=11, width=6, layers=2, heads=2, kv_heads=1, head_dim=2, mlp=8, biases=("q",)
+  )
+  stacked = Decoder(shape).init(jax.random.key(0))
+  whole, logits = sampling.multiplier(stacked, rows=3)()
+  apart, same = sampling.multiplier(unstack(stacked), rows=3)()
+  assert (len(whole), len(apart), logits.shape) == (7, 14, (3, 11))
+  total = [float(sum(out.sum() for out in found)) for found in (whole, apart)]
+  assert total[0] == pytest.approx(total[1], rel=1e-4)
+  ones = np.ones((3, 6)) @ np.asarray(stacked["embed"]).T
+  for got in (logits, same):
+    np.testing.assert_allclose(got, ones, rtol=1e-5, atol=1e-6)
 
 
 def test_tails(run):

@@ -66,8 +66,7 @@ def _over_layers(body: Callable, carry: Any, layers: Any, local: Any, per_layer:
 def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tuple, tuple]:
   """The cache with token `index` of one layer in it, and what that layer holds.
 
-  Keys lie as [R, K, Dh, T]: the CPU backend's product with the other order takes three times as
-  long.
+  Keys lie as [R, K, Dh, T], which is what the CPU backend's product for scores reads in order.
   """
   keys, values = cache[layer]
   own = (
