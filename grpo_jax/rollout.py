@@ -19,8 +19,8 @@ from grpo_jax import distributed, ordered
 from grpo_jax.batches import laid_out, rows_of, select, trim
 from grpo_jax.core.advantages import ADVANTAGES, multi_objective, process_advantages
 from grpo_jax.core.algorithms import Algorithm
+from grpo_jax.core.checks import lookup
 from grpo_jax.core.masks import token_weights
-from grpo_jax.core.types import lookup
 from grpo_jax.metrics import rollout_metrics
 from grpo_jax.sampler import Generated, Sampler
 from grpo_jax.tasks.base import Example, Prompt, StepRewards

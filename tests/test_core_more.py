@@ -15,9 +15,9 @@ import grpo_jax
 from grpo_jax.core import logprobs
 from grpo_jax.core.advantages import ADVANTAGES
 from grpo_jax.core.algorithms import Algorithm
+from grpo_jax.core.checks import as_float
 from grpo_jax.core.masks import completion_mask, masked_mean, token_weights
 from grpo_jax.core.terms import CORRECTIONS, TRUST_REGIONS, kl_k3
-from grpo_jax.core.types import as_float
 
 NAN, INF = float("nan"), float("inf")
 

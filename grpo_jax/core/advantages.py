@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.types import Array, as_float, as_mask, as_tokens, check_rank, check_shape
+from grpo_jax.core.checks import Array, as_float, as_mask, as_tokens, check_rank, check_shape
 
 
 def _rewards(rewards: Array) -> tuple[jax.Array, jax.Array]:

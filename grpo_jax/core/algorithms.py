@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable
 
 from grpo_jax.core.advantages import ADVANTAGES
+from grpo_jax.core.checks import lookup
 from grpo_jax.core.masks import AVERAGES
 from grpo_jax.core.terms import CORRECTIONS, KLS, RATIOS, TRUST_REGIONS
-from grpo_jax.core.types import lookup
 
 _CHOICES = {
   "advantage": ADVANTAGES,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.types import Array, as_float, as_mask, as_tokens, check_positive
+from grpo_jax.core.checks import Array, as_float, as_mask, as_tokens, check_positive
 
 # Elements of the largest tile of logits that `head_logprobs` forms (float32: 16 MiB), of one share
 # and one block, which is what a device has; and the columns that it has whatever the rows.

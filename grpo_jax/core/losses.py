@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
+from grpo_jax.core.checks import Array, as_float, as_mask, check_shape, lookup
 from grpo_jax.core.masks import masked_mean, token_weights
 from grpo_jax.core.terms import CORRECTIONS, KLS, RATIOS, TRUST_REGIONS, finite_exp
-from grpo_jax.core.types import Array, as_float, as_mask, check_shape, lookup
 
 Metrics = dict[str, jax.Array]
 

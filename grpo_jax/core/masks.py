@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.types import Array, as_mask, as_tokens, check_positive, lookup
+from grpo_jax.core.checks import Array, as_mask, as_tokens, check_positive, lookup
 
 
 def completion_mask(

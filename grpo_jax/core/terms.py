@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grpo_jax.core.types import as_float, check_shape
+from grpo_jax.core.checks import as_float, check_shape
 
 # exp is continued as a straight line above this, so that a log-ratio of 100 gives a large finite
 # loss and gradient instead of an infinity. No ratio in a healthy run comes near e^20.

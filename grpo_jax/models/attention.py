@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.types import Array
+from grpo_jax.core.checks import Array
 
 KeysValues = tuple[Array, Array]
 

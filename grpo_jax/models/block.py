@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from grpo_jax.core.types import Array
+from grpo_jax.core.checks import Array
 from grpo_jax.models.rope import RopeScaling, Rotation, rotate
 
 # q [P, S, H, Dh], k and v [P, S, K, Dh] -> mixed values [P, S, H, Dh], and whatever to keep.

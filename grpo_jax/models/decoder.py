@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.types import Array, lookup
+from grpo_jax.core.checks import Array, lookup
 from grpo_jax.models.attention import (
   cached_attention,
   in_blocks,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jaxtyping import Bool, Float
 
-from grpo_jax.core.types import Array
+from grpo_jax.core.checks import Array
 from grpo_jax.models.attention import in_blocks
 
 LANES = 128  # of a TPU: head widths are multiples of it

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from grpo_jax.core.types import Array
+from grpo_jax.core.checks import Array
 
 # cos and sin of the angle of every position and frequency, each [P, S, Dh / 2].
 Rotation = tuple[Array, Array]
