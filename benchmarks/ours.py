@@ -17,8 +17,8 @@ from benchmarks.worker import Channel, clock, since
 from grpo_jax import config as configs
 from grpo_jax import data, rollout, sharding
 from grpo_jax.build import arrange, build
-from grpo_jax.models.checkpoints import open_weights
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.io.weights import open_weights
 from grpo_jax.sampler import Sampler
 from grpo_jax.tasks.workers import score_in_process
 from grpo_jax.tokens import encode_prompt, load_tokenizer

@@ -23,8 +23,8 @@ from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.guard import History
 from grpo_jax.models import lora
 from grpo_jax.models.attention import in_blocks
-from grpo_jax.models.checkpoints import Weights, open_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.io.weights import Weights, open_weights
 from grpo_jax.models.kernels import KERNELS, each_layer, where_long
 from grpo_jax.ordered import Slots
 from grpo_jax.reward_model import RewardModel

@@ -19,12 +19,12 @@ from grpo_jax import checkpoint
 from grpo_jax import config as configs
 from grpo_jax import workdir as workdirs
 from grpo_jax.models import lora
-from grpo_jax.models.checkpoints import open_weights
-from grpo_jax.models.configs import FAMILIES, find_family, parse
 from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.files import read_json
-from grpo_jax.models.sources import Source, resolve
-from grpo_jax.models.writer import DTYPES, SHARD_BYTES, describe, write_json, write_weights
+from grpo_jax.models.io.families import FAMILIES, find_family, parse
+from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.sources import Source, resolve
+from grpo_jax.models.io.weights import open_weights
+from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_json, write_weights
 from grpo_jax.tokens import load_tokenizer
 
 # What of a source folder goes along: tokenizer, chat template, generation settings, licence.

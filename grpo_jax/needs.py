@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.chips import Topology, bound
 from grpo_jax.costs import Cost, Counter
-from grpo_jax.models.files import first_line
+from grpo_jax.models.io.safetensors import first_line
 from grpo_jax.programs import Programs, bytes_of, open_programs
 from grpo_jax.traced import product_ops
 

@@ -19,9 +19,9 @@ from grpo_jax import config as configs
 from grpo_jax.chips import Topology
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.models import lora
-from grpo_jax.models.checkpoints import Weights, shapes_of
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.models.known import config_of
+from grpo_jax.models.io.presets import config_of
+from grpo_jax.models.io.weights import Weights, shapes_of
 from grpo_jax.train_step import Batch, TrainState, make_score, make_train_step, only_trained
 
 

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from numpy import ndarray
 
 from grpo_jax import sharding
-from grpo_jax.models.checkpoints import Weights, open_weights
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.models.files import read_json
-from grpo_jax.models.sources import resolve
+from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.sources import resolve
+from grpo_jax.models.io.weights import Weights, open_weights
 from grpo_jax.tokens import Messages, Tokenizer, load_tokenizer
 
 SHORTEST = 64  # tokens; conversations are padded to this, or to twice, four times ... as many

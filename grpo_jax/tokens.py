@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from grpo_jax.models.checkpoints import resolve
-from grpo_jax.models.files import Gguf, first_line, open_gguf, read_json
+from grpo_jax.models.io.safetensors import Gguf, first_line, open_gguf, read_json
+from grpo_jax.models.io.weights import resolve
 
 Messages = list[dict[str, str]]
 

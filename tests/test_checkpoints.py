@@ -22,10 +22,10 @@ import tiny_gguf
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import sharding
-from grpo_jax.models import checkpoints
-from grpo_jax.models.checkpoints import ROWS, load, open_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
-from grpo_jax.models.sources import RANDOM_MODELS, Source, resolve
+from grpo_jax.models.io import weights as checkpoints
+from grpo_jax.models.io.sources import RANDOM_MODELS, Source, resolve
+from grpo_jax.models.io.weights import ROWS, load, open_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 UNTIED, TIED = FIXTURES / "tiny_llama", FIXTURES / "tiny_llama_tied"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.models.configs import FAMILIES, parse
 from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.files import read_json
+from grpo_jax.models.io.families import FAMILIES, parse
+from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.writer import describe
 from grpo_jax.models.rope import RopeScaling
-from grpo_jax.models.writer import describe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA = {

@@ -21,7 +21,7 @@ from grpo_jax import workdir as workdirs
 from grpo_jax.config import default_config
 from grpo_jax.export import export_model
 from grpo_jax.models import lora
-from grpo_jax.models.checkpoints import load
+from grpo_jax.models.io.weights import load
 from grpo_jax.tokens import load_tokenizer
 from grpo_jax.train_step import TrainState
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.checkpoints import load
 from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.models.io.weights import load
 
 FAMILIES = Path(__file__).parent / "fixtures" / "families"
 # The programs are tiny, and most of a test would be spent on optimizing them.

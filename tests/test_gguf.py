@@ -10,9 +10,9 @@ import tiny_gguf
 from test_checkpoints import assert_holds
 
 from grpo_jax import sharding
-from grpo_jax.models.checkpoints import load, open_weights
 from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.gguf import undo_rope_order
+from grpo_jax.models.io.gguf import undo_rope_order
+from grpo_jax.models.io.weights import load, open_weights
 from grpo_jax.models.rope import RopeScaling
 
 FAMILIES = Path(__file__).parent / "fixtures" / "families"

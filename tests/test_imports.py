@@ -32,7 +32,7 @@ ALLOWED = {
     "grpo_jax.tasks numpy jaxtyping reasoning_gym math_verify tensorflow_datasets pyarrow"
   ),
   "grpo_jax.tokens": (
-    "grpo_jax.models.checkpoints grpo_jax.models.files transformers tokenizers numpy jaxtyping"
+    "grpo_jax.models.io.weights grpo_jax.models.io.safetensors transformers tokenizers numpy jaxtyping"
   ),
   "grpo_jax.data": "grpo_jax.tasks grain numpy",
   "grpo_jax.compaction": "jax jaxtyping",

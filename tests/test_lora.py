@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax import sharding
 from grpo_jax.models import lora
-from grpo_jax.models.checkpoints import load, shapes_of
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.io.weights import load, shapes_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PEFT = FIXTURES / "tiny_llama_lora"

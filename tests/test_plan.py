@@ -9,9 +9,9 @@ import pytest
 
 from grpo_jax import chips, costs, hlo, needs, plan, sharding, traced
 from grpo_jax import config as configs
-from grpo_jax.models import known
-from grpo_jax.models.checkpoints import shapes_of
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.io import presets as known
+from grpo_jax.models.io.weights import shapes_of
 from grpo_jax.programs import open_programs
 
 TINY = [

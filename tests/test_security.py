@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from grpo_jax import config, distributed
-from grpo_jax.models.checkpoints import open_weights
-from grpo_jax.models.sources import resolve
+from grpo_jax.models.io.sources import resolve
+from grpo_jax.models.io.weights import open_weights
 from grpo_jax.tasks.table import table_task
 from grpo_jax.tokens import load_tokenizer
 

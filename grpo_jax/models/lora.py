@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models.checkpoints import ROWS, shapes_of
 from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.files import read_json
+from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.weights import ROWS, shapes_of
 
 Adapters = dict[str, Any]
 # The matrices that a layer multiplies with: name in the tree -> its module in transformers.

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.models import configs
-from grpo_jax.models.checkpoints import open_weights
 from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.files import first_line, read_json
-from grpo_jax.models.sources import SOURCES
+from grpo_jax.models.io import families
+from grpo_jax.models.io.safetensors import first_line, read_json
+from grpo_jax.models.io.sources import SOURCES
+from grpo_jax.models.io.weights import open_weights
 
 _QWEN3 = {
   "architectures": ["Qwen3ForCausalLM"],
@@ -60,7 +60,7 @@ def config_of(source: str) -> ModelConfig:
   1024
   """
   if source in KNOWN:
-    return configs.parse(KNOWN[source], source)
+    return families.parse(KNOWN[source], source)
   path = Path(source).expanduser()
   if path.is_dir():
     return _read(path / "config.json")
@@ -72,7 +72,7 @@ def config_of(source: str) -> ModelConfig:
 def _read(path: Path) -> ModelConfig:
   if not path.is_file():
     raise FileNotFoundError(f"no {path}: a model is planned from its config.json")
-  return configs.parse(read_json(path), str(path))
+  return families.parse(read_json(path), str(path))
 
 
 def _fetch(hub_id: str) -> Path:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo_jax.models import configs
 from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.io import families
 
 # Buffers that old exports wrote beside the weights; they follow from the config.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
@@ -45,7 +45,7 @@ class Tensor(NamedTuple):
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   """Config and tensors of a folder of config.json and safetensors, under the names that a model
   without other parts has; a head equal to tied embeddings is dropped."""
-  config = configs.parse(read_json(folder / "config.json"), str(folder / "config.json"))
+  config = families.parse(read_json(folder / "config.json"), str(folder / "config.json"))
   tensors: dict[str, Tensor] = {}
   for stored, tensor in _read_safetensors(folder).items():
     if _COMPUTED.search(stored) or _OTHER_PARTS.search(stored):

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from grpo_jax.models.decoder import Decoder, ModelConfig
-from grpo_jax.models.files import Index, Tensor, read_folder
-from grpo_jax.models.gguf import read_gguf
-from grpo_jax.models.sources import RANDOM_MODELS, resolve
+from grpo_jax.models.io.gguf import read_gguf
+from grpo_jax.models.io.safetensors import Index, Tensor, read_folder
+from grpo_jax.models.io.sources import RANDOM_MODELS, resolve
 
 
 class Row(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.files import first_line
+from grpo_jax.models.io.safetensors import first_line
 
 SOURCES = (
   "a folder with config.json and *.safetensors, a .gguf file, 'package:NAME' (the .gguf file in an "

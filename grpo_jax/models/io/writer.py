@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import configs
-from grpo_jax.models.checkpoints import file_shape, rows_of, shapes_of
-from grpo_jax.models.configs import FAMILIES, GLOBAL, LOCAL
 from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.io import families
+from grpo_jax.models.io.families import FAMILIES, GLOBAL, LOCAL
+from grpo_jax.models.io.weights import file_shape, rows_of, shapes_of
 
 DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16", "float16")}
 SHARD_BYTES = 5_000_000_000
@@ -44,7 +44,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 def _reads_back(raw: dict[str, Any], config: ModelConfig) -> bool:
   try:
-    return configs.parse(raw, raw["model_type"]) == config
+    return families.parse(raw, raw["model_type"]) == config
   except ValueError:
     return False
 

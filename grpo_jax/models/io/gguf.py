@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.files import Gguf, Index, Tensor, open_gguf
+from grpo_jax.models.io.safetensors import Gguf, Index, Tensor, open_gguf
 from grpo_jax.models.rope import RopeScaling, frequencies
 
 # What an architecture always has beside Llama's fields.
