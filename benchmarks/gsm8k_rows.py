@@ -13,7 +13,7 @@ import time
 
 from grpo_jax import data
 from grpo_jax.tasks import gsm8k, make_task
-from grpo_jax.tasks.graders import GRADERS
+from grpo_jax.tasks.rewards.graders import GRADERS
 
 GRADED_BY = ("numeric", "exact", "math")
 

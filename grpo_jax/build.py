@@ -30,7 +30,7 @@ from grpo_jax.ordered import Slots
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.sampler import Sampler
 from grpo_jax.tasks.base import StepRewards, Task
-from grpo_jax.tasks.workers import RewardWorkers, Scorer, score_in_process
+from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
 from grpo_jax.train_step import Join, TrainState, only_trained
 
 # Batch sizes that the update is compiled for: quarters of the prompts of a step.

@@ -22,9 +22,9 @@ import numpy as np
 from grpo_jax import distributed, sharding
 from grpo_jax.rollout import columns_of, records
 from grpo_jax.sampler import Sampler
-from grpo_jax.tasks.answers import normalize
 from grpo_jax.tasks.base import Example, Task
-from grpo_jax.tasks.workers import Scorer, score_in_process
+from grpo_jax.tasks.rewards.answers import normalize
+from grpo_jax.tasks.rewards.workers import Scorer, score_in_process
 
 
 @dataclasses.dataclass(frozen=True)

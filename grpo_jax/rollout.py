@@ -25,7 +25,7 @@ from grpo_jax.metrics import rollout_metrics
 from grpo_jax.sampler import Generated, Sampler
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed
-from grpo_jax.tasks.workers import Scorer, Scores
+from grpo_jax.tasks.rewards.workers import Scorer, Scores
 from grpo_jax.tokens import AnyTokenizer, encode_prompt, encode_prompts
 from grpo_jax.train_step import Batch
 

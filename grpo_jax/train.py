@@ -26,7 +26,7 @@ from grpo_jax.forecast import describe
 from grpo_jax.learner import Learner, SkippedError
 from grpo_jax.signals import Signals, Stopped
 from grpo_jax.tasks.base import Example
-from grpo_jax.tasks.workers import Scorer
+from grpo_jax.tasks.rewards.workers import Scorer
 
 # Fields that a continued run may change: how long it runs, what it shows, how it is laid out.
 FREE = (

@@ -88,7 +88,7 @@ def beat_forever(path):
   """A parent whose worker is busy for good."""
   from functools import partial
 
-  from grpo_jax.tasks.workers import RewardWorkers
+  from grpo_jax.tasks.rewards.workers import RewardWorkers
 
   RewardWorkers(partial(task), timeout=3600.0)(["p"], [[f"beat {path}"]], {"answer": ["a"]}, [[1]])
 

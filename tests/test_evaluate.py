@@ -14,8 +14,8 @@ from grpo_jax.build import build
 from grpo_jax.config import load
 from grpo_jax.evaluate import evaluate, maj_at_k, pass_at_k, standard_error, table
 from grpo_jax.tasks.base import Example, Task
-from grpo_jax.tasks.graders import ANSWERS, GRADERS
-from grpo_jax.tasks.workers import Scores, score_in_process
+from grpo_jax.tasks.rewards.graders import ANSWERS, GRADERS
+from grpo_jax.tasks.rewards.workers import Scores, score_in_process
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 
-from grpo_jax.tasks.functions import ExactlyOne, accuracy_of, load_function, weighted
-from grpo_jax.tasks.graders import GRADERS
+from grpo_jax.tasks.rewards.graders import GRADERS
+from grpo_jax.tasks.rewards.loading import ExactlyOne, accuracy_of, load_function, weighted
 
 
 def length(prompts, completions, **columns):

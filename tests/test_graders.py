@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.tasks import RewardError, score
-from grpo_jax.tasks.answers import extract, final, normalize, number
-from grpo_jax.tasks.graders import ANSWERS, GRADERS, MATH_LENGTH, _limited, make_grader
+from grpo_jax.tasks.rewards.answers import extract, final, normalize, number
+from grpo_jax.tasks.rewards.graders import ANSWERS, GRADERS, MATH_LENGTH, _limited, make_grader
 
 # (what stands where the answer belongs, right answer, is it right)
 # fmt: off
@@ -259,7 +259,7 @@ def test_mathematics_works_in_any_thread():
 
 
 def test_mathematics_ends_in_time_in_the_main_thread(monkeypatch):
-  monkeypatch.setattr("grpo_jax.tasks.graders.MATH_SECONDS", 1)
+  monkeypatch.setattr("grpo_jax.tasks.rewards.graders.MATH_SECONDS", 1)
   began = time.monotonic()
   assert verdict("math", "\\boxed{\\sum_{i=1}^{1000000000} i^{7.5}}", "5") == 0.0
   assert time.monotonic() - began < 5
@@ -287,7 +287,7 @@ def test_an_alarm_that_is_not_heard_rings_again():
 
 
 def test_what_to_install_for_mathematics(monkeypatch):
-  from grpo_jax.tasks import graders
+  from grpo_jax.tasks.rewards import graders
 
   graders._need_math_verify.cache_clear()
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

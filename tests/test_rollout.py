@@ -12,7 +12,7 @@ from grpo_jax import batches, rollout
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.tasks.base import Example, Task
-from grpo_jax.tasks.workers import score_in_process
+from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
 from grpo_jax.train_step import TrainState, make_train_step
 

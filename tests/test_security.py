@@ -25,12 +25,12 @@ UNSAFE = {
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "unsafe_load", "full_load"}
 # A worker gets its task from the process that starts it, by pipe: never from a file.
-MAY_PICKLE = {"grpo_jax/tasks/workers.py", "grpo_jax/tasks/worker_process.py"}
+MAY_PICKLE = {"grpo_jax/tasks/rewards/workers.py", "grpo_jax/tasks/rewards/worker_process.py"}
 # What a user names as a program: an experiment file, a reward's file or module, and this package.
 MAY_IMPORT = {
   "grpo_jax/config.py",
-  "grpo_jax/tasks/functions.py",
-  "grpo_jax/tasks/worker_process.py",
+  "grpo_jax/tasks/rewards/loading.py",
+  "grpo_jax/tasks/rewards/worker_process.py",
 }
 
 
@@ -83,7 +83,7 @@ def test_what_is_looked_for_is_found(source, wanted):
 
 
 def test_a_config_is_a_program_and_is_said_to_be(tmp_path):
-  for file in MAY_IMPORT - {"grpo_jax/tasks/worker_process.py"}:
+  for file in MAY_IMPORT - {"grpo_jax/tasks/rewards/worker_process.py"}:
     assert "file" in Path(file).read_text(encoding="utf-8").split('"""')[1]
   assert "runs as one: load only files that you would run" in config.__doc__.replace("\n", " ")
   # What a finished run says about itself is data: JSON, read back without running anything.

@@ -11,9 +11,10 @@ import guarded_rewards
 import numpy as np
 import pytest
 
-from grpo_jax.tasks import RewardError, workers
+from grpo_jax.tasks import RewardError
 from grpo_jax.tasks.base import Task
-from grpo_jax.tasks.workers import RewardWorkers, score_in_process
+from grpo_jax.tasks.rewards import workers
+from grpo_jax.tasks.rewards.workers import RewardWorkers, score_in_process
 
 NAN = np.nan
 PROMPTS = ["p", "q", "r"]

@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown
-from grpo_jax.tasks.functions import ExactlyOne
-from grpo_jax.tasks.graders import make_grader
 from grpo_jax.tasks.indexed import Indexed
+from grpo_jax.tasks.rewards.graders import make_grader
+from grpo_jax.tasks.rewards.loading import ExactlyOne
 
 FORMATS = ("chat", "completion")
 USES = {"exactly_once": "every number exactly once", "at_most_once": "each number at most once"}

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown
-from grpo_jax.tasks.functions import Reward, accuracy_of, check_columns, weighted
 from grpo_jax.tasks.indexed import Indexed, shuffled
+from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
 from grpo_jax.tasks.table import JsonLines
 
 DATA_DIR = "~/.cache/grpo_jax/tensorflow_datasets"

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown
-from grpo_jax.tasks.functions import Reward, accuracy_of, check_columns, weighted
 from grpo_jax.tasks.indexed import Indexed
+from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
 
 PARQUET = (".parquet", ".pq")
 Row = dict[str, Any]

@@ -35,7 +35,7 @@ from grpo_jax.tasks.base import (
   shown,
   weighted_sum,
 )
-from grpo_jax.tasks.worker_process import START, score_task
+from grpo_jax.tasks.rewards.worker_process import START, score_task
 
 START_SECONDS = 600.0  # a worker that has not built the task by then will not
 REMEDY = (

@@ -35,7 +35,7 @@ def load(name):
   return getattr(package, name)
 package.__getattr__ = load
 sys.modules["grpo_jax"] = package
-from grpo_jax.tasks.worker_process import serve
+from grpo_jax.tasks.rewards.worker_process import serve
 serve(connection)
 """
 GRACE = 10.0  # seconds

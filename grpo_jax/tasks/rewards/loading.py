@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.tasks.base import RewardError, RewardFunction, check_signature, unknown
-from grpo_jax.tasks.graders import ANSWERS, GRADERS, make_grader
+from grpo_jax.tasks.rewards.graders import ANSWERS, GRADERS, make_grader
 
 Reward = str | Mapping[str, Any] | RewardFunction
 """A name, {"name": a built-in one, and its settings}, or the function itself."""

@@ -20,8 +20,8 @@ from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.tasks.answers import extract, final, normalize, number, plain
 from grpo_jax.tasks.base import RewardFunction, unknown
+from grpo_jax.tasks.rewards.answers import extract, final, normalize, number, plain
 
 __all__ = ["ANSWERS", "GRADERS", "MAKERS", "extract", "make_grader", "normalize", "number"]
 

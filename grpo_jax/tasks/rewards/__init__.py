@@ -1,0 +1,1 @@
+"""Scores completions: graders, answer extraction, and the processes rewards run in."""
