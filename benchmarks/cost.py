@@ -23,11 +23,11 @@ import numpy as np
 
 from benchmarks import alternate
 from benchmarks.worker import clock, since
-from grpo_jax import sampling
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.optimizer import learning_rate_schedule, make_optimizer
+from grpo_jax.sampling import generate as generation
 from grpo_jax.train_step import Batch, TrainState, make_train_step
 
 GIB = 2**30
@@ -91,7 +91,7 @@ class Bench:
       weights=token_weights(jnp.ones(rows, bool), "constant", max_length=shape.T),
       sampler_logp=jnp.zeros(rows),
     )
-    keys = sampling.row_keys(jax.random.key(1), jnp.arange(s.P), s.G)
+    keys = generation.row_keys(jax.random.key(1), jnp.arange(s.P), s.G)
     if not shared:
       self.batch, keys = _one_row_each(self.batch, s), keys.reshape(-1, 1)
     step = make_train_step(model, ALGORITHMS["dr_grpo"], optimizer, schedule, temperature=1.0)
@@ -100,7 +100,7 @@ class Bench:
     never = jnp.zeros((2, s.V), jnp.int32)
 
     def sample(params, prompts, mask):
-      return sampling.generate(
+      return generation.generate(
         model, params, prompts, mask, keys, never, length=s.T, temperature=1.0, pad_id=0
       )
 

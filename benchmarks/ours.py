@@ -19,7 +19,7 @@ from grpo_jax import data, rollout, sharding
 from grpo_jax.build import arrange, build
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.weights import open_weights
-from grpo_jax.sampler import Sampler
+from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import encode_prompt, load_tokenizer
 from grpo_jax.train_step import Batch, TrainState, make_train_step

@@ -5,7 +5,7 @@
 All variants run in one process, in turns, and draw the same completions: lengths are lognormal
 (median `--median` tokens, `--sigma`), by a table of stops in which every token ends a completion in
 as large a share of the vocabulary as the distribution says. `halvings` is what
-`sampling.generate` takes: how often rows may move into arrays of half as many.
+`generation.generate` takes: how often rows may move into arrays of half as many.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import alternate, ours
 from benchmarks.settings import make_prompts
 from benchmarks.worker import clock, since
-from grpo_jax import sampling
+from grpo_jax.sampling import generate as generation
 from grpo_jax.tokens import encode_prompts
 
 COLUMNS = (
@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
   vocab = sampler.model.config.vocab_size
   table = jnp.asarray(lognormal_stops(a.median, a.sigma, a.tokens, vocab))
   keys = [
-    sampling.row_keys(jax.random.key(i), jnp.arange(a.prompts), a.group) for i in range(a.rounds)
+    generation.row_keys(jax.random.key(i), jnp.arange(a.prompts), a.group) for i in range(a.rounds)
   ]
   variants, compiled = {}, {}
   for halvings in a.halvings:
     generate = partial(
-      sampling.generate, sampler.model, length=a.tokens, temperature=1.0,
+      generation.generate, sampler.model, length=a.tokens, temperature=1.0,
       pad_id=sampler.tokenizer.pad_id, halvings=halvings,
     )  # fmt: skip
     before = clock()

@@ -28,7 +28,7 @@ from grpo_jax.models.io.weights import Weights, open_weights
 from grpo_jax.models.kernels import KERNELS, each_layer, where_long
 from grpo_jax.ordered import Slots
 from grpo_jax.reward_model import RewardModel
-from grpo_jax.sampler import Sampler
+from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import StepRewards, Task
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
 from grpo_jax.train_step import Join, TrainState, only_trained

@@ -21,7 +21,7 @@ import numpy as np
 
 from grpo_jax import distributed, sharding
 from grpo_jax.rollout import columns_of, records
-from grpo_jax.sampler import Sampler
+from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.answers import normalize
 from grpo_jax.tasks.rewards.workers import Scorer, score_in_process

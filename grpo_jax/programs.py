@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from grpo_jax import budget, build, rollout, sampling, sharding, tasks, tokens
+from grpo_jax import budget, build, rollout, sharding, tasks, tokens
 from grpo_jax import config as configs
 from grpo_jax.chips import Topology
 from grpo_jax.core.algorithms import Algorithm
@@ -22,6 +22,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of
+from grpo_jax.sampling import generate as generation
 from grpo_jax.train_step import Batch, TrainState, make_score, make_train_step, only_trained
 
 
@@ -199,12 +200,12 @@ class Programs:
     """(the jitted sampler, its arguments)."""
     r = self.config.rollout
     generate = partial(
-      sampling.generate,
+      generation.generate,
       self.model,
       length=r.completion_length,
       temperature=r.temperature,
       pad_id=0,
-      halvings=sampling.halvings(r.completion_length),
+      halvings=generation.halvings(r.completion_length),
       blocks=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
     )
     keys = self._rows(r.prompts_per_step, r.group_size, dtype=jax.random.key(0).dtype)

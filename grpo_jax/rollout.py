@@ -22,7 +22,7 @@ from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.checks import lookup
 from grpo_jax.core.masks import token_weights
 from grpo_jax.metrics import rollout_metrics
-from grpo_jax.sampler import Generated, Sampler
+from grpo_jax.sampling.sampler import Generated, Sampler
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.workers import Scorer, Scores

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import compaction
+from grpo_jax.sampling import compaction
 
 
 def needed(live, width):

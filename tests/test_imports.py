@@ -35,8 +35,8 @@ ALLOWED = {
     "grpo_jax.models.io.weights grpo_jax.models.io.safetensors transformers tokenizers numpy jaxtyping"
   ),
   "grpo_jax.data": "grpo_jax.tasks grain numpy",
-  "grpo_jax.compaction": "jax jaxtyping",
-  "grpo_jax.sampling": "grpo_jax.core grpo_jax.compaction jax numpy jaxtyping",
+  "grpo_jax.sampling.compaction": "jax jaxtyping",
+  "grpo_jax.sampling": "grpo_jax.core grpo_jax.sampling.compaction jax numpy jaxtyping",
   "grpo_jax.train_step": (
     "grpo_jax.core grpo_jax.guard grpo_jax.ordered grpo_jax.sharding jax numpy jaxtyping optax"
   ),

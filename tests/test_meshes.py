@@ -22,7 +22,7 @@ from grpo_jax.core.masks import token_weights
 from grpo_jax.costs import Counter
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.programs import put
-from grpo_jax.sampler import Sampler
+from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tokens import ByteTokenizer
 from grpo_jax.train_step import Batch, TrainState, make_train_step
 

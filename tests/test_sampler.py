@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import sampler as samplers
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
-from grpo_jax.sampler import Sampler, padded_length
+from grpo_jax.sampling import sampler as samplers
+from grpo_jax.sampling.sampler import Sampler, padded_length
 from grpo_jax.tokens import ByteTokenizer
 
 CONFIG = ModelConfig(vocab_size=264, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=24)

@@ -8,10 +8,10 @@ import numpy as np
 import plain
 import pytest
 
-from grpo_jax import sampling
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
-from grpo_jax.stopping import stop_table
+from grpo_jax.sampling import generate as generation
+from grpo_jax.sampling.stopping import stop_table
 
 CONFIG = ModelConfig(vocab_size=23, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
 MODEL = Decoder(CONFIG)
@@ -39,7 +39,7 @@ def params():
 def run(
   params, prompts, mask, keys, stop, *, length=5, temperature=1.0, pad_id=2, halvings=0, blocks=1
 ):
-  return sampling.generate(
+  return generation.generate(
     MODEL,
     unstack(params),
     prompts,
@@ -55,21 +55,21 @@ def run(
 
 
 def keys(step, ids=(0, 1, 2), group=4):
-  return sampling.row_keys(jax.random.key(step), jnp.array(ids), group)
+  return generation.row_keys(jax.random.key(step), jnp.array(ids), group)
 
 
 def test_draw_inverts_the_distribution_function():
   """Against the definition in float64: u picks the first token whose cumulative sum exceeds it."""
   p = np.array([0.1, 0.0, 0.3, 0.05, 0.0, 0.55])
   for u, want in ((0.0, 0), (0.099, 0), (0.1001, 2), (0.399, 2), (0.41, 3), (0.46, 5), (1.0, 5)):
-    got = sampling._invert(jnp.asarray(p, jnp.float32), jnp.float32(u))
+    got = generation._invert(jnp.asarray(p, jnp.float32), jnp.float32(u))
     assert int(got) == want, (u, int(got))
 
 
 def test_draw_has_the_right_frequencies():
   logits = jnp.log(jnp.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 1e-30]))
   many = jax.random.split(jax.random.key(3), 40000)
-  tokens = np.asarray(sampling.draw(jnp.broadcast_to(logits, (40000, 7)), many)[0])
+  tokens = np.asarray(generation.draw(jnp.broadcast_to(logits, (40000, 7)), many)[0])
   share = np.bincount(tokens, minlength=7) / 40000
   want = np.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 0.0])
   error = 4.5 * np.sqrt(want * (1 - want) / 40000)  # 4.5 standard errors
@@ -81,7 +81,7 @@ def test_draw_measures_what_it_draws():
   """Against float64, with a token that cannot come, and rows far from 0."""
   logits = np.random.default_rng(0).normal(size=(50, 11)) * 3 + np.linspace(-80, 80, 50)[:, None]
   logits[:, 4] = -np.inf
-  tokens, logp, entropy = sampling.draw(
+  tokens, logp, entropy = generation.draw(
     jnp.asarray(logits, jnp.float32), jax.random.split(jax.random.key(1), 50)
   )
   p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -97,7 +97,9 @@ def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
   p = np.full(vocab, 0.5 / (vocab - 1))
   p[17] = 0.5
   logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (4000, vocab))
-  draw = jax.jit(lambda k: jax.lax.map(lambda k: sampling.draw(logits[0], k)[0], k, batch_size=100))
+  draw = jax.jit(
+    lambda k: jax.lax.map(lambda k: generation.draw(logits[0], k)[0], k, batch_size=100)
+  )
   tokens = np.asarray(draw(jax.random.split(jax.random.key(5), 4000)))
   rest = tokens[tokens != 17]
   assert abs(len(rest) / 4000 - 0.5) < 4.5 * 0.5 / np.sqrt(4000)
@@ -194,7 +196,7 @@ def test_the_loop_ends_when_all_rows_have_stopped(params):
       jax.debug.callback(lambda: calls.append(1))
       return super().decode(*args)
 
-  out = sampling.generate(
+  out = generation.generate(
     Counting(CONFIG),
     params,
     PROMPTS,
@@ -240,7 +242,7 @@ def test_rows_that_have_ended_stop_costing(params):
       return super().decode(params, tokens, index, *rest)
 
   out = jax.jit(
-    lambda p: sampling.generate(
+    lambda p: generation.generate(
       Counting(CONFIG), p, PROMPTS, MASK, keys(1), stop_at(2, 5),
       length=20, temperature=1.0, pad_id=0, halvings=3,
     )

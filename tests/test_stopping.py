@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo_jax.stopping import stop_table
+from grpo_jax.sampling.stopping import stop_table
 from grpo_jax.tokens import ByteTokenizer
 
 PIECES = [b"a", b"b", b"ab", b"ba", b"", b"aab", b"bb\n", b"\n", "é".encode()[:1], "é".encode()[1:]]

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import distributed, ordered, sampling, sharding
-from grpo_jax.stopping import stop_table
+from grpo_jax import distributed, ordered, sharding
+from grpo_jax.sampling import generate as generation
+from grpo_jax.sampling.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
 
 
@@ -114,12 +115,12 @@ class Sampler:
   def _generate(self, params, prompts, mask, keys, table, *, temperature):
     in_slots = self.slots is not None and len(prompts) % self.slots.count == 0
     generate = partial(
-      sampling.generate,
+      generation.generate,
       self.model,
       length=self.completion_length,
       temperature=temperature,
       pad_id=self.tokenizer.pad_id,
-      halvings=sampling.halvings(self.completion_length),
+      halvings=generation.halvings(self.completion_length),
       blocks=1 if in_slots else sharding.blocks(self.prompt_sharding),
     )
     if in_slots:
@@ -143,4 +144,4 @@ def padded_length(longest: int, limit: int) -> int:
   return min(-(-longest // quarter) * quarter, limit)
 
 
-_row_keys = jax.jit(sampling.row_keys, static_argnums=2)
+_row_keys = jax.jit(generation.row_keys, static_argnums=2)

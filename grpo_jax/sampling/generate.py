@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax import compaction
 from grpo_jax.core.logprobs import token_logprobs
+from grpo_jax.sampling import compaction
 
 
 @partial(

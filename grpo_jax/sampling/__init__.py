@@ -1,0 +1,1 @@
+"""Generates completions on the device, with each prompt computed once per group."""
