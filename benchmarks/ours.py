@@ -15,8 +15,9 @@ import numpy as np
 from benchmarks.settings import SETTINGS, make_prompts
 from benchmarks.worker import Channel, clock, since
 from grpo_jax import config as configs
-from grpo_jax import data, rollout, sharding
+from grpo_jax import data, rollout
 from grpo_jax.build import arrange, build
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.weights import open_weights
 from grpo_jax.sampling.sampler import Sampler
@@ -144,15 +145,15 @@ def make_sampler(
 ) -> tuple[Sampler, Any]:
   """A sampler for these prompts on one device, and its weights, laid out as a run lays them out."""
   weights, tokenizer = open_weights(source), load_tokenizer(source)
-  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
-  model = Decoder(weights.config, dtype=jnp.dtype(dtype), place=sharding.placer(mesh))
+  mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+  model = Decoder(weights.config, dtype=jnp.dtype(dtype), place=meshes.placer(mesh))
   sampler = Sampler(
     model=model,
     tokenizer=tokenizer,
     prompt_length=max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
     completion_length=tokens,
   )
-  params = weights.read(sharding.param_shardings(mesh, weights.shapes))
+  params = weights.read(meshes.param_shardings(mesh, weights.shapes))
   return sampler, jax.jit(partial(arrange, model, mesh, None))(params)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from grpo_jax import distributed
+from grpo_jax.distributed import hosts
 from grpo_jax.train_step import Batch
 
 SHORTEST = 16  # tokens; padding is not cut off below that
@@ -89,7 +89,7 @@ def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> 
   for epoch in range(epochs):
     order = np.random.default_rng([*seed, epoch]).permutation(prompts)
     for rows in np.split(order, count):
-      yield _part(batch, distributed.to_all(rows, layout), count, layout)
+      yield _part(batch, hosts.to_all(rows, layout), count, layout)
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax import distributed, ordered, rollout, sharding, tasks, tokens
 from grpo_jax import optimizer as optimizers
+from grpo_jax import ordered, rollout, tasks, tokens
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
+from grpo_jax.distributed import hosts
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.guard import History
 from grpo_jax.models import lora
 from grpo_jax.models.attention import in_blocks
@@ -66,7 +68,7 @@ class Run:
 
   def loaded_params(self) -> Any:
     """The parameters of the model as it was before training, read straight into their layout."""
-    return self.weights.read(sharding.param_shardings(self.mesh, self.weights.shapes))
+    return self.weights.read(meshes.param_shardings(self.mesh, self.weights.shapes))
 
   def frozen_params(self) -> Any:
     """What is not trained: everything beside adapters; None where there are none."""
@@ -76,15 +78,15 @@ class Run:
     """Trained parameters and a fresh optimizer state, laid out by the sharding table."""
     params = self._adapters() if self.new_adapters else self.loaded_params()
     shapes = jax.eval_shape(self.optimizer.init, params)
-    init = jax.jit(self.optimizer.init, out_shardings=sharding.param_shardings(self.mesh, shapes))
-    step = jax.device_put(jnp.int32(0), sharding.replicated(self.mesh))
+    init = jax.jit(self.optimizer.init, out_shardings=meshes.param_shardings(self.mesh, shapes))
+    step = jax.device_put(jnp.int32(0), meshes.replicated(self.mesh))
     reference = jax.tree.map(jnp.copy, params) if moving_reference else None
-    history = jax.device_put(History.new(), sharding.replicated(self.mesh))
+    history = jax.device_put(History.new(), meshes.replicated(self.mesh))
     return TrainState(step, params, init(params), reference, history)
 
   def _adapters(self) -> Any:
     key = jax.random.key(self.seed)
-    layout = sharding.param_shardings(self.mesh, jax.eval_shape(self.new_adapters, key))
+    layout = meshes.param_shardings(self.mesh, jax.eval_shape(self.new_adapters, key))
     return jax.jit(self.new_adapters, out_shardings=layout)(key)
 
   @property
@@ -96,7 +98,7 @@ class Run:
     """`trained parameters -> the sampler's` (`arrange`), whole over `fsdp`."""
     make = partial(arrange, self.model, self.mesh)
     shapes = jax.eval_shape(partial(make, None), self.weights.shapes)
-    layout = sharding.param_shardings(self.mesh, shapes, sampling=True)
+    layout = meshes.param_shardings(self.mesh, shapes, sampling=True)
     if self.slots:
       make = ordered.alike(make, self.mesh)
     return partial(jax.jit(make, out_shardings=layout), frozen)
@@ -136,8 +138,8 @@ def build(config: ConfigDict) -> Run:
   if problems:
     raise configs.ConfigError(problems)
 
-  mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
-  attempt(lambda: distributed.check_mesh(mesh))
+  mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
+  attempt(lambda: hosts.check_mesh(mesh))
   slots = Slots(c.train.slots, mesh) if c.train.reduction == "ordered" else None
   model = attempt(lambda: make_model(c, weights.config, mesh))
   sampler = model and attempt(
@@ -148,7 +150,7 @@ def build(config: ConfigDict) -> Run:
       completion_length=c.rollout.completion_length,
       stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
       stop_ids=tuple(c.rollout.stop_ids),
-      prompt_sharding=sharding.batch_sharding(mesh),
+      prompt_sharding=meshes.batch_sharding(mesh),
       slots=slots,
     )
   )
@@ -177,15 +179,15 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
   """The functions of a model of this shape, as the config wants them."""
   # In slots each device computes by itself: there is nothing to place.
   fast = c.train.reduction == "fast"
-  batch = sharding.batch_sharding(mesh)
+  batch = meshes.batch_sharding(mesh)
   return Decoder(
     shape,
     dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
     remat=c.model.remat,
     lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if c.lora.rank else 1.0,
-    **({"place": sharding.placer(mesh)} if fast else {}),
-    prompt_blocks=sharding.blocks(batch) if fast else 1,
-    vocab_blocks=sharding.vocab_blocks(mesh, shape.vocab_size),
+    **({"place": meshes.placer(mesh)} if fast else {}),
+    prompt_blocks=meshes.blocks(batch) if fast else 1,
+    vocab_blocks=meshes.vocab_blocks(mesh, shape.vocab_size),
     attention=attention_of(c, shape, mesh),
   )
 
@@ -200,12 +202,12 @@ def attention_of(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Callable[...,
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
     if kernel is None or c.train.reduction == "ordered" or _lacks(kernel, c, shape, platform):
       return in_blocks
-    return where_long(each_layer(sharding.over_mesh(mesh, KERNELS[kernel])))
+    return where_long(each_layer(meshes.over_mesh(mesh, KERNELS[kernel])))
   if wanted == "blocks":
     return in_blocks
   if reason := _lacks(wanted, c, shape, platform):
     raise ValueError(f"model.attention is {wanted!r}, {reason}; set it to 'auto' or 'blocks'")
-  return each_layer(sharding.over_mesh(mesh, KERNELS[wanted]))
+  return each_layer(meshes.over_mesh(mesh, KERNELS[wanted]))
 
 
 def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str:

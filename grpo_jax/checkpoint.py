@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax import distributed
 from grpo_jax import workdir as workdirs
+from grpo_jax.distributed import hosts
 from grpo_jax.guard import History
 from grpo_jax.train_step import TrainState
 
@@ -103,8 +103,8 @@ class Checkpoints:
     """
     found: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      wrong = damage(self._folder / str(step), *distributed.own_block())
-      state, first = None, next(iter(distributed.gathered_json(wrong or [])), "")
+      wrong = damage(self._folder / str(step), *hosts.own_block())
+      state, first = None, next(iter(hosts.gathered_json(wrong or [])), "")
       if not first:
         try:
           state = self.restore(step, like)
@@ -142,7 +142,7 @@ class Checkpoints:
 
   def _before_the_rename(self) -> None:
     """Called by orbax when all files of a checkpoint are written, before it gets its name."""
-    if distributed.is_first():
+    if hosts.is_first():
       names = (str(self._saving), f"{self._saving}.")
       for path in self._folder.iterdir():
         if path.name == names[0] or path.name.startswith(names[1]):
@@ -153,14 +153,14 @@ class Checkpoints:
     if self._read_only:
       return "it is left out"
     target = self._folder.parent / DAMAGED / str(step)
-    if distributed.is_first():
+    if hosts.is_first():
       number = 1
       while target.exists():
         number += 1
         target = target.with_name(f"{step}-{number}")
       target.parent.mkdir(exist_ok=True)
       os.rename(self._folder / str(step), target)
-    distributed.exchange()  # the others list the folder once it is gone
+    hosts.exchange()  # the others list the folder once it is gone
     return f"it is kept in {target.parent}"
 
   @contextlib.contextmanager
@@ -168,9 +168,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      reason = (
-        "the file system is full" if workdirs.is_full(error) else distributed.in_a_line(error)
-      )
+      reason = "the file system is full" if workdirs.is_full(error) else hosts.in_a_line(error)
       raise SaveError(
         f"the checkpoint of step {self._saving} could not be saved: {reason}. It takes up to "
         f"{self._bytes / 2**20:.1f} MiB; {workdirs.room(self._folder)}. Those before it are intact"
@@ -205,7 +203,7 @@ def damage(checkpoint: Path, block: int = 0, blocks: int = 1) -> list[str] | Non
     wanted = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
     mine = sorted((name, *digest) for name, digest in wanted.items())[block::blocks]
   except (ValueError, TypeError, AttributeError, OSError) as error:
-    return [f"{DIGESTS} cannot be read ({distributed.in_a_line(error)})"]
+    return [f"{DIGESTS} cannot be read ({hosts.in_a_line(error)})"]
   with ThreadPoolExecutor() as pool:
     found = pool.map(lambda row: _difference(checkpoint / row[0], *row[1:]), mine)
   return [f"{row[0]} {text}" for row, text in zip(mine, found) if text]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax import distributed
+from grpo_jax.distributed import hosts
 from grpo_jax.train_step import Batch, TrainState
 
 FOLDER = "skipped"  # of a work directory
@@ -72,20 +72,20 @@ def write(
     state: what the update left, which is what it met; written unless `recorded["state_of"]` names
       another dump.
   """
-  if distributed.is_first():
+  if hosts.is_first():
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-  distributed.exchange()
+  hosts.exchange()
   held = {name: value for name, value in vars(batch).items() if value is not None}
   with ocp.StandardCheckpointer() as checkpointer, jax.transfer_guard("allow"):
     checkpointer.save(path / "batch", held)
     if recorded["state_of"] == path.name:
       checkpointer.wait_until_finished()
       checkpointer.save(path / "state", _tree(state))
-  if distributed.is_first():
+  if hosts.is_first():
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     (path / RECORDED).write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
-  distributed.exchange()  # so that all find it
+  hosts.exchange()  # so that all find it
 
 
 def read(path: str | Path) -> Dump:

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import distributed, sharding
+from grpo_jax.distributed import hosts
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.rollout import columns_of, records
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import Example, Task
@@ -193,19 +194,19 @@ class _Answers:
 
   def of_all_hosts(self) -> "_Answers":
     """The problems of all hosts, in their order."""
-    arrays = distributed.gathered(
+    arrays = hosts.gathered(
       right=self.right, lengths=self.lengths, ended=self.ended, missing=np.array([self.missing])
     )
     missing = int(arrays.pop("missing").sum())
-    votes, samples = map(distributed.gathered_json, (self.votes, self.samples))
+    votes, samples = map(hosts.gathered_json, (self.votes, self.samples))
     return _Answers(**arrays, votes=votes, missing=missing, samples=samples)
 
 
 def _batches(
   sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
 ) -> Iterator[_Answers]:
-  index, hosts = distributed.own_block()
-  unit = sharding.blocks(getattr(sampler, "prompt_sharding", None))
+  index, host_count = hosts.own_block()
+  unit = meshes.blocks(getattr(sampler, "prompt_sharding", None))
   share = -(-batch_prompts // unit) * unit // hosts
   for start in range(0, len(examples), share * hosts):
     own = start + index * share
@@ -216,7 +217,7 @@ def _batches(
     out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=start)
     texts, lengths = out.texts[:n], out.lengths[:n]
     right, missing = np.zeros((0, group)), 0
-    with distributed.together("scoring the answers"):
+    with hosts.together("scoring the answers"):
       if n:
         scores = scorer(prompts[:n], texts, columns_of(part), lengths, rewards=False)
         right, missing = np.nan_to_num(scores.accuracy, nan=0.0), scores.missing

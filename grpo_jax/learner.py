@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import batches, budget, dumps, ordered, sharding
+from grpo_jax import batches, budget, dumps, ordered
 from grpo_jax.build import Run
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.guard import SKIPPED
 from grpo_jax.train_step import (
   Batch,
@@ -72,7 +73,7 @@ def _within_budget(c: ConfigDict, r: Run, make: Callable[[int], Callable], times
   return budget.within(
     make,
     budget=c.train.micro_batch_tokens,
-    blocks=sharding.blocks(r.sampler.prompt_sharding),
+    blocks=meshes.blocks(r.sampler.prompt_sharding),
     least=c.train.micro_batches * times,
   )
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.sharding import BATCH
+from grpo_jax.distributed.mesh import BATCH
 
 AXES = BATCH[0]  # what the slots are dealt out over
 

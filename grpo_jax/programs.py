@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from grpo_jax import budget, build, rollout, sharding, tasks, tokens
+from grpo_jax import budget, build, rollout, tasks, tokens
 from grpo_jax import config as configs
 from grpo_jax.chips import Topology
 from grpo_jax.core.algorithms import Algorithm
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
@@ -64,7 +65,7 @@ class Programs:
   # --- what lies in memory ------------------------------------------------------------------------
 
   def _params(self, tree: Any, **options: Any) -> Any:
-    return put(tree, sharding.param_shardings(self.mesh, tree, **options))
+    return put(tree, meshes.param_shardings(self.mesh, tree, **options))
 
   @cached_property
   def weights(self) -> Any:
@@ -83,7 +84,7 @@ class Programs:
     if self.new_adapters:
       params = self._params(jax.eval_shape(self.new_adapters, jax.random.key(0)))
     opt_state = self._params(jax.eval_shape(self.optimizer.init, params))
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self.mesh))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(self.mesh))
     moving = self.config.reference.sync_every > 0
     return TrainState(step, params, opt_state, params if moving else None)
 
@@ -110,7 +111,7 @@ class Programs:
     return self._params(made, sampling=True)
 
   def _rows(self, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
 
   def batch(self, prompts: int, *, finished: bool = True) -> Batch:
     """A batch of so many prompts; `finished` with the log-probs that `score` puts into it."""
@@ -211,7 +212,7 @@ class Programs:
     keys = self._rows(r.prompts_per_step, r.group_size, dtype=jax.random.key(0).dtype)
     states = 2 + sum(len(text.encode()) for text in r.stop)
     table = jax.ShapeDtypeStruct(
-      (states, self.model.config.vocab_size), jnp.int32, sharding=sharding.replicated(self.mesh)
+      (states, self.model.config.vocab_size), jnp.int32, sharding=meshes.replicated(self.mesh)
     )
     batch = self.batch(r.prompts_per_step)
     arguments = (self.sampling_params, batch.prompts, batch.prompt_mask, keys, table)
@@ -241,7 +242,7 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
     )
   if problems:
     raise configs.ConfigError(problems)
-  mesh = sharding.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)
+  mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)
   model = attempt(lambda: build.make_model(c, shape, mesh))
   if problems:
     raise configs.ConfigError(problems)

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import compilation, dumps, sharding
+from grpo_jax import compilation, dumps
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learner import make_gradients, make_scoring, make_update
 from grpo_jax.train_step import Batch, TrainState
 
@@ -75,7 +76,7 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   compilation.use_cache(c.compilation_cache, dump.path.absolute().parents[1])
   r = build(c) if run is None else run
   frozen, like = r.frozen_params(), r.initial_state()
-  state, batch = dump.state(like), dump.batch(sharding.batch_sharding(r.mesh))
+  state, batch = dump.state(like), dump.batch(meshes.batch_sharding(r.mesh))
   del like
   logp = np.asarray(make_scoring(c, r)(state.params, batch, frozen))
   params = _named(state.params)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from numpy import ndarray
 
-from grpo_jax import sharding
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.safetensors import read_json
 from grpo_jax.models.io.sources import resolve
@@ -104,7 +104,7 @@ class RewardModel:
     for start in range(0, len(rows), size):
       part = by_length[start : start + size]
       batch = self._pad([rows[i] for i in part], size)
-      batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+      batch = jax.device_put(batch, meshes.batch_sharding(self._mesh))
       scores[part] = jax.device_get(_scores(self.decoder, self._params, *batch))[: len(part)]
     if not np.isfinite(scores).all():
       i = int(np.flatnonzero(~np.isfinite(scores))[0])
@@ -134,11 +134,11 @@ class RewardModel:
 
   @cached_property
   def _params(self) -> Any:
-    return self.weights.read(sharding.param_shardings(self._mesh, self.weights.shapes))
+    return self.weights.read(meshes.param_shardings(self._mesh, self.weights.shapes))
 
   @cached_property
   def _mesh(self) -> jax.sharding.Mesh:
-    return sharding.make_mesh((1, len(self.devices), 1), list(self.devices))
+    return meshes.make_mesh((1, len(self.devices), 1), list(self.devices))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import distributed, ordered
+from grpo_jax import ordered
 from grpo_jax.batches import laid_out, rows_of, select, trim
 from grpo_jax.core.advantages import ADVANTAGES, multi_objective, process_advantages
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.checks import lookup
 from grpo_jax.core.masks import token_weights
+from grpo_jax.distributed import hosts
 from grpo_jax.metrics import rollout_metrics
 from grpo_jax.sampling.sampler import Generated, Sampler
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
@@ -122,7 +123,7 @@ def collect(
     rows = rows[signal]
     batch = select(batch, np.flatnonzero(signal), bucket)
   batch, measured["update/padded"] = trim(batch, seen["prompt_tokens"][rows], seen["lengths"][rows])
-  samples = distributed.gathered_json(
+  samples = hosts.gathered_json(
     records(
       scored.prompts,
       scored.out.texts,
@@ -147,7 +148,7 @@ def _numbers(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[np.ndarray
   number of hosts: prompt i of the first result is number `order[i]` of what stands like that.
   """
   out, scores = scored.out, scored.scores
-  seen = distributed.gathered(
+  seen = hosts.gathered(
     **{f"rewards/{name}": values for name, values in scores.per_name.items()},
     total=scores.total,
     accuracy=scores.accuracy,
@@ -158,7 +159,7 @@ def _numbers(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[np.ndarray
     missing=np.array([scores.missing]),
   )
   missing = int(seen.pop("missing").sum())
-  order = np.arange(len(seen["total"])).reshape(distributed.own_block()[1], draws, -1)
+  order = np.arange(len(seen["total"])).reshape(hosts.own_block()[1], draws, -1)
   order = order.swapaxes(0, 1).reshape(-1)
   return {name: values[order] for name, values in seen.items()} | {"missing": missing}, order
 
@@ -192,7 +193,7 @@ def make_batch(
   }
   layout = sampler.prompt_sharding
   weights = np.asarray(reward_weights, np.float32)
-  everything = distributed.to_global(host, layout)
+  everything = hosts.to_global(host, layout)
   chosen = None if len(rows) == everything["ended"].shape[0] else rows
   length, alike = sampler.completion_length, sampler.slots is not None
   batch, signal = _batch(everything, chosen, weights, algorithm, length, layout, alike)
@@ -244,13 +245,13 @@ def _sample(
   sampler, params, scorer, draw, refill, *, key, group, temperature, step_rewards
 ) -> Scored:
   """Completions of this host's examples with their rewards."""
-  with distributed.together("reading the examples"):
+  with hosts.together("reading the examples"):
     examples = draw(refill)
     prompts = [example.prompt for example in examples]
     columns = columns_of(examples)
-  first = refill * len(prompts) * distributed.own_block()[1]
+  first = refill * len(prompts) * hosts.own_block()[1]
   out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=first)
-  with distributed.together("scoring the completions"):
+  with hosts.together("scoring the completions"):
     scores = scorer(prompts, out.texts, columns, out.lengths)
     if step_rewards is None:
       return Scored(prompts, out, scores)
@@ -260,7 +261,7 @@ def _sample(
 
 def _same_width(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Rewards of steps with as many of them as the host with the most has."""
-  widest = distributed.gathered(width=np.array([rewards.shape[-1]]))["width"].max()
+  widest = hosts.gathered(width=np.array([rewards.shape[-1]]))["width"].max()
   more = [(0, 0), (0, 0), (0, widest - rewards.shape[-1])]
   return np.pad(rewards, more, constant_values=np.nan), np.pad(ends, more)
 

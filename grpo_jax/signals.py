@@ -4,7 +4,7 @@ import contextlib
 import signal
 from typing import Any
 
-from grpo_jax.distributed import any_host
+from grpo_jax.distributed.hosts import any_host
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

@@ -17,10 +17,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import checkpoint, cluster, compilation, data, distributed, metrics, rollout
+from grpo_jax import checkpoint, compilation, data, metrics, rollout
 from grpo_jax import config as configs
 from grpo_jax import workdir as workdirs
 from grpo_jax.build import Run, build, make_scorer
+from grpo_jax.distributed import cluster, hosts
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.forecast import describe
 from grpo_jax.learner import Learner, SkippedError
@@ -56,13 +57,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
   with contextlib.ExitStack() as held:
     compilation.use_cache(c.compilation_cache, workdir)
     watch = held.enter_context(compilation.Watch())
-    with distributed.together("reading the config and what it names"):
+    with hosts.together("reading the config and what it names"):
       r = build(c)
-      if distributed.is_first():
+      if hosts.is_first():
         held.enter_context(workdirs.lock(workdir))
         check_workdir(c, workdir)
         workdirs.write_config(workdir, c.to_dict())
-    distributed.same("the config", json.dumps(c.to_dict(), sort_keys=True))
+    hosts.same("the config", json.dumps(c.to_dict(), sort_keys=True))
     return _train(c, r, workdir, watch)
 
 
@@ -76,7 +77,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
     Signals() as signals,
   ):
     start, state = checkpoints.resume(state, _tell)
-    writer = metrics.MetricsWriter if distributed.is_first() else metrics.NoWriter
+    writer = metrics.MetricsWriter if hosts.is_first() else metrics.NoWriter
     with writer(workdir, c.steps, resume_step=start) as writer:
       writer.print(describe(c, r, start))
       late, num_tokens = metrics.OneStepLate(writer.write), metrics.last(workdir, "num_tokens", 0)
@@ -119,7 +120,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
         if stop:
           raise Stopped(f"stopped after step {done}, which is saved", stop)
       results = _evaluate(c, r, to_sampler(state.params), scorer, c.steps, writer)
-  if distributed.is_first():
+  if hosts.is_first():
     metrics.curve(workdir)
   return results
 
@@ -150,7 +151,7 @@ def _json(config: ConfigDict) -> dict[str, Any]:
 def _draws(c: ConfigDict, r: Run, step: int) -> Callable[[int], list[Example]]:
   """`refill -> examples`: those of the step, and what replaces prompts without a signal."""
   split, count = r.task.splits["train"], c.rollout.prompts_per_step
-  block = distributed.own_block()
+  block = hosts.own_block()
   return lambda refill: data.examples(split, step, count, c.seed, *block, stream=refill)
 
 
@@ -188,7 +189,7 @@ def _timing(step_tokens: int, num_tokens: int, began: float) -> dict[str, float]
 
 
 def _tell(line: str) -> None:
-  if distributed.is_first():
+  if hosts.is_first():
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -201,13 +202,13 @@ def main(argv: list[str] | None = None) -> int:
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   try:
     config = configs.load(arguments.config, overrides)
-    with distributed.session(config.hosts.heartbeat, config.hosts.wait):
+    with hosts.session(config.hosts.heartbeat, config.hosts.wait):
       results = run(config, arguments.workdir)
-      first = distributed.is_first()
+      first = hosts.is_first()
   except (configs.ConfigError, workdirs.WorkdirError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  except distributed.HostError as error:
+  except hosts.HostError as error:
     print(f"error: {error}", file=sys.stderr)
     return cluster.FAILED
   except SkippedError as error:

@@ -19,9 +19,9 @@ from grpo_jax import ordered
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
+from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.guard import SKIPPED, History, judge
 from grpo_jax.ordered import Slots
-from grpo_jax.sharding import Jitted, layout_of
 
 
 @partial(

@@ -21,7 +21,7 @@ import pytest
 import tiny_gguf
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import sharding
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.models.io import weights as checkpoints
 from grpo_jax.models.io.sources import RANDOM_MODELS, Source, resolve
@@ -272,9 +272,9 @@ def test_integer_weights_are_not_numbers_to_train(folder):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (8, 1, 1)])
 def test_parameters_are_read_straight_into_their_layout(shape):
-  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   weights = open_weights(str(UNTIED))
-  layout = sharding.param_shardings(mesh, weights.shapes)
+  layout = meshes.param_shardings(mesh, weights.shapes)
   whole, placed = weights.read(), weights.read(layout)
   assert jax.tree.structure(placed) == jax.tree.structure(whole)
   for got, want, where in zip(*map(jax.tree.leaves, (placed, whole, layout)), strict=True):
@@ -314,7 +314,7 @@ def test_a_host_holds_one_parameter_beside_what_it_keeps():
   Buffers are handed over out of alignment, so that the runtime has to copy them and none of them
   stays alive as a part of a finished parameter.
   """
-  mesh = sharding.make_mesh((2, 4, 1))
+  mesh = meshes.make_mesh((2, 4, 1))
   weights = open_weights(str(UNTIED))
   alive, peaks, sizes = [0], [], []
 
@@ -336,7 +336,7 @@ def test_a_host_holds_one_parameter_beside_what_it_keeps():
     return read
 
   spied = dataclasses.replace(weights, parts=jax.tree.map(watched, weights.parts))
-  placed = spied.read(sharding.param_shardings(mesh, weights.shapes))
+  placed = spied.read(meshes.param_shardings(mesh, weights.shapes))
   np.testing.assert_array_equal(placed["layers"]["q"], weights.read()["layers"]["q"])
   parameters = [leaf.size * 4 for leaf in jax.tree.leaves(weights.shapes)]
   assert max(peaks) <= 2 * max(parameters) < sum(parameters) / 3

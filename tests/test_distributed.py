@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import cluster, distributed, sharding
+from grpo_jax.distributed import cluster, hosts
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.metrics import read_metrics
 
 HEARTBEAT = 10  # seconds
@@ -132,31 +133,31 @@ def test_half_an_environment_is_an_error(environment, message):
 
 
 def test_one_process_gives_back_what_it_was_given():
-  with distributed.session(), distributed.together("nothing"):
+  with hosts.session(), hosts.together("nothing"):
     pass
   values = {"a": np.array([0.1, 0.2]), "b": np.zeros((2, 0))}
-  assert distributed.exchange(**values) == [values]
-  assert distributed.gathered(**values) == {name: pytest.approx(v) for name, v in values.items()}
-  assert distributed.gathered_json([{"x": 1}]) == [{"x": 1}]
-  assert not distributed.any_host(False)
-  assert distributed.any_host(True)
-  distributed.same("a text", "x")
-  with pytest.raises(KeyError), distributed.together("raising"):
+  assert hosts.exchange(**values) == [values]
+  assert hosts.gathered(**values) == {name: pytest.approx(v) for name, v in values.items()}
+  assert hosts.gathered_json([{"x": 1}]) == [{"x": 1}]
+  assert not hosts.any_host(False)
+  assert hosts.any_host(True)
+  hosts.same("a text", "x")
+  with pytest.raises(KeyError), hosts.together("raising"):
     raise KeyError("mine")
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
 def test_rows_go_to_a_global_array_and_back(shape):
-  mesh = sharding.make_mesh(shape)
-  distributed.check_mesh(mesh)
+  mesh = meshes.make_mesh(shape)
+  hosts.check_mesh(mesh)
   rows = {"a": np.arange(32).reshape(16, 2), "b": np.arange(16) > 3}
-  layout = sharding.batch_sharding(mesh)
-  placed = distributed.to_global(rows, layout)
+  layout = meshes.batch_sharding(mesh)
+  placed = hosts.to_global(rows, layout)
   assert placed["a"].sharding == layout
-  for name, value in distributed.to_local(placed).items():
+  for name, value in hosts.to_local(placed).items():
     np.testing.assert_array_equal(value, rows[name])
-  np.testing.assert_array_equal(distributed.to_all(rows, layout)["a"], rows["a"])
-  assert distributed.to_all(rows, layout)["a"].sharding.is_fully_replicated
+  np.testing.assert_array_equal(hosts.to_all(rows, layout)["a"], rows["a"])
+  assert hosts.to_all(rows, layout)["a"].sharding.is_fully_replicated
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -164,44 +165,45 @@ def test_rows_go_to_a_global_array_and_back(shape):
 SHORT = """
 import sys
 import numpy as np
-from grpo_jax import distributed, sharding
+from grpo_jax.distributed import hosts
+from grpo_jax.distributed import mesh as meshes
 import jax
 
-with distributed.session(heartbeat=10):
-  index, count = distributed.own_block()
-  assert count == 2 and distributed.is_first() == (index == 0)
+with hosts.session(heartbeat=10):
+  index, count = hosts.own_block()
+  assert count == 2 and hosts.is_first() == (index == 0)
   third = 1 / 3 + index  # not a float32
-  parts = distributed.exchange(a=np.full(index + 1, third), b=np.array(["x" * index]))
+  parts = hosts.exchange(a=np.full(index + 1, third), b=np.array(["x" * index]))
   assert [part["a"].tolist() for part in parts] == [[1 / 3], [1 / 3 + 1] * 2]
   assert [part["b"].tolist() for part in parts] == [[""], ["x"]]
-  assert distributed.gathered(a=np.array([index]))["a"].tolist() == [0, 1]
-  assert distributed.gathered_json([index, None]) == [0, None, 1, None]
-  assert distributed.any_host(index == 1) and not distributed.any_host(False)
-  distributed.same("the config", "x")
+  assert hosts.gathered(a=np.array([index]))["a"].tolist() == [0, 1]
+  assert hosts.gathered_json([index, None]) == [0, None, 1, None]
+  assert hosts.any_host(index == 1) and not hosts.any_host(False)
+  hosts.same("the config", "x")
   try:
-    distributed.same("the config", f"{index}")
+    hosts.same("the config", f"{index}")
   except ValueError as error:
     print(error)
 
-  mesh = sharding.make_mesh((2, 1, 2))
-  distributed.check_mesh(mesh)
-  layout = sharding.batch_sharding(mesh)
+  mesh = meshes.make_mesh((2, 1, 2))
+  hosts.check_mesh(mesh)
+  layout = meshes.batch_sharding(mesh)
   rows = np.arange(6).reshape(3, 2) + 10 * index
-  placed = distributed.to_global(rows, layout)
+  placed = hosts.to_global(rows, layout)
   assert placed.shape == (6, 2)
   assert float(jax.jit(lambda a: a.sum())(placed)) == 90.0  # 15 + 75
-  np.testing.assert_array_equal(distributed.to_local(placed), rows)
+  np.testing.assert_array_equal(hosts.to_local(placed), rows)
   with jax.transfer_guard("disallow"):
-    everywhere = distributed.to_all(np.arange(3), layout)
+    everywhere = hosts.to_all(np.arange(3), layout)
   assert everywhere.sharding.is_fully_replicated
   try:
-    distributed.check_mesh(sharding.make_mesh((1, 1, 4)))
+    hosts.check_mesh(meshes.make_mesh((1, 1, 4)))
   except ValueError as error:
     print(error)
 
-  with distributed.together("an easy thing"):
+  with hosts.together("an easy thing"):
     pass
-  with distributed.together("a hard thing"):
+  with hosts.together("a hard thing"):
     if index == 1:
       raise LookupError("no such judge")
 """
@@ -334,8 +336,8 @@ def test_when_one_process_is_killed_the_other_ends(tmp_path, victim):
   wait_for_step(tmp_path / "run", processes)
   processes[victim].kill()
   began = time.monotonic()
-  results = finished(processes, seconds=HEARTBEAT + distributed.GRACE + 30)
-  assert time.monotonic() - began < HEARTBEAT + distributed.GRACE + 30
+  results = finished(processes, seconds=HEARTBEAT + hosts.GRACE + 30)
+  assert time.monotonic() - began < HEARTBEAT + hosts.GRACE + 30
   code, output = results[1 - victim]
   assert code != 0
   assert "another task died" in output or "failed" in output, output
@@ -365,11 +367,11 @@ def wait_for_step(workdir, processes):
 STUCK = """
 import time
 import numpy as np
-from grpo_jax import distributed
-with distributed.session(heartbeat=100, wait=3.0):
-  distributed.exchange(a=np.zeros(1))
-  if distributed.is_first():
-    distributed.exchange()
+from grpo_jax.distributed import hosts
+with hosts.session(heartbeat=100, wait=3.0):
+  hosts.exchange(a=np.zeros(1))
+  if hosts.is_first():
+    hosts.exchange()
   time.sleep(600)
 """
 

@@ -9,7 +9,7 @@ import pytest
 import tiny_gguf
 from test_checkpoints import assert_holds
 
-from grpo_jax import sharding
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import ModelConfig
 from grpo_jax.models.io.gguf import undo_rope_order
 from grpo_jax.models.io.weights import load, open_weights
@@ -142,7 +142,7 @@ def test_each_device_gets_its_part_of_a_file(tmp_path):
   path = tmp_path / "model.gguf"
   tiny_gguf.write(path, tied=False)
   weights = open_weights(str(path))
-  layout = sharding.param_shardings(sharding.make_mesh((1, 2, 4)), weights.shapes)
+  layout = meshes.param_shardings(meshes.make_mesh((1, 2, 4)), weights.shapes)
   jax.tree.map(np.testing.assert_array_equal, weights.read(layout), weights.read())
 
 

@@ -38,17 +38,17 @@ ALLOWED = {
   "grpo_jax.sampling.compaction": "jax jaxtyping",
   "grpo_jax.sampling": "grpo_jax.core grpo_jax.sampling.compaction jax numpy jaxtyping",
   "grpo_jax.train_step": (
-    "grpo_jax.core grpo_jax.guard grpo_jax.ordered grpo_jax.sharding jax numpy jaxtyping optax"
+    "grpo_jax.core grpo_jax.guard grpo_jax.ordered grpo_jax.distributed.mesh jax numpy jaxtyping optax"
   ),
   "grpo_jax.guard": "jax",
   "grpo_jax.compilation": "jax",
-  "grpo_jax.ordered": "grpo_jax.sharding jax",
+  "grpo_jax.ordered": "grpo_jax.distributed.mesh jax",
   "grpo_jax.config": "ml_collections",
   "grpo_jax.workdir": "",
   "grpo_jax.budget": "",
   "grpo_jax.signals": "grpo_jax.distributed",
-  "grpo_jax.cluster": "jax",
-  "grpo_jax.distributed": "grpo_jax.cluster grpo_jax.sharding jax numpy",
+  "grpo_jax.distributed.cluster": "jax",
+  "grpo_jax.distributed": "grpo_jax.distributed.cluster grpo_jax.distributed.mesh jax numpy",
   "grpo_jax.export": (
     "grpo_jax.checkpoint grpo_jax.config grpo_jax.workdir grpo_jax.models grpo_jax.tokens jax "
     "numpy ml_collections orbax tokenizers"
@@ -64,7 +64,7 @@ NOT_ELSEWHERE = (
 NOT_HERE = {
   "grpo_jax.rollout": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections optax orbax",
   "grpo_jax.optimizer": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
-  "grpo_jax.sharding": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
+  "grpo_jax.distributed.mesh": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
   "grpo_jax.metrics": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
   "grpo_jax.checkpoint": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
   "grpo_jax.reward_model": "grpo_jax.build grpo_jax.config ml_collections optax orbax",

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import build, config, costs, sharding, traced
+from grpo_jax import build, config, costs, traced
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import kernels
 from grpo_jax.models.attention import in_blocks
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
@@ -280,10 +281,10 @@ def test_layers_apart_know_whether_they_have_a_window():
 )  # fmt: skip
 def test_each_device_computes_its_own_prompts_and_heads(name, tensor):
   case = Case(padding=(0, 1, 2, 3), window=3)
-  mesh = sharding.make_mesh((1, 8 // tensor, tensor))
-  attend = partial(sharding.over_mesh(mesh, IN_PLACE[name]), window=case.window, **case.options)
+  mesh = meshes.make_mesh((1, 8 // tensor, tensor))
+  attend = partial(meshes.over_mesh(mesh, IN_PLACE[name]), window=case.window, **case.options)
   arrays = case.arrays()
-  split = jax.device_put(arrays, sharding.batch_sharding(mesh))
+  split = jax.device_put(arrays, meshes.batch_sharding(mesh))
   got, want = (
     values_and_gradients(case, attend, split),
     values_and_gradients(case, plain(case), arrays),
@@ -319,7 +320,7 @@ def chosen(monkeypatch, *args, slots=4096, **fields):
     monkeypatch.setitem(kernels.KERNELS, name, lambda *a, name=name, **o: name)
   monkeypatch.setattr(kernels, "in_blocks", lambda *a, **o: "blocks")
   monkeypatch.setattr(build, "in_blocks", kernels.in_blocks)
-  monkeypatch.setattr(sharding, "over_mesh", lambda mesh, kernel: kernel)
+  monkeypatch.setattr(meshes, "over_mesh", lambda mesh, kernel: kernel)
   q = jax.ShapeDtypeStruct((1, slots, 4, 4), jnp.float32)
   return choose(*args, **fields)(q, q, q, jax.ShapeDtypeStruct((1, slots), bool), scale=1.0)
 
@@ -394,8 +395,8 @@ def test_the_operations_of_a_kernel_are_those_of_the_blocks_it_looks_at(monkeypa
   dots = 2 * 2 * 2 * 768 * 128  # of mixed values and their gradient
   both = ops(jax.grad(lambda *a: jnp.sum(mix(*a)), (0, 1, 2)))
   assert both == (2 + 3 + 4) * one + dots
-  mesh = sharding.make_mesh((1, 2, 1), jax.devices()[:2])
-  mapped = partial(sharding.over_mesh(mesh, partial(splash, interpret=True)), **case.options)
+  mesh = meshes.make_mesh((1, 2, 1), jax.devices()[:2])
+  mapped = partial(meshes.over_mesh(mesh, partial(splash, interpret=True)), **case.options)
   assert ops(lambda *a: mapped(*a, jnp.asarray(case.mask))) == 2 * one
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_jax import cluster
+from grpo_jax.distributed import cluster
 
 LAUNCH = Path("experiments/launch")
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])

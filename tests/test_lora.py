@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import sharding
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.models.io.weights import load, shapes_of
@@ -174,14 +174,14 @@ def test_a_step_changes_adapters_and_nothing_else(base, new):
 
 
 def test_pairs_lie_where_their_matrix_does(base, adapters):
-  mesh = sharding.make_mesh((2, 2, 2))
-  layout = sharding.param_shardings(mesh, lora.join(base, adapters))["layers"]
+  mesh = meshes.make_mesh((2, 2, 2))
+  layout = meshes.param_shardings(mesh, lora.join(base, adapters))["layers"]
   for name in ALL.split("|"):
     _, inputs, outputs = layout[name].spec
     assert layout[f"{name}_lora_a"].spec == P(None, inputs, None), name
     assert layout[f"{name}_lora_b"].spec == P(None, None, outputs), name
-  put = jax.device_put(adapters, sharding.param_shardings(mesh, adapters))
-  shared = jax.device_put(base, sharding.param_shardings(mesh, base))
+  put = jax.device_put(adapters, meshes.param_shardings(mesh, adapters))
+  shared = jax.device_put(base, meshes.param_shardings(mesh, base))
   got = jax.jit(lambda b, a: hidden(lora.join(b, a), SCALE))(shared, put)
   np.testing.assert_allclose(got, hidden(lora.join(base, adapters), SCALE), atol=1e-5)
 

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import sharding
 from grpo_jax.core import logprobs
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.costs import Counter
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.programs import put
 from grpo_jax.sampling.sampler import Sampler
@@ -56,17 +56,17 @@ def make_batch():
 
 def on_mesh(shape):
   """(mesh, model, parameters in the layout of the table)."""
-  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
-  params = jax.device_put(PARAMS, sharding.param_shardings(mesh, PARAMS))
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  params = jax.device_put(PARAMS, meshes.param_shardings(mesh, PARAMS))
   return mesh, model_on(mesh, CONFIG), params
 
 
 def model_on(mesh, config, **settings):
   return Decoder(
     config,
-    place=sharding.placer(mesh),
-    vocab_blocks=sharding.vocab_blocks(mesh, config.vocab_size),
-    prompt_blocks=sharding.blocks(sharding.batch_sharding(mesh)),
+    place=meshes.placer(mesh),
+    vocab_blocks=meshes.vocab_blocks(mesh, config.vocab_size),
+    prompt_blocks=meshes.blocks(meshes.batch_sharding(mesh)),
     **settings,
   )
 
@@ -78,13 +78,13 @@ def step_on(shape):
   step = make_train_step(
     model, ALGORITHMS["dapo"], optimizer, lambda count: 1.0, temperature=1.0, micro_batches=MICRO
   )
-  zero = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
-  batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
+  zero = jax.device_put(jnp.int32(0), meshes.replicated(mesh))
+  batch = jax.device_put(make_batch(), meshes.batch_sharding(mesh))
   state = TrainState(zero, params, optimizer.init(params))
   compiled = step.lower(state, batch).compile()
   with jax.transfer_guard("disallow"):
     state, metrics = compiled(state, batch)
-  table = jax.tree.leaves(sharding.param_shardings(mesh, PARAMS))
+  table = jax.tree.leaves(meshes.param_shardings(mesh, PARAMS))
   for leaf, layout in zip(jax.tree.leaves(state.params), table, strict=True):
     assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
   return jax.tree.map(lambda old, new: old - new, PARAMS, state.params), metrics, compiled
@@ -92,11 +92,9 @@ def step_on(shape):
 
 def sample_on(shape):
   mesh, model, _ = on_mesh(shape)
-  sampler = Sampler(
-    model, ByteTokenizer(), 4, LENGTH, prompt_sharding=sharding.batch_sharding(mesh)
-  )
+  sampler = Sampler(model, ByteTokenizer(), 4, LENGTH, prompt_sharding=meshes.batch_sharding(mesh))
   apart = unstack(PARAMS)
-  params = jax.device_put(apart, sharding.param_shardings(mesh, apart, sampling=True))
+  params = jax.device_put(apart, meshes.param_shardings(mesh, apart, sampling=True))
   prompts = [f"{i}:" for i in range(PROMPTS)]
   return sampler(params, prompts, jax.random.key(3), group=GROUP, temperature=1.0)
 
@@ -132,7 +130,7 @@ def one_layer(mesh_shape):
   tensor, found = mesh_shape[2], set()
   for rule_path, matrix in jax.tree_util.tree_leaves_with_path(PARAMS):
     name = jax.tree_util.keystr(rule_path, simple=True, separator="/")
-    spec = next(spec for pattern, spec in sharding.RULES if re.search(pattern, name))
+    spec = next(spec for pattern, spec in meshes.RULES if re.search(pattern, name))
     spec = tuple(spec) + (None,) * (matrix.ndim - len(spec))
     sizes = [n // tensor if axis == "tensor" else n for n, axis in zip(matrix.shape, spec)]
     if "fsdp" in spec:
@@ -157,8 +155,8 @@ def check(shape, one_device):
   most = MICRO * (2 * CONFIG.layers * MATRICES + 2)
   assert runs(compiled).get("all-gather", 0) <= (most if fsdp > 1 else 0)
   # What comes in is what the table says, to the byte (each buffer is rounded up to 64).
-  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
-  layouts = sharding.param_shardings(mesh, PARAMS)
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  layouts = meshes.param_shardings(mesh, PARAMS)
   held = sum(
     math.prod(layout.shard_shape(leaf.shape)) * 4
     for leaf, layout in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(layouts))
@@ -201,7 +199,7 @@ def test_a_model_that_is_not_told_where_values_lie_is_caught():
     Decoder(CONFIG), ALGORITHMS["dapo"], optax.sgd(1.0), lambda count: 1.0, temperature=1.0
   )
   state = TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
-  batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
+  batch = jax.device_put(make_batch(), meshes.batch_sharding(mesh))
   found = set(gathered(step.lower(state, batch).compile()))
   assert found - one_layer((1, 2, 1))
 
@@ -213,19 +211,19 @@ CUTS = [(1, 8, 1), (8, 1, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
 @pytest.mark.parametrize("shape", CUTS, ids=str)
 def test_devices_send_nothing_for_a_tile_of_the_head(shape):
   """Forward and backward: the head is put together over `fsdp` once, its gradient added once."""
-  mesh = sharding.make_mesh(shape, jax.devices()[:8])
+  mesh = meshes.make_mesh(shape, jax.devices()[:8])
   data, fsdp, tensor = shape
   model = model_on(mesh, dataclasses.replace(CONFIG, vocab_size=4096))
   assert (model.vocab_blocks, model.prompt_blocks) == (tensor, data * fsdp)
   head = {"head": jax.ShapeDtypeStruct((4096, 24), jnp.float32)}
-  table = sharding.param_shardings(mesh, head)
+  table = meshes.param_shardings(mesh, head)
   rows = jax.ShapeDtypeStruct((8, 3, 24), jnp.float32), jax.ShapeDtypeStruct((8, 3), jnp.int32)
 
   def loss(params, hidden, tokens):
     cut = {"blocks": model.vocab_blocks, "shares": model.prompt_blocks}
     return logprobs.head_logprobs(hidden, model.head(params), tokens, **cut)[0].sum()
 
-  batch = sharding.batch_sharding(mesh)
+  batch = meshes.batch_sharding(mesh)
   gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(table, batch))
   compiled = gradient.lower(put(head, table), *put(rows, batch)).compile()
   assert gathered(compiled) == ([(24, 4096 // tensor)] if fsdp > 1 else [])
@@ -239,16 +237,16 @@ def test_devices_send_nothing_for_a_tile_of_the_head(shape):
 @pytest.mark.parametrize("shape", [(1, 8, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
 def test_an_update_gathers_a_matrix_three_times(shape):
   """In the forward pass, when a layer is computed again, and in its backward pass: no more."""
-  mesh = sharding.make_mesh(shape, jax.devices()[:8])
+  mesh = meshes.make_mesh(shape, jax.devices()[:8])
   model = model_on(mesh, dataclasses.replace(CONFIG, tied=True), remat="layers")
 
   def shapes(tree):
-    return put(tree, sharding.param_shardings(mesh, tree))
+    return put(tree, meshes.param_shardings(mesh, tree))
 
   optimizer, params = optax.adam(1.0), shapes(jax.eval_shape(model.init, jax.random.key(0)))
   zero = shapes(jax.ShapeDtypeStruct((), jnp.int32))
   state = TrainState(zero, params, shapes(jax.eval_shape(optimizer.init, params)))
-  batch = put(make_batch(), sharding.batch_sharding(mesh))
+  batch = put(make_batch(), meshes.batch_sharding(mesh))
   step = make_train_step(
     model, ALGORITHMS["dapo"], optimizer, lambda count: 1.0, temperature=1.0, micro_batches=MICRO
   )

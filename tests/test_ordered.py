@@ -10,10 +10,11 @@ import optax
 import pytest
 from test_train_step import MODEL, make_batch, step_once
 
-from grpo_jax import checkpoint, ordered, sharding, train
+from grpo_jax import checkpoint, ordered, train
 from grpo_jax.build import build
 from grpo_jax.config import check, load
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.guard import History
 from grpo_jax.metrics import read_metrics
 from grpo_jax.train_step import TrainState, make_score, make_train_step
@@ -40,19 +41,19 @@ def bits(tree):
 
 def two_steps(shape, in_slots=True):
   """Bits of (state, log-probs, metrics) after two steps with clipping, AdamW and a KL term."""
-  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   slots = ordered.Slots(8, mesh) if in_slots else None
   algorithm = dataclasses.replace(ALGORITHMS["grpo"], beta=0.1)
   step = make_train_step(MODEL, algorithm, OPTIMIZER, RATE, temperature=0.7, slots=slots)
   score = make_score(MODEL, temperature=0.7, slots=slots)
 
   def put(tree):
-    return jax.device_put(tree, sharding.param_shardings(mesh, tree))
+    return jax.device_put(tree, meshes.param_shardings(mesh, tree))
 
   params = put(MODEL.init(jax.random.key(0)))
-  rest = jax.device_put((jnp.int32(0), History.new()), sharding.replicated(mesh))
+  rest = jax.device_put((jnp.int32(0), History.new()), meshes.replicated(mesh))
   state = TrainState(rest[0], params, put(OPTIMIZER.init(params)), history=rest[1])
-  batch = jax.device_put(wide_batch(), sharding.batch_sharding(mesh))
+  batch = jax.device_put(wide_batch(), meshes.batch_sharding(mesh))
   with jax.transfer_guard("disallow"):
     for _ in range(2):
       logp = score(state.params, batch)
@@ -89,7 +90,7 @@ def test_slots_are_the_gradient_of_the_whole():
   params = MODEL.init(jax.random.key(0))
   batch = wide_batch()
   whole, metrics = step_once(params, batch, ALGORITHMS["dapo"])
-  slots = ordered.Slots(8, sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
+  slots = ordered.Slots(8, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
   got, in_slots = step_once(params, batch, ALGORITHMS["dapo"], slots=slots)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
@@ -100,7 +101,7 @@ def test_slots_are_the_gradient_of_the_whole():
 
 def test_rows_come_back_in_their_order():
   """With eight slots on two devices: twice the rows, and 100 times the slot's first."""
-  mesh = sharding.make_mesh((2, 1, 1), jax.devices()[:2])
+  mesh = meshes.make_mesh((2, 1, 1), jax.devices()[:2])
   run = ordered.in_slots(
     lambda params, rows, _: params * rows + 100 * rows[:1], ordered.Slots(8, mesh)
   )
@@ -110,7 +111,7 @@ def test_rows_come_back_in_their_order():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-  mesh = sharding.make_mesh((1, 2, 2), jax.devices()[:4])
+  mesh = meshes.make_mesh((1, 2, 2), jax.devices()[:4])
   with pytest.raises(ValueError, match=r"mesh\.tensor=1"):
     ordered.Slots(8, mesh)
   options = [

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax import chips, costs, hlo, needs, plan, sharding, traced
+from grpo_jax import chips, costs, hlo, needs, plan, traced
 from grpo_jax import config as configs
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io import presets as known
 from grpo_jax.models.io.weights import shapes_of
@@ -74,11 +75,11 @@ def test_of_several_open_loops_the_costliest_counts():
 
 def test_collectives_and_what_a_device_sends():
   """A sum of [4, 6] float32 over 4 devices: a ring sends 2 * 3/4 of it; a gather 3 times a part."""
-  mesh = sharding.make_mesh((4, 1, 1), jax.devices()[:4])
-  x = jax.device_put(jnp.ones((16, 6)), sharding.batch_sharding(mesh))
+  mesh = meshes.make_mesh((4, 1, 1), jax.devices()[:4])
+  x = jax.device_put(jnp.ones((16, 6)), meshes.batch_sharding(mesh))
 
   def cost(function):
-    jitted = jax.jit(function, out_shardings=sharding.replicated(mesh))
+    jitted = jax.jit(function, out_shardings=meshes.replicated(mesh))
     return costs.Counter(jitted.lower(x).compile().as_text()).cost()[0].collectives
 
   assert cost(lambda x: x.reshape(4, 4, 6).sum(0)) == {"all-reduce": (1, 2 * 3 / 4 * 4 * 6 * 4)}
@@ -259,9 +260,9 @@ def test_the_forecast_is_what_lies_on_the_devices(split):
   """Parameters and optimizer state against the buffers on device 0."""
   programs, (memory, parts) = split
   params = Decoder(programs.model.config).init(jax.random.key(0))
-  params = jax.device_put(params, sharding.param_shardings(programs.mesh, params))
+  params = jax.device_put(params, meshes.param_shardings(programs.mesh, params))
   opt_state = programs.optimizer.init(params)
-  opt_state = jax.device_put(opt_state, sharding.param_shardings(programs.mesh, opt_state))
+  opt_state = jax.device_put(opt_state, meshes.param_shardings(programs.mesh, opt_state))
 
   def on_device_0(tree):
     shards = [s for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards]

@@ -10,7 +10,8 @@ import audit_pins
 import numpy as np
 import pytest
 
-from grpo_jax import config, distributed
+from grpo_jax import config
+from grpo_jax.distributed import hosts
 from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import open_weights
 from grpo_jax.tasks.table import table_task
@@ -161,8 +162,8 @@ def test_a_source_cannot_name_a_path_by_its_form(source):
 
 def test_hosts_exchange_arrays_and_no_objects():
   with pytest.raises(ValueError, match="allow_pickle"):
-    distributed._unpacked(_saved(np.array([{}])))
-  assert distributed._unpacked(_saved(np.arange(2)))["a"].tolist() == [0, 1]
+    hosts._unpacked(_saved(np.array([{}])))
+  assert hosts._unpacked(_saved(np.arange(2)))["a"].tolist() == [0, 1]
 
 
 def _saved(array):

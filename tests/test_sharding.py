@@ -9,8 +9,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax import sharding
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.train_step import Batch, TrainState, make_train_step
@@ -22,17 +22,17 @@ CONFIG = ModelConfig(
 
 def test_rules_cover_parameters_and_optimizer_state():
   params = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0))
-  mesh = sharding.make_mesh((2, 2, 2))
-  layout = sharding.param_shardings(mesh, params)
+  mesh = meshes.make_mesh((2, 2, 2))
+  layout = meshes.param_shardings(mesh, params)
   assert layout["embed"].spec == P("tensor", "fsdp")
   assert layout["layers"]["q"].spec == P(None, "fsdp", "tensor")
   assert layout["layers"]["down"].spec == P(None, "tensor", "fsdp")
   assert layout["layers"]["attn_norm"].spec == P(None, None)
   state = jax.eval_shape(optax.adam(1e-3).init, params)
-  moments = sharding.param_shardings(mesh, state)[0]
+  moments = meshes.param_shardings(mesh, state)[0]
   assert moments.mu["layers"]["q"].spec == P(None, "fsdp", "tensor")
   assert moments.count.spec == P()
-  apart = sharding.param_shardings(mesh, jax.eval_shape(unstack, params), sampling=True)
+  apart = meshes.param_shardings(mesh, jax.eval_shape(unstack, params), sampling=True)
   assert apart["layers"][1]["q"].spec == P(None, "tensor")
 
 
@@ -40,18 +40,18 @@ def test_rules_cover_what_families_and_adapters_add():
   config = dataclasses.replace(
     CONFIG, qk_norm=True, post_norm=True, biases=("q", "k", "v", "o", "gate", "up", "down")
   )
-  mesh = sharding.make_mesh((2, 2, 2))
+  mesh = meshes.make_mesh((2, 2, 2))
   params = jax.eval_shape(Decoder(config).init, jax.random.key(0))
-  layout = sharding.param_shardings(mesh, params)["layers"]
+  layout = meshes.param_shardings(mesh, params)["layers"]
   assert layout["q_bias"].spec == P(None, "tensor")
   for name in ("o_bias", "q_norm", "attn_post_norm", "mlp_post_norm"):
     assert layout[name].is_fully_replicated, name
   scored = jax.eval_shape(Decoder(dataclasses.replace(CONFIG, labels=1)).init, jax.random.key(0))
-  assert sharding.param_shardings(mesh, scored)["score"].is_fully_replicated
+  assert meshes.param_shardings(mesh, scored)["score"].is_fully_replicated
   adapters = jax.eval_shape(
     lambda key: lora.init(key, params, "q|k|v|o|gate|up|down", 2), jax.random.key(0)
   )
-  layout = sharding.param_shardings(mesh, adapters)["layers"]
+  layout = meshes.param_shardings(mesh, adapters)["layers"]
   # Each is split as its matrix is, and whole along the rank.
   assert layout["up_lora_a"].spec == P(None, "fsdp", None)
   assert layout["up_lora_b"].spec == P(None, None, "tensor")
@@ -62,13 +62,13 @@ def test_rules_cover_what_families_and_adapters_add():
 def test_a_parameter_without_a_rule_is_named():
   tree = {"layers": {"router": jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)}}
   with pytest.raises(ValueError, match="'layers/router'"):
-    sharding.param_shardings(sharding.make_mesh((8, 1, 1)), tree)
+    meshes.param_shardings(meshes.make_mesh((8, 1, 1)), tree)
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
-  mesh = sharding.make_mesh((1, 1, 8))
+  mesh = meshes.make_mesh((1, 1, 8))
   tree = {"embed": jax.ShapeDtypeStruct((33, 16), jnp.float32)}
-  assert sharding.param_shardings(mesh, tree)["embed"].spec == P(None, "fsdp")
+  assert meshes.param_shardings(mesh, tree)["embed"].spec == P(None, "fsdp")
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
@@ -89,13 +89,13 @@ def test_a_step_on_eight_devices_is_the_step_on_one(shape):
   optimizer = optax.sgd(0.1)
   results = []
   for mesh_shape, devices in (((1, 1, 1), jax.devices()[:1]), (shape, jax.devices())):
-    mesh = sharding.make_mesh(mesh_shape, devices)
+    mesh = meshes.make_mesh(mesh_shape, devices)
     step = make_train_step(model, algorithm, optimizer, lambda count: 0.1, temperature=1.0)
-    placed = jax.device_put(params, sharding.param_shardings(mesh, params))
+    placed = jax.device_put(params, meshes.param_shardings(mesh, params))
     state = TrainState(
-      jax.device_put(jnp.int32(0), sharding.replicated(mesh)), placed, optimizer.init(placed)
+      jax.device_put(jnp.int32(0), meshes.replicated(mesh)), placed, optimizer.init(placed)
     )
-    results.append(step(state, jax.device_put(batch, sharding.batch_sharding(mesh))))
+    results.append(step(state, jax.device_put(batch, meshes.batch_sharding(mesh))))
   (one, one_metrics), (many, many_metrics) = results
   for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params)):
     np.testing.assert_allclose(a, b, atol=1e-5)

@@ -10,10 +10,10 @@ import optax
 import plain
 import pytest
 
-from grpo_jax import sharding
 from grpo_jax.batches import mini_batches
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder, ModelConfig
 from grpo_jax.train_step import (
   Batch,
@@ -272,21 +272,21 @@ def compilations():
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
 def test_a_state_keeps_its_layout_so_a_batch_size_is_compiled_for_once(shape, compilations):
-  mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   config = dataclasses.replace(CONFIG, vocab_size=20)  # the table is split over both axes
-  model, optimizer = Decoder(config, place=sharding.placer(mesh)), optax.adam(1e-3)
+  model, optimizer = Decoder(config, place=meshes.placer(mesh)), optax.adam(1e-3)
 
   def put(tree):
-    return jax.device_put(tree, sharding.param_shardings(mesh, tree))
+    return jax.device_put(tree, meshes.param_shardings(mesh, tree))
 
   params = put(model.init(jax.random.key(0)))
   step = make_train_step(
     model, ALGORITHMS["dapo"], optimizer, lambda count: 1e-3, temperature=1.0, micro_batches=2
   )
-  zero = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+  zero = jax.device_put(jnp.int32(0), meshes.replicated(mesh))
   state = TrainState(zero, params, put(optimizer.init(params)))
   batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), make_batch())
-  batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+  batch = jax.device_put(batch, meshes.batch_sharding(mesh))
   layout = jax.tree.map(lambda leaf: leaf.sharding, state)
   assert len({leaf.spec for leaf in jax.tree.leaves(layout)}) > 3
   compilations.clear()

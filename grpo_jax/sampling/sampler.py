@@ -9,7 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import distributed, ordered, sharding
+from grpo_jax import ordered
+from grpo_jax.distributed import hosts
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.sampling import generate as generation
 from grpo_jax.sampling.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
@@ -98,15 +100,15 @@ class Sampler:
     step into several calls with the right `first_prompt` changes nothing.
     """
     tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
-    longest = distributed.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
+    longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
     start = self.prompt_length - padded_length(int(longest), self.prompt_length)
     tokens, mask = tokens[:, start:], mask[:, start:]
-    first_prompt += distributed.own_block()[0] * len(tokens)
+    first_prompt += hosts.own_block()[0] * len(tokens)
     ids = first_prompt + np.arange(len(tokens))
-    *on_device, ids = distributed.to_global((tokens, mask, ids), self.prompt_sharding)
+    *on_device, ids = hosts.to_global((tokens, mask, ids), self.prompt_sharding)
     keys = _row_keys(key, ids, group)
     out = self._jitted(params, *on_device, keys, self._table, temperature=temperature)
-    out = distributed.to_local(out)
+    out = hosts.to_local(out)
     texts = decode_completions(
       self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ends
     )
@@ -121,7 +123,7 @@ class Sampler:
       temperature=temperature,
       pad_id=self.tokenizer.pad_id,
       halvings=generation.halvings(self.completion_length),
-      blocks=1 if in_slots else sharding.blocks(self.prompt_sharding),
+      blocks=1 if in_slots else meshes.blocks(self.prompt_sharding),
     )
     if in_slots:
       one = ordered.in_slots(lambda params, rows, table: generate(params, *rows, table), self.slots)

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.cluster import METHOD, Limit, detect
-from grpo_jax.sharding import batch_sharding
+from grpo_jax.distributed.cluster import METHOD, Limit, detect
+from grpo_jax.distributed.mesh import batch_sharding
 
 GRACE = 30.0  # seconds that a process has to end by itself once a host has failed
 

@@ -1,0 +1,1 @@
+"""Device meshes, sharding tables, and the hosts of a multi-process run."""
