@@ -18,12 +18,12 @@ from grpo_jax import config as configs
 from grpo_jax import data, rollout
 from grpo_jax.build import arrange, build
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.weights import open_weights
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import encode_prompt, load_tokenizer
-from grpo_jax.train_step import Batch, TrainState, make_train_step
 
 STEPS = 64  # prompts are drawn for so many steps before they repeat
 

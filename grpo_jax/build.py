@@ -16,24 +16,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax import optimizer as optimizers
-from grpo_jax import ordered, rollout, tasks, tokens
+from grpo_jax import rollout, tasks, tokens
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.guard import History
+from grpo_jax.learning import deterministic
+from grpo_jax.learning import optimizer as optimizers
+from grpo_jax.learning.deterministic import Slots
+from grpo_jax.learning.skipping import History
+from grpo_jax.learning.step import Join, TrainState, only_trained
 from grpo_jax.models import lora
 from grpo_jax.models.attention import in_blocks
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.models.io.weights import Weights, open_weights
 from grpo_jax.models.kernels import KERNELS, each_layer, where_long
-from grpo_jax.ordered import Slots
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import StepRewards, Task
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
-from grpo_jax.train_step import Join, TrainState, only_trained
 
 # Batch sizes that the update is compiled for: quarters of the prompts of a step.
 BUCKETS = 4
@@ -100,7 +101,7 @@ class Run:
     shapes = jax.eval_shape(partial(make, None), self.weights.shapes)
     layout = meshes.param_shardings(self.mesh, shapes, sampling=True)
     if self.slots:
-      make = ordered.alike(make, self.mesh)
+      make = deterministic.alike(make, self.mesh)
     return partial(jax.jit(make, out_shardings=layout), frozen)
 
   @property

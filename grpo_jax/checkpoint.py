@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 
 from grpo_jax import workdir as workdirs
 from grpo_jax.distributed import hosts
-from grpo_jax.guard import History
-from grpo_jax.train_step import TrainState
+from grpo_jax.learning.skipping import History
+from grpo_jax.learning.step import TrainState
 
 DIGESTS = "sha256.json"
 DAMAGED = "damaged"  # the folder of a work directory that damaged checkpoints are moved to

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from grpo_jax.distributed import hosts
-from grpo_jax.train_step import Batch, TrainState
+from grpo_jax.learning.step import Batch, TrainState
 
 FOLDER = "skipped"  # of a work directory
 LIMIT = 3  # dumps that a work directory holds; later skipped updates are only told of

@@ -207,8 +207,8 @@ def _batches(
 ) -> Iterator[_Answers]:
   index, host_count = hosts.own_block()
   unit = meshes.blocks(getattr(sampler, "prompt_sharding", None))
-  share = -(-batch_prompts // unit) * unit // hosts
-  for start in range(0, len(examples), share * hosts):
+  share = -(-batch_prompts // unit) * unit // host_count
+  for start in range(0, len(examples), share * host_count):
     own = start + index * share
     part = list(examples[own : own + share])
     n = len(part)

@@ -14,17 +14,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from grpo_jax import budget, build, rollout, tasks, tokens
+from grpo_jax import build, rollout, tasks, tokens
 from grpo_jax import config as configs
 from grpo_jax.chips import Topology
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning import reduction
+from grpo_jax.learning.step import Batch, TrainState, make_score, make_train_step, only_trained
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of
 from grpo_jax.sampling import generate as generation
-from grpo_jax.train_step import Batch, TrainState, make_score, make_train_step, only_trained
 
 
 def put(tree: Any, layout: Any) -> Any:
@@ -170,7 +171,7 @@ class Programs:
   def _micro_batches(self, parts: int, least: int) -> int:
     """Of one of so many parts of a step's prompts, none of whose completions ends early."""
     r = self.config.rollout
-    return budget.micro_batches(
+    return reduction.micro_batches(
       r.prompts_per_step // parts,
       self.prompt_length + r.group_size * r.completion_length,
       budget=self.config.train.micro_batch_tokens,

@@ -15,20 +15,20 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import ordered
-from grpo_jax.batches import laid_out, rows_of, select, trim
 from grpo_jax.core.advantages import ADVANTAGES, multi_objective, process_advantages
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.checks import lookup
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import hosts
+from grpo_jax.learning import deterministic
+from grpo_jax.learning.batch import laid_out, rows_of, select, trim
+from grpo_jax.learning.step import Batch
 from grpo_jax.metrics import rollout_metrics
 from grpo_jax.sampling.sampler import Generated, Sampler
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.workers import Scorer, Scores
 from grpo_jax.tokens import AnyTokenizer, encode_prompt, encode_prompts
-from grpo_jax.train_step import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _batch(
   prompts, prompt_mask, completions, sampled, logp = everything["batch"]
   compute = partial(_advantages, algorithm)
   if alike:  # statistics over rows have the same bits only where all devices have all rows
-    compute = ordered.alike(compute, layout.mesh)
+    compute = deterministic.alike(compute, layout.mesh)
   advantages = compute(everything["rewards"], reward_weights, sampled)
   mask = sampled & everything["ended"][..., None]
   weights = token_weights(mask, algorithm.average, max_length=max_length)

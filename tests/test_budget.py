@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from grpo_jax.budget import micro_batches, within
+from grpo_jax.learning.reduction import micro_batches, within
 
 # prompts, tokens of each, budget, blocks, least -> parts
 CASES = {

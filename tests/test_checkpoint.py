@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from grpo_jax import checkpoint, workdir
-from grpo_jax.train_step import TrainState
+from grpo_jax.learning.step import TrainState
 
 
 def state_after(step):

@@ -20,10 +20,10 @@ from grpo_jax import checkpoint, export
 from grpo_jax import workdir as workdirs
 from grpo_jax.config import default_config
 from grpo_jax.export import export_model
+from grpo_jax.learning.step import TrainState
 from grpo_jax.models import lora
 from grpo_jax.models.io.weights import load
 from grpo_jax.tokens import load_tokenizer
-from grpo_jax.train_step import TrainState
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA = FIXTURES / "tiny_llama"

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.optimizer import learning_rate_schedule, make_optimizer
-from grpo_jax.train_step import TrainState, make_apply
+from grpo_jax.learning.optimizer import learning_rate_schedule, make_optimizer
+from grpo_jax.learning.step import TrainState, make_apply
 
 SETTINGS = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
 RATE = 0.5

@@ -10,14 +10,15 @@ import optax
 import pytest
 from test_train_step import MODEL, make_batch, step_once
 
-from grpo_jax import checkpoint, ordered, train
+from grpo_jax import checkpoint, train
 from grpo_jax.build import build
 from grpo_jax.config import check, load
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.guard import History
+from grpo_jax.learning import deterministic
+from grpo_jax.learning.skipping import History
+from grpo_jax.learning.step import TrainState, make_score, make_train_step
 from grpo_jax.metrics import read_metrics
-from grpo_jax.train_step import TrainState, make_score, make_train_step
 
 RATE = optax.constant_schedule(1e-2)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(RATE))
@@ -42,7 +43,7 @@ def bits(tree):
 def two_steps(shape, in_slots=True):
   """Bits of (state, log-probs, metrics) after two steps with clipping, AdamW and a KL term."""
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
-  slots = ordered.Slots(8, mesh) if in_slots else None
+  slots = deterministic.Slots(8, mesh) if in_slots else None
   algorithm = dataclasses.replace(ALGORITHMS["grpo"], beta=0.1)
   step = make_train_step(MODEL, algorithm, OPTIMIZER, RATE, temperature=0.7, slots=slots)
   score = make_score(MODEL, temperature=0.7, slots=slots)
@@ -90,7 +91,7 @@ def test_slots_are_the_gradient_of_the_whole():
   params = MODEL.init(jax.random.key(0))
   batch = wide_batch()
   whole, metrics = step_once(params, batch, ALGORITHMS["dapo"])
-  slots = ordered.Slots(8, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
+  slots = deterministic.Slots(8, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
   got, in_slots = step_once(params, batch, ALGORITHMS["dapo"], slots=slots)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
@@ -102,8 +103,8 @@ def test_slots_are_the_gradient_of_the_whole():
 def test_rows_come_back_in_their_order():
   """With eight slots on two devices: twice the rows, and 100 times the slot's first."""
   mesh = meshes.make_mesh((2, 1, 1), jax.devices()[:2])
-  run = ordered.in_slots(
-    lambda params, rows, _: params * rows + 100 * rows[:1], ordered.Slots(8, mesh)
+  run = deterministic.in_slots(
+    lambda params, rows, _: params * rows + 100 * rows[:1], deterministic.Slots(8, mesh)
   )
   rows = jnp.arange(16.0)
   got = jax.jit(run)(jnp.float32(2), rows, None, rows > -1)
@@ -113,7 +114,7 @@ def test_rows_come_back_in_their_order():
 def test_a_mesh_that_does_not_fit_is_refused():
   mesh = meshes.make_mesh((1, 2, 2), jax.devices()[:4])
   with pytest.raises(ValueError, match=r"mesh\.tensor=1"):
-    ordered.Slots(8, mesh)
+    deterministic.Slots(8, mesh)
   options = [
     "--config.train.reduction=ordered", "--config.train.slots=12", "--config.mesh.tensor=2",
     "--config.train.micro_batches=2", "--config.rollout.prompts_per_step=18",

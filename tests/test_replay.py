@@ -15,10 +15,10 @@ from grpo_jax import checkpoint, dumps, replay, rollout, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
-from grpo_jax.guard import MEMORY, WARM_UP, History, judge
-from grpo_jax.learner import SkippedError
+from grpo_jax.learning.skipping import MEMORY, WARM_UP, History, judge
+from grpo_jax.learning.step import TrainState, make_train_step
+from grpo_jax.learning.updates import SkippedError
 from grpo_jax.metrics import read_metrics
-from grpo_jax.train_step import TrainState, make_train_step
 
 SPIKE = 3.0
 RATE = optax.constant_schedule(1e-3)

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import batches, rollout
+from grpo_jax import rollout
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.learning import batch as batches
+from grpo_jax.learning.step import TrainState, make_train_step
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
-from grpo_jax.train_step import TrainState, make_train_step
 
 CONFIG = ModelConfig(vocab_size=257, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
 MODEL = Decoder(CONFIG)

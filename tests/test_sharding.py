@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
-from grpo_jax.train_step import Batch, TrainState, make_train_step
 
 CONFIG = ModelConfig(
   vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, tied=False

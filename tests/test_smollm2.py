@@ -10,8 +10,8 @@ import pytest
 from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import load
+from grpo_jax.learning.step import Batch, score_batch
 from grpo_jax.metrics import read_metrics
-from grpo_jax.train_step import Batch, score_batch
 
 pytestmark = [
   pytest.mark.slow,

@@ -10,12 +10,11 @@ import optax
 import plain
 import pytest
 
-from grpo_jax.batches import mini_batches
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.models.decoder import Decoder, ModelConfig
-from grpo_jax.train_step import (
+from grpo_jax.learning.batch import mini_batches
+from grpo_jax.learning.step import (
   Batch,
   TrainState,
   average,
@@ -24,6 +23,7 @@ from grpo_jax.train_step import (
   make_train_step,
   move_reference,
 )
+from grpo_jax.models.decoder import Decoder, ModelConfig
 
 CONFIG = ModelConfig(vocab_size=19, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
 MODEL = Decoder(CONFIG)

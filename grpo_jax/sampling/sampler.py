@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax import ordered
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning import deterministic
 from grpo_jax.sampling import generate as generation
 from grpo_jax.sampling.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
@@ -66,7 +66,7 @@ class Sampler:
   stop_ids: tuple[int, ...] = ()
   prompt_sharding: Any = None
   stop_table: Int[np.ndarray, "S V"] | None = None
-  slots: ordered.Slots | None = None
+  slots: deterministic.Slots | None = None
 
   def __post_init__(self) -> None:
     ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids)))
@@ -126,7 +126,9 @@ class Sampler:
       blocks=1 if in_slots else meshes.blocks(self.prompt_sharding),
     )
     if in_slots:
-      one = ordered.in_slots(lambda params, rows, table: generate(params, *rows, table), self.slots)
+      one = deterministic.in_slots(
+        lambda params, rows, table: generate(params, *rows, table), self.slots
+      )
       return one(params, (prompts, mask, keys), table, mask)
     return generate(params, prompts, mask, keys, table)
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from grpo_jax.distributed import hosts
-from grpo_jax.train_step import Batch
+from grpo_jax.learning.step import Batch
 
 SHORTEST = 16  # tokens; padding is not cut off below that
 

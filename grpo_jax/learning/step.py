@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax import ordered
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
-from grpo_jax.guard import SKIPPED, History, judge
-from grpo_jax.ordered import Slots
+from grpo_jax.learning import deterministic
+from grpo_jax.learning.deterministic import Slots
+from grpo_jax.learning.skipping import SKIPPED, History, judge
 
 
 @partial(
@@ -144,7 +144,7 @@ def make_score(
     return score_batch(model, join(frozen, params), batch, temperature)[0]
 
   if slots:
-    return ordered.make_score(whole, slots)
+    return deterministic.make_score(whole, slots)
 
   def score(params: Any, batch: Batch, frozen: Any = None):
     if micro_batches == 1:
@@ -248,7 +248,7 @@ def make_train_step(
   loss = make_loss(model, algorithm, temperature=temperature, join=join)
   apply = make_apply(optimizer, schedule, spike)
   if slots:
-    return _in_slots(ordered.make_gradient(loss, slots), apply)
+    return _in_slots(deterministic.make_gradient(loss, slots), apply)
   gradient = make_gradient(loss, micro_batches)
 
   def step(state: TrainState, batch: Batch, frozen: Any = None):

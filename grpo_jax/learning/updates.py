@@ -8,11 +8,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import batches, budget, dumps, ordered
+from grpo_jax import dumps
 from grpo_jax.build import Run
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.guard import SKIPPED
-from grpo_jax.train_step import (
+from grpo_jax.learning import batch as batches
+from grpo_jax.learning import deterministic, reduction
+from grpo_jax.learning.skipping import SKIPPED
+from grpo_jax.learning.step import (
   Batch,
   TrainState,
   average,
@@ -47,7 +49,7 @@ def make_gradients(c: ConfigDict, r: Run) -> Callable[..., tuple]:
   """The jitted gradient of a run's update alone, `(params, batch, frozen) -> (gradients, ...)`."""
   loss = make_loss(r.model, r.algorithm, temperature=c.rollout.temperature, join=r.join)
   if r.slots:
-    return ordered.make_gradient(loss, r.slots)
+    return deterministic.make_gradient(loss, r.slots)
   return _within_budget(c, r, lambda micro_batches: jax.jit(make_gradient(loss, micro_batches)))
 
 
@@ -70,7 +72,7 @@ def make_scoring(c: ConfigDict, r: Run) -> Callable[..., jax.Array]:
 
 
 def _within_budget(c: ConfigDict, r: Run, make: Callable[[int], Callable], times: int = 1):
-  return budget.within(
+  return reduction.within(
     make,
     budget=c.train.micro_batch_tokens,
     blocks=meshes.blocks(r.sampler.prompt_sharding),

@@ -1,0 +1,1 @@
+"""Turns a batch into optimizer updates."""
