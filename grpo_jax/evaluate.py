@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int, Any]:
   """Trained parameters by step: the start if it is asked for, the newest checkpoint of a run."""
-  from grpo_jax import checkpoint
+  from grpo_jax.run import checkpoint
 
   state = run.initial_state(moving_reference=settings.reference.sync_every > 0)
   stages = {0: state.params} if arguments.config or arguments.before else {}
@@ -322,7 +322,8 @@ def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int,
 
 def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
   """The config of the experiment or of the run."""
-  from grpo_jax import config, workdir
+  from grpo_jax import config
+  from grpo_jax.run import workdir
 
   if (arguments.workdir is None) == (arguments.config is None):
     raise ValueError("give --workdir (a run) or --config (an experiment), one of them")

@@ -15,9 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax import checkpoint
 from grpo_jax import config as configs
-from grpo_jax import workdir as workdirs
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import ModelConfig
 from grpo_jax.models.io.families import FAMILIES, find_family, parse
@@ -25,6 +23,8 @@ from grpo_jax.models.io.safetensors import read_json
 from grpo_jax.models.io.sources import Source, resolve
 from grpo_jax.models.io.weights import open_weights
 from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_json, write_weights
+from grpo_jax.run import checkpoint
+from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer
 
 # What of a source folder goes along: tokenizer, chat template, generation settings, licence.

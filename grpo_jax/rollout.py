@@ -23,7 +23,7 @@ from grpo_jax.distributed import hosts
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import laid_out, rows_of, select, trim
 from grpo_jax.learning.step import Batch
-from grpo_jax.metrics import rollout_metrics
+from grpo_jax.run.metrics import rollout_metrics
 from grpo_jax.sampling.sampler import Generated, Sampler
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed

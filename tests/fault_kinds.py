@@ -12,7 +12,7 @@ from pathlib import Path
 
 from faulty_runs import Run, being_saved, checkpoints, steps_written
 
-from grpo_jax import checkpoint
+from grpo_jax.run import checkpoint
 
 
 def pick(rng: random.Random, low: float, high: float) -> float:

@@ -50,8 +50,8 @@ from faulty_runs import (
   write_section,
 )
 
-from grpo_jax import checkpoint
 from grpo_jax.distributed import cluster
+from grpo_jax.run import checkpoint
 
 STEPS, EVERY = 60, 2
 # A KL term with a reference that moves, a schedule over the run, evaluations not where saves are.

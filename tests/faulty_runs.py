@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from grpo_jax import checkpoint
 from grpo_jax.build import build
 from grpo_jax.config import load
-from grpo_jax.metrics import METRICS, SAMPLES, read_metrics
+from grpo_jax.run import checkpoint
+from grpo_jax.run.metrics import METRICS, SAMPLES, read_metrics
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "faults.md"

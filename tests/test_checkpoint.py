@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import checkpoint, workdir
 from grpo_jax.learning.step import TrainState
+from grpo_jax.run import checkpoint, workdir
 
 
 def state_after(step):

@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from grpo_jax import compilation
 from grpo_jax.config import default_config, from_saved
+from grpo_jax.run import compilation
 
 SETTINGS = (
   "jax_enable_compilation_cache",

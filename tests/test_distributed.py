@@ -18,7 +18,7 @@ import pytest
 
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.metrics import read_metrics
+from grpo_jax.run.metrics import read_metrics
 
 HEARTBEAT = 10  # seconds
 TIMES = ("step_time", "tokens_per_second")
@@ -253,9 +253,9 @@ def train(workdir, *overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_hosts_of_four_devices_are_one_of_eight(tmp_path, name):
-  from grpo_jax import checkpoint
   from grpo_jax.build import build
   from grpo_jax.config import load
+  from grpo_jax.run import checkpoint
 
   one, two = tmp_path / "one", tmp_path / "two"
   [(code, output)] = run(train(one, *RUNS[name]), 1, devices=8)

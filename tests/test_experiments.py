@@ -9,7 +9,7 @@ import pytest
 from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import load
-from grpo_jax.metrics import read_metrics
+from grpo_jax.run.metrics import read_metrics
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
 # What makes it small; everything else is the experiment's own.

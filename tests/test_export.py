@@ -16,13 +16,14 @@ import pytest
 import tiny_gguf
 from safetensors.numpy import load_file
 
-from grpo_jax import checkpoint, export
-from grpo_jax import workdir as workdirs
+from grpo_jax import export
 from grpo_jax.config import default_config
 from grpo_jax.export import export_model
 from grpo_jax.learning.step import TrainState
 from grpo_jax.models import lora
 from grpo_jax.models.io.weights import load
+from grpo_jax.run import checkpoint
+from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -41,16 +41,16 @@ ALLOWED = {
     "grpo_jax.core grpo_jax.learning.skipping grpo_jax.learning.deterministic grpo_jax.distributed.mesh jax numpy jaxtyping optax"
   ),
   "grpo_jax.learning.skipping": "jax",
-  "grpo_jax.compilation": "jax",
+  "grpo_jax.run.compilation": "jax",
   "grpo_jax.learning.deterministic": "grpo_jax.distributed.mesh jax",
   "grpo_jax.config": "ml_collections",
-  "grpo_jax.workdir": "",
+  "grpo_jax.run.workdir": "",
   "grpo_jax.learning.reduction": "",
-  "grpo_jax.signals": "grpo_jax.distributed",
+  "grpo_jax.run.signals": "grpo_jax.distributed",
   "grpo_jax.distributed.cluster": "jax",
   "grpo_jax.distributed": "grpo_jax.distributed.cluster grpo_jax.distributed.mesh jax numpy",
   "grpo_jax.export": (
-    "grpo_jax.checkpoint grpo_jax.config grpo_jax.workdir grpo_jax.models grpo_jax.tokens jax "
+    "grpo_jax.run.checkpoint grpo_jax.config grpo_jax.run.workdir grpo_jax.models grpo_jax.tokens jax "
     "numpy ml_collections orbax tokenizers"
   ),
   "experiments*": "ml_collections grpo_jax.config",
@@ -65,8 +65,8 @@ NOT_HERE = {
   "grpo_jax.rollout": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections optax orbax",
   "grpo_jax.learning.optimizer": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
   "grpo_jax.distributed.mesh": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
-  "grpo_jax.metrics": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
-  "grpo_jax.checkpoint": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
+  "grpo_jax.run.metrics": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
+  "grpo_jax.run.checkpoint": "grpo_jax.models grpo_jax.build grpo_jax.config ml_collections",
   "grpo_jax.reward_model": "grpo_jax.build grpo_jax.config ml_collections optax orbax",
 }
 

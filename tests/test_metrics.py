@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import metrics as metrics_module
-from grpo_jax.metrics import MetricsWriter, OneStepLate, curve, read_metrics, rollout_metrics
+from grpo_jax.run import metrics as metrics_module
+from grpo_jax.run.metrics import MetricsWriter, OneStepLate, curve, read_metrics, rollout_metrics
 
 NAN = math.nan
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from test_train_step import MODEL, make_batch, step_once
 
-from grpo_jax import checkpoint, train
+from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import check, load
 from grpo_jax.core.algorithms import ALGORITHMS
@@ -18,7 +18,8 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState, make_score, make_train_step
-from grpo_jax.metrics import read_metrics
+from grpo_jax.run import checkpoint
+from grpo_jax.run.metrics import read_metrics
 
 RATE = optax.constant_schedule(1e-2)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(RATE))

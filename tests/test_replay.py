@@ -11,14 +11,16 @@ import optax
 import pytest
 from test_train_step import MODEL, make_batch
 
-from grpo_jax import checkpoint, dumps, replay, rollout, train
+from grpo_jax import replay, rollout, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.learning.skipping import MEMORY, WARM_UP, History, judge
 from grpo_jax.learning.step import TrainState, make_train_step
 from grpo_jax.learning.updates import SkippedError
-from grpo_jax.metrics import read_metrics
+from grpo_jax.run import checkpoint
+from grpo_jax.run import skipped as dumps
+from grpo_jax.run.metrics import read_metrics
 
 SPIKE = 3.0
 RATE = optax.constant_schedule(1e-3)

@@ -11,7 +11,7 @@ from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import load
 from grpo_jax.learning.step import Batch, score_batch
-from grpo_jax.metrics import read_metrics
+from grpo_jax.run.metrics import read_metrics
 
 pytestmark = [
   pytest.mark.slow,

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import checkpoint, train
+from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
-from grpo_jax.metrics import read_metrics
+from grpo_jax.run import checkpoint
+from grpo_jax.run.metrics import read_metrics
 
 TINY = "experiments/tiny.py"
 FAST = [

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import workdir
+from grpo_jax.run import workdir
 
 HOLD = """
 import sys, time
-from grpo_jax import workdir
+from grpo_jax.run import workdir
 with workdir.lock(sys.argv[1]):
   print("held", flush=True)
   time.sleep(600)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax import dumps
 from grpo_jax.build import Run
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import batch as batches
@@ -24,6 +23,7 @@ from grpo_jax.learning.step import (
   make_train_step,
   move_reference,
 )
+from grpo_jax.run import skipped as dumps
 
 
 def make_update(c: ConfigDict, r: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.events import Events
-from grpo_jax.progress import Progress
-from grpo_jax.workdir import write_whole
+from grpo_jax.run.progress import Progress
+from grpo_jax.run.tensorboard import Events
+from grpo_jax.run.workdir import write_whole
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax import workdir as workdirs
 from grpo_jax.distributed import hosts
 from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState
+from grpo_jax.run import workdir as workdirs
 
 DIGESTS = "sha256.json"
 DAMAGED = "damaged"  # the folder of a work directory that damaged checkpoints are moved to

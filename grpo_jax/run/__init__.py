@@ -1,0 +1,1 @@
+"""Keeps the state of a run: checkpoints, work directory, metrics, progress, signals."""
