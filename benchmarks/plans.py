@@ -18,9 +18,9 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax.chips import GIB, TPUS, open_topology
 from grpo_jax.config import default_config
-from grpo_jax.needs import as_dict, make_plan
+from grpo_jax.plan.estimate import as_dict, make_plan
+from grpo_jax.plan.hardware import GIB, TPUS, open_topology
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs" / "plans.jsonl"

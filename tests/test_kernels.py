@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import build, config, costs, traced
+from grpo_jax import build, config
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import kernels
 from grpo_jax.models.attention import in_blocks
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.models.kernels import Tree, cudnn, each_layer, splash, where_long
+from grpo_jax.plan import cost as costs
+from grpo_jax.plan import flops as traced
 
 # Interpreted kernels are large programs that run once.
 QUICK = {"xla_backend_optimization_level": 0}

@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax import chips, costs, hlo, needs, plan, traced
 from grpo_jax import config as configs
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io import presets as known
 from grpo_jax.models.io.weights import shapes_of
-from grpo_jax.programs import open_programs
+from grpo_jax.plan import __main__ as plan
+from grpo_jax.plan import cost as costs
+from grpo_jax.plan import estimate as needs
+from grpo_jax.plan import flops as traced
+from grpo_jax.plan import hardware as chips
+from grpo_jax.plan import hlo
+from grpo_jax.plan.programs import open_programs
 
 TINY = [
   "--config.rollout.prompt_length=8",

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from grpo_jax import build, rollout, tasks, tokens
 from grpo_jax import config as configs
-from grpo_jax.chips import Topology
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import reduction
@@ -25,6 +24,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of
+from grpo_jax.plan.hardware import Topology
 from grpo_jax.sampling import generate as generation
 
 

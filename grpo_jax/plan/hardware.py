@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from grpo_jax.costs import Cost
+from grpo_jax.plan.cost import Cost
 
 GIB = 2**30
 

@@ -16,10 +16,10 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax.chips import GIB, Topology, open_topology
 from grpo_jax.models.decoder import REMAT
-from grpo_jax.needs import UNITS, Plan, as_dict, make_plan, silent
-from grpo_jax.programs import open_programs
+from grpo_jax.plan.estimate import UNITS, Plan, as_dict, make_plan, silent
+from grpo_jax.plan.hardware import GIB, Topology, open_topology
+from grpo_jax.plan.programs import open_programs
 
 # --- what would make it fit -----------------------------------------------------------------------
 

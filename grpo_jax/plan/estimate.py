@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax.chips import Topology, bound
-from grpo_jax.costs import Cost, Counter
 from grpo_jax.models.io.safetensors import first_line
-from grpo_jax.programs import Programs, bytes_of, open_programs
-from grpo_jax.traced import product_ops
+from grpo_jax.plan.cost import Cost, Counter
+from grpo_jax.plan.flops import product_ops
+from grpo_jax.plan.hardware import Topology, bound
+from grpo_jax.plan.programs import Programs, bytes_of, open_programs
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from grpo_jax.hlo import Instruction, Module
-from grpo_jax.traced import kernel_work
+from grpo_jax.plan.flops import kernel_work
+from grpo_jax.plan.hlo import Instruction, Module
 
 COLLECTIVES = {
   # What a device sends, as a multiple of its operand, among n devices in a ring.

@@ -1,0 +1,1 @@
+"""Estimates the memory and time of a run on devices that need not be present."""
