@@ -22,11 +22,11 @@ from grpo_jax import data, rollout
 from grpo_jax.build import Run, build, make_scorer
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.evaluate import evaluate, table
-from grpo_jax.forecast import describe
 from grpo_jax.learning.updates import Learner, SkippedError
 from grpo_jax.run import checkpoint, compilation, metrics
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.signals import Signals, Stopped
+from grpo_jax.summary import describe
 from grpo_jax.tasks.base import Example
 from grpo_jax.tasks.rewards.workers import Scorer
 
