@@ -15,13 +15,13 @@ test-slow: .venv/model
 	$(BIN)/python -m pytest -m slow
 
 test-faults: .venv/ready
-	$(BIN)/python tests/faults.py
+	$(BIN)/python -m tools.faults
 
 soak: .venv/ready
-	$(BIN)/python tests/soak.py
+	$(BIN)/python -m tools.soak
 
 mutants: .venv/ready
-	$(BIN)/python tests/mutants.py --jobs 2 --limit 600 > docs/mutants.md
+	$(BIN)/python -m tools.mutants --jobs 2 --limit 600 > docs/mutants.md
 
 # Half an hour on two cores; can be stopped, and goes on where it was.
 plans: .venv/ready
@@ -37,7 +37,7 @@ bench-peers: .venv/model
 	$(BIN)/python -m benchmarks.peers.export_smollm2
 
 docs: .venv/ready
-	$(BIN)/python tests/estimators_page.py > docs/estimators.md
+	$(BIN)/python -m tools.estimators_page > docs/estimators.md
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -246,7 +246,7 @@ def test_a_table_of_before_and_after():
 
 
 def test_the_command_keeps_numbers_and_samples(tmp_path, capsys):
-  """An untrained model by its config; a run with a checkpoint is in tests/test_train.py."""
+  """An untrained model by its config; a run with a checkpoint is in tests/end_to_end/test_train.py."""
   arguments = [
     "--config", "experiments/tiny.py", "--samples", "4", "--json", "--out", str(tmp_path / "kept"),
     "--config.task.settings.eval_size=3", "--config.eval.batch_prompts=8",

@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-import tiny_gguf
 from safetensors.numpy import load_file
 
 from grpo_jax import export
@@ -25,6 +24,7 @@ from grpo_jax.models.io.weights import load
 from grpo_jax.run import checkpoint
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer
+from tests.helpers import tiny_gguf
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA = FIXTURES / "tiny_llama"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_train_step import MODEL, make_batch
+from tests.learning.test_step import MODEL, make_batch
 
 from grpo_jax import replay, rollout, train
 from grpo_jax.build import build

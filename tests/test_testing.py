@@ -7,16 +7,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import published_losses
 import pytest
 
 import grpo_jax
 from grpo_jax import ALGORITHMS, testing, token_weights
 from grpo_jax.core.advantages import ADVANTAGES
+from tests.helpers import published_losses
 
 MAX_LENGTH = 8
 
-# One row per average and kind of region; tests/test_losses.py goes through all choices.
+# One row per average and kind of region; tests/core/test_losses.py goes through all choices.
 ROWS = {name: ALGORITHMS[name] for name in ("grpo", "gspo", "dppo")} | {
   "everything": dataclasses.replace(
     ALGORITHMS["grpo"],

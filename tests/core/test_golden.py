@@ -1,0 +1,280 @@
+"""Parity with TRL 1.16.0: its own code's losses, gradients, metrics and advantages.
+
+`golden/trl-1.16.0.json` holds 63 loss cases (inputs, configuration, loss, gradient with respect to
+the log-probs, metrics; float64, one process) and 24 advantage cases (float32), recorded from
+`GRPOTrainer` with the log-probs handed in. Every case is either compared below or stands in
+`UNMAPPED` with the reason; `docs/parity.md` says the same in prose.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grpo_jax
+from grpo_jax import Algorithm, policy_loss, token_weights
+
+pytestmark = pytest.mark.usefixtures("no_rank_promotion")
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / "tests/data/golden/trl-1.16.0.json").read_text(encoding="utf-8"))
+INPUTS = {name: np.array(value, np.float64) for name, value in GOLDEN["inputs"].items()}
+CASES = {case["name"]: case for case in GOLDEN["cases"]}
+
+UNMAPPED = {
+  "luspo/beta_k3_ratio": "k3 is multiplied by the ratio of the sequence, here by that of the token",
+  "opsm": "no such choice: it drops whole sequences by sign of A and mean log-ratio",
+  "entropy_top40": "no such choice: it drops tokens by the entropy of their distribution",
+  "entropy_bonus": "no such choice: an entropy bonus is not part of the policy loss",
+}
+METRICS_UNMAPPED = {
+  "entropy": "a mean of an input array, which no loss here takes",
+  "clip_ratio/low_min": "an extreme over sequences of the local process",
+  "clip_ratio/high_max": "an extreme over sequences of the local process",
+  "vespo/phi_seq_mean": "of a region that is not in our table",
+  "policy_loss": "logged with an entropy bonus only",
+  "entropy_coef": "logged with an entropy bonus only",
+}
+CLIP_METRICS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
+
+def vespo(log_ratio, logp, old_logp, advantages):
+  """VESPO, arXiv 2602.10693: a trust region of one's own, to show that a row takes a function."""
+  log_weight = jnp.clip(jnp.clip(log_ratio, -20, 20).sum(-1, keepdims=True), np.log(1e-8), 20)
+  k, rate = jnp.where(advantages >= 0, 2.0, 3.0), jnp.where(advantages >= 0, 3.0, 2.0)
+  phi = jax.lax.stop_gradient(jnp.exp(rate + k * log_weight - rate * jnp.exp(log_weight)))
+  never = jnp.zeros(logp.shape, bool)
+  return phi * advantages * logp, never, never
+
+
+def row_of(config):
+  """The `Algorithm` that is this configuration of TRL's."""
+  high = config["epsilon"] if config["epsilon_high"] is None else config["epsilon_high"]
+  clip = {"trust_region": "clip", "clip_low": config["epsilon"], "clip_high": high}
+  region = {
+    # The upper bound is absolute, and there is no lower one; TRL's default is 0.2.
+    "cispo": {"trust_region": "cispo", "ratio_min": 0.0, "ratio_max": high},
+    "sapo": {  # TRL keeps the temperatures in a float32 tensor
+      "trust_region": "sapo",
+      "tau_positive": float(np.float32(config["sapo_pos"])),
+      "tau_negative": float(np.float32(config["sapo_neg"])),
+    },
+    "vespo": {"trust_region": vespo},
+  }.get(config["loss_type"], clip)
+  if config["delta"] is not None:
+    # min(min(r, delta) A, clip(r) A) is the dual clip for every delta above 1 + epsilon_high.
+    region = {**clip, "trust_region": "dual_clip", "clip_dual": config["delta"]}
+  kl, correction = {}, {}
+  if config["beta"] > 0:
+    name = "k3_ratio" if config["use_bias_correction_kl"] else "k3"
+    kl = {"kl": name, "beta": config["beta"]}
+  if config["use_vllm"]:
+    correction = {"correction": "token_truncate", "correction_max": 1e6}
+  averages = {"grpo": "sequence", "sapo": "sequence", "dr_grpo": "constant", "luspo": luspo_average}
+  return Algorithm(
+    **region,
+    **kl,
+    **correction,
+    ratio=config["importance_sampling_level"],
+    average=averages.get(config["loss_type"], "token"),
+  )
+
+
+def luspo_average(mask, max_length):
+  """LUSPO sums over tokens and takes the mean over sequences."""
+  return jnp.broadcast_to(1.0 / len(mask), mask.shape)
+
+
+def weights_of(config, mask, completion_mask):
+  """Weights that hold TRL's normalizers where they are not those of this batch, or None."""
+  windows = config["gas"] if config["training"] else 1
+  if config["loss_type"] in ("dapo", "cispo", "vespo"):
+    # Divided by the tokens of the generation batch, tool tokens included, per window.
+    items = config.get("num_items", completion_mask.sum())
+    scale = mask.sum() / (items * windows / (config["spg"] if config["training"] else 1))
+  else:
+    scale = 1 / windows
+  if scale == 1:
+    return None
+  weights = token_weights(mask, row_of(config).average, max_length=config["max_completion_length"])
+  return scale * weights
+
+
+def evaluate(case, dtype):
+  """(loss, metrics), gradient of a case in `dtype`."""
+  config = case["config"]
+  completion_mask = INPUTS["mask"].astype(bool)
+  mask = (
+    completion_mask & np.array(GOLDEN["tool_mask"], bool)
+    if case["use_tool_mask"]
+    else (completion_mask)
+  )
+  arrays = {}
+  if not config.get("on_policy"):
+    arrays["old_logp"] = INPUTS["old"]
+  if config["beta"] > 0:
+    arrays["ref_logp"] = INPUTS["ref"]
+  if config["use_vllm"]:
+    arrays["sampler_logp"] = INPUTS["old"] - np.log(INPUTS["isr"])
+  arrays = {name: jnp.asarray(value, dtype) for name, value in arrays.items()}
+  weights = weights_of(config, mask, completion_mask)
+
+  def loss(logp):
+    return policy_loss(
+      row_of(config),
+      logp,
+      jnp.asarray(INPUTS["adv"], dtype),
+      mask,
+      weights=weights,
+      max_length=config["max_completion_length"],
+      **arrays,
+    )
+
+  return jax.value_and_grad(loss, has_aux=True)(jnp.asarray(INPUTS["logps"], dtype))
+
+
+def wanted_metrics(case):
+  """TRL's metrics under our names, those that mean the same."""
+  found = dict(case["metrics"])
+  if "cispo_clip_ratio" in found:
+    found["clip_ratio/high_mean"] = found.pop("cispo_clip_ratio")
+  if case["config"]["importance_sampling_level"] == "sequence":
+    # TRL's is a mean over sequences, ours over tokens, as all our metrics are.
+    found = {name: value for name, value in found.items() if name not in CLIP_METRICS}
+  return {name: value for name, value in found.items() if name not in METRICS_UNMAPPED}
+
+
+def check(name, dtype, tolerance):
+  case = CASES[name]
+  (loss, metrics), gradient = evaluate(case, dtype)
+  assert loss.dtype == gradient.dtype == dtype
+  np.testing.assert_allclose(loss, case["loss"], rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(gradient, case["grad_logps"], rtol=tolerance, atol=tolerance)
+  for metric, value in wanted_metrics(case).items():
+    # TRL counts what is clipped in float32.
+    limit = max(tolerance, 1e-7) if metric in CLIP_METRICS else tolerance
+    np.testing.assert_allclose(metrics[metric], value, rtol=limit, atol=limit)
+
+
+MAPPED = [name for name in CASES if name not in UNMAPPED]
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_losses_in_float64(name, x64):
+  check(name, jnp.float64, 1e-9)
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_losses_in_float32(name):
+  check(name, jnp.float32, 1e-5)
+
+
+def test_every_case_is_mapped_or_explained():
+  assert len(CASES) == 63
+  assert len(MAPPED) == 59
+  assert set(UNMAPPED) < set(CASES)
+  compared = {metric for name in MAPPED for metric in wanted_metrics(CASES[name])}
+  assert compared == {"kl", *CLIP_METRICS}
+  everything = {metric for case in CASES.values() for metric in case["metrics"]}
+  assert everything == compared | set(METRICS_UNMAPPED) | {"cispo_clip_ratio"}
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_what_is_said_not_to_map_does_not(name, x64):
+  """Were it to agree, its reason would be wrong and it should be compared above."""
+  case = CASES[name]
+  (loss, _), gradient = evaluate(case, jnp.float64)
+  assert not np.allclose(loss, case["loss"], rtol=1e-6) or not np.allclose(
+    gradient, case["grad_logps"], rtol=1e-6
+  )
+
+
+def test_trl_s_default_cap_of_cispo_scales_the_on_policy_gradient_by_a_fifth(x64):
+  """`epsilon_high` stays at 0.2 unless it is set, and caps the ratio itself."""
+  case = CASES["cispo/on_policy"]
+  _, gradient = evaluate(case, jnp.float64)
+  config = {**case["config"], "epsilon_high": None}
+  _, capped = evaluate({**case, "config": config}, jnp.float64)
+  np.testing.assert_allclose(capped, 0.2 * np.asarray(gradient), rtol=1e-12)
+
+
+# --- advantages ----------------------------------------------------------------------------------
+
+ADVANTAGE_CASES = {case["name"]: case for case in GOLDEN["advantage_cases"]}
+SCALES = {
+  "group": grpo_jax.group_normalized,
+  "batch": grpo_jax.batch_normalized,
+  "none": grpo_jax.group_centered,
+}
+
+
+def rewards_of(case):
+  """[R, P, G] rewards with NaN for None, and [R] weights."""
+  rewards = np.array(case["rewards_per_func"], np.float64)  # None becomes NaN
+  return rewards.T.reshape(rewards.shape[1], -1, case["num_generations"]), case["weights"]
+
+
+def total_of(rewards, weights, unscored):
+  """TRL's sum over functions: what one did not score counts nothing, what none scored is NaN."""
+  total = np.nansum(rewards * np.array(weights)[:, None, None], axis=0)
+  return np.where(unscored, np.nan, total)
+
+
+def ours(case):
+  rewards, weights = rewards_of(case)
+  _, aggregation, scale = case["name"].split("/")
+  if aggregation == "normalize_then_sum":
+    return grpo_jax.multi_objective(rewards, np.array(weights))
+  return SCALES[scale](total_of(rewards, weights, np.isnan(rewards).all(0)))
+
+
+def restated(case):
+  """TRL's formula in NumPy and float64 (its recorded values are float32)."""
+  rewards, weights = rewards_of(case)
+  _, aggregation, scale = case["name"].split("/")
+  unscored = np.isnan(rewards).all(0)
+
+  def std(x, axis):
+    count = (~np.isnan(x)).sum(axis, keepdims=True)
+    square = np.nansum((x - np.nanmean(x, axis, keepdims=True)) ** 2, axis, keepdims=True)
+    return np.sqrt(np.where(count > 1, square / np.maximum(count - 1, 1), np.nan))
+
+  with np.errstate(all="ignore"):
+    if aggregation == "normalize_then_sum":
+      each = (rewards - np.nanmean(rewards, -1, keepdims=True)) / (std(rewards, -1) + 1e-4)
+      total = total_of(each, weights, unscored)
+      advantages = (total - np.nanmean(total)) / (std(total, None) + 1e-4)
+    else:
+      total = total_of(rewards, weights, unscored)
+      advantages = total - np.nanmean(total, -1, keepdims=True)
+      if scale != "none":
+        advantages = advantages / (std(total, -1 if scale == "group" else None) + 1e-4)
+  return np.where(unscored, 0.0, np.nan_to_num(advantages))
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+@pytest.mark.parametrize("name", ADVANTAGE_CASES)
+def test_advantages_in_float64(name, x64):
+  case = ADVANTAGE_CASES[name]
+  got = np.asarray(ours(case))
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got.reshape(-1), case["advantages"], rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(got, restated(case), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ADVANTAGE_CASES)
+def test_advantages_in_float32(name):
+  case = ADVANTAGE_CASES[name]
+  got = np.asarray(ours(case))
+  assert got.dtype == np.float32
+  np.testing.assert_allclose(got.reshape(-1), case["advantages"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_document_lists_what_does_not_map():
+  document = (ROOT / "docs/parity.md").read_text(encoding="utf-8")
+  for table in (UNMAPPED, METRICS_UNMAPPED):
+    for name, reason in table.items():
+      assert f"| `{name}` | {reason} |" in document

@@ -1,0 +1,376 @@
+"""Which estimators are unbiased, and by how much the others are not: exact, by enumeration.
+
+Every number is computed twice: by the library on the world of `enumeration.py`, and by the NumPy
+of `enumeration_plain.py`, which shares no code with it.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import (
+  ALGORITHMS,
+  Algorithm,
+  group_centered,
+  group_normalized,
+  grpo_loss,
+  leave_one_out,
+  policy_loss,
+)
+from tests.helpers import enumeration as world
+from tests.helpers import enumeration_plain as plain
+from tests.helpers import estimators as cases
+from tests.helpers.enumeration import compare
+from tools import estimators_page
+
+
+@pytest.fixture(autouse=True, scope="module")
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def assert_comparison(got, want, tolerance):
+  np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+# --- the world itself ----------------------------------------------------------------------------
+
+
+def test_the_world_lists_every_completion_once():
+  assert len(world.TOKENS) == 1 + 2 + 4 * 3  # ended after 0, 1 token; 2 tokens and anything
+  padded = [(*c, 0, 0)[: plain.BUDGET] for c in plain.COMPLETIONS]
+  assert [tuple(row) for row in world.TOKENS.tolist()] == padded
+  np.testing.assert_array_equal(world.MASK.sum(-1), plain.LENGTH)
+  np.testing.assert_allclose(world.probabilities(world.POLICY).sum(-1), 1.0, atol=1e-14)
+  np.testing.assert_allclose(world.logps(world.POLICY), plain.logps(world.POLICY), atol=1e-14)
+
+
+def test_group_probabilities_add_up_and_count_orders():
+  groups = world.list_groups(2, 3)
+  assert groups.count.sum() == 15.0**6
+  nothing = world.expectation(lambda logp, drawn, ids: (1.0 + 0.0 * logp.sum(), {}), groups)
+  assert nothing(world.POLICY).loss == pytest.approx(1.0, abs=1e-12)
+
+
+def test_true_gradients_by_central_differences():
+  theta, reference, old = world.POLICY, world.REFERENCE, cases.drawn_by(0.5)
+  targets = cases.kl_targets(0.5)
+  pairs = {
+    "reward": (cases.reward_gradient(), plain.reward),
+    "sequence": (targets["sequence"], lambda x: plain.kl(x, reference)),
+    "reverse": (targets["reverse"], lambda x: plain.context_kl(x, reference, old)),
+    "forward": (targets["forward"], lambda x: plain.context_kl(x, reference, old, True)),
+  }
+  for name, (gradient, function) in pairs.items():
+    want = plain.difference(function, theta)
+    np.testing.assert_allclose(gradient, want, atol=1e-9, err_msg=name)
+  assert plain.kl(theta, reference) == pytest.approx(plain.context_kl(theta, reference, theta))
+
+
+# --- advantage and average -----------------------------------------------------------------------
+
+
+ADVANTAGES = [*cases.ADVANTAGES, "multi_objective"]
+
+
+@pytest.mark.parametrize("average", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_scale_cosine_and_bias_of_every_advantage_and_average(advantage, average):
+  got = cases.reward_case(advantage, average)
+  assert_comparison(
+    got, compare(plain.gradient(advantage, average, 3), plain.reward_gradient()), 1e-8
+  )
+
+
+def test_what_is_unbiased_on_policy():
+  for advantage in ADVANTAGES:
+    for average in ("sequence", "token", "constant"):
+      case = cases.reward_case(advantage, average)
+      if average == "constant" and advantage in ("leave_one_out", "group_centered"):
+        assert case.bias < 1e-12
+        assert case.scale == pytest.approx(
+          1.0 if advantage == "leave_one_out" else 2 / 3, abs=1e-12
+        )
+      else:
+        assert case.bias > 0.02, (advantage, average)
+
+
+# Computed by `plain.gradient` and `plain.off_policy`: cosine and relative bias.
+RECORDED_REWARD = {
+  ("leave_one_out", "sequence"): (0.9929, 0.1196),
+  ("leave_one_out", "token"): (0.9995, 0.0318),
+  ("group_normalized", "constant"): (0.9224, 0.4186),
+  ("group_normalized", "sequence"): (0.9501, 0.3284),
+  ("group_normalized", "token"): (0.9321, 0.3885),
+  ("batch_normalized", "constant"): (0.9988, 0.0492),
+  ("batch_whitened", "constant"): (0.9854, 0.1726),
+  ("max_rl", "constant"): (0.9455, 0.3444),
+  ("multi_objective", "token"): (0.9670, 0.2635),
+}
+RECORDED_REGION = {  # at the larger distance
+  "no ratio (old_logp=None)": (0.9376, 0.3710),
+  "token ratio": (0.9883, 0.1540),
+  "sequence ratio (GSPO)": (0.9956, 0.0942),
+  "clip 0.2 / 0.2 (PPO, GRPO)": (0.9548, 0.3113),
+  "clip 0.2 / 0.28 (DAPO)": (0.9689, 0.2553),
+  "dual clip 3": (0.7009, 1.0178),
+  "SAPO 1 / 1.05": (0.9075, 0.4629),
+  "DPPO-TV 0.15": (0.9904, 0.1397),
+}
+
+
+def test_measured_biases_are_the_recorded_ones():
+  for (advantage, average), want in RECORDED_REWARD.items():
+    case = cases.reward_case(advantage, average)
+    assert_comparison((case.cosine, case.bias), want, 6e-5)
+  for region, want in RECORDED_REGION.items():
+    case, _ = cases.region_case(region, 1.0)
+    assert_comparison((case.cosine, case.bias), want, 6e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_group_centered_scale_is_n_minus_1_over_n(size):
+  rewards = jnp.asarray(world.REWARDS[:1])
+  true = cases.reward_gradient(world.POLICY[:1], world.REWARDS[:1])
+  for signal, scale in ((leave_one_out, 1.0), (group_centered, (size - 1) / size)):
+
+    def loss(logp, drawn_logp, ids, signal=signal):
+      row = Algorithm(average="constant")
+      return policy_loss(
+        row, logp, signal(rewards[:, ids[0]]), cases.mask(ids), max_length=plain.BUDGET
+      )
+
+    expect = world.expectation(loss, world.list_groups(1, size), compiled=True)
+    gradient = expect(world.POLICY[:1]).gradient
+    np.testing.assert_allclose(-plain.BUDGET * gradient, scale * true, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_is_its_advantage_and_its_average_on_policy(name):
+  row = ALGORITHMS[name]
+  want = plain.gradient(row.advantage, row.average, cases.FEW)
+  np.testing.assert_allclose(-plain.BUDGET * cases.row_gradient(name), want, atol=1e-9)
+
+
+@pytest.mark.parametrize("rate", cases.RATES)
+def test_weight_of_a_prompt_by_success_rate(rate):
+  """`E[A | solved] - E[A | failed]`, by the binomial law of the others' successes."""
+  n = cases.RATE_GROUP
+
+  def scale(if_solved, if_failed):
+    others = [math.comb(n - 1, k) * rate**k * (1 - rate) ** (n - 1 - k) for k in range(n)]
+    return sum(p * (if_solved(k + 1) - if_failed(k)) for k, p in enumerate(others))
+
+  def std(k):
+    return math.sqrt(k * (n - k) / (n * (n - 1))) + 1e-4
+
+  want = {
+    "leave_one_out": 1.0,
+    "group_centered": (n - 1) / n,
+    "group_normalized": scale(lambda k: (1 - k / n) / std(k), lambda k: -k / n / std(k)),
+    "max_rl": (1 - (1 - rate) ** (n - 1)) / rate,
+  }
+  for name, value in want.items():
+    case = cases.rate_case(name, rate)
+    assert case.scale == pytest.approx(value, abs=1e-10), name
+    assert case.bias < 1e-10
+
+
+# --- the whole loss, by central differences over ordered groups ----------------------------------
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.0])
+def test_expected_gradient_of_the_grpo_loss_by_central_differences(distance):
+  """Nothing by hand: the expected loss itself is differenced, clip, k3 and all."""
+  theta, old = world.POLICY[:1], cases.drawn_by(distance)[:1]
+  ids = np.array(list(itertools.product(range(15), repeat=3)))
+  drawn = plain.probabilities(old)[0][ids].prod(-1)
+  a = plain.advantages("group_normalized", world.REWARDS[0][ids])[..., None]
+  weights = (np.arange(plain.BUDGET) < plain.LENGTH[ids][..., None]) / (
+    3 * plain.LENGTH[ids][..., None]
+  )
+  old_logp, ref_logp = (plain.logps(x)[0][ids] for x in (old, world.REFERENCE[:1]))
+
+  def expected_loss(x):
+    logp = plain.logps(x)[0][ids]
+    ratio, gap = np.exp(logp - old_logp), logp - ref_logp
+    objective = np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
+    return drawn @ (weights * -(objective - 0.3 * (np.exp(-gap) + gap - 1))).sum((-1, -2))
+
+  def loss(logp, drawn_logp, ids):
+    signal = group_normalized(jnp.asarray(world.REWARDS)[:1][0, ids])
+    reference = world.logps(world.REFERENCE)[0, ids]
+    return grpo_loss(
+      logp, signal, cases.mask(ids), old_logp=drawn_logp, ref_logp=reference, beta=0.3
+    )
+
+  got = world.expectation(loss, world.list_groups(1, 3), compiled=True)(theta, old)
+  assert got.loss == pytest.approx(expected_loss(theta), abs=1e-12)
+  np.testing.assert_allclose(got.gradient, plain.difference(expected_loss, theta), atol=1e-8)
+  clipped = got.metrics["clip_ratio/region_mean"]
+  assert clipped == 0 if distance == 0 else clipped > 0.05
+
+
+# --- KL ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.5])
+@pytest.mark.parametrize("average", ["constant", "sequence"])
+@pytest.mark.parametrize("kl", plain.KL_SLOPES)
+def test_kl_terms_by_hand(kl, average, distance):
+  theta, old, targets = world.POLICY, cases.drawn_by(distance), cases.kl_targets(distance)
+  logp, drawn_logp = plain.logps(theta), plain.logps(old)
+  gap, ratio = logp - plain.logps(world.REFERENCE), np.exp(logp - drawn_logp)
+  drawn = plain.probabilities(old)[:, :, None] / 2
+  if average == "sequence":
+    drawn = drawn * plain.BUDGET / plain.LENGTH[:, None]
+  want = plain.pull(drawn * plain.KL_SLOPES[kl](gap, ratio), theta)
+  inside = np.arange(plain.BUDGET) < plain.LENGTH[:, None]
+  value = (drawn * np.where(inside, plain.KL_VALUES[kl](gap, ratio), 0.0)).sum()
+  got = cases.kl_case(kl, average, distance)
+  for name, target in targets.items():
+    assert_comparison(got[name], compare(want, target), 1e-9)
+  met = plain.context_kl(theta, world.REFERENCE, old)
+  assert got["value"] == pytest.approx(value / met, abs=1e-10)
+
+
+def test_what_the_gradient_of_each_kl_term_is():
+  exact = {
+    ("k2", 0.0): "reverse",
+    ("k3", 0.0): "forward",
+    ("k3_k2_gradient", 0.0): "reverse",
+    ("k3_ratio", 0.0): "reverse",
+    ("k3_ratio", 0.5): "reverse",
+    ("k1_in_reward", 0.0): "sequence",
+  }
+  for (kl, distance), target in exact.items():
+    case = cases.kl_case(kl, "constant", distance)
+    for name in ("reverse", "forward", "sequence"):
+      if name == target:
+        assert case[name].bias < 1e-12
+        assert case[name].scale == pytest.approx(1.0, abs=1e-12)
+      else:
+        assert case[name].bias > 0.05, (kl, name)
+
+
+def test_k1_as_a_loss_has_no_gradient_unless_length_weights_give_it_one():
+  assert cases.kl_case("k1")["reverse"].scale == 0.0
+  other = {"ref": world.REFERENCE, "elsewhere": world.table(5.0)}
+  gradients = []
+  for reference in other.values():
+
+    def loss(logp, drawn_logp, ids, reference=reference):
+      row = Algorithm(kl="k1", beta=1.0, average="sequence")
+      ref_logp = world.logps(reference)[cases.PROMPT, ids]
+      return policy_loss(row, logp, jnp.zeros(ids.shape), cases.mask(ids), ref_logp=ref_logp)
+
+    expect = world.expectation(loss, world.list_groups(2, 1), compiled=True)
+    gradients.append(expect(world.POLICY).gradient)
+  assert np.abs(gradients[0]).max() > 0.01
+  np.testing.assert_allclose(gradients[0], gradients[1], atol=1e-15)  # never looks at it
+
+
+def test_values_of_the_kl_estimators():
+  for kl, exact in {"k1": True, "k2": False, "k3": True, "k3_ratio": True}.items():
+    assert (abs(cases.kl_case(kl)["value"] - 1) < 1e-12) is exact
+  for kl, exact in {"k1": False, "k2": False, "k3": False, "k3_ratio": True}.items():
+    assert (abs(cases.kl_case(kl, distance=0.5)["value"] - 1) < 1e-12) is exact
+
+
+# --- completions of another policy ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", cases.DISTANCES)
+@pytest.mark.parametrize("region", cases.REGIONS)
+def test_trust_regions_off_policy_by_hand(region, distance):
+  want = compare(plain.off_policy(plain.SLOPES[region], distance), plain.reward_gradient())
+  assert_comparison(cases.region_case(region, distance)[0], want, 1e-9)
+
+
+@pytest.mark.parametrize("distance", cases.DISTANCES)
+@pytest.mark.parametrize("correction", cases.CORRECTIONS)
+def test_sampler_corrections_by_hand(correction, distance):
+  want = compare(
+    plain.off_policy(plain.CORRECTION_SLOPES[correction], distance), plain.reward_gradient()
+  )
+  assert_comparison(cases.correction_case(correction, distance), want, 1e-9)
+
+
+def test_stopped_share_counts_tokens_of_the_batch():
+  """By hand for the symmetric clip: the mean over the tokens of both groups of two."""
+  stopped, tokens, drawn = [], [], []
+  for prompt in range(2):
+    t = plain.Tokens(prompt, cases.drawn_by(1.0))
+    inside = np.arange(plain.BUDGET) < plain.LENGTH[:, None, None]
+    mine = (~plain.inside_clip(t.ratio, t.a, 0.2, 0.2) & inside).sum(-1)
+    stopped.append((mine + mine.T).ravel())
+    tokens.append((plain.LENGTH[:, None] + plain.LENGTH).ravel())
+    drawn.append(t.pair.ravel())
+  share = np.add.outer(*stopped) / np.add.outer(*tokens)
+  want = (np.multiply.outer(*drawn) * share).sum()
+  assert cases.region_case("clip 0.2 / 0.2 (PPO, GRPO)", 1.0)[1] == pytest.approx(want, abs=1e-12)
+
+
+def test_only_whole_completion_ratios_are_unbiased_off_policy():
+  for distance in cases.DISTANCES:
+    for region in cases.REGIONS:
+      case, _ = cases.region_case(region, distance)
+      exact = region == "product of token ratios"
+      assert case.bias < 1e-12 if exact else case.bias > 0.03, region
+      assert not exact or case.scale == pytest.approx(1.0, abs=1e-12)
+    for correction in cases.CORRECTIONS:
+      case = cases.correction_case(correction, distance)
+      exact = correction == "sequence_mask, no bounds"
+      assert case.bias < 1e-12 if exact else case.bias > 0.01, correction
+
+
+def test_token_ratio_is_off_in_proportion_to_the_distance():
+  far, near = (cases.region_case("token ratio", d)[0].bias for d in (0.02, 0.01))
+  assert far / near == pytest.approx(2.0, abs=0.02)
+  for region in cases.REGIONS:
+    assert cases.region_case(region, 0.0)[0].bias < 1e-12
+
+
+def test_token_ratio_without_clip_is_exact_for_single_tokens_and_clipped_is_not():
+  theta, old = np.array([0.3, -0.5, 0.9]), np.array([-0.4, 0.6, 0.1])
+  rewards = np.array([1.0, 0.2, 0.0])
+  p, q = plain.softmax(theta), plain.softmax(old)
+  true = p * (rewards - p @ rewards)  # of sum_v p_v r_v
+
+  def gradient(row):
+    def loss(theta, pair):
+      logp, old_logp = (jax.nn.log_softmax(x)[pair][None, :, None] for x in (theta, old))
+      signal = leave_one_out(jnp.asarray(rewards)[pair][None])
+      return policy_loss(row, logp, signal, np.ones((1, 2, 1), bool), old_logp=old_logp)[0]
+
+    pairs = np.array(list(itertools.product(range(3), repeat=2)))
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(theta, pairs)
+    return -q[pairs].prod(-1) @ np.asarray(gradients)
+
+  np.testing.assert_allclose(gradient(Algorithm()), true, atol=1e-14)
+  clipped = Algorithm(trust_region="clip", clip_low=0.2, clip_high=0.2)
+  assert compare(gradient(clipped), true).bias > 0.1
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_in_docs_is_what_the_command_prints():
+  committed = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text()
+  assert committed == estimators_page.page(), (
+    "run: python -m tools.estimators_page > docs/estimators.md"
+  )
+
+
+def test_the_page_describes_every_choice():
+  every = {(a, v) for a in cases.ADVANTAGES for v in ("constant", "sequence", "token")}
+  assert set(estimators_page.REWARD_MEANING) == every
+  assert set(estimators_page.KL_MEANING) == {*plain.KL_SLOPES, "k1_in_reward"}
+  assert set(estimators_page.REGION_MEANING) == set(cases.REGIONS) == set(plain.SLOPES)
+  assert set(estimators_page.CORRECTION_MEANING) == set(cases.CORRECTIONS)

@@ -1,0 +1,209 @@
+"""Every benchmark runs at its smallest setting, and its numbers are put together as they say.
+
+Peers need environments of their own and are not run here; a stand-in engine speaks their protocol.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import alternate, cost, logprobs, sampling, settings, step
+from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("--model", "random:tiny", "--rounds", "1", "--warmup", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Callable[..., list[dict]]:
+  """`run(module, *arguments)`: the JSON lines that a benchmark prints."""
+  # The tests run on eight made-up devices, benchmarks on what there is; what one has compiled, the
+  # next ones need not.
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+  }
+  return partial(_run, environment)
+
+
+def _run(environment: dict[str, str], module: str, *arguments: str) -> list[dict]:
+  done = subprocess.run(
+    [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_step(run):
+  (row,) = run("step", "--setting", "smallest", *TINY)
+  assert row["engine"] == "grpo_jax"
+  assert row["completion_tokens"] == 2 * 2 * 3  # P x G x T: no completion ended early
+  assert row["seconds"] >= row["sampling_seconds"] + row["update_seconds"] > 0
+  assert row["peak_bytes"] > 0
+  assert row["seconds_ratio"] == 1
+
+
+def test_sampling(run):
+  shape = ("--kind", "two-shot", "--prompts", "2", "--group", "2", "--tokens", "5")
+  (row,) = run("sampling", *shape, *TINY)
+  assert row["completion_tokens"] == 2 * 2 * 5
+  assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=1e-3)
+  assert 0 < row["of_bound"] < 1
+  assert 0 < row["of_products"] < 1
+
+
+def test_products_of_layers_apart_and_stacked():
+  shape = ModelConfig(
+    vocab_size=11, width=6, layers=2, heads=2, kv_heads=1, head_dim=2, mlp=8, biases=("q",)
+  )
+  stacked = Decoder(shape).init(jax.random.key(0))
+  whole, logits = sampling.multiplier(stacked, rows=3)()
+  apart, same = sampling.multiplier(unstack(stacked), rows=3)()
+  assert (len(whole), len(apart), logits.shape) == (7, 14, (3, 11))
+  total = [float(sum(out.sum() for out in found)) for found in (whole, apart)]
+  assert total[0] == pytest.approx(total[1], rel=1e-4)
+  ones = np.ones((3, 6)) @ np.asarray(stacked["embed"]).T
+  for got in (logits, same):
+    np.testing.assert_allclose(got, ones, rtol=1e-5, atol=1e-6)
+
+
+def test_tails(run):
+  small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --halvings 0 1"
+  stay, move = run("tails", "--model", "random:tiny", *small.split())
+  assert (stay["halvings"], move["halvings"]) == (0, 1)
+  assert stay["gain"] == move["same"] == 1
+  assert 1 <= stay["mean_length"] <= stay["longest"] <= 6
+
+
+@pytest.mark.slow
+def test_memory(run):
+  update, process = run("memory", "--setting", "smallest", *TINY)
+  # The state is donated: nearly all of the arguments become results.
+  assert 0.9 * update["argument_gib"] < update["donated_gib"] <= update["argument_gib"]
+  assert 0 < process["start_gib"] <= process["peak_gib"]
+
+
+def test_cost(run, tmp_path):
+  small = ("--points", "1", "--rounds", "1", "--width", "64", "--layers", "1", "--V", "256")
+  (row,) = run("cost", "--axis", "G", *small, "--P", "1", "--N", "8", "--T", "4")
+  assert (row["P"], row["G"], row["N"], row["T"]) == (1, 2, 8, 4)
+  assert row["tokens"] == 8 + 2 * 4
+  assert row["plain_tokens"] == 2 * (8 + 4)
+  assert row["update_gib"] > 0
+  kept = tmp_path / "rows.jsonl"
+  kept.write_text(json.dumps(row) + "\n")
+  (again,) = run("cost", "--rows", str(kept), "--figure", str(tmp_path / "cost.png"))
+  # Printed numbers are rounded, so that a fit to them is another one.
+  assert {k: v for k, v in again.items() if "predicted" not in k} == {
+    k: v for k, v in row.items() if "predicted" not in k
+  }
+  assert (tmp_path / "cost.png").stat().st_size > 10_000
+
+
+def test_logprobs(run):
+  small = ("--batch", "1", "--tokens", "4", "--width", "8", "--vocab", "64", "--repeats", "1")
+  assert [row["way"] for row in run("logprobs", *small)] == ["head_logprobs", "plain logits"]
+
+
+def test_the_head_as_an_engine(capsys):
+  shape = {"batch": 2, "tokens": 3, "width": 8, "vocab": 16}
+  logprobs.beside_peers(shape, [], rounds=1, warmup=1)
+  row = json.loads(capsys.readouterr().out.splitlines()[-1])
+  hidden, head, tokens, _ = settings.head_inputs(**shape)
+  p = np.exp(hidden @ head.T)  # small enough for no shift
+  chosen = np.take_along_axis(p / p.sum(-1, keepdims=True), tokens[..., None], -1)
+  assert row["logp"] == pytest.approx(np.log(chosen).mean(), rel=1e-4)
+
+
+STAND_IN = """
+import time
+from benchmarks.worker import Channel
+channel = Channel()
+print("what a library prints must not reach the parent")
+channel.ready({"version": "1"})
+while channel.wait():
+  with channel.measure() as record:
+    time.sleep(channel.settings["nap"])
+    record["completion_tokens"] = 7
+"""
+
+
+def test_engines_take_turns():
+  command = [sys.executable, "-c", STAND_IN]
+  results = alternate.alternate(
+    {alternate.OURS: command, "peer": command}, {"nap": 0.05}, rounds=2, warmup=1
+  )
+  assert list(results) == [alternate.OURS, "peer"]
+  for result in results.values():
+    assert result["version"] == "1"
+    assert [record["completion_tokens"] for record in result["records"]] == [7, 7]
+    assert all(record["seconds"] >= 0.05 > record["cpu_seconds"] for record in result["records"])
+
+
+def test_a_dead_engine_shows_its_log():
+  command = [sys.executable, "-c", "raise SystemExit('no such weights')"]
+  with pytest.raises(RuntimeError, match="no such weights"):
+    alternate.alternate({alternate.OURS: command}, {}, rounds=1, warmup=0)
+
+
+def test_ratios():
+  def result(seconds: list[float]) -> dict:
+    return {
+      "records": [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": int(s)} for s in seconds]
+    }
+
+  results = {alternate.OURS: result([1, 2, 4]), "peer": result([3, 4, 20])}
+  ours, peer = alternate.summarize(results, {"name": "x"}, {"rate": 10})
+  assert ours["seconds_ratio"] == 1
+  assert peer["seconds_ratio"] == 2  # medians 4 and 2
+  assert peer["seconds_ratio_range"] == [2, 5]  # 3/1, 4/2, 20/4
+  assert peer["cpu_seconds"] == 8
+  assert peer["peak_ratio"] == 5  # the largest of each: 20 and 4
+  assert peer["rate"] == 2.5
+
+
+def test_different_work_is_refused():
+  def result(tokens: int) -> dict:
+    return {"records": [{"prompt_tokens": tokens, "completion_tokens": 3}]}
+
+  with pytest.raises(ValueError, match="prompt_tokens"):
+    step.same_tokens({"grpo_jax": result(58), "peer": result(60)})
+
+
+def test_prompts_are_solved_right_and_never_change():
+  for kind in ("two-shot", "eight-shot"):
+    prompts = settings.make_prompts(kind, 3)
+    assert prompts == settings.make_prompts(kind, 5)[:3]
+    for line in prompts[0].splitlines()[:-1]:
+      if "=" in line:
+        left, right = line.split(" = ")
+        assert sum(map(int, left.split(" + "))) == int(right)
+        assert len({len(number) for number in (*left.split(" + "), right)}) == 1
+  assert settings.make_prompts("chat", 1)[0][0]["role"] == "user"
+
+
+def test_cost_model_recovers_its_constants():
+  rows = []
+  for group in (2, 4, 8):
+    row = {"P": 1, "G": group, "N": 10, "T": 5, "V": 100 * group}
+    row |= {"tokens": 10 + 5 * group, "plain_tokens": 15 * group}
+    head = group * 5 * row["V"]
+    row["update_seconds"] = 0.5 + 0.01 * row["tokens"] + 1e-6 * head
+    rows.append(row | {"plain": 0.5 + 0.01 * row["plain_tokens"] + 1e-6 * head})
+  cost.add_model(rows)
+  np.testing.assert_allclose([row["plain_predicted_seconds"] for row in rows],
+                             [row["plain"] for row in rows], rtol=1e-6)  # fmt: skip

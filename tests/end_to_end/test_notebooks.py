@@ -1,0 +1,68 @@
+"""Every notebook runs from top to bottom, and its stored outputs are those of its code.
+
+The cells run in a plain namespace, without Jupyter; `assert`s in them are the notebook's own
+checks. Printed text must be what is stored; a cell whose text differs from run to run (times, say)
+has the tag `varies`.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import matplotlib as mpl
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path):
+  cells = json.loads(path.read_text())["cells"]
+  return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def stored_text(cell):
+  return "".join("".join(x["text"]) for x in cell["outputs"] if x["output_type"] == "stream")
+
+
+@contextlib.contextmanager
+def plain_session():
+  """Undoes what a notebook may set for the whole process."""
+  x64 = jax.config.jax_enable_x64
+  with warnings.catch_warnings(), mpl.rc_context():
+    warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
+    mpl.use("Agg")
+    try:
+      yield {"__name__": "notebook"}
+    finally:
+      mpl.pyplot.close("all")
+      jax.config.update("jax_enable_x64", x64)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_and_prints_what_is_stored(path):
+  with plain_session() as namespace:
+    for number, cell in enumerate(code_cells(path), 1):
+      printed = io.StringIO()
+      with contextlib.redirect_stdout(printed):
+        exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), namespace)
+      if "varies" not in cell["metadata"].get("tags", []):
+        assert printed.getvalue() == stored_text(cell), f"stored output of cell {number} is old"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_with_outputs_of_one_run(path):
+  cells = code_cells(path)
+  assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+  for cell in cells:
+    kinds = [x["output_type"] for x in cell["outputs"]]
+    assert "error" not in kinds
+    assert not any(x.get("name") == "stderr" for x in cell["outputs"])
+    if "plt.show()" in "".join(cell["source"]):
+      assert any("image/png" in x.get("data", {}) for x in cell["outputs"])
+
+
+def test_there_are_notebooks():
+  assert "01_grpo_from_reinforce" in [path.stem for path in NOTEBOOKS]

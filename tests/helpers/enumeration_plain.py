@@ -1,0 +1,221 @@
+"""The world of `enumeration.py` computed a second time, in plain NumPy.
+
+Shares only the arrays of logits and rewards with the library and with `enumeration.py`: it lists
+completions by walking the tree, writes advantages and slopes out from the papers, and
+differentiates by hand (`d log softmax = onehot - p`) or by central differences.
+"""
+
+import numpy as np
+
+from tests.helpers import enumeration as world
+
+CONTEXTS = [(), (1,), (2,), (1, 1), (1, 2), (2, 1), (2, 2)]
+BUDGET = 3
+
+
+def walk(prefix=()):
+  """Completions in lexical order; 0 ends one."""
+  for token in (0, 1, 2):
+    if token == 0 or len(prefix) == BUDGET - 1:
+      yield (*prefix, token)
+    else:
+      yield from walk((*prefix, token))
+
+
+COMPLETIONS = list(walk())
+LENGTH = np.array([len(c) for c in COMPLETIONS])
+
+
+def softmax(theta):
+  e = np.exp(theta)
+  return e / e.sum(-1, keepdims=True)
+
+
+def logps(theta):
+  """[P, X, V] -> [P, C, T], 0 after the end."""
+  p = softmax(theta)
+  out = np.zeros((len(theta), len(COMPLETIONS), BUDGET))
+  for c, completion in enumerate(COMPLETIONS):
+    for t, token in enumerate(completion):
+      out[:, c, t] = np.log(p[:, CONTEXTS.index(completion[:t]), token])
+  return out
+
+
+def probabilities(theta):
+  return np.exp(logps(theta).sum(-1))
+
+
+def pull(coefficients, theta):
+  """`sum_ct coefficient[p, c, t] d logp[p, c, t] / d theta`, by `d logp = onehot - p`."""
+  p = softmax(theta)
+  out = np.zeros_like(theta)
+  for c, completion in enumerate(COMPLETIONS):
+    for t, token in enumerate(completion):
+      x = CONTEXTS.index(completion[:t])
+      slope = np.eye(3)[token] - p[:, x]
+      out[:, x] += coefficients[:, c, t, None] * slope
+  return out
+
+
+def difference(function, theta, step=1e-5):
+  """Central differences of a scalar function."""
+  out = np.zeros_like(theta)
+  for i in np.ndindex(theta.shape):
+    up, down = theta.copy(), theta.copy()
+    up[i] += step
+    down[i] -= step
+    out[i] = (function(up) - function(down)) / (2 * step)
+  return out
+
+
+def context_kl(theta, reference, visits, forward=False):
+  total = 0.0
+  for prefix in CONTEXTS:
+    x = CONTEXTS.index(prefix)
+    met = np.ones(len(theta))
+    for t in range(len(prefix)):
+      met = met * softmax(visits)[:, CONTEXTS.index(prefix[:t]), prefix[t]]
+    p, q = softmax(theta)[:, x], softmax(reference)[:, x]
+    p, q = (q, p) if forward else (p, q)
+    total = total + met * (p * np.log(p / q)).sum(-1)
+  return total.mean()
+
+
+def kl(theta, reference):
+  p, q = probabilities(theta), probabilities(reference)
+  return (p * np.log(p / q)).sum(-1).mean()
+
+
+def reward(theta, rewards=world.REWARDS):
+  return (probabilities(theta) * rewards).sum(-1).mean()
+
+
+# --- advantages and averages, on-policy ----------------------------------------------------------
+
+
+def advantages(name, r):
+  """Rewards [B, P, G], the formulas of the papers."""
+  centered = r - r.mean(-1, keepdims=True)
+  n = r.shape[-1]
+  over_batch = {"axis": (-2, -1), "keepdims": True, "ddof": 1}
+  return {
+    "group_centered": lambda: centered,
+    "leave_one_out": lambda: r - (r.sum(-1, keepdims=True) - r) / (n - 1),
+    "group_normalized": lambda: centered / (r.std(-1, keepdims=True, ddof=1) + 1e-4),
+    "batch_normalized": lambda: centered / (r.std(**over_batch) + 1e-4),
+    "batch_whitened": lambda: centered / (centered.std(**over_batch) + 1e-4),
+    "max_rl": lambda: centered / r.mean(-1, keepdims=True),
+  }[name]()
+
+
+def gradient(name, average, size):
+  """The score function summed over every batch of two groups of `size`, times the budget."""
+  ids, count = world.list_groups(2, size)
+  drawn = count * probabilities(world.POLICY)[[[0], [1]], ids].prod((-1, -2))
+  if name == "multi_objective":
+    each = [np.asarray(x)[[[0], [1]], ids] for x in (world.CORRECT, world.STYLE)]
+    total = sum(w * advantages("group_normalized", x) for w, x in zip((1.0, 0.5), each))
+    a = total / (total.std((-2, -1), keepdims=True, ddof=1) + 1e-4)
+  else:
+    a = advantages(name, world.REWARDS[[[0], [1]], ids])
+  lengths = LENGTH[ids]
+  weights = {
+    "sequence": 1 / (2 * size * lengths),
+    "token": np.broadcast_to(1 / lengths.sum((-2, -1), keepdims=True), ids.shape),
+    "constant": np.full(ids.shape, 1 / (2 * size * BUDGET)),
+  }[average]
+  each = drawn[:, None, None] * a * weights
+  by_completion = [np.bincount(ids[:, p].ravel(), each[:, p].ravel(), 15) for p in range(2)]
+  return BUDGET * pull(on_each_token(by_completion), world.POLICY)
+
+
+def on_each_token(by_completion):
+  return np.repeat(np.asarray(by_completion)[:, :, None], BUDGET, -1)
+
+
+def reward_gradient():
+  p = probabilities(world.POLICY)
+  return pull(on_each_token(p * world.REWARDS / 2), world.POLICY)
+
+
+# --- KL ------------------------------------------------------------------------------------------
+
+# d estimate / d logp on a drawn token, D = logp - ref_logp, ratio = exp(logp - drawn logp).
+KL_SLOPES = {
+  "k1": lambda D, ratio: np.ones_like(D),
+  "k2": lambda D, ratio: D,
+  "k3": lambda D, ratio: 1 - np.exp(-D),
+  "k3_k2_gradient": lambda D, ratio: D,
+  "k3_ratio": lambda D, ratio: ratio * D,
+}
+KL_VALUES = {
+  "k1": lambda D, ratio: D,
+  "k2": lambda D, ratio: D**2 / 2,
+  "k3": lambda D, ratio: np.exp(-D) + D - 1,
+  "k3_k2_gradient": lambda D, ratio: np.exp(-D) + D - 1,
+  "k3_ratio": lambda D, ratio: ratio * (np.exp(-D) + D - 1),
+}
+
+
+# --- completions of another policy ---------------------------------------------------------------
+
+
+def inside_clip(ratio, a, low, high):
+  return ~((ratio < 1 - low) & (a < 0)) & ~((ratio > 1 + high) & (a > 0))
+
+
+def sigmoid_slope(x):
+  return np.exp(-x) / (1 + np.exp(-x)) ** 2
+
+
+def sapo_slope(t):
+  return 4 * sigmoid_slope(np.where(t.a > 0, 1.0, 1.05) * (t.ratio - 1)) * t.ratio * t.a
+
+
+def within(x, low, high):
+  return np.where((x >= low) & (x <= high), x, 0.0)
+
+
+class Tokens:
+  """For completion i next to completion j: ratios, advantage r_i - r_j, moved probability."""
+
+  def __init__(self, prompt, old):
+    logp, old_logp = logps(world.POLICY)[prompt], logps(old)[prompt]
+    gap = (logp - old_logp)[:, None, :]
+    self.ratio, self.product = np.exp(gap), np.exp(gap.sum(-1, keepdims=True))
+    self.mean = np.exp(gap.sum(-1, keepdims=True) / LENGTH[:, None, None])
+    self.a = (world.REWARDS[prompt][:, None] - world.REWARDS[prompt])[..., None]
+    self.moved = (np.exp(logp) - np.exp(old_logp))[:, None, :]
+    self.pair = np.multiply.outer(*[probabilities(old)[prompt]] * 2)
+
+
+# d objective / d logp of a token, by hand.
+SLOPES = {
+  "no ratio (old_logp=None)": lambda t: t.a,
+  "product of token ratios": lambda t: t.product * t.a,
+  "token ratio": lambda t: t.ratio * t.a,
+  "sequence ratio (GSPO)": lambda t: t.mean * t.a,
+  "clip 0.2 / 0.2 (PPO, GRPO)": lambda t: inside_clip(t.ratio, t.a, 0.2, 0.2) * t.ratio * t.a,
+  "clip 0.2 / 0.28 (DAPO)": lambda t: inside_clip(t.ratio, t.a, 0.2, 0.28) * t.ratio * t.a,
+  "dual clip 3": lambda t: (
+    inside_clip(t.ratio, t.a, 0.2, 0.2) * ((t.ratio < 3) | (t.a > 0)) * t.ratio * t.a
+  ),
+  "CISPO 0 to 5": lambda t: np.clip(t.ratio, 0, 5) * t.a,
+  "CISPO 0.8 to 1.2": lambda t: np.clip(t.ratio, 0.8, 1.2) * t.a,
+  "SAPO 1 / 1.05": sapo_slope,
+  "DPPO-TV 0.15": lambda t: (t.moved * np.sign(t.a) <= 0.15) * t.ratio * t.a,
+}
+CORRECTION_SLOPES = {
+  "none": lambda t: t.a,
+  "token_truncate at 2": lambda t: np.minimum(t.ratio, 2) * t.a,
+  "token_mask 0.5 to 2": lambda t: within(t.ratio, 0.5, 2) * t.a,
+  "sequence_mask 0.5 to 2": lambda t: within(t.product, 0.5, 2) * t.a,
+  "sequence_mask, no bounds": lambda t: t.product * t.a,
+}
+
+
+def off_policy(slope, distance):
+  tokens = [Tokens(prompt, world.POLICY - distance * world.SHIFT) for prompt in range(2)]
+  slopes = [np.broadcast_to(slope(t), (15, 15, BUDGET)) for t in tokens]
+  coefficients = [(t.pair[..., None] * s).sum(1) / 2 for t, s in zip(tokens, slopes)]
+  return pull(np.array(coefficients), world.POLICY)

@@ -1,0 +1,180 @@
+"""Sums in slots: the same bits on 1, 2, 4 and 8 devices, where the compiler's own differ."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tests.learning.test_step import MODEL, make_batch, step_once
+
+from grpo_jax import train
+from grpo_jax.build import build
+from grpo_jax.config import check, load
+from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning import deterministic
+from grpo_jax.learning.skipping import History
+from grpo_jax.learning.step import TrainState, make_score, make_train_step
+from grpo_jax.run import checkpoint
+from grpo_jax.run.metrics import read_metrics
+
+RATE = optax.constant_schedule(1e-2)
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(RATE))
+
+
+def wide_batch():
+  """16 prompts, no two of them alike."""
+  batch = jax.tree.map(lambda a: jnp.concatenate([a] * 4), make_batch(average="token"))
+  rng = np.random.default_rng(1)
+  return dataclasses.replace(
+    batch,
+    completions=jnp.asarray(rng.integers(0, 19, batch.completions.shape), jnp.int32),
+    advantages=jnp.asarray(rng.normal(size=batch.advantages.shape), jnp.float32),
+    weights=batch.weights / 4,
+  )
+
+
+def bits(tree):
+  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def two_steps(shape, in_slots=True):
+  """Bits of (state, log-probs, metrics) after two steps with clipping, AdamW and a KL term."""
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  slots = deterministic.Slots(8, mesh) if in_slots else None
+  algorithm = dataclasses.replace(ALGORITHMS["grpo"], beta=0.1)
+  step = make_train_step(MODEL, algorithm, OPTIMIZER, RATE, temperature=0.7, slots=slots)
+  score = make_score(MODEL, temperature=0.7, slots=slots)
+
+  def put(tree):
+    return jax.device_put(tree, meshes.param_shardings(mesh, tree))
+
+  params = put(MODEL.init(jax.random.key(0)))
+  rest = jax.device_put((jnp.int32(0), History.new()), meshes.replicated(mesh))
+  state = TrainState(rest[0], params, put(OPTIMIZER.init(params)), history=rest[1])
+  batch = jax.device_put(wide_batch(), meshes.batch_sharding(mesh))
+  with jax.transfer_guard("disallow"):
+    for _ in range(2):
+      logp = score(state.params, batch)
+      state, metrics = step(state, dataclasses.replace(batch, old_logp=logp, ref_logp=logp))
+  assert state.params["embed"].sharding.is_equivalent_to(params["embed"].sharding, 2)
+  return bits(state), bits(logp), bits(metrics)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+  return two_steps((1, 1, 1))
+
+
+def test_a_step_has_the_same_bits_on_one_and_eight_devices(on_one_device):
+  assert two_steps((4, 2, 1)) == on_one_device
+
+
+WIDTHS = [(2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 2, 1), (2, 4, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", WIDTHS, ids=str)
+def test_a_step_has_the_same_bits_on_every_width(shape, on_one_device):
+  assert two_steps(shape) == on_one_device
+
+
+@pytest.mark.slow
+def test_the_compilers_own_order_has_not():
+  """What the tests above are for."""
+  assert two_steps((1, 1, 1), in_slots=False) != two_steps((8, 1, 1), in_slots=False)
+
+
+def test_slots_are_the_gradient_of_the_whole():
+  params = MODEL.init(jax.random.key(0))
+  batch = wide_batch()
+  whole, metrics = step_once(params, batch, ALGORITHMS["dapo"])
+  slots = deterministic.Slots(8, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
+  got, in_slots = step_once(params, batch, ALGORITHMS["dapo"], slots=slots)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  assert set(in_slots) == set(metrics)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(in_slots[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_rows_come_back_in_their_order():
+  """With eight slots on two devices: twice the rows, and 100 times the slot's first."""
+  mesh = meshes.make_mesh((2, 1, 1), jax.devices()[:2])
+  run = deterministic.in_slots(
+    lambda params, rows, _: params * rows + 100 * rows[:1], deterministic.Slots(8, mesh)
+  )
+  rows = jnp.arange(16.0)
+  got = jax.jit(run)(jnp.float32(2), rows, None, rows > -1)
+  np.testing.assert_array_equal(got, 2 * rows + 100 * (np.arange(16) // 2 * 2))
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+  mesh = meshes.make_mesh((1, 2, 2), jax.devices()[:4])
+  with pytest.raises(ValueError, match=r"mesh\.tensor=1"):
+    deterministic.Slots(8, mesh)
+  options = [
+    "--config.train.reduction=ordered", "--config.train.slots=12", "--config.mesh.tensor=2",
+    "--config.train.micro_batches=2", "--config.rollout.prompts_per_step=18",
+    "--config.model.remat=layers",
+  ]  # fmt: skip
+  problems = check(load("experiments/tiny.py", options), 16)
+  assert [problem.split(" is ")[0] for problem in problems] == [
+    "train.slots", "mesh.tensor", "train.micro_batches", "model.remat", "rollout.prompts_per_step",
+  ]  # fmt: skip
+  problems = check(load("experiments/tiny.py", ["--config.train.reduction=slow"]), 1)
+  assert problems == ["train.reduction is 'slow', it must be 'fast' or 'ordered'"]
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+OPTIONS = [
+  "--config.steps=3", "--config.checkpoint.every=1", "--config.task.settings.eval_size=0",
+  "--config.rollout.completion_length=5", "--config.rewards.workers=0", "--config.log.samples=0",
+  "--config.train.reduction=ordered", "--config.algorithm.name=grpo",
+  "--config.algorithm.advantage=batch_normalized", "--config.checkpoint.keep=9",
+  "--config.model.remat=none",
+]  # fmt: skip
+
+
+def run_on(patch, width, workdir, *options):
+  """A run that sees only so many devices."""
+  devices = jax.devices()[:width]
+  patch.setattr(jax, "devices", lambda *_: devices)
+  patch.setattr(jax, "device_count", lambda *_: width)
+  c = load("experiments/tiny.py", [*OPTIONS, *options])
+  train.run(c, workdir)
+  with checkpoint.Checkpoints(workdir, keep=9) as checkpoints:
+    state = checkpoints.restore(c.steps, build(c).initial_state())
+  rows = [
+    {name: value for name, value in row.items() if name not in ("step_time", "tokens_per_second")}
+    for row in read_metrics(workdir)
+  ]
+  texts = [file.read_text() for file in sorted((workdir / "samples").iterdir())]
+  return bits(state), rows, texts
+
+
+def check_widths(tmp_path, widths):
+  with pytest.MonkeyPatch.context() as patch:
+    one = run_on(patch, 1, tmp_path / "1")
+  assert len(one[1]) == len(one[2]) == 3
+  for width in widths:
+    with pytest.MonkeyPatch.context() as patch:
+      assert run_on(patch, width, tmp_path / str(width)) == one
+  with pytest.MonkeyPatch.context() as patch:
+    run_on(patch, 1, tmp_path / "resumed", "--config.steps=1")
+  with pytest.MonkeyPatch.context() as patch:
+    assert run_on(patch, widths[-1], tmp_path / "resumed") == one
+
+
+@pytest.mark.slow
+def test_a_run_and_its_resume_have_the_same_bits_on_one_and_eight_devices(tmp_path):
+  check_widths(tmp_path, [8])
+
+
+@pytest.mark.slow
+def test_a_run_has_the_same_bits_on_every_width(tmp_path):
+  check_widths(tmp_path, [2, 4])

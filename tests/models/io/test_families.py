@@ -1,0 +1,316 @@
+"""config.json to ModelConfig and back: published files, and all that the decoder does not compute.
+
+The published files are shortened to the fields that say something about the computation, and a few
+that must not.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.io.families import FAMILIES, parse
+from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.writer import describe
+from grpo_jax.models.rope import RopeScaling
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+LLAMA = {
+  "architectures": ["LlamaForCausalLM"],
+  "vocab_size": 128,
+  "hidden_size": 32,
+  "intermediate_size": 64,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+}
+GEMMA_LOCAL = (True, True, True, True, True, False)
+
+PUBLISHED = {
+  "Llama-3.2-1B": (
+    {
+      "architectures": ["LlamaForCausalLM"],
+      "attention_bias": False,
+      "head_dim": 64,
+      "hidden_act": "silu",
+      "hidden_size": 2048,
+      "intermediate_size": 8192,
+      "max_position_embeddings": 131072,
+      "mlp_bias": False,
+      "model_type": "llama",
+      "num_attention_heads": 32,
+      "num_hidden_layers": 16,
+      "num_key_value_heads": 8,
+      "pretraining_tp": 1,
+      "rms_norm_eps": 1e-05,
+      "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+      },
+      "rope_theta": 500000.0,
+      "tie_word_embeddings": True,
+      "torch_dtype": "bfloat16",
+      "vocab_size": 128256,
+    },
+    ModelConfig(
+      vocab_size=128256,
+      width=2048,
+      layers=16,
+      heads=32,
+      kv_heads=8,
+      head_dim=64,
+      mlp=8192,
+      rope_theta=500000.0,
+      rope_scaling=RopeScaling("llama3", 32.0, original=8192, low=1.0, high=4.0),
+      norm_eps=1e-5,
+      tied=True,
+      context=131072,
+    ),
+  ),
+  "Qwen2.5-0.5B": (
+    {
+      "architectures": ["Qwen2ForCausalLM"],
+      "hidden_act": "silu",
+      "hidden_size": 896,
+      "intermediate_size": 4864,
+      "max_position_embeddings": 32768,
+      "max_window_layers": 24,
+      "model_type": "qwen2",
+      "num_attention_heads": 14,
+      "num_hidden_layers": 24,
+      "num_key_value_heads": 2,
+      "rms_norm_eps": 1e-06,
+      "rope_theta": 1000000.0,
+      "sliding_window": 32768,
+      "tie_word_embeddings": True,
+      "use_mrope": False,
+      "use_sliding_window": False,
+      "vocab_size": 151936,
+    },
+    ModelConfig(
+      vocab_size=151936,
+      width=896,
+      layers=24,
+      heads=14,
+      kv_heads=2,
+      head_dim=64,
+      mlp=4864,
+      rope_theta=1000000.0,
+      norm_eps=1e-6,
+      tied=True,
+      context=32768,
+      biases=("q", "k", "v"),
+    ),
+  ),
+  "Qwen3-0.6B": (
+    {
+      "architectures": ["Qwen3ForCausalLM"],
+      "attention_bias": False,
+      "head_dim": 128,
+      "hidden_act": "silu",
+      "hidden_size": 1024,
+      "intermediate_size": 3072,
+      "max_position_embeddings": 40960,
+      "max_window_layers": 28,
+      "model_type": "qwen3",
+      "num_attention_heads": 16,
+      "num_hidden_layers": 28,
+      "num_key_value_heads": 8,
+      "rms_norm_eps": 1e-06,
+      "rope_scaling": None,
+      "rope_theta": 1000000,
+      "sliding_window": None,
+      "tie_word_embeddings": True,
+      "use_sliding_window": False,
+      "vocab_size": 151936,
+    },
+    ModelConfig(
+      vocab_size=151936,
+      width=1024,
+      layers=28,
+      heads=16,
+      kv_heads=8,
+      head_dim=128,
+      mlp=3072,
+      rope_theta=1000000.0,
+      norm_eps=1e-6,
+      tied=True,
+      context=40960,
+      qk_norm=True,
+    ),
+  ),
+  # Only what differs from the defaults of its class stands in this file.
+  "gemma-3-4b-it": (
+    {
+      "architectures": ["Gemma3ForConditionalGeneration"],
+      "model_type": "gemma3",
+      "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+      },
+      "vision_config": {"hidden_size": 1152},
+    },
+    ModelConfig(
+      vocab_size=262208,
+      width=2560,
+      layers=34,
+      heads=8,
+      kv_heads=4,
+      head_dim=256,
+      mlp=10240,
+      rope_theta=1000000.0,
+      rope_scaling=RopeScaling("linear", 8.0),
+      norm_eps=1e-6,
+      tied=True,
+      context=131072,
+      qk_norm=True,
+      post_norm=True,
+      norm_offset=1.0,
+      activation="gelu_tanh",
+      embed_scale=2560**0.5,
+      attn_scale=1 / 16,
+      window=1024,
+      local_layers=(*GEMMA_LOCAL * 5, True, True, True, True),
+      local_rope_theta=10000.0,
+    ),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_understood(name):
+  raw, expected = PUBLISHED[name]
+  assert parse(raw, name) == expected
+
+
+def all_configs():
+  yield from ((name, expected) for name, (_, expected) in PUBLISHED.items())
+  for folder in (*sorted((FIXTURES / "families").iterdir()), FIXTURES / "tiny_llama"):
+    yield folder.name, parse(read_json(folder / "config.json"), folder.name)
+
+
+@pytest.mark.parametrize(("name", "config"), [pytest.param(*c, id=c[0]) for c in all_configs()])
+def test_a_description_reads_back(name, config):
+  raw = json.loads(json.dumps(describe(config)))
+  assert parse(raw, name) == config
+  assert raw["architectures"][0] != "Gemma3ForConditionalGeneration"  # it has no vision tower
+
+
+def test_what_no_family_computes_is_not_described():
+  config = parse(LLAMA, "x")
+  with pytest.raises(ValueError, match="no family of llama, mistral, qwen2"):
+    describe(dataclasses.replace(config, qk_norm=True, attn_softcap=2.0))
+
+
+def test_defaults_of_llama():
+  config = parse(LLAMA, "x")
+  assert (config.rope_theta, config.norm_eps, config.tied) == (10000.0, 1e-6, False)
+  assert (config.kv_heads, config.head_dim, config.context) == (4, 8, 2048)
+
+
+@pytest.mark.parametrize(
+  "stated",
+  [
+    {"rope_theta": 123.0, "rope_scaling": {"type": "linear", "factor": 2}},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 123.0, "factor": 2.0}},
+  ],
+)
+def test_rope_as_older_and_newer_versions_write_it(stated):
+  config = parse(LLAMA | stated, "x")
+  assert (config.rope_theta, config.rope_scaling) == (123.0, RopeScaling("linear", 2.0))
+
+
+def test_yarn_as_qwen_writes_it():
+  scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+  found = parse(LLAMA | {"rope_scaling": scaling}, "x").rope_scaling
+  # 1 + ln(4) / 10, and the turns of Peng et al. 2023: 1 and 32.
+  assert found == RopeScaling("yarn", 4.0, 32768, low=1.0, high=32.0, amplitude=1.138629436111989)
+
+
+def test_layers_with_a_window():
+  qwen = LLAMA | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 3,
+    "sliding_window": 16,
+    "max_window_layers": 2,
+  }
+  assert parse(qwen, "x").local_layers == ()
+  config = parse(qwen | {"use_sliding_window": True}, "x")
+  assert (config.window, config.local_layers) == (16, (False, False, True))
+  types = ["sliding_attention", "full_attention", "full_attention"]
+  config = parse(qwen | {"use_sliding_window": True, "layer_types": types}, "x")
+  assert config.local_layers == (True, False, False)
+  mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}
+  assert parse(mistral | {"sliding_window": None}, "x").local_layers == ()
+  assert parse(mistral, "x").window == 4096
+
+
+def test_a_classifier_has_as_many_labels_as_names():
+  raw = LLAMA | {"architectures": ["LlamaForSequenceClassification"]}
+  assert parse(raw | {"id2label": {"0": "LABEL_0"}}, "x").labels == 1
+  assert parse(raw, "x").labels == 2  # what transformers does
+  assert parse(LLAMA, "x").labels == 0
+
+
+def test_the_model_type_counts_where_no_architecture_is_named():
+  raw = {**LLAMA, "model_type": "qwen2"}
+  del raw["architectures"]
+  assert parse(raw, "x").biases == ("q", "k", "v")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*known: LlamaForCausalLM, Llama"),
+    ({"architectures": [], "model_type": "gpt2"}, "model_type 'gpt2', known: LlamaForCausalLM"),
+    (
+      {"architectures": ["OurModel"], "auto_map": {"AutoModelForCausalLM": "modeling.OurModel"}},
+      r"known: Llama.*The code in its repository \(auto_map\) is never run",
+    ),
+    (
+      {"architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM"]},
+      r"known: .* \(exactly one\)",
+    ),
+    (
+      {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+      r"'dynamic' is not supported \(its .*known: default, linear, llama3, yarn",
+    ),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be given"),
+    ({"partial_rotary_factor": 0.5, "rope_theta": 1e4}, "partial_rotary_factor is not supported"),
+    ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported, known: silu"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config .* use the unquantized"),
+    ({"hidden_size": None}, "hidden_size must be given as a positive integer, got None"),
+    ({"vocab_size": "128"}, "vocab_size must be given as a positive integer, got '128'"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide num_attention_heads 4"),
+    ({"head_dim": 7}, "head_dim 7 must be even"),
+    (
+      {"architectures": ["Gemma3ForCausalLM"], "layer_types": ["full_attention", "chunked"]},
+      "layer_types must name 2 layers, each sliding_attention or full_attention, got",
+    ),
+    (
+      {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+      "use_bidirectional_attention True is not supported",
+    ),
+  ],
+)
+def test_what_the_decoder_does_not_compute(changes, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    parse(LLAMA | changes, "folder/config.json")
+  assert str(caught.value).startswith("folder/config.json: ")
+
+
+def test_remote_code_of_a_known_architecture_is_passed_over():
+  assert parse(LLAMA | {"auto_map": {"AutoModel": "modeling.Model"}}, "x") == parse(LLAMA, "x")
+
+
+def test_the_table_names_everything_once():
+  names = [name for row in FAMILIES.values() for name in (row.language_model, row.classifier)]
+  assert len(set(names)) == len(names) == 14
