@@ -16,7 +16,7 @@ from benchmarks.settings import SETTINGS, make_prompts
 from benchmarks.worker import Channel, clock, since
 from grpo_jax import config as configs
 from grpo_jax import data, rollout
-from grpo_jax.build import arrange, build
+from grpo_jax.build import build, to_sampling_params
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models.decoder import Decoder
@@ -67,7 +67,7 @@ class Engine:
       )
     self.run = dataclasses.replace(run, sampler=endless(run.sampler))
     self.state: TrainState = run.initial_state()
-    self.to_sampler: Callable[[Any], Any] = run.for_sampling(run.frozen_params())
+    self.to_sampler: Callable[[Any], Any] = run.for_sampling(run.loaded_base_params())
     self._scorer = score_in_process(run.task)
     self.update = make_train_step(
       run.model,
@@ -76,7 +76,7 @@ class Engine:
       run.schedule,
       temperature=self.config.rollout.temperature,
       micro_batches=self.config.train.micro_batches,
-      join=run.join,
+      with_adapters=run.with_adapters,
     )
     self._step = 0
 
@@ -93,7 +93,7 @@ class Engine:
       group=c.rollout.group_size,
       temperature=c.rollout.temperature,
       algorithm=run.algorithm,
-      bucket=run.bucket,
+      pad_prompts_to_multiple=run.pad_prompts_to_multiple,
     )
     return jax.block_until_ready(rolled.batch)
 
@@ -154,7 +154,7 @@ def make_sampler(
     completion_length=tokens,
   )
   params = weights.read(meshes.param_shardings(mesh, weights.shapes))
-  return sampler, jax.jit(partial(arrange, model, mesh, None))(params)
+  return sampler, jax.jit(partial(to_sampling_params, model, mesh, None))(params)
 
 
 def about() -> dict[str, Any]:

@@ -64,7 +64,7 @@ TAIL = """
   them at once. The time that a collective takes to start is not in it, and a program with many
   thousands of them is slower than its bound.
 - A **bound** is the slowest of operations, memory and links at full rate. Every completion is taken
-  to use its whole budget of tokens. Rewards, tokenizing, evaluations and refills are not in a step.
+  to use its whole budget of tokens. Rewards, tokenizing, evaluations and resamples are not in a step.
 - The compiler ran with reduced effort (`--quick`), and can then need more memory, and more time
   on the chip, than at full effort.
 """

@@ -4,7 +4,7 @@
 
 All variants run in one process, in turns, and draw the same completions: lengths are lognormal
 (median `--median` tokens, `--sigma`), by a table of stops in which every token ends a completion in
-as large a share of the vocabulary as the distribution says. `halvings` is what
+as large a share of the vocabulary as the distribution says. `max_compactions` is what
 `generation.generate` takes: how often rows may move into arrays of half as many.
 """
 
@@ -23,7 +23,7 @@ from grpo_jax.sampling import generate as generation
 from grpo_jax.tokens import encode_prompts
 
 COLUMNS = (
-  ("halvings", "halvings", ""),
+  ("max_compactions", "max_compactions", ""),
   ("cpu_seconds", "CPU s", ".2f"),
   ("gain", "gain", ".2f"),
   ("gain_range", "range", ""),
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--tokens", type=int, default=128, help="T, the budget")
   parser.add_argument("--median", type=float, default=24.0, help="length, tokens")
   parser.add_argument("--sigma", type=float, default=0.8, help="of the logarithm of the length")
-  parser.add_argument("--halvings", type=int, nargs="+", default=[0, 1, 3])
+  parser.add_argument("--max_compactions", type=int, nargs="+", default=[0, 1, 3])
   parser.add_argument("--rounds", type=int, default=5)
   a = parser.parse_args(argv)
   prompts = make_prompts("chat", a.prompts)
@@ -77,41 +77,47 @@ def main(argv: list[str] | None = None) -> None:
     generation.row_keys(jax.random.key(i), jnp.arange(a.prompts), a.group) for i in range(a.rounds)
   ]
   variants, compiled = {}, {}
-  for halvings in a.halvings:
+  for max_compactions in a.max_compactions:
     generate = partial(
       generation.generate, sampler.model, length=a.tokens, temperature=1.0,
-      pad_id=sampler.tokenizer.pad_id, halvings=halvings,
+      pad_id=sampler.tokenizer.pad_id, max_compactions=max_compactions,
     )  # fmt: skip
     before = clock()
-    variants[halvings] = jax.jit(generate).lower(params, tokens, mask, keys[0], table).compile()
-    compiled[halvings] = since(before)["cpu_seconds"]
-  records = {halvings: [] for halvings in variants}
+    variants[max_compactions] = (
+      jax.jit(generate).lower(params, tokens, mask, keys[0], table).compile()
+    )
+    compiled[max_compactions] = since(before)["cpu_seconds"]
+  records = {max_compactions: [] for max_compactions in variants}
   lengths = []
   for i, key in enumerate(keys):
     order = list(variants) if i % 2 == 0 else list(reversed(variants))
     drawn = {}
-    for halvings in order:
+    for max_compactions in order:
       before = clock()
-      out = jax.block_until_ready(variants[halvings](params, tokens, mask, key, table))
-      records[halvings].append(since(before))
-      drawn[halvings] = np.asarray(out.tokens)
-    for halvings, one in drawn.items():
-      records[halvings][-1]["same"] = float((one == drawn[a.halvings[0]]).all(-1).mean())
+      out = jax.block_until_ready(variants[max_compactions](params, tokens, mask, key, table))
+      records[max_compactions].append(since(before))
+      drawn[max_compactions] = np.asarray(out.tokens)
+    for max_compactions, one in drawn.items():
+      records[max_compactions][-1]["same"] = float(
+        (one == drawn[a.max_compactions[0]]).all(-1).mean()
+      )
     lengths.append(np.asarray(out.mask).sum(-1))
   rows = []
-  for halvings, mine in records.items():
-    cpu = np.array([[r["cpu_seconds"] for r in some] for some in (records[a.halvings[0]], mine)])
+  for max_compactions, mine in records.items():
+    cpu = np.array(
+      [[r["cpu_seconds"] for r in some] for some in (records[a.max_compactions[0]], mine)]
+    )
     gains = cpu[0] / cpu[1]
     rows.append(
       {
         "benchmark": "tails",
         **vars(a),
-        "halvings": halvings,
+        "max_compactions": max_compactions,
         "cpu_seconds": float(np.median(cpu[1])),
         "gain": float(np.median(gains)),
         "gain_range": f"{gains.min():.2f} .. {gains.max():.2f}",
         "seconds": float(np.median([r["seconds"] for r in mine])),
-        "compile_cpu_seconds": compiled[halvings],
+        "compile_cpu_seconds": compiled[max_compactions],
         "same": float(np.mean([r["same"] for r in mine])),
         "mean_length": float(np.mean(lengths)),
         "longest": float(np.mean([one.max() for one in lengths])),

@@ -28,7 +28,7 @@ def get_config():
   c.rollout.prompt_length = 320
   c.rollout.overlong = "drop"
   c.rollout.completion_length = 1024
-  c.rollout.max_refills = 3
+  c.rollout.max_resamples = 3
   c.algorithm.name = "dapo"
   c.optimizer.learning_rate = 1e-6
   c.optimizer.warmup_steps = 10

@@ -23,11 +23,11 @@ from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import deterministic
 from grpo_jax.learning import optimizer as optimizers
-from grpo_jax.learning.deterministic import Slots
+from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.skipping import History
-from grpo_jax.learning.step import Join, TrainState, only_trained
+from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
 from grpo_jax.models import lora
-from grpo_jax.models.attention import in_blocks
+from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.models.io.weights import Weights, open_weights
 from grpo_jax.models.kernels import KERNELS, each_layer, where_long
@@ -49,9 +49,9 @@ class Run:
     weights: of the model as it was before training; read when they are asked for.
     task: prompts over the budget are already out of it, the learned reward is in it.
     new_adapters: key -> LoRA adapters, trained instead of the weights; None = the weights.
-    bucket: the update takes a multiple of this many prompts (see `rollout.collect`).
+    pad_prompts_to_multiple: the update takes a multiple of this many prompts (see `rollout.collect`).
     seed: of the adapters' first values.
-    slots: what sums are made in, in one order on any mesh; None = as the compiler likes.
+    chunks: what sums are made in, in one order on any mesh; None = as the compiler likes.
   """
 
   mesh: Mesh
@@ -63,15 +63,15 @@ class Run:
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
   new_adapters: Callable[[jax.Array], Any] | None
-  bucket: int
+  pad_prompts_to_multiple: int
   seed: int
-  slots: Slots | None = None
+  chunks: Chunks | None = None
 
   def loaded_params(self) -> Any:
     """The parameters of the model as it was before training, read straight into their layout."""
     return self.weights.read(meshes.param_shardings(self.mesh, self.weights.shapes))
 
-  def frozen_params(self) -> Any:
+  def loaded_base_params(self) -> Any:
     """What is not trained: everything beside adapters; None where there are none."""
     return self.loaded_params() if self.new_adapters else None
 
@@ -91,18 +91,18 @@ class Run:
     return jax.jit(self.new_adapters, out_shardings=layout)(key)
 
   @property
-  def join(self) -> Join:
-    """`(frozen, trained) -> parameters of the model`."""
-    return lora.join if self.new_adapters else only_trained
+  def with_adapters(self) -> WithAdapters:
+    """`(base_params, trained) -> parameters of the model`."""
+    return lora.with_adapters if self.new_adapters else only_trained
 
-  def for_sampling(self, frozen: Any) -> Callable[[Any], Any]:
-    """`trained parameters -> the sampler's` (`arrange`), whole over `fsdp`."""
-    make = partial(arrange, self.model, self.mesh)
+  def for_sampling(self, base_params: Any) -> Callable[[Any], Any]:
+    """`trained parameters -> the sampler's` (`to_sampling_params`), whole over `fsdp`."""
+    make = partial(to_sampling_params, self.model, self.mesh)
     shapes = jax.eval_shape(partial(make, None), self.weights.shapes)
     layout = meshes.param_shardings(self.mesh, shapes, sampling=True)
-    if self.slots:
-      make = deterministic.alike(make, self.mesh)
-    return partial(jax.jit(make, out_shardings=layout), frozen)
+    if self.chunks:
+      make = deterministic.replicated(make, self.mesh)
+    return partial(jax.jit(make, out_shardings=layout), base_params)
 
   @property
   def step_rewards(self) -> StepRewards | None:
@@ -141,7 +141,7 @@ def build(config: ConfigDict) -> Run:
 
   mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
   attempt(lambda: hosts.check_mesh(mesh))
-  slots = Slots(c.train.slots, mesh) if c.train.reduction == "ordered" else None
+  chunks = Chunks(c.train.chunks, mesh) if c.train.reduction == "deterministic" else None
   model = attempt(lambda: make_model(c, weights.config, mesh))
   sampler = model and attempt(
     lambda: Sampler(
@@ -152,14 +152,14 @@ def build(config: ConfigDict) -> Run:
       stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
       stop_ids=tuple(c.rollout.stop_ids),
       prompt_sharding=meshes.batch_sharding(mesh),
-      slots=slots,
+      chunks=chunks,
     )
   )
   if problems:
     raise configs.ConfigError(problems)
   schedule, optimizer = optimizer_of(c)
   parts = c.train.mini_batches * c.train.micro_batches
-  smallest = (slots.count if slots else mesh.shape["data"] * mesh.shape["fsdp"]) * parts
+  smallest = (chunks.count if chunks else mesh.shape["data"] * mesh.shape["fsdp"]) * parts
   return Run(
     mesh=mesh,
     model=model,
@@ -170,15 +170,15 @@ def build(config: ConfigDict) -> Run:
     schedule=schedule,
     optimizer=optimizer,
     new_adapters=adapters,
-    bucket=smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest)),
+    pad_prompts_to_multiple=smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest)),
     seed=c.seed,
-    slots=slots,
+    chunks=chunks,
   )
 
 
 def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
   """The functions of a model of this shape, as the config wants them."""
-  # In slots each device computes by itself: there is nothing to place.
+  # In chunks each device computes by itself: there is nothing to place.
   fast = c.train.reduction == "fast"
   batch = meshes.batch_sharding(mesh)
   return Decoder(
@@ -187,8 +187,8 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
     remat=c.model.remat,
     lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if c.lora.rank else 1.0,
     **({"place": meshes.placer(mesh)} if fast else {}),
-    prompt_blocks=meshes.blocks(batch) if fast else 1,
-    vocab_blocks=meshes.vocab_blocks(mesh, shape.vocab_size),
+    prompt_shards=meshes.prompt_shards(batch) if fast else 1,
+    vocab_shards=meshes.vocab_shards(mesh, shape.vocab_size),
     attention=attention_of(c, shape, mesh),
   )
 
@@ -201,13 +201,13 @@ def attention_of(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Callable[...,
   platform, wanted = mesh.devices.flat[0].platform, c.model.attention
   if wanted == "auto":
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
-    if kernel is None or c.train.reduction == "ordered" or _lacks(kernel, c, shape, platform):
-      return in_blocks
+    if kernel is None or c.train.reduction == "deterministic" or _lacks(kernel, c, shape, platform):
+      return tiled_attention
     return where_long(each_layer(meshes.over_mesh(mesh, KERNELS[kernel])))
-  if wanted == "blocks":
-    return in_blocks
+  if wanted == "tiled":
+    return tiled_attention
   if reason := _lacks(wanted, c, shape, platform):
-    raise ValueError(f"model.attention is {wanted!r}, {reason}; set it to 'auto' or 'blocks'")
+    raise ValueError(f"model.attention is {wanted!r}, {reason}; set it to 'auto' or 'tiled'")
   return each_layer(meshes.over_mesh(mesh, KERNELS[wanted]))
 
 
@@ -227,13 +227,13 @@ def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str
   return ""
 
 
-def arrange(model: Decoder, mesh: Mesh, frozen: Any, params: Any) -> Any:
+def to_sampling_params(model: Decoder, mesh: Mesh, base_params: Any, params: Any) -> Any:
   """Trained parameters -> the sampler's: adapters merged, in the form that decodes fastest.
 
   On CPUs layers apart, as they are. Elsewhere stacked, and in the dtype of the activations, to
   which the model casts them anyway (but for the norms, which it reads in float32).
   """
-  params = params if frozen is None else lora.merge(frozen, params, model.lora_scale)
+  params = params if base_params is None else lora.merge(base_params, params, model.lora_scale)
   if mesh.devices.flat[0].platform == "cpu":
     return unstack(params)
 

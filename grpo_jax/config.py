@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-ATTENTION = ("auto", "blocks", "splash", "cudnn")  # of model.attention
+ATTENTION = ("auto", "tiled", "splash", "cudnn")  # of model.attention
 
 
 class ConfigError(ValueError):
@@ -68,7 +68,7 @@ def default_config() -> ConfigDict:
   c.rollout.overlong = "error"  # a prompt of more than prompt_length tokens: error or drop
   c.rollout.stop = ()  # strings that end a completion, besides the task's own
   c.rollout.stop_ids = ()  # token ids that end a completion, besides the tokenizer's
-  c.rollout.max_refills = 0  # dynamic sampling: draws that replace prompts without a signal
+  c.rollout.max_resamples = 0  # dynamic sampling: draws that replace prompts without a signal
   c.rollout.mask_truncated = False  # leave completions that ran into the budget out of the loss
 
   c.rewards = ConfigDict()
@@ -117,7 +117,7 @@ def default_config() -> ConfigDict:
   c.train.micro_batches = 1  # parts that an update is computed in; changes memory only
   c.train.micro_batch_tokens = 0  # more parts, until a device has no more tokens at once; 0 = any
   c.train.reduction = "fast"  # ordered: the same bits on any number of devices; see ordered.py
-  c.train.slots = 8  # with ordered: equal parts of an update, whatever the devices
+  c.train.chunks = 8  # with ordered: equal parts of an update, whatever the devices
   c.train.max_skipped = 5  # NaN or infinite updates skipped in a row, after which the run stops
   c.train.spike = 0.0  # skip gradients of more than so many times the usual norm; 0 = never
 
@@ -209,12 +209,14 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
     need(_get(c, name) >= 0, name, "at least 0")
   for name in ("eval.batch_prompts", "checkpoint.every", "checkpoint.keep",
                "train.micro_batches", "train.mini_batches", "train.epochs",
-               "train.max_skipped", "train.slots"):  # fmt: skip
+               "train.max_skipped", "train.chunks"):  # fmt: skip
     need(_get(c, name) >= 1, name, "at least 1")
-  for name in ("rollout.max_refills", "rewards.workers", "reference.sync_every", "lora.rank",
+  for name in ("rollout.max_resamples", "rewards.workers", "reference.sync_every", "lora.rank",
                "train.micro_batch_tokens"):  # fmt: skip
     need(_get(c, name) >= 0, name, "at least 0")
-  need(c.train.reduction in ("fast", "ordered"), "train.reduction", "'fast' or 'ordered'")
+  need(
+    c.train.reduction in ("fast", "deterministic"), "train.reduction", "'fast' or 'deterministic'"
+  )
   need(c.train.spike == 0 or c.train.spike > 1, "train.spike", "0 (off) or above 1")
   need(c.hosts.heartbeat >= 1, "hosts.heartbeat", "at least 1 second")
   need(c.hosts.wait > 0, "hosts.wait", "above 0 seconds")
@@ -235,8 +237,8 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
     data, fsdp, tensor = mesh_shape(c.mesh, device_count)
   except ValueError as error:
     return [str(error)]
-  if c.train.reduction == "ordered":
-    return _check_slots(c, data * fsdp, tensor)
+  if c.train.reduction == "deterministic":
+    return _check_chunks(c, data * fsdp, tensor)
   parts = max(c.train.micro_batches, 1) * max(c.train.mini_batches, 1)
   unit = data * fsdp * parts
   if c.rollout.prompts_per_step % unit:
@@ -248,37 +250,37 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
   return []
 
 
-def _check_slots(c: ConfigDict, width: int, tensor: int) -> list[str]:
-  """What `train.reduction='ordered'` asks of the rest."""
-  slots, problems = max(c.train.slots, 1), []
-  if slots % width:
+def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
+  """What `train.reduction='deterministic'` asks of the rest."""
+  chunks, problems = max(c.train.chunks, 1), []
+  if chunks % width:
     problems.append(
-      f"train.slots is {slots}, it must be a multiple of the {width} devices that "
-      "train.reduction='ordered' deals them out to (mesh data x fsdp)"
+      f"train.chunks is {chunks}, it must be a multiple of the {width} devices that "
+      "train.reduction='deterministic' deals them out to (mesh data x fsdp)"
     )
   if tensor != 1:
-    problems.append(f"mesh.tensor is {tensor}, it must be 1 with train.reduction='ordered'")
+    problems.append(f"mesh.tensor is {tensor}, it must be 1 with train.reduction='deterministic'")
   for name, off in (("micro_batches", 1), ("micro_batch_tokens", 0)):
     if c.train[name] != off:
       problems.append(
-        f"train.{name} is {c.train[name]}, it must be {off} with train.reduction='ordered': "
-        "train.slots takes its place"
+        f"train.{name} is {c.train[name]}, it must be {off} with train.reduction='deterministic': "
+        "train.chunks takes its place"
       )
   if c.model.remat != "none":
     problems.append(
-      f"model.remat is {c.model.remat!r}, it must be 'none' with train.reduction='ordered': layers "
+      f"model.remat is {c.model.remat!r}, it must be 'none' with train.reduction='deterministic': layers "
       "that are computed again come out with other bits"
     )
-  if c.model.attention not in ("auto", "blocks"):
+  if c.model.attention not in ("auto", "tiled"):
     problems.append(
-      f"model.attention is {c.model.attention!r}, it must be 'auto' or 'blocks' with "
-      "train.reduction='ordered'"
+      f"model.attention is {c.model.attention!r}, it must be 'auto' or 'tiled' with "
+      "train.reduction='deterministic'"
     )
-  unit = slots * max(c.train.mini_batches, 1)
+  unit = chunks * max(c.train.mini_batches, 1)
   if c.rollout.prompts_per_step % unit:
     problems.append(
       f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
-      f"train.slots={slots} in each of train.mini_batches={c.train.mini_batches}"
+      f"train.chunks={chunks} in each of train.mini_batches={c.train.mini_batches}"
     )
   return problems
 

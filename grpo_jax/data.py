@@ -31,7 +31,7 @@ def examples(
     seed: any integer.
     process_index, process_count: this process gets its block of count / process_count, in order, so
       that the blocks of all processes one after the other are the list that one process would get.
-    stream: 0, or the number of another endless shuffle, independent of this one: what refills a
+    stream: 0, or the number of another endless shuffle, independent of this one: what resamples a
       step, say, without moving the examples of the steps to come.
 
   Raises ValueError for an empty split, or a count that the processes cannot share evenly.

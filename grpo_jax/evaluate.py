@@ -205,8 +205,8 @@ class _Answers:
 def _batches(
   sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
 ) -> Iterator[_Answers]:
-  index, host_count = hosts.own_block()
-  unit = meshes.blocks(getattr(sampler, "prompt_sharding", None))
+  index, host_count = hosts.own_shard()
+  unit = meshes.prompt_shards(getattr(sampler, "prompt_sharding", None))
   share = -(-batch_prompts // unit) * unit // host_count
   for start in range(0, len(examples), share * host_count):
     own = start + index * share
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  to_sampler = run.for_sampling(run.frozen_params())
+  to_sampler = run.for_sampling(run.loaded_base_params())
   folder = arguments.out or (arguments.workdir and Path(arguments.workdir) / "eval")
   about = {"model": settings.model.source, "task": run.task.name, "split": "eval"}
   measured: list[dict[str, float]] = []

@@ -76,14 +76,14 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   c = configs.from_saved(dump.config)
   compilation.use_cache(c.compilation_cache, dump.path.absolute().parents[1])
   r = build(c) if run is None else run
-  frozen, like = r.frozen_params(), r.initial_state()
+  base_params, like = r.loaded_base_params(), r.initial_state()
   state, batch = dump.state(like), dump.batch(meshes.batch_sharding(r.mesh))
   del like
-  logp = np.asarray(make_scoring(c, r)(state.params, batch, frozen))
+  logp = np.asarray(make_scoring(c, r)(state.params, batch, base_params))
   params = _named(state.params)
-  grads, *_ = make_gradients(c, r)(state.params, batch, frozen)
+  grads, *_ = make_gradients(c, r)(state.params, batch, base_params)
   grads = _named(grads)
-  state, metrics = make_update(c, r)(state, batch, frozen)
+  state, metrics = make_update(c, r)(state, batch, base_params)
   return Replayed(
     metrics={name: float(value) for name, value in metrics.items()},
     recorded=dump.recorded["metrics"],

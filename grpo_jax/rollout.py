@@ -77,24 +77,24 @@ def collect(
   group: int,
   temperature: float,
   algorithm: Algorithm,
-  bucket: int,
+  pad_prompts_to_multiple: int,
   reward_weights: Sequence[float] = (),
   step_rewards: StepRewards | None = None,
-  max_refills: int = 0,
+  max_resamples: int = 0,
   mask_truncated: bool = False,
 ) -> Rollout:
   """Samples G completions of each example, scores them and turns rewards into advantages.
 
   Prompts whose advantages are all 0 have no gradient. Where there is no KL term to give them one,
-  they are left out of the batch, which is then filled up to a multiple of `bucket` prompts with
+  they are left out of the batch, which is then filled up to a multiple of `pad_prompts_to_multiple` prompts with
   empty ones: the update costs less and is the same, because the token weights are made before.
   For the same reason the padding is cut off that all of its prompts and completions share.
 
   Args:
-    draw: refill number -> the examples of this host, P over all; 0 gives those of the step.
+    draw: resample number -> the examples of this host, P over all; 0 gives those of the step.
     reward_weights: of each reward function, for the advantage `multi_objective`.
     step_rewards: the task's, for the advantage `process_advantages`.
-    max_refills: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose rewards are
+    max_resamples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): prompts whose rewards are
       all equal are replaced by those of up to this many further draws. Where they do not suffice,
       some of the prompts without a signal stay, so that P never changes.
     mask_truncated: completions that ran into the budget count in their group's statistics and
@@ -104,24 +104,24 @@ def collect(
     _sample, sampler, params, scorer, draw, key=key, group=group, temperature=temperature,
     step_rewards=step_rewards,
   )  # fmt: skip
-  scored, refills = sample(0), 0
+  scored, resamples = sample(0), 0
   seen, order = _numbers(scored, 1)
   count = len(order)
-  while refills < max_refills and has_spread(seen["total"]).sum() < count:
-    refills += 1
-    scored = _joined(scored, sample(refills))
-    seen, order = _numbers(scored, refills + 1)
+  while resamples < max_resamples and has_spread(seen["total"]).sum() < count:
+    resamples += 1
+    scored = _joined(scored, sample(resamples))
+    seen, order = _numbers(scored, resamples + 1)
   spread = has_spread(seen["total"])
   measured = _measure(seen)
-  if max_refills:
-    measured |= {"dynamic_sampling/kept": spread.mean(), "dynamic_sampling/refills": refills}
-  rows = np.sort(np.argsort(~spread, kind="stable")[:count]) if refills else np.arange(count)
+  if max_resamples:
+    measured |= {"dynamic_sampling/kept": spread.mean(), "dynamic_sampling/resamples": resamples}
+  rows = np.sort(np.argsort(~spread, kind="stable")[:count]) if resamples else np.arange(count)
   batch, signal = make_batch(
     scored, order[rows], sampler, algorithm, reward_weights, mask_truncated=mask_truncated
   )
   if algorithm.beta == 0:
     rows = rows[signal]
-    batch = select(batch, np.flatnonzero(signal), bucket)
+    batch = select(batch, np.flatnonzero(signal), pad_prompts_to_multiple)
   batch, measured["update/padded"] = trim(batch, seen["prompt_tokens"][rows], seen["lengths"][rows])
   samples = hosts.gathered_json(
     records(
@@ -159,7 +159,7 @@ def _numbers(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[np.ndarray
     missing=np.array([scores.missing]),
   )
   missing = int(seen.pop("missing").sum())
-  order = np.arange(len(seen["total"])).reshape(hosts.own_block()[1], draws, -1)
+  order = np.arange(len(seen["total"])).reshape(hosts.own_shard()[1], draws, -1)
   order = order.swapaxes(0, 1).reshape(-1)
   return {name: values[order] for name, values in seen.items()} | {"missing": missing}, order
 
@@ -195,21 +195,27 @@ def make_batch(
   weights = np.asarray(reward_weights, np.float32)
   everything = hosts.to_global(host, layout)
   chosen = None if len(rows) == everything["ended"].shape[0] else rows
-  length, alike = sampler.completion_length, sampler.slots is not None
-  batch, signal = _batch(everything, chosen, weights, algorithm, length, layout, alike)
+  length, replicated = sampler.completion_length, sampler.chunks is not None
+  batch, signal = _batch(everything, chosen, weights, algorithm, length, layout, replicated)
   return batch, np.asarray(signal)
 
 
-@partial(jax.jit, static_argnames=("algorithm", "max_length", "layout", "alike"))
+@partial(jax.jit, static_argnames=("algorithm", "max_length", "layout", "replicated"))
 def _batch(
-  everything, rows, reward_weights, algorithm: Algorithm, max_length: int, layout: Any, alike: bool
+  everything,
+  rows,
+  reward_weights,
+  algorithm: Algorithm,
+  max_length: int,
+  layout: Any,
+  replicated: bool,
 ):
   if rows is not None:
     everything = rows_of(everything, rows, layout)
   prompts, prompt_mask, completions, sampled, logp = everything["batch"]
   compute = partial(_advantages, algorithm)
-  if alike:  # statistics over rows have the same bits only where all devices have all rows
-    compute = deterministic.alike(compute, layout.mesh)
+  if replicated:  # statistics over rows have the same bits only where all devices have all rows
+    compute = deterministic.replicated(compute, layout.mesh)
   advantages = compute(everything["rewards"], reward_weights, sampled)
   mask = sampled & everything["ended"][..., None]
   weights = token_weights(mask, algorithm.average, max_length=max_length)
@@ -242,14 +248,14 @@ def has_spread(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
 
 
 def _sample(
-  sampler, params, scorer, draw, refill, *, key, group, temperature, step_rewards
+  sampler, params, scorer, draw, resample, *, key, group, temperature, step_rewards
 ) -> Scored:
   """Completions of this host's examples with their rewards."""
   with hosts.together("reading the examples"):
-    examples = draw(refill)
+    examples = draw(resample)
     prompts = [example.prompt for example in examples]
     columns = columns_of(examples)
-  first = refill * len(prompts) * hosts.own_block()[1]
+  first = resample * len(prompts) * hosts.own_shard()[1]
   out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=first)
   with hosts.together("scoring the completions"):
     scores = scorer(prompts, out.texts, columns, out.lengths)

@@ -70,8 +70,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> dict[str, float]:
   """The loop, from the newest checkpoint to the last step, with what has to be closed after it."""
-  state, frozen = r.initial_state(moving_reference=c.reference.sync_every > 0), r.frozen_params()
-  to_sampler, learn = r.for_sampling(frozen), Learner(c, r, frozen, workdir)
+  state, base_params = (
+    r.initial_state(moving_reference=c.reference.sync_every > 0),
+    r.loaded_base_params(),
+  )
+  to_sampler, learn = r.for_sampling(base_params), Learner(c, r, base_params, workdir)
   with (
     checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints,
     make_scorer(c, r) as scorer,
@@ -96,10 +99,10 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
           group=c.rollout.group_size,
           temperature=c.rollout.temperature,
           algorithm=r.algorithm,
-          bucket=r.bucket,
+          pad_prompts_to_multiple=r.pad_prompts_to_multiple,
           reward_weights=r.reward_weights,
           step_rewards=r.step_rewards,
-          max_refills=c.rollout.max_refills,
+          max_resamples=c.rollout.max_resamples,
           mask_truncated=c.rollout.mask_truncated,
         )
         with jax.transfer_guard("disallow"):  # what the updates need is on the device already
@@ -150,10 +153,10 @@ def _json(config: ConfigDict) -> dict[str, Any]:
 
 
 def _draws(c: ConfigDict, r: Run, step: int) -> Callable[[int], list[Example]]:
-  """`refill -> examples`: those of the step, and what replaces prompts without a signal."""
+  """`resample -> examples`: those of the step, and what replaces prompts without a signal."""
   split, count = r.task.splits["train"], c.rollout.prompts_per_step
-  block = hosts.own_block()
-  return lambda refill: data.examples(split, step, count, c.seed, *block, stream=refill)
+  block = hosts.own_shard()
+  return lambda resample: data.examples(split, step, count, c.seed, *block, stream=resample)
 
 
 def _evaluate(

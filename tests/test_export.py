@@ -141,7 +141,7 @@ def test_nothing_is_overwritten(tmp_path):
 def test_a_failed_export_leaves_nothing(tmp_path):
   config, params = load(str(LLAMA))
   large = params | {"embed": np.full_like(params["embed"], 1e6)}
-  adapted = lora.join(params, lora.init(jax.random.key(0), params, "q", 2))
+  adapted = lora.with_adapters(params, lora.init(jax.random.key(0), params, "q", 2))
   for wrong, dtype, message in (
     (large, "float16", r"model\.embed_tokens\.weight holds NaN or infinity as float16"),
     (adapted, "float32", r"layers/q_lora_a: \(2, 32, 2\), expected None"),

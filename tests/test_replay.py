@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.learning.test_step import MODEL, make_batch
 
 from grpo_jax import replay, rollout, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
-from grpo_jax.learning.skipping import MEMORY, WARM_UP, History, judge
+from grpo_jax.learning.skipping import MEMORY, WARM_UP, History, accept_update
 from grpo_jax.learning.step import TrainState, make_train_step
 from grpo_jax.learning.updates import SkippedError
 from grpo_jax.run import checkpoint
 from grpo_jax.run import skipped as dumps
 from grpo_jax.run.metrics import read_metrics
+from tests.learning.test_step import MODEL, make_batch
 
 SPIKE = 3.0
 RATE = optax.constant_schedule(1e-3)
@@ -98,20 +98,20 @@ def test_a_spike_is_skipped_once_the_usual_norm_is_known(step):
 
 def test_the_history_by_hand():
   history = History.new()
-  ok, history = judge(history, 1.0, jnp.float32(np.e), 2.0)
+  ok, history = accept_update(history, 1.0, jnp.float32(np.e), 2.0)
   assert (bool(ok), float(history.log_norm), int(history.counted)) == (True, 1.0, 1)
-  _, history = judge(history, 1.0, jnp.float32(0.0), 2.0)  # no gradient: not counted
+  _, history = accept_update(history, 1.0, jnp.float32(0.0), 2.0)  # no gradient: not counted
   assert (float(history.log_norm), int(history.counted)) == (1.0, 1)
-  _, history = judge(history, 1.0, jnp.float32(np.e**4), 2.0)
+  _, history = accept_update(history, 1.0, jnp.float32(np.e**4), 2.0)
   np.testing.assert_allclose(history.log_norm, 2.5, rtol=1e-6)  # (1 + 4) / 2
   long = dataclasses.replace(history, counted=jnp.int32(MEMORY), log_norm=jnp.float32(0.0))
-  _, moved = judge(long, 1.0, jnp.float32(np.e**0.5), 2.0)
+  _, moved = accept_update(long, 1.0, jnp.float32(np.e**0.5), 2.0)
   np.testing.assert_allclose(moved.log_norm, 0.5 / MEMORY, rtol=1e-6)
   assert int(moved.counted) == MEMORY
-  assert not judge(long, 1.0, jnp.float32(2.001), 2.0)[0]  # exp(0) = 1, times 2
-  assert judge(long, 1.0, jnp.float32(2.001), 0.0)[0]
+  assert not accept_update(long, 1.0, jnp.float32(2.001), 2.0)[0]  # exp(0) = 1, times 2
+  assert accept_update(long, 1.0, jnp.float32(2.001), 0.0)[0]
   with pytest.raises(ValueError, match="needs a history"):
-    judge(None, 1.0, 1.0, 2.0)
+    accept_update(None, 1.0, 1.0, 2.0)
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -43,10 +43,10 @@ def params():
   return MODEL.init(jax.random.key(0))
 
 
-def collect(params, algorithm="dapo", draw=lambda refill: EXAMPLES, task=TASK, **options):
+def collect(params, algorithm="dapo", draw=lambda resample: EXAMPLES, task=TASK, **options):
   if isinstance(algorithm, str):
     algorithm = ALGORITHMS[algorithm]
-  options = {"bucket": 2, "step_rewards": task.step_rewards} | options
+  options = {"pad_prompts_to_multiple": 2, "step_rewards": task.step_rewards} | options
   return rollout.collect(
     SAMPLER,
     unstack(params),
@@ -84,7 +84,9 @@ def test_leaving_out_groups_without_a_signal_changes_no_update(params, average):
   """A row with a KL term keeps every prompt; its batch, with the term off, is the whole one."""
   algorithm = dataclasses.replace(ALGORITHMS["dapo"], average=average)
   with_kl = dataclasses.replace(algorithm, kl="k3", beta=1.0)
-  few, all_of_them = (collect(params, row, bucket=3).batch for row in (algorithm, with_kl))
+  few, all_of_them = (
+    collect(params, row, pad_prompts_to_multiple=3).batch for row in (algorithm, with_kl)
+  )
   assert all_of_them.mask.shape[0] == 8
   assert few.mask.shape[0] == 6  # four prompts with a signal, in buckets of three
   assert not few.mask[4:].any()
@@ -131,21 +133,21 @@ def test_truncated_completions_count_in_their_group_and_not_in_the_loss(params):
 
 
 def test_prompts_without_a_signal_are_replaced(params):
-  """Only odd numbers can have spread; refills bring odd ones until eight are together."""
+  """Only odd numbers can have spread; resamples bring odd ones until eight are together."""
   drawn = []
 
-  def draw(refill):
-    drawn.append(refill)
-    return [Example(f"{n}:", {"number": n}, str(n)) for n in range(8 * refill, 8 * refill + 8)]
+  def draw(resample):
+    drawn.append(resample)
+    return [Example(f"{n}:", {"number": n}, str(n)) for n in range(8 * resample, 8 * resample + 8)]
 
-  out = collect(params, "grpo", draw=draw, max_refills=5)
+  out = collect(params, "grpo", draw=draw, max_resamples=5)
   assert drawn == list(range(len(drawn)))
   assert 2 <= len(drawn) <= 4
   assert (np.asarray(out.batch.advantages) != 0).any(-1).all()
   assert out.batch.mask.shape[0] == 8
   spread = rollout.has_spread(out.scored.scores.total)
   assert out.measured["dynamic_sampling/kept"] == spread.mean()
-  assert out.measured["dynamic_sampling/refills"] == len(drawn) - 1
+  assert out.measured["dynamic_sampling/resamples"] == len(drawn) - 1
   assert len(out.samples) == 4 * 8 * len(drawn)
   # The first eight prompts with a signal, in their order, each with its own advantages.
   first = np.flatnonzero(spread)[:8]
@@ -158,11 +160,11 @@ def test_prompts_without_a_signal_are_replaced(params):
 def test_refills_are_bounded_and_the_batch_keeps_its_size(params):
   drawn = []
 
-  def draw(refill):
-    drawn.append(refill)
+  def draw(resample):
+    drawn.append(resample)
     return [dataclasses.replace(example, columns={"number": 0}) for example in EXAMPLES]
 
-  out = collect(params, "grpo", draw=draw, max_refills=2)
+  out = collect(params, "grpo", draw=draw, max_resamples=2)
   assert drawn == [0, 1, 2]
   assert out.batch.mask.shape[0] == 8
   assert out.measured["dynamic_sampling/kept"] == 0
@@ -274,7 +276,7 @@ def test_no_token_is_cut_off():
 
 
 def test_the_padded_share_is_measured(params):
-  out = collect(params, bucket=3)
+  out = collect(params, pad_prompts_to_multiple=3)
   lengths, spread = out.scored.out.lengths, rollout.has_spread(out.scored.scores.total)
   assert spread.sum() == 4
   # in the update: four prompts of two tokens, in a batch of six with room for 4 + 4 * 6 tokens

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.models.io.test_weights import REAL, TIED, UNTIED, needs_real_model
 
 from grpo_jax.tokens import (
   ByteTokenizer,
@@ -19,6 +18,7 @@ from grpo_jax.tokens import (
   load_tokenizer,
 )
 from tests.helpers import tiny_gguf
+from tests.models.io.test_weights import REAL, TIED, UNTIED, needs_real_model
 
 TEXT = "12 + 34 = 46\n\n  naïve 東京 🙂\tI'll go.  "
 HELLO = [{"role": "user", "content": "hi"}]

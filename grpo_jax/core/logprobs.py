@@ -53,8 +53,8 @@ def head_logprobs(
   temperature: float = 1.0,
   where: Bool[Array, "... T"] | None = None,
   softcap: float | None = None,
-  blocks: int = 1,
-  shares: int = 1,
+  vocab_shards: int = 1,
+  row_shards: int = 1,
 ) -> tuple[Float[Array, "... T"], Float[Array, "... T"]]:
   """`token_logprobs(hidden @ head, tokens)` without ever forming `[..., T, V]`.
 
@@ -71,19 +71,19 @@ def head_logprobs(
     where: rows to compute; elsewhere both results and all gradients are 0 and `hidden` may hold
       NaN. None computes all.
     softcap: `logits = softcap * tanh(logits / softcap)`, as Gemma 2 does.
-    blocks: so many equal blocks of the vocabulary are walked side by side, and joined at the end.
+    vocab_shards: number of equal shards of the vocabulary are walked side by side and joined at the end.
       With the number of devices that `head` is split over along V, each walks what it holds;
       otherwise the head is sent for every tile.
-    shares: so many equal shares of the rows, in their order, are walked side by side, and their
-      gradients of the head added at the end. With the number of devices that `hidden` is split
+    row_shards: number of equal shards of the rows, in their order, that are walked side by side;
+      their gradients of the head are added at the end. With the number of devices that `hidden` is split
       over, each adds up its own; otherwise they are added for every tile. Neither changes the
       results.
 
   Returns:
     (logp, entropy), both `[..., T]`, nats, float32 or wider.
 
-  Errors: a shape or dtype that does not fit, a temperature or soft cap that is not above 0, blocks
-  that do not divide the vocabulary, shares that do not divide the rows.
+  Errors: a shape or dtype that does not fit, a temperature or soft cap that is not above 0, vocab_shards
+  that do not divide the vocabulary, row_shards that do not divide the rows.
 
   Example:
     >>> import jax.numpy as jnp
@@ -103,18 +103,20 @@ def head_logprobs(
   check_positive("temperature", temperature)
   if softcap is not None:
     check_positive("softcap", softcap)
-  if blocks < 1 or head.shape[1] % blocks:
-    raise ValueError(f"blocks must divide the vocabulary of {head.shape[1]}, got {blocks}")
+  if vocab_shards < 1 or head.shape[1] % vocab_shards:
+    raise ValueError(
+      f"vocab_shards must divide the vocabulary of {head.shape[1]}, got {vocab_shards}"
+    )
   tokens = as_tokens("tokens", tokens, hidden.shape[:-1])
-  if shares < 1 or tokens.size % shares:
-    raise ValueError(f"shares must divide the {tokens.size} rows, got {shares}")
+  if row_shards < 1 or tokens.size % row_shards:
+    raise ValueError(f"row_shards must divide the {tokens.size} rows, got {row_shards}")
   flat = hidden.reshape(-1, hidden.shape[-1])
   if where is not None:
     rows = as_mask("where", where, hidden.shape[:-1]).reshape(-1)
     flat = jnp.where(rows[:, None], flat, 0.0)
   # One share or one block is no axis: CPUs would copy to multiply what has more axes than matrices.
-  share = (*(shares,) * (shares > 1), tokens.size // shares)
-  block = (*(blocks,) * (blocks > 1), head.shape[1] // blocks)
+  share = (*(row_shards,) * (row_shards > 1), tokens.size // row_shards)
+  block = (*(vocab_shards,) * (vocab_shards > 1), head.shape[1] // vocab_shards)
   logp, entropy = _tiled(
     flat.reshape(*share, head.shape[0]),
     head.T.reshape(*block, head.shape[0]),
@@ -191,8 +193,8 @@ def _finite(top: jax.Array) -> jax.Array:
   return jnp.where(jnp.isneginf(top), 0.0, top)
 
 
-# Axes: S shares of R rows each, B blocks of V / B tokens each, w columns of a block in a tile. No
-# sum over shares or blocks is made before the last tile, so that a device which has one of each
+# Axes: S row shards of R rows each, B vocabulary shards of V / B tokens each, w columns of a shard in a
+# tile. No sum over either is made before the last tile, so that a device which has one of each
 # has nothing to tell the others meanwhile. Axes are in the order in which products have them.
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _tiled(hidden, head, tokens, temperature, softcap):

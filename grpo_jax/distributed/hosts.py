@@ -188,7 +188,7 @@ def check_mesh(mesh: Mesh) -> None:
     )
 
 
-def own_block() -> tuple[int, int]:
+def own_shard() -> tuple[int, int]:
   """(which block of the prompts of a step is this process's, how many blocks there are)."""
   return jax.process_index(), jax.process_count()
 

@@ -117,12 +117,12 @@ def over_mesh(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., 
   return attend
 
 
-def blocks(layout: NamedSharding | None) -> int:
+def prompt_shards(layout: NamedSharding | None) -> int:
   """Blocks that the first axis is cut into: the size of a batch is a multiple of it."""
   return _parts(layout.mesh, layout.spec[0]) if layout else 1
 
 
-def vocab_blocks(mesh: Mesh, vocab: int) -> int:
+def vocab_shards(mesh: Mesh, vocab: int) -> int:
   """Blocks of the vocabulary that a head lies in, as `core.logprobs.head_logprobs` wants them."""
   return _parts(mesh, _fit(mesh, PLACES["table"], (vocab,), False)[0] or ())
 

@@ -18,12 +18,12 @@ from grpo_jax.learning.step import Batch
 SHORTEST = 16  # tokens; padding is not cut off below that
 
 
-def select(batch: Batch, rows: np.ndarray, bucket: int) -> Batch:
-  """Those prompts of a batch, filled up with empty ones to a multiple of `bucket`, at least one.
+def select(batch: Batch, rows: np.ndarray, pad_prompts_to_multiple: int) -> Batch:
+  """Those prompts of a batch, filled up with empty ones to a multiple of `pad_prompts_to_multiple`, at least one.
 
   An empty prompt is a copy of the first, with nothing unmasked in its completions.
   """
-  size = bucket * max(-(-len(rows) // bucket), 1)
+  size = pad_prompts_to_multiple * max(-(-len(rows) // pad_prompts_to_multiple), 1)
   chosen = np.concatenate([rows, np.zeros(size - len(rows), np.int64)])
   return _select(batch, chosen, np.arange(size) < len(rows), batch.mask.sharding)
 

@@ -1,18 +1,18 @@
 """Sums in one order whatever the number of devices: the same bits on any data-parallel width.
 
 Floating-point sums depend on their order, and the compiler's order on the shapes that a device
-holds. Here a batch is cut into a fixed number of slots, all of one shape. A device computes its
-slots one after another; their results meet and are added slot by slot, 0 to the last.
+holds. Here a batch is cut into a fixed number of chunks, all of one shape. A device computes its
+chunks one after another; their results meet and are added chunk by chunk, 0 to the last.
 
-Slots are dealt out: with D devices, turn i computes slots i D to i D + D - 1, one on each. What is
-added in turn i are the gradients of turn i - 1, which the loop has carried over: no device fuses
+Chunks are dealt out: with D devices, round_ i computes chunks i D to i D + D - 1, one on each. What is
+added in round i are the gradients of round i - 1, which the loop has carried over: no device fuses
 the addition into the computation of a gradient, where a multiply-add would round once and not
-twice. The compiler must not know the number of turns either, or it would unroll a single one.
+twice. The compiler must not know the number of rounds either, or it would unroll a single one.
 
 It costs: each device holds the whole parameters and about three whole gradients while it computes;
-gradients are exchanged after every turn instead of once; and completions are sampled slot by slot
+gradients are exchanged after every round instead of once; and completions are sampled chunk by chunk
 as well, because the last bit of a logit can decide on a token. Where reading the weights limits
-decoding, that takes slots / devices times as long. Layers are not computed again in the backward
+decoding, that takes chunks / devices times as long. Layers are not computed again in the backward
 pass (`model.remat` is none): what XLA fuses there depends on the devices. On one kind of device and
 one version of JAX.
 """
@@ -30,15 +30,15 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.distributed.mesh import BATCH
 
-AXES = BATCH[0]  # what the slots are dealt out over
+AXES = BATCH[0]  # what the chunks are dealt out over
 
 
 @dataclasses.dataclass(frozen=True)
-class Slots:
+class Chunks:
   """How a batch is cut.
 
   Attributes:
-    count: slots; the prompts of a batch are a multiple of it, and it is one of the width.
+    count: chunks; the prompts of a batch are a multiple of it, and it is one of the width.
     mesh: data-parallel over `data` and `fsdp`.
 
   Errors: ValueError where the mesh does not fit.
@@ -50,33 +50,33 @@ class Slots:
   def __post_init__(self) -> None:
     if self.mesh.shape["tensor"] != 1 or self.count % self.width:
       raise ValueError(
-        f"train.reduction 'ordered' needs mesh.tensor=1 and data x fsdp that divides train.slots="
+        f"train.reduction 'deterministic' needs mesh.tensor=1 and data x fsdp that divides train.chunks="
         f"{self.count}; the mesh is {dict(self.mesh.shape)}"
       )
 
   @property
   def width(self) -> int:
-    """Devices that slots are dealt out over."""
+    """Devices that chunks are dealt out over."""
     return math.prod(self.mesh.shape[axis] for axis in AXES)
 
   @property
-  def turns(self) -> int:
-    """Slots of a device."""
+  def rounds(self) -> int:
+    """Chunks of a device."""
     return self.count // self.width
 
   def over(self, body: Callable, out_specs: Any) -> Callable:
-    """`body(turns, params, slots of this device [turns, p, ...], frozen)` on every device.
+    """`body(rounds, params, chunks of this device [rounds, p, ...], base_params)` on every device.
 
-    As a function of (params, rows with prompts as their first axis, frozen, a mask of them).
+    As a function of (params, rows with prompts as their first axis, base_params, a mask of them).
     """
 
-    def call(params: Any, batch: Any, frozen: Any, mask: jax.Array) -> Any:
-      dealt = jax.tree.map(lambda a: a.reshape(self.turns, self.width, -1, *a.shape[1:]), batch)
-      # Always `turns`, but nothing that the compiler could see through.
-      turns = jnp.where(mask.sum() >= 0, self.turns, 0)
+    def call(params: Any, batch: Any, base_params: Any, mask: jax.Array) -> Any:
+      dealt = jax.tree.map(lambda a: a.reshape(self.rounds, self.width, -1, *a.shape[1:]), batch)
+      # Always `rounds`, but nothing that the compiler could see through.
+      rounds = jnp.where(mask.sum() >= 0, self.rounds, 0)
 
-      def local(turns: jax.Array, params: Any, dealt: Any, frozen: Any) -> Any:
-        return body(turns, params, jax.tree.map(lambda a: a.squeeze(1), dealt), frozen)
+      def local(rounds: jax.Array, params: Any, dealt: Any, base_params: Any) -> Any:
+        return body(rounds, params, jax.tree.map(lambda a: a.squeeze(1), dealt), base_params)
 
       return jax.shard_map(
         local,
@@ -84,30 +84,30 @@ class Slots:
         in_specs=(P(), P(), P(None, AXES), P()),
         out_specs=out_specs,
         check_vma=False,
-      )(turns, params, dealt, frozen)
+      )(rounds, params, dealt, base_params)
 
     return call
 
 
-def make_gradient(loss: Callable, slots: Slots) -> Callable:
-  """`(params, batch, frozen) -> (gradients, losses, metrics, tokens)`, in slots.
+def make_gradient(loss: Callable, chunks: Chunks) -> Callable:
+  """`(params, batch, base_params) -> (gradients, losses, metrics, tokens)`, in chunks.
 
   Args:
-    loss: `(params, batch, frozen) -> (loss, metrics)`; the losses of parts of a batch add up.
+    loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of parts of a batch add up.
 
   Returns: the sum of the gradients, whole on every device; loss, metrics and number of tokens of
-  each slot, [S], in order. They are for another program to combine: here even a division may be
+  each chunk, [S], in order. They are for another program to combine: here even a division may be
   computed in one way for an array in parts and in another for a whole one.
   """
-  gradient, width = jax.value_and_grad(loss, has_aux=True), slots.width
+  gradient, width = jax.value_and_grad(loss, has_aux=True), chunks.width
 
-  def body(turns: jax.Array, params: Any, mine: Any, frozen: Any) -> Any:
+  def body(rounds: jax.Array, params: Any, mine: Any, base_params: Any) -> Any:
     def one(index: jax.Array) -> Any:
       part = _take(mine, index)
-      (value, metrics), grads = gradient(params, part, frozen)
+      (value, metrics), grads = gradient(params, part, base_params)
       return grads, {"loss": value, "tokens": part.mask.sum(), **metrics}
 
-    def turn(index: jax.Array, carry: Any) -> Any:
+    def round_(index: jax.Array, carry: Any) -> Any:
       total, pending, numbers = carry
       grads, found = one(index)
       numbers = jax.tree.map(lambda a, new: a.at[index].set(new), numbers, found)
@@ -117,26 +117,26 @@ def make_gradient(loss: Callable, slots: Slots) -> Callable:
     received = jax.eval_shape(partial(_split, width=width), shapes[0])
     pending = _zeros(received)
     total = jax.tree.map(lambda a: a[0], pending)
-    numbers = jax.tree.map(lambda a: jnp.zeros((slots.turns, *a.shape), a.dtype), shapes[1])
-    total, pending, numbers = jax.lax.fori_loop(0, turns, turn, (total, pending, numbers))
+    numbers = jax.tree.map(lambda a: jnp.zeros((chunks.rounds, *a.shape), a.dtype), shapes[1])
+    total, pending, numbers = jax.lax.fori_loop(0, rounds, round_, (total, pending, numbers))
     total = _add(total, pending)
     return total, jax.tree.map(lambda a: a[:, None], numbers)
 
-  run = slots.over(body, (P(AXES), P(None, AXES)))
+  run = chunks.over(body, (P(AXES), P(None, AXES)))
 
-  def call(params: Any, batch: Any, frozen: Any = None) -> Any:
-    flat, numbers = run(params, batch, frozen, batch.mask)
+  def call(params: Any, batch: Any, base_params: Any = None) -> Any:
+    flat, numbers = run(params, batch, base_params, batch.mask)
     grads = jax.tree.map(lambda a, p: a[: p.size].reshape(p.shape).astype(p.dtype), flat, params)
     numbers = jax.tree.map(lambda a: a.reshape(-1), numbers)
     tokens, losses = numbers.pop("tokens"), numbers.pop("loss")
     return grads, losses, numbers, tokens
 
-  whole = NamedSharding(slots.mesh, P())
+  whole = NamedSharding(chunks.mesh, P())
   return jax.jit(call, out_shardings=whole)
 
 
-def in_slots(function: Callable, slots: Slots) -> Callable:
-  """`(params, rows, shared, mask) -> function(params, rows, shared)`, slot by slot.
+def in_chunks(function: Callable, chunks: Chunks) -> Callable:
+  """`(params, rows, shared, mask) -> function(params, rows, shared)`, chunk by chunk.
 
   Args:
     function: of rows, arrays with prompts as their first axis, to a tree of such arrays; rows do
@@ -145,19 +145,19 @@ def in_slots(function: Callable, slots: Slots) -> Callable:
   The result is called inside `jit`; `mask` is any mask with prompts as its first axis.
   """
 
-  def body(turns: jax.Array, params: Any, mine: Any, shared: Any) -> Any:
+  def body(rounds: jax.Array, params: Any, mine: Any, shared: Any) -> Any:
     def one(index: jax.Array | int) -> Any:
       return function(params, _take(mine, index), shared)
 
-    def turn(index: jax.Array, found: Any) -> Any:
+    def round_(index: jax.Array, found: Any) -> Any:
       return jax.tree.map(lambda a, new: a.at[index].set(new), found, one(index))
 
     shapes = jax.eval_shape(lambda: one(0))
-    found = jax.tree.map(lambda a: jnp.zeros((slots.turns, *a.shape), a.dtype), shapes)
-    found = jax.lax.fori_loop(0, turns, turn, found)
+    found = jax.tree.map(lambda a: jnp.zeros((chunks.rounds, *a.shape), a.dtype), shapes)
+    found = jax.lax.fori_loop(0, rounds, round_, found)
     return jax.tree.map(lambda a: a[:, None], found)
 
-  run = slots.over(body, P(None, AXES))
+  run = chunks.over(body, P(None, AXES))
 
   def call(params: Any, rows: Any, shared: Any, mask: jax.Array) -> Any:
     found = run(params, rows, shared, mask)
@@ -166,17 +166,17 @@ def in_slots(function: Callable, slots: Slots) -> Callable:
   return call
 
 
-def make_score(score: Callable, slots: Slots) -> Callable:
-  """Jitted `(params, batch, frozen=None) -> logp` of `score(params, batch, frozen)`, in slots."""
-  run = in_slots(score, slots)
+def make_score(score: Callable, chunks: Chunks) -> Callable:
+  """Jitted `(params, batch, base_params=None) -> logp` of `score(params, batch, base_params)`, in chunks."""
+  run = in_chunks(score, chunks)
 
-  def call(params: Any, batch: Any, frozen: Any = None) -> jax.Array:
-    return run(params, batch, frozen, batch.mask)
+  def call(params: Any, batch: Any, base_params: Any = None) -> jax.Array:
+    return run(params, batch, base_params, batch.mask)
 
-  return jax.jit(call, out_shardings=NamedSharding(slots.mesh, BATCH))
+  return jax.jit(call, out_shardings=NamedSharding(chunks.mesh, BATCH))
 
 
-def alike(function: Callable, mesh: Mesh) -> Callable:
+def replicated(function: Callable, mesh: Mesh) -> Callable:
   """`function`, computed whole and in the same way on every device."""
   return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
 

@@ -37,7 +37,7 @@ class History:
     return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0))
 
 
-def judge(
+def accept_update(
   history: History | None, loss: jax.Array, norm: jax.Array, spike: float
 ) -> tuple[jax.Array, History | None]:
   """Whether an update is to be made, and the history with it."""

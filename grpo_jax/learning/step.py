@@ -20,8 +20,8 @@ from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.learning import deterministic
-from grpo_jax.learning.deterministic import Slots
-from grpo_jax.learning.skipping import SKIPPED, History, judge
+from grpo_jax.learning.deterministic import Chunks
+from grpo_jax.learning.skipping import SKIPPED, History, accept_update
 
 
 @partial(
@@ -90,12 +90,12 @@ class Batch:
   old_logp: Float[Array, "P G T"] | None = None
 
 
-# (frozen parameters, trained parameters) -> all parameters of the model.
-Join = Callable[[Any, Any], Any]
+# (base_params parameters, trained parameters) -> all parameters of the model.
+WithAdapters = Callable[[Any, Any], Any]
 
 
-def only_trained(frozen: Any, params: Any) -> Any:
-  """The `Join` of a model without frozen parameters."""
+def only_trained(base_params: Any, params: Any) -> Any:
+  """The `WithAdapters` of a model without base_params parameters."""
   return params
 
 
@@ -111,9 +111,9 @@ def score_batch(
     temperature=temperature,
     where=batch.mask,
     softcap=model.config.softcap,
-    blocks=model.vocab_blocks,
+    vocab_shards=model.vocab_shards,
     # A part of fewer prompts than devices, or of an odd number of them, lies as it likes.
-    shares=math.gcd(model.prompt_blocks, len(batch.prompts)),
+    row_shards=math.gcd(model.prompt_shards, len(batch.prompts)),
   )
 
 
@@ -130,29 +130,29 @@ def make_score(
   *,
   temperature: float,
   micro_batches: int = 1,
-  join: Join = only_trained,
-  slots: Slots | None = None,
+  with_adapters: WithAdapters = only_trained,
+  chunks: Chunks | None = None,
 ) -> Callable[..., Float[Array, "P G T"]]:
-  """Jitted `(params, batch, frozen=None) -> logp`: for a reference, or before several updates.
+  """Jitted `(params, batch, base_params=None) -> logp`: for a reference, or before several updates.
 
   Args:
     micro_batches: equal parts of the prompts, one after another: less memory, the same result.
-    slots: in these instead, with the same bits on any number of devices.
+    chunks: in these instead, with the same bits on any number of devices.
   """
 
-  def whole(params: Any, batch: Batch, frozen: Any):
-    return score_batch(model, join(frozen, params), batch, temperature)[0]
+  def whole(params: Any, batch: Batch, base_params: Any):
+    return score_batch(model, with_adapters(base_params, params), batch, temperature)[0]
 
-  if slots:
-    return deterministic.make_score(whole, slots)
+  if chunks:
+    return deterministic.make_score(whole, chunks)
 
-  def score(params: Any, batch: Batch, frozen: Any = None):
+  def score(params: Any, batch: Batch, base_params: Any = None):
     if micro_batches == 1:
-      return whole(params, batch, frozen)
-    logp = jax.lax.map(lambda part: whole(params, part, frozen), _cut(batch, micro_batches))
+      return whole(params, batch, base_params)
+    logp = jax.lax.map(lambda part: whole(params, part, base_params), _cut(batch, micro_batches))
     return logp.swapaxes(0, 1).reshape(batch.mask.shape)
 
-  return Jitted(score, lambda params, batch, frozen=None: layout_of(batch.mask))
+  return Jitted(score, lambda params, batch, base_params=None: layout_of(batch.mask))
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=0)
@@ -167,17 +167,21 @@ def move_reference(state: TrainState, share: float) -> TrainState:
   return dataclasses.replace(state, reference=move)
 
 
-# (params, batch, frozen) -> (gradients, loss, metrics)
+# (params, batch, base_params) -> (gradients, loss, metrics)
 Gradient = Callable[[Any, Batch, Any], tuple[Any, jax.Array, dict[str, jax.Array]]]
 
 
 def make_loss(
-  model: Any, algorithm: Algorithm, *, temperature: float, join: Join = only_trained
+  model: Any,
+  algorithm: Algorithm,
+  *,
+  temperature: float,
+  with_adapters: WithAdapters = only_trained,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """`(params, batch, frozen) -> (loss, metrics)`; the losses of parts of a batch add up."""
+  """`(params, batch, base_params) -> (loss, metrics)`; the losses of parts of a batch add up."""
 
-  def loss(params: Any, part: Batch, frozen: Any):
-    logp, _ = score_batch(model, join(frozen, params), part, temperature)
+  def loss(params: Any, part: Batch, base_params: Any):
+    logp, _ = score_batch(model, with_adapters(base_params, params), part, temperature)
     return policy_loss(
       algorithm,
       logp,
@@ -196,15 +200,15 @@ def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
   """The gradient of `make_loss` over a batch, in so many parts one after another."""
   gradient = jax.value_and_grad(loss, has_aux=True)
 
-  def whole(params: Any, batch: Batch, frozen: Any):
-    (value, metrics), grads = gradient(params, batch, frozen)
+  def whole(params: Any, batch: Batch, base_params: Any):
+    (value, metrics), grads = gradient(params, batch, base_params)
     return grads, value, metrics
 
-  def in_parts(params: Any, batch: Batch, frozen: Any):
+  def in_parts(params: Any, batch: Batch, base_params: Any):
     total = jnp.maximum(batch.mask.sum(), 1)
 
     def one_part(grads, part):
-      new, value, metrics = whole(params, part, frozen)
+      new, value, metrics = whole(params, part, base_params)
       return jax.tree.map(jnp.add, grads, new), (value, metrics, part.mask.sum() / total)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -223,10 +227,10 @@ def make_train_step(
   temperature: float,
   micro_batches: int = 1,
   spike: float = 0.0,
-  join: Join = only_trained,
-  slots: Slots | None = None,
+  with_adapters: WithAdapters = only_trained,
+  chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """Jitted step `(state, batch, frozen=None) -> (state, metrics)`; the state is donated.
+  """Jitted step `(state, batch, base_params=None) -> (state, metrics)`; the state is donated.
 
   The new state lies as the old one did, so a batch size is compiled for once.
 
@@ -241,26 +245,26 @@ def make_train_step(
     temperature: the one used for sampling.
     spike: skips updates also whose gradient norm is more than this many times the typical one of
       `state.history`, once that knows `WARM_UP` updates; 0 = off.
-    join: makes the model's parameters of the frozen ones and the trained ones.
-    slots: computes the gradient in these instead of in micro-batches, so that the new state has
-      the same bits on any number of devices; see `ordered`.
+    with_adapters: makes the model's parameters of the base_params ones and the trained ones.
+    chunks: computes the gradient in these instead of in micro-batches, so that the new state has
+      the same bits on any number of devices; see `deterministic`.
   """
-  loss = make_loss(model, algorithm, temperature=temperature, join=join)
+  loss = make_loss(model, algorithm, temperature=temperature, with_adapters=with_adapters)
   apply = make_apply(optimizer, schedule, spike)
-  if slots:
-    return _in_slots(deterministic.make_gradient(loss, slots), apply)
+  if chunks:
+    return _in_chunks(deterministic.make_gradient(loss, chunks), apply)
   gradient = make_gradient(loss, micro_batches)
 
-  def step(state: TrainState, batch: Batch, frozen: Any = None):
-    return apply(state, *gradient(state.params, batch, frozen))
+  def step(state: TrainState, batch: Batch, base_params: Any = None):
+    return apply(state, *gradient(state.params, batch, base_params))
 
-  def outputs(state: TrainState, batch: Batch, frozen: Any = None) -> Any:
+  def outputs(state: TrainState, batch: Batch, base_params: Any = None) -> Any:
     return layout_of(state), None
 
   return Jitted(step, outputs, donate_argnums=0)
 
 
-def _in_slots(gradient: Callable, apply: Callable) -> Callable:
+def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
   """A step of two programs: in one, the optimizer would be fused into what comes before it."""
 
   def finish(state: TrainState, grads: Any, losses: Any, metrics: dict, tokens: Any):
@@ -269,8 +273,8 @@ def _in_slots(gradient: Callable, apply: Callable) -> Callable:
 
   finish = Jitted(finish, lambda state, *_: (layout_of(state), None), donate_argnums=0)
 
-  def step(state: TrainState, batch: Batch, frozen: Any = None):
-    return finish(state, *gradient(state.params, batch, frozen))
+  def step(state: TrainState, batch: Batch, base_params: Any = None):
+    return finish(state, *gradient(state.params, batch, base_params))
 
   return step
 
@@ -282,7 +286,7 @@ def make_apply(
 
   def apply(state: TrainState, grads: Any, loss: jax.Array, metrics: dict[str, jax.Array]):
     norm = optax.tree.norm(grads)
-    ok, history = judge(state.history, loss, norm, spike)
+    ok, history = accept_update(state.history, loss, norm, spike)
 
     def update(step: Any, params: Any, opt_state: Any):
       updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -27,7 +27,7 @@ from grpo_jax.run import skipped as dumps
 
 
 def make_update(c: ConfigDict, r: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """The jitted update of a run, `(state, batch, frozen) -> (state, metrics)`."""
+  """The jitted update of a run, `(state, batch, base_params) -> (state, metrics)`."""
 
   def make(micro_batches: int) -> Callable:
     return make_train_step(
@@ -38,23 +38,25 @@ def make_update(c: ConfigDict, r: Run) -> Callable[..., tuple[TrainState, dict[s
       temperature=c.rollout.temperature,
       micro_batches=micro_batches,
       spike=c.train.spike,
-      join=r.join,
-      slots=r.slots,
+      with_adapters=r.with_adapters,
+      chunks=r.chunks,
     )
 
   return _within_budget(c, r, make)
 
 
 def make_gradients(c: ConfigDict, r: Run) -> Callable[..., tuple]:
-  """The jitted gradient of a run's update alone, `(params, batch, frozen) -> (gradients, ...)`."""
-  loss = make_loss(r.model, r.algorithm, temperature=c.rollout.temperature, join=r.join)
-  if r.slots:
-    return deterministic.make_gradient(loss, r.slots)
+  """The jitted gradient of a run's update alone, `(params, batch, base_params) -> (gradients, ...)`."""
+  loss = make_loss(
+    r.model, r.algorithm, temperature=c.rollout.temperature, with_adapters=r.with_adapters
+  )
+  if r.chunks:
+    return deterministic.make_gradient(loss, r.chunks)
   return _within_budget(c, r, lambda micro_batches: jax.jit(make_gradient(loss, micro_batches)))
 
 
 def make_scoring(c: ConfigDict, r: Run) -> Callable[..., jax.Array]:
-  """The jitted log-probs of a batch, `(params, batch, frozen) -> logp`.
+  """The jitted log-probs of a batch, `(params, batch, base_params) -> logp`.
 
   As many prompts at a time as in the update, so that it needs no more memory.
   """
@@ -64,8 +66,8 @@ def make_scoring(c: ConfigDict, r: Run) -> Callable[..., jax.Array]:
       r.model,
       temperature=c.rollout.temperature,
       micro_batches=micro_batches,
-      join=r.join,
-      slots=r.slots,
+      with_adapters=r.with_adapters,
+      chunks=r.chunks,
     )
 
   return _within_budget(c, r, make, c.train.mini_batches)
@@ -75,7 +77,7 @@ def _within_budget(c: ConfigDict, r: Run, make: Callable[[int], Callable], times
   return reduction.within(
     make,
     budget=c.train.micro_batch_tokens,
-    blocks=meshes.blocks(r.sampler.prompt_sharding),
+    prompt_shards=meshes.prompt_shards(r.sampler.prompt_sharding),
     least=c.train.micro_batches * times,
   )
 
@@ -95,14 +97,14 @@ class Learner:
     trouble: why the run cannot go on, once `train.max_skipped` updates in a row were skipped.
   """
 
-  def __init__(self, c: ConfigDict, r: Run, frozen: Any, workdir: str | Path) -> None:
-    self._c, self._r, self._frozen, self._workdir = c, r, frozen, workdir
+  def __init__(self, c: ConfigDict, r: Run, base_params: Any, workdir: str | Path) -> None:
+    self._c, self._r, self._base_params, self._workdir = c, r, base_params, workdir
     self._update, self._score = make_update(c, r), make_scoring(c, r)
     self._has_kl = r.algorithm.beta > 0
     self._reference = None
     if self._has_kl and not c.reference.sync_every:
-      # Adapters left out, the frozen parameters are the reference.
-      self._reference = r.loaded_params() if frozen is None else {}
+      # Adapters left out, the base_params parameters are the reference.
+      self._reference = r.loaded_params() if base_params is None else {}
     self._state_of: str | None = None  # the dump that holds the state as it is
     self.trouble: str | None = None
 
@@ -112,13 +114,15 @@ class Learner:
     c = self._c
     if self._has_kl:
       reference = state.reference if self._reference is None else self._reference
-      batch = dataclasses.replace(batch, ref_logp=self._score(reference, batch, self._frozen))
+      batch = dataclasses.replace(batch, ref_logp=self._score(reference, batch, self._base_params))
     if c.train.epochs * c.train.mini_batches > 1:
-      batch = dataclasses.replace(batch, old_logp=self._score(state.params, batch, self._frozen))
+      batch = dataclasses.replace(
+        batch, old_logp=self._score(state.params, batch, self._base_params)
+      )
     parts = batches.mini_batches(batch, c.train.mini_batches, c.train.epochs, (c.seed, step))
     measured = []
     for number, part in enumerate(parts):
-      state, found = self._update(state, part, self._frozen)
+      state, found = self._update(state, part, self._base_params)
       measured.append(found)
       if jax.device_get(found[SKIPPED]):
         self._skipped(state, part, found, step, number, say)

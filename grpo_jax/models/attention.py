@@ -1,6 +1,6 @@
 """Attention in which the completions of a group read the keys of their one prompt.
 
-`in_blocks` is the plain implementation, which runs everywhere; `kernels.py` has those for TPUs and
+`tiled_attention` is the plain implementation, which runs everywhere; `kernels.py` has those for TPUs and
 GPUs. Axes: P prompts, G completions per prompt, S queries, N prompt tokens, T' tokens of a
 completion, H query heads, K key-value heads, d head width.
 """
@@ -33,7 +33,7 @@ def window_of(local: Array | bool | None, window: int) -> Int[Array, ""] | None:
   return None if local is None else jnp.where(local, window, EVERYTHING)
 
 
-def in_blocks(
+def tiled_attention(
   q: Float[Array, "P S H d"],
   k: Float[Array, "P S K d"],
   v: Float[Array, "P S K d"],

@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int
 from grpo_jax.core.checks import Array, lookup
 from grpo_jax.models.attention import (
   cached_attention,
-  in_blocks,
   near,
   prompt_positions,
+  tiled_attention,
   window_of,
 )
 from grpo_jax.models.block import Block, ModelConfig, rms_norm
@@ -100,9 +100,9 @@ class Decoder:
     lora_scale: what the product of a low-rank pair is multiplied by, alpha / rank.
     place: `(kind, array) -> array`, told how it lies: the residual stream between layers
       ("hidden"), and the embedding or head where it is used ("table"). See `sharding.placer`.
-    vocab_blocks: blocks of the vocabulary that devices hold the head in, `sharding.vocab_blocks`.
-    prompt_blocks: blocks of the prompts that devices hold, `sharding.blocks`.
-    attention: of whole rows, as `attention.in_blocks` says it; `build.attention_of` chooses it.
+    vocab_shards: blocks of the vocabulary that devices hold the head in, `sharding.vocab_shards`.
+    prompt_shards: blocks of the prompts that devices hold, `mesh.prompt_shards`.
+    attention: of whole rows, as `attention.tiled_attention` says it; `build.attention_of` chooses it.
   """
 
   config: ModelConfig
@@ -110,9 +110,9 @@ class Decoder:
   remat: str = "none"
   lora_scale: float = 1.0
   place: Callable[[str, Array], Array] = lambda kind, array: array
-  vocab_blocks: int = 1
-  prompt_blocks: int = 1
-  attention: Callable[..., Array] = in_blocks
+  vocab_shards: int = 1
+  prompt_shards: int = 1
+  attention: Callable[..., Array] = tiled_attention
 
   def init(self, key: Array) -> Params:
     """Random float32 parameters."""

@@ -1,6 +1,6 @@
 """Attention of whole rows by kernels that never write scores to main memory.
 
-Each takes and returns what `attention.in_blocks` does, but for `window`, which is a number or None
+Each takes and returns what `attention.tiled_attention` does, but for `window`, which is a number or None
 here: `each_layer` chooses between the two. Axes: P prompts, S = N + G T' tokens of a row, N of its
 prompt, T' of each of its G completions, H query heads, K key-value heads, d head width.
 """
@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 from jaxtyping import Bool, Float
 
 from grpo_jax.core.checks import Array
-from grpo_jax.models.attention import in_blocks
+from grpo_jax.models.attention import tiled_attention
 
 LANES = 128  # of a TPU: head widths are multiples of it
 # Queries and keys that splash attention works on at a time: what costs least if going on to the
@@ -200,7 +200,7 @@ def cudnn(
     implementation: of `jax.nn.dot_product_attention`; "xla" runs everywhere, for tests.
   """
   if softcap is not None:
-    raise ValueError(f"softcap is {softcap}: cuDNN cannot cap scores; use attention 'blocks'")
+    raise ValueError(f"softcap is {softcap}: cuDNN cannot cap scores; use attention 'tiled'")
   prompts, slots, heads, dim = q.shape
   n = prompt_mask.shape[1]
   length = (slots - n) // group if group else 0
@@ -253,12 +253,14 @@ def each_layer(kernel: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def where_long(kernel: Callable[..., Array]) -> Callable[..., Array]:
-  """`kernel` where `in_blocks` would make `LARGE` scores or more for one head and sequence."""
+  """`kernel` where `tiled_attention` would make `LARGE` scores or more for one head and sequence."""
 
   def attend(q, k, v, prompt_mask, *args, group=0, **options):
     n = prompt_mask.shape[1]
     length = (q.shape[1] - n) // group if group else 0
     long = max(n * n, length * (n + length)) >= LARGE
-    return (kernel if long else in_blocks)(q, k, v, prompt_mask, *args, group=group, **options)
+    return (kernel if long else tiled_attention)(
+      q, k, v, prompt_mask, *args, group=group, **options
+    )
 
   return attend

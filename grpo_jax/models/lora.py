@@ -3,7 +3,7 @@
 `W + (alpha / rank) A B`, W [in, out], A [in, rank], B [rank, out] (Hu et al. 2021, arXiv
 2106.09685, section 4.1). Adapters are a tree of their own, `{"layers": {"q_lora_a": [L, in, rank],
 "q_lora_b": [L, rank, out], ...}}`, which is all that is trained. The decoder adds the product
-wherever it finds a pair in its parameters (`join`), and the base without adapters is the
+wherever it finds a pair in its parameters (`with_adapters`), and the base without adapters is the
 reference model.
 """
 
@@ -108,7 +108,7 @@ def init(key: jax.Array, shapes: Any, pattern: str, rank: int) -> Adapters:
   return {"layers": layers}
 
 
-def join(base: Any, adapters: Adapters) -> Any:
+def with_adapters(base: Any, adapters: Adapters) -> Any:
   """The parameters of the adapted model, for the decoder: both trees in one, nothing computed."""
   if not adapters:
     return base
@@ -120,7 +120,7 @@ def join(base: Any, adapters: Adapters) -> Any:
 
 def merge(base: Any, adapters: Adapters, scale: float) -> Any:
   """The same model without adapters: `W + scale A B` in the place of every adapted W."""
-  params = join(base, adapters)
+  params = with_adapters(base, adapters)
   layers = {name: leaf for name, leaf in params["layers"].items() if name in base["layers"]}
   for name, a, b in _pairs(adapters):
     # In full float32: accelerators would multiply in bfloat16, and the merged model is kept.

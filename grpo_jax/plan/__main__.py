@@ -27,7 +27,7 @@ from grpo_jax.plan.programs import open_programs
 def changes(config: ConfigDict, plan: Plan, kv_heads: int) -> Iterator[list[str]]:
   """Changes worth trying, as overrides, the cheapest first: micro-batches, remat, the mesh."""
   c, mesh = config, plan.mesh
-  if plan.fits("arrange", "sample") and _resident(plan) <= (plan.available or 0):
+  if plan.fits("to_sampling_params", "sample") and _resident(plan) <= (plan.available or 0):
     here = _most_micro(c, mesh["data"] * mesh["fsdp"])
     micro = c.train.micro_batches
     while (micro := micro * 2) <= here:

@@ -104,7 +104,7 @@ def make_plan(
   p, c, began = open_programs(config, topology), config, time.monotonic()
   scores = p.has_kl + (p.updates > 1)
   memory, work = {}, {}
-  for name in ("update", *(["score"] if scores else []), "arrange", "sample"):
+  for name in ("update", *(["score"] if scores else []), "to_sampling_params", "sample"):
     key = (name, *p.mesh.shape.values())
     if name in ("update", "score"):
       key += (c.model.remat, c.train.micro_batches, c.train.micro_batch_tokens)
@@ -139,8 +139,8 @@ def _notes(c: ConfigDict) -> Iterator[str]:
       f"an evaluation generates {answers} completions at once, more than a step does, and is not "
       "in this plan: lower eval.batch_prompts if memory is short"
     )
-  if c.rollout.max_refills:
-    yield "refills (rollout.max_refills) and evaluations are not in the time of a step"
+  if c.rollout.max_resamples:
+    yield "resamples (rollout.max_resamples) and evaluations are not in the time of a step"
 
 
 # --- one program ----------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def compile_part(p: Programs, name: str) -> tuple[Memory, dict[str, tuple[Cost, 
   kinds["temporaries"] += (
     xla.temp_size_in_bytes + xla.output_size_in_bytes - xla.alias_size_in_bytes
     - kinds.get("KV cache", 0)
-    - kinds.get("sampler's weights", 0) * (name == "arrange")
+    - kinds.get("sampler's weights", 0) * (name == "to_sampling_params")
   )  # fmt: skip
   if p.topology.platform == "tpu":
     kinds["program"] = float(xla.generated_code_size_in_bytes)
@@ -203,12 +203,12 @@ def _kinds(p: Programs, name: str) -> dict[str, float]:
   """Bytes on one device by kind, of all that we lay there ourselves while the program runs."""
   state = p.state
   kinds = {
-    "parameters": bytes_of((state.params, p.frozen)),
+    "parameters": bytes_of((state.params, p.base_params)),
     "optimizer": bytes_of((state.opt_state, state.step)),
     "reference": bytes_of((state.reference, p.reference)),
   }
   r = p.config.rollout
-  if name in ("arrange", "sample"):
+  if name in ("to_sampling_params", "sample"):
     kinds["sampler's weights"] = bytes_of(p.sampling_params)
   if name == "sample":
     kinds["KV cache"] = bytes_of(p.cache)

@@ -74,7 +74,7 @@ class Programs:
     return self._params(shapes_of(self.model.config))
 
   @cached_property
-  def frozen(self) -> Any:
+  def base_params(self) -> Any:
     """Parameters beside adapters; None without adapters."""
     return self.weights if self.new_adapters else None
 
@@ -107,8 +107,8 @@ class Programs:
   @cached_property
   def sampling_params(self) -> Any:
     """The sampler's weights."""
-    make = partial(build.arrange, self.model, self.mesh)
-    made = jax.eval_shape(make, self.frozen, self.state.params)
+    make = partial(build.to_sampling_params, self.model, self.mesh)
+    made = jax.eval_shape(make, self.base_params, self.state.params)
     return self._params(made, sampling=True)
 
   def _rows(self, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -155,7 +155,7 @@ class Programs:
   def update(self) -> tuple[Any, tuple]:
     """(the jitted update, its arguments)."""
     c = self.config
-    join = lora.join if self.new_adapters else only_trained
+    with_adapters = lora.with_adapters if self.new_adapters else only_trained
     step = make_train_step(
       self.model,
       self.algorithm,
@@ -163,10 +163,10 @@ class Programs:
       lambda count: c.optimizer.learning_rate,
       temperature=c.rollout.temperature,
       micro_batches=self._micro_batches(c.train.mini_batches, c.train.micro_batches),
-      join=join,
+      with_adapters=with_adapters,
     )
     batch = self.batch(c.rollout.prompts_per_step // c.train.mini_batches)
-    return step, (self.state, batch, self.frozen)
+    return step, (self.state, batch, self.base_params)
 
   def _micro_batches(self, parts: int, least: int) -> int:
     """Of one of so many parts of a step's prompts, none of whose completions ends early."""
@@ -175,28 +175,28 @@ class Programs:
       r.prompts_per_step // parts,
       self.prompt_length + r.group_size * r.completion_length,
       budget=self.config.train.micro_batch_tokens,
-      blocks=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+      prompt_shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
       least=least,
     )
 
   def score(self) -> tuple[Any, tuple]:
     """(the jitted log-probs under a reference or the old parameters, its arguments)."""
-    join = lora.join if self.new_adapters else only_trained
+    with_adapters = lora.with_adapters if self.new_adapters else only_trained
     c = self.config
     score = make_score(
       self.model,
       temperature=c.rollout.temperature,
       micro_batches=self._micro_batches(1, c.train.micro_batches * c.train.mini_batches),
-      join=join,
+      with_adapters=with_adapters,
     )
     batch = self.batch(c.rollout.prompts_per_step, finished=False)
-    return score, (self.state.params, batch, self.frozen)
+    return score, (self.state.params, batch, self.base_params)
 
-  def arrange(self) -> tuple[Any, tuple]:
+  def to_sampling_params(self) -> tuple[Any, tuple]:
     """(the jitted way from the trained parameters to the sampler's, its arguments)."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, self.sampling_params)
-    make = partial(build.arrange, self.model, self.mesh)
-    return jax.jit(make, out_shardings=layout), (self.frozen, self.state.params)
+    make = partial(build.to_sampling_params, self.model, self.mesh)
+    return jax.jit(make, out_shardings=layout), (self.base_params, self.state.params)
 
   def sample(self) -> tuple[Any, tuple]:
     """(the jitted sampler, its arguments)."""
@@ -207,8 +207,8 @@ class Programs:
       length=r.completion_length,
       temperature=r.temperature,
       pad_id=0,
-      halvings=generation.halvings(r.completion_length),
-      blocks=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+      max_compactions=generation.compactions(r.completion_length),
+      prompt_shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
     )
     keys = self._rows(r.prompts_per_step, r.group_size, dtype=jax.random.key(0).dtype)
     states = 2 + sum(len(text.encode()) for text in r.stop)

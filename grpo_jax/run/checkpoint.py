@@ -103,7 +103,7 @@ class Checkpoints:
     """
     found: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      wrong = damage(self._folder / str(step), *hosts.own_block())
+      wrong = damage(self._folder / str(step), *hosts.own_shard())
       state, first = None, next(iter(hosts.gathered_json(wrong or [])), "")
       if not first:
         try:

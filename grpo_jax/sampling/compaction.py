@@ -2,10 +2,10 @@
 
 Completions lie as [C, g]: C chunks of g of the same prompt, which a chunk reads once. At first a
 chunk is a whole group. When few enough rows live, they go into chunks that are fewer or smaller,
-in arrays of the next static shape. The batch is cut into S blocks, one for each part of the devices
+in arrays of the next static shape. The batch is cut into S shards, one for each part of the devices
 that prompts are split over, and no row leaves its block.
 
-Axes: S blocks, C chunks of a block, g completions of a chunk. A program holds chunks of all blocks
+Axes: S shards, C chunks of a block, g completions of a chunk. A program holds chunks of all shards
 one after another, as [S C, g].
 """
 
@@ -28,34 +28,36 @@ class Shape:
   width: int
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["prompt", "home"], meta_fields=["count"])
+@partial(
+  jax.tree_util.register_dataclass, data_fields=["prompt", "original_index"], meta_fields=["count"]
+)
 @dataclasses.dataclass(frozen=True)
-class Places:
+class RowMap:
   """Which completion each row is.
 
   Attributes:
     prompt: [S, C], number of each chunk's prompt in its block; chunks with rows come in its order.
-    home: [S, C, g], number of the completion in its block, prompt after prompt; `_NOWHERE` where
+    original_index: [S, C, g], number of the completion in its block, prompt after prompt; `_NOWHERE` where
       a place is empty.
     count: prompts of a block.
   """
 
   prompt: Int[Array, "S C"]
-  home: Int[Array, "S C g"]
+  original_index: Int[Array, "S C g"]
   count: int
 
 
-def shapes(prompts: int, group: int, halvings: int) -> list[Shape]:
+def shapes(prompts: int, group: int, max_compactions: int) -> list[Shape]:
   """The shapes of a block on its way, each with half the rows of the one before, down to one row.
 
   Chunks get small faster than rows get few: with g = G / 2 a prompt of which slightly more than
   half lives would need two.
 
-  >>> [(one.chunks, one.width) for one in shapes(4, 8, halvings=9)]
+  >>> [(one.chunks, one.width) for one in shapes(4, 8, max_compactions=9)]
   [(4, 8), (8, 2), (8, 1), (4, 1), (2, 1), (1, 1)]
   """
   found, rows = [Shape(prompts, group)], prompts * group
-  for i in range(halvings):
+  for i in range(max_compactions):
     rows = -(-rows // 2)
     width = max(group >> (i + 2), 1)
     one = Shape(-(-rows // width), width)
@@ -65,37 +67,39 @@ def shapes(prompts: int, group: int, halvings: int) -> list[Shape]:
   return found
 
 
-def start(blocks: int, shape: Shape) -> Places:
+def start(shards: int, shape: Shape) -> RowMap:
   """Every group is a chunk."""
-  size = (blocks, shape.chunks, shape.width)
-  home = jnp.arange(shape.chunks * shape.width, dtype=jnp.int32).reshape(size[1:])
+  size = (shards, shape.chunks, shape.width)
+  original_index = jnp.arange(shape.chunks * shape.width, dtype=jnp.int32).reshape(size[1:])
   prompt = jnp.arange(shape.chunks, dtype=jnp.int32)
-  return Places(jnp.broadcast_to(prompt, size[:2]), jnp.broadcast_to(home, size), shape.chunks)
+  return RowMap(
+    jnp.broadcast_to(prompt, size[:2]), jnp.broadcast_to(original_index, size), shape.chunks
+  )
 
 
-def fits(places: Places, live: Bool[Array, "SC g"], shape: Shape) -> Bool[Array, ""]:
+def fits(row_map: RowMap, live: Bool[Array, "SC g"], shape: Shape) -> Bool[Array, ""]:
   """Whether the rows that live have room in that shape, in every block."""
-  needed = -(-_alive(places, live) // shape.width)
+  needed = -(-_alive(row_map, live) // shape.width)
   return (needed.sum(-1) <= shape.chunks).all()
 
 
 @dataclasses.dataclass(frozen=True)
-class Move:
+class Gather:
   """The way from one shape to the next.
 
   Attributes:
     source: [S, C g], for each new row the number of the old one in its block.
     chunk: [S, C], the same of chunks.
-    taken: [S C, g], new rows that are one; the others are copies that nobody asked for.
+    valid: [S C, g], new rows that are one; the others are copies that nobody asked for.
   """
 
   source: Int[Array, "S n"]
   chunk: Int[Array, "S C"]
-  taken: Bool[Array, "SC g"]
+  valid: Bool[Array, "SC g"]
 
   def rows(self, tree: Any, axis: int = 0) -> Any:
     """The rows of arrays that have [S C, g] from `axis` on, as [S C', g']."""
-    shape = (-1, self.taken.shape[-1])
+    shape = (-1, self.valid.shape[-1])
     return jax.tree.map(lambda a: _take(a, self.source, axis, 2, shape), tree)
 
   def flat_rows(self, tree: Any, axis: int = 0) -> Any:
@@ -107,10 +111,10 @@ class Move:
     return jax.tree.map(lambda a: _take(a, self.chunk, axis, 1, (-1,)), tree)
 
 
-def regroup(places: Places, live: Bool[Array, "SC g"], shape: Shape) -> tuple[Places, Move]:
+def regroup(row_map: RowMap, live: Bool[Array, "SC g"], shape: Shape) -> tuple[RowMap, Gather]:
   """The rows that live, put into that shape, which they must fit."""
 
-  def one(prompt, home, live, alive):  # [C], [n], [n], [P]
+  def one(prompt, original_index, live, alive):  # [C], [n], [n], [P]
     chunks = -(-alive // shape.width)
     before, own = (jnp.cumsum(a) - a for a in (chunks, alive))
     of = jnp.repeat(prompt, live.size // prompt.size)
@@ -119,42 +123,42 @@ def regroup(places: Places, live: Bool[Array, "SC g"], shape: Shape) -> tuple[Pl
     size = shape.chunks * shape.width
     source = jnp.full(size, live.size).at[jnp.where(live, place, size)]
     source = source.set(jnp.arange(live.size), mode="drop")
-    taken, source = source < live.size, jnp.minimum(source, live.size - 1)
-    return source, jnp.where(taken, home[source], _NOWHERE), taken
+    valid, source = source < live.size, jnp.minimum(source, live.size - 1)
+    return source, jnp.where(valid, original_index[source], _NOWHERE), valid
 
-  alive = _alive(places, live)
-  blocks, _, width = places.home.shape
-  flat = (places.home.reshape(blocks, -1), live.reshape(blocks, -1))
-  source, home, taken = jax.vmap(one)(places.prompt, *flat, alive)
+  alive = _alive(row_map, live)
+  shards, _, width = row_map.original_index.shape
+  flat = (row_map.original_index.reshape(shards, -1), live.reshape(shards, -1))
+  source, original_index, valid = jax.vmap(one)(row_map.prompt, *flat, alive)
   chunk = source[:, :: shape.width] // width
-  prompt = jnp.take_along_axis(places.prompt, chunk, axis=1)
-  places = Places(prompt, home.reshape(blocks, shape.chunks, shape.width), places.count)
-  return places, Move(source, chunk, taken.reshape(-1, shape.width))
+  prompt = jnp.take_along_axis(row_map.prompt, chunk, axis=1)
+  row_map = RowMap(prompt, original_index.reshape(shards, shape.chunks, shape.width), row_map.count)
+  return row_map, Gather(source, chunk, valid.reshape(-1, shape.width))
 
 
-def put_home(tree: Any, places: Places, rows: Any) -> Any:
+def scatter_rows(tree: Any, row_map: RowMap, rows: Any) -> Any:
   """`tree` [S P, G, ...] with the rows [S C, g, ...] written where they belong."""
 
   def one(all_rows: Array, some: Array) -> Array:
-    blocks = places.home.shape[0]
-    every = all_rows.reshape(blocks, -1, *all_rows.shape[2:])
-    some = some.reshape(blocks, -1, *some.shape[2:])
-    home = places.home.reshape(blocks, -1)
-    put = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))(every, home, some)
+    shards = row_map.original_index.shape[0]
+    every = all_rows.reshape(shards, -1, *all_rows.shape[2:])
+    some = some.reshape(shards, -1, *some.shape[2:])
+    original_index = row_map.original_index.reshape(shards, -1)
+    put = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))(every, original_index, some)
     return put.reshape(all_rows.shape)
 
   return jax.tree.map(one, tree, rows)
 
 
-def _alive(places: Places, live: Bool[Array, "SC g"]) -> Int[Array, "S P"]:
+def _alive(row_map: RowMap, live: Bool[Array, "SC g"]) -> Int[Array, "S P"]:
   """Rows of each prompt that live."""
-  per_chunk = live.sum(-1, dtype=jnp.int32).reshape(places.prompt.shape)
-  zeros = jnp.zeros((places.prompt.shape[0], places.count), jnp.int32)
-  return jax.vmap(lambda a, i, n: a.at[i].add(n))(zeros, places.prompt, per_chunk)
+  per_chunk = live.sum(-1, dtype=jnp.int32).reshape(row_map.prompt.shape)
+  zeros = jnp.zeros((row_map.prompt.shape[0], row_map.count), jnp.int32)
+  return jax.vmap(lambda a, i, n: a.at[i].add(n))(zeros, row_map.prompt, per_chunk)
 
 
 def _take(array: Array, index: Array, axis: int, axes: int, shape: tuple[int, ...]) -> Array:
-  """Along `axes` axes from `axis` on, which hold the blocks one after another.
+  """Along `axes` axes from `axis` on, which hold the shards one after another.
 
   What lies before them, layers, goes one after another: a compiler that lays out the rows anew for
   this copies one layer then, not a whole cache.

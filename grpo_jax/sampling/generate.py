@@ -96,13 +96,13 @@ def _invert(p: Float[Array, "... n"], uniform: Float[Array, "..."]) -> Int[Array
   return jnp.sum(cumulative <= target, axis=-1)
 
 
-def halvings(length: int) -> int:
+def compactions(length: int) -> int:
   """How often rows are moved together in completions of up to so many tokens.
 
   Each halving compiles one more loop, which short completions do not earn back: none below 32
   tokens, one more with every doubling, three from 128 on.
 
-  >>> [halvings(length) for length in (6, 32, 64, 128, 4096)]
+  >>> [compactions(length) for length in (6, 32, 64, 128, 4096)]
   [0, 1, 2, 3, 3]
   """
   return min(max(length.bit_length() - 5, 0), 3)
@@ -119,8 +119,8 @@ def generate(
   length: int,
   temperature: float,
   pad_id: int,
-  halvings: int = 0,
-  blocks: int = 1,
+  max_compactions: int = 0,
+  prompt_shards: int = 1,
 ) -> Completions:
   """Samples G completions of up to `length` tokens for each prompt.
 
@@ -132,9 +132,9 @@ def generate(
       state 0 and has ended in state S - 1. The ending token is part of it.
     temperature: 0 is greedy (the largest logit; its recorded log-probability is at temperature
       1), otherwise the softmax of logits / temperature is sampled, all of it.
-    halvings: how often at most the rows that still live move into arrays of half as many rows
+    max_compactions: how often at most the rows that still live move into arrays of half as many rows
       (`compaction`); each is one more loop to compile. Completions do not depend on it.
-    blocks: equal parts of the prompts; no row moves from one into another.
+    prompt_shards: equal parts of the prompts; no row moves from one into another.
 
   The loops end on the device, the last one as soon as every completion has stopped.
   """
@@ -151,27 +151,27 @@ def generate(
     hidden, cache = model.decode(params, rows.token, index - 1, prefix, prompt_mask, cache)
     return index + 1, next_token(hidden, index, rows), cache
 
-  def going(places: compaction.Places, smaller: compaction.Shape | None, carry: tuple) -> Array:
+  def going(row_map: compaction.RowMap, smaller: compaction.Shape | None, carry: tuple) -> Array:
     index, rows, _ = carry
     live = rows.state != end
     more = (index < length) & live.any()
-    return more if smaller is None else more & ~compaction.fits(places, live, smaller)
+    return more if smaller is None else more & ~compaction.fits(row_map, live, smaller)
 
   hidden, prefix = model.prefill(params, prompts, prompt_mask)
   hidden = jnp.broadcast_to(hidden[:, None], (count, group, hidden.shape[-1]))
   rows = next_token(hidden, 0, _no_rows(keys, length, stop_table.dtype, pad_id))
   carry = (jnp.int32(1), rows, model.empty_cache(params, count, group, max(length - 1, 1)))
-  shape, *others = compaction.shapes(count // blocks, group, halvings)
-  places, every = compaction.start(blocks, shape), None
+  shape, *others = compaction.shapes(count // prompt_shards, group, max_compactions)
+  row_map, every = compaction.start(prompt_shards, shape), None
   for smaller in (*others, None):
     body = partial(step, prefix, prompt_mask)
-    index, rows, cache = jax.lax.while_loop(partial(going, places, smaller), body, carry)
+    index, rows, cache = jax.lax.while_loop(partial(going, row_map, smaller), body, carry)
     done = (rows.state, rows.written)
-    every = done if every is None else compaction.put_home(every, places, done)
+    every = done if every is None else compaction.scatter_rows(every, row_map, done)
     if smaller is not None:
-      places, moved = compaction.regroup(places, rows.state != end, smaller)
+      row_map, moved = compaction.regroup(row_map, rows.state != end, smaller)
       rows = moved.rows(rows)
-      rows = dataclasses.replace(rows, state=jnp.where(moved.taken, rows.state, end))
+      rows = dataclasses.replace(rows, state=jnp.where(moved.valid, rows.state, end))
       carry = (index, rows, moved.flat_rows(cache, axis=-4))
       prefix, prompt_mask = moved.chunks(prefix, axis=-4), moved.chunks(prompt_mask)
   state, (tokens, mask, logp, entropy) = every

@@ -55,7 +55,7 @@ class Sampler:
     prompt_sharding: layout of arrays whose first axis is prompts; None = the default device.
     stop_table: [S, V], a table of one's own instead (`stopping.stop_table` says what it holds);
       None = made of the stops above.
-    slots: samples slot by slot, with the same bits on any number of devices; see `ordered`.
+    chunks: samples chunk by chunk, with the same bits on any number of devices; see `deterministic`.
   """
 
   model: Any
@@ -66,7 +66,7 @@ class Sampler:
   stop_ids: tuple[int, ...] = ()
   prompt_sharding: Any = None
   stop_table: Int[np.ndarray, "S V"] | None = None
-  slots: deterministic.Slots | None = None
+  chunks: deterministic.Chunks | None = None
 
   def __post_init__(self) -> None:
     ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids)))
@@ -103,7 +103,7 @@ class Sampler:
     longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
     start = self.prompt_length - padded_length(int(longest), self.prompt_length)
     tokens, mask = tokens[:, start:], mask[:, start:]
-    first_prompt += hosts.own_block()[0] * len(tokens)
+    first_prompt += hosts.own_shard()[0] * len(tokens)
     ids = first_prompt + np.arange(len(tokens))
     *on_device, ids = hosts.to_global((tokens, mask, ids), self.prompt_sharding)
     keys = _row_keys(key, ids, group)
@@ -115,19 +115,19 @@ class Sampler:
     return Generated(tokens, mask, out.tokens, out.mask, out.ended, out.logp, out.entropy, texts)
 
   def _generate(self, params, prompts, mask, keys, table, *, temperature):
-    in_slots = self.slots is not None and len(prompts) % self.slots.count == 0
+    in_chunks = self.chunks is not None and len(prompts) % self.chunks.count == 0
     generate = partial(
       generation.generate,
       self.model,
       length=self.completion_length,
       temperature=temperature,
       pad_id=self.tokenizer.pad_id,
-      halvings=generation.halvings(self.completion_length),
-      blocks=1 if in_slots else meshes.blocks(self.prompt_sharding),
+      max_compactions=generation.compactions(self.completion_length),
+      prompt_shards=1 if in_chunks else meshes.prompt_shards(self.prompt_sharding),
     )
-    if in_slots:
-      one = deterministic.in_slots(
-        lambda params, rows, table: generate(params, *rows, table), self.slots
+    if in_chunks:
+      one = deterministic.in_chunks(
+        lambda params, rows, table: generate(params, *rows, table), self.chunks
       )
       return one(params, (prompts, mask, keys), table, mask)
     return generate(params, prompts, mask, keys, table)

@@ -254,7 +254,7 @@ def test_both_passes_size_their_tiles_by_rows_and_vocabulary(monkeypatch):
     return grpo_jax.head_logprobs(hidden, jnp.ones((2, 14)), jnp.zeros(6, int), **cut)[0].sum()
 
   jax.grad(loss)(jnp.ones((6, 2)))
-  jax.grad(loss)(jnp.ones((6, 2)), blocks=2, shares=3)
+  jax.grad(loss)(jnp.ones((6, 2)), vocab_shards=2, row_shards=3)
   assert sizes == [(6, 14), (6, 14), (2, 7), (2, 7)]
 
 

@@ -170,21 +170,21 @@ SETTINGS = {
   "plain": {},
   "temperature": {"temperature": 0.7},
   "softcap": {"softcap": 1.5},
-  "blocks": {"blocks": 4},
-  "shares": {"shares": 3},
-  "all": {"temperature": 1.3, "softcap": 2.0, "where": WHERE, "blocks": 2, "shares": 2},
+  "vocab_shards": {"vocab_shards": 4},
+  "row_shards": {"row_shards": 3},
+  "all": {"temperature": 1.3, "softcap": 2.0, "where": WHERE, "vocab_shards": 2, "row_shards": 2},
 }
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_tiles_agree_with_float64_and_with_the_logits(settings, small_tiles, monkeypatch):
-  # three tiles and a rest of two columns, of each of four blocks as well; of two, a rest of one
-  blocks = settings.get("blocks", 1)
-  monkeypatch.setattr(logprobs, "LEAST_COLUMNS", 512 // blocks)
-  assert logprobs._tiles(B * T, V // blocks) == (3, {1: 366, 2: 183, 4: 91}[blocks])
+  # three tiles and a rest of two columns, of each of four vocab_shards as well; of two, a rest of one
+  vocab_shards = settings.get("vocab_shards", 1)
+  monkeypatch.setattr(logprobs, "LEAST_COLUMNS", 512 // vocab_shards)
+  assert logprobs._tiles(B * T, V // vocab_shards) == (3, {1: 366, 2: 183, 4: 91}[vocab_shards])
   hidden, head, a, b = inputs()
   got = tiled(hidden, head, a, b, **settings)
-  wanted = {name: settings[name] for name in settings.keys() - {"blocks", "shares"}}
+  wanted = {name: settings[name] for name in settings.keys() - {"vocab_shards", "row_shards"}}
   close(got, dense64(hidden, head, a, b, **wanted))
   if "where" not in settings:
     logits = hidden @ head
@@ -241,11 +241,11 @@ def test_tokens_of_rows_that_are_not_wanted_may_be_out_of_range(small_tiles):
   close(logp, dense64(hidden, head, a, b, where=WHERE)[0][0])
 
 
-@pytest.mark.parametrize("blocks", [1, 2])  # of two, the first is impossible altogether
-def test_a_column_of_the_head_that_is_impossible(blocks, small_tiles):
+@pytest.mark.parametrize("vocab_shards", [1, 2])  # of two, the first is impossible altogether
+def test_a_column_of_the_head_that_is_impossible(vocab_shards, small_tiles):
   """Logits of -inf, as a mask on the vocabulary gives them, cost neither NaN nor probability."""
   hidden, head = jnp.ones((1, 2, 1)), jnp.zeros((1, V)).at[0, :600].set(-jnp.inf)
-  logp, entropy = head_logprobs(hidden, head, np.array([[700, 1099]]), blocks=blocks)
+  logp, entropy = head_logprobs(hidden, head, np.array([[700, 1099]]), vocab_shards=vocab_shards)
   np.testing.assert_allclose(logp, -np.log(500), rtol=1e-6)
   np.testing.assert_allclose(entropy, np.log(500), rtol=1e-6)
 
@@ -340,10 +340,12 @@ def test_errors_of_head_logprobs():
   with pytest.raises(ValueError, match=r"^softcap must be a finite number above 0, got -1"):
     call(softcap=-1)
   for count in (0, -1, 5):
-    with pytest.raises(ValueError, match=rf"^blocks must divide the vocabulary of 8, got {count}"):
-      call(blocks=count)
-    with pytest.raises(ValueError, match=rf"^shares must divide the 6 rows, got {count}"):
-      call(shares=count)
+    with pytest.raises(
+      ValueError, match=rf"^vocab_shards must divide the vocabulary of 8, got {count}"
+    ):
+      call(vocab_shards=count)
+    with pytest.raises(ValueError, match=rf"^row_shards must divide the 6 rows, got {count}"):
+      call(row_shards=count)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -389,5 +391,5 @@ def test_one_share_and_one_block_are_no_axes():
 
   # Hidden states [R, D], a tile [w, D] and its logits [R, w]; then [S, R, D] and [S, R, w] as well.
   assert ranks() == {2}
-  assert ranks(shares=2) == {2, 3}
-  assert ranks(blocks=2) == {2, 3}
+  assert ranks(row_shards=2) == {2, 3}
+  assert ranks(vocab_shards=2) == {2, 3}

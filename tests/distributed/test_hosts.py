@@ -170,7 +170,7 @@ from grpo_jax.distributed import mesh as meshes
 import jax
 
 with hosts.session(heartbeat=10):
-  index, count = hosts.own_block()
+  index, count = hosts.own_shard()
   assert count == 2 and hosts.is_first() == (index == 0)
   third = 1 / 3 + index  # not a float32
   parts = hosts.exchange(a=np.full(index + 1, third), b=np.array(["x" * index]))
@@ -235,12 +235,12 @@ SMALL = [
 ]
 RUNS = {
   "plain": ["--config.mesh.data=2", "--config.mesh.fsdp=4"],
-  # Statistics over the batch, a KL term, refills, mini-batches, micro-batches, and all three axes.
+  # Statistics over the batch, a KL term, resamples, mini-batches, micro-batches, and all three axes.
   "rich": [
     "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
     "--config.algorithm.advantage=batch_normalized", "--config.algorithm.kl=k3",
     "--config.algorithm.beta=0.1", "--config.train.mini_batches=2", "--config.train.epochs=2",
-    "--config.train.micro_batches=2", "--config.rollout.max_refills=2",
+    "--config.train.micro_batches=2", "--config.rollout.max_resamples=2",
     "--config.rollout.completion_length=2",
   ],
 }  # fmt: skip
@@ -274,7 +274,7 @@ def test_two_hosts_of_four_devices_are_one_of_eight(tmp_path, name):
       got = np.nan if b[key] is None else b[key]
       np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5, err_msg=key)
   if name == "rich":
-    assert rows[0][1]["dynamic_sampling/refills"] > 0
+    assert rows[0][1]["dynamic_sampling/resamples"] > 0
   config = load("experiments/tiny.py", [*SMALL[1:], *RUNS[name]])
   states = []
   for workdir in (one, two):

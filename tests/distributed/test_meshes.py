@@ -65,8 +65,8 @@ def model_on(mesh, config, **settings):
   return Decoder(
     config,
     place=meshes.placer(mesh),
-    vocab_blocks=meshes.vocab_blocks(mesh, config.vocab_size),
-    prompt_blocks=meshes.blocks(meshes.batch_sharding(mesh)),
+    vocab_shards=meshes.vocab_shards(mesh, config.vocab_size),
+    prompt_shards=meshes.prompt_shards(meshes.batch_sharding(mesh)),
     **settings,
   )
 
@@ -214,13 +214,13 @@ def test_devices_send_nothing_for_a_tile_of_the_head(shape):
   mesh = meshes.make_mesh(shape, jax.devices()[:8])
   data, fsdp, tensor = shape
   model = model_on(mesh, dataclasses.replace(CONFIG, vocab_size=4096))
-  assert (model.vocab_blocks, model.prompt_blocks) == (tensor, data * fsdp)
+  assert (model.vocab_shards, model.prompt_shards) == (tensor, data * fsdp)
   head = {"head": jax.ShapeDtypeStruct((4096, 24), jnp.float32)}
   table = meshes.param_shardings(mesh, head)
   rows = jax.ShapeDtypeStruct((8, 3, 24), jnp.float32), jax.ShapeDtypeStruct((8, 3), jnp.int32)
 
   def loss(params, hidden, tokens):
-    cut = {"blocks": model.vocab_blocks, "shares": model.prompt_blocks}
+    cut = {"vocab_shards": model.vocab_shards, "row_shards": model.prompt_shards}
     return logprobs.head_logprobs(hidden, model.head(params), tokens, **cut)[0].sum()
 
   batch = meshes.batch_sharding(mesh)

@@ -82,9 +82,9 @@ def test_products_of_layers_apart_and_stacked():
 
 
 def test_tails(run):
-  small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --halvings 0 1"
+  small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --max_compactions 0 1"
   stay, move = run("tails", "--model", "random:tiny", *small.split())
-  assert (stay["halvings"], move["halvings"]) == (0, 1)
+  assert (stay["max_compactions"], move["max_compactions"]) == (0, 1)
   assert stay["gain"] == move["same"] == 1
   assert 1 <= stay["mean_length"] <= stay["longest"] <= 6
 

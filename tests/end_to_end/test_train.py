@@ -155,7 +155,7 @@ OPTIONS = [
   "--config.train.mini_batches=2",
   "--config.reference.sync_every=2",
   "--config.reference.sync_share=0.5",
-  "--config.rollout.max_refills=1",
+  "--config.rollout.max_resamples=1",
   "--config.rollout.mask_truncated=true",
   "--config.rollout.stop=('ab','z')",
   f"--config.rollout.stop_ids={tuple(range(192, 256))}",  # or hardly any would end in time
@@ -167,7 +167,7 @@ OPTIONS = [
 
 
 def test_all_options_at_once_and_resumed(tmp_path):
-  """Several updates a rollout, a reference that moves, refills, adapters: and nothing is lost."""
+  """Several updates a rollout, a reference that moves, resamples, adapters: and nothing is lost."""
   for workdir, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
     train.run(load(TINY, [*OPTIONS, f"--config.steps={steps}"]), tmp_path / workdir)
   states = []
@@ -194,7 +194,7 @@ def test_all_options_at_once_and_resumed(tmp_path):
   assert 0.1 < rows[0]["completions/clipped_ratio"] < 0.9
   letters, learned = (rows[0][f"rewards/{name}/mean"] for name in ("letters", "reward_model"))
   np.testing.assert_allclose(rows[0]["reward"], letters + 0.5 * learned, rtol=1e-6)
-  assert {"dynamic_sampling/kept", "dynamic_sampling/refills", "rewards/missing"} <= set(rows[0])
+  assert {"dynamic_sampling/kept", "dynamic_sampling/resamples", "rewards/missing"} <= set(rows[0])
 
 
 def test_a_reference_that_moves_needs_a_kl_term(tmp_path):

@@ -1,4 +1,4 @@
-"""Sums in slots: the same bits on 1, 2, 4 and 8 devices, where the compiler's own differ."""
+"""Sums in chunks: the same bits on 1, 2, 4 and 8 devices, where the compiler's own differ."""
 
 import dataclasses
 import math
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.learning.test_step import MODEL, make_batch, step_once
 
 from grpo_jax import train
 from grpo_jax.build import build
@@ -20,13 +19,14 @@ from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState, make_score, make_train_step
 from grpo_jax.run import checkpoint
 from grpo_jax.run.metrics import read_metrics
+from tests.learning.test_step import MODEL, make_batch, step_once
 
 RATE = optax.constant_schedule(1e-2)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(RATE))
 
 
 def wide_batch():
-  """16 prompts, no two of them alike."""
+  """16 prompts, no two of them replicated."""
   batch = jax.tree.map(lambda a: jnp.concatenate([a] * 4), make_batch(average="token"))
   rng = np.random.default_rng(1)
   return dataclasses.replace(
@@ -41,13 +41,13 @@ def bits(tree):
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def two_steps(shape, in_slots=True):
+def two_steps(shape, in_chunks=True):
   """Bits of (state, log-probs, metrics) after two steps with clipping, AdamW and a KL term."""
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
-  slots = deterministic.Slots(8, mesh) if in_slots else None
+  chunks = deterministic.Chunks(8, mesh) if in_chunks else None
   algorithm = dataclasses.replace(ALGORITHMS["grpo"], beta=0.1)
-  step = make_train_step(MODEL, algorithm, OPTIMIZER, RATE, temperature=0.7, slots=slots)
-  score = make_score(MODEL, temperature=0.7, slots=slots)
+  step = make_train_step(MODEL, algorithm, OPTIMIZER, RATE, temperature=0.7, chunks=chunks)
+  score = make_score(MODEL, temperature=0.7, chunks=chunks)
 
   def put(tree):
     return jax.device_put(tree, meshes.param_shardings(mesh, tree))
@@ -85,27 +85,27 @@ def test_a_step_has_the_same_bits_on_every_width(shape, on_one_device):
 @pytest.mark.slow
 def test_the_compilers_own_order_has_not():
   """What the tests above are for."""
-  assert two_steps((1, 1, 1), in_slots=False) != two_steps((8, 1, 1), in_slots=False)
+  assert two_steps((1, 1, 1), in_chunks=False) != two_steps((8, 1, 1), in_chunks=False)
 
 
 def test_slots_are_the_gradient_of_the_whole():
   params = MODEL.init(jax.random.key(0))
   batch = wide_batch()
   whole, metrics = step_once(params, batch, ALGORITHMS["dapo"])
-  slots = deterministic.Slots(8, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
-  got, in_slots = step_once(params, batch, ALGORITHMS["dapo"], slots=slots)
+  chunks = deterministic.Chunks(8, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
+  got, in_chunks = step_once(params, batch, ALGORITHMS["dapo"], chunks=chunks)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
-  assert set(in_slots) == set(metrics)
+  assert set(in_chunks) == set(metrics)
   for name, value in metrics.items():
-    np.testing.assert_allclose(in_slots[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(in_chunks[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def test_rows_come_back_in_their_order():
-  """With eight slots on two devices: twice the rows, and 100 times the slot's first."""
+  """With eight chunks on two devices: twice the rows, and 100 times the chunk's first."""
   mesh = meshes.make_mesh((2, 1, 1), jax.devices()[:2])
-  run = deterministic.in_slots(
-    lambda params, rows, _: params * rows + 100 * rows[:1], deterministic.Slots(8, mesh)
+  run = deterministic.in_chunks(
+    lambda params, rows, _: params * rows + 100 * rows[:1], deterministic.Chunks(8, mesh)
   )
   rows = jnp.arange(16.0)
   got = jax.jit(run)(jnp.float32(2), rows, None, rows > -1)
@@ -115,18 +115,18 @@ def test_rows_come_back_in_their_order():
 def test_a_mesh_that_does_not_fit_is_refused():
   mesh = meshes.make_mesh((1, 2, 2), jax.devices()[:4])
   with pytest.raises(ValueError, match=r"mesh\.tensor=1"):
-    deterministic.Slots(8, mesh)
+    deterministic.Chunks(8, mesh)
   options = [
-    "--config.train.reduction=ordered", "--config.train.slots=12", "--config.mesh.tensor=2",
+    "--config.train.reduction=deterministic", "--config.train.chunks=12", "--config.mesh.tensor=2",
     "--config.train.micro_batches=2", "--config.rollout.prompts_per_step=18",
     "--config.model.remat=layers",
   ]  # fmt: skip
   problems = check(load("experiments/tiny.py", options), 16)
   assert [problem.split(" is ")[0] for problem in problems] == [
-    "train.slots", "mesh.tensor", "train.micro_batches", "model.remat", "rollout.prompts_per_step",
+    "train.chunks", "mesh.tensor", "train.micro_batches", "model.remat", "rollout.prompts_per_step",
   ]  # fmt: skip
   problems = check(load("experiments/tiny.py", ["--config.train.reduction=slow"]), 1)
-  assert problems == ["train.reduction is 'slow', it must be 'fast' or 'ordered'"]
+  assert problems == ["train.reduction is 'slow', it must be 'fast' or 'deterministic'"]
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
 OPTIONS = [
   "--config.steps=3", "--config.checkpoint.every=1", "--config.task.settings.eval_size=0",
   "--config.rollout.completion_length=5", "--config.rewards.workers=0", "--config.log.samples=0",
-  "--config.train.reduction=ordered", "--config.algorithm.name=grpo",
+  "--config.train.reduction=deterministic", "--config.algorithm.name=grpo",
   "--config.algorithm.advantage=batch_normalized", "--config.checkpoint.keep=9",
   "--config.model.remat=none",
 ]  # fmt: skip

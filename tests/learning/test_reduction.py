@@ -7,7 +7,7 @@ import pytest
 
 from grpo_jax.learning.reduction import micro_batches, within
 
-# prompts, tokens of each, budget, blocks, least -> parts
+# prompts, tokens of each, budget, prompt_shards, least -> parts
 CASES = {
   "no budget": ((12, 100, 0, 1, 1), 1),
   "no budget, but at least three": ((12, 100, 0, 1, 3), 3),
@@ -23,8 +23,10 @@ CASES = {
 
 @pytest.mark.parametrize(("arguments", "parts"), CASES.values(), ids=CASES)
 def test_the_number_of_parts(arguments, parts):
-  prompts, tokens, budget, blocks, least = arguments
-  assert micro_batches(prompts, tokens, budget=budget, blocks=blocks, least=least) == parts
+  prompts, tokens, budget, prompt_shards, least = arguments
+  assert (
+    micro_batches(prompts, tokens, budget=budget, prompt_shards=prompt_shards, least=least) == parts
+  )
 
 
 def test_a_step_is_made_once_for_each_number_of_parts():
@@ -32,9 +34,9 @@ def test_a_step_is_made_once_for_each_number_of_parts():
 
   def make(parts):
     made.append(parts)
-    return lambda state, batch, frozen: (state, parts, frozen)
+    return lambda state, batch, base_params: (state, parts, base_params)
 
-  step = within(make, budget=100, blocks=1)
+  step = within(make, budget=100, prompt_shards=1)
 
   def batch(prompts, n, group, t):
     return types.SimpleNamespace(prompts=np.zeros((prompts, n)), mask=np.zeros((prompts, group, t)))

@@ -55,7 +55,9 @@ def make_batch(ref=False, average="sequence"):
   return batch
 
 
-def step_once(params, batch, algorithm, micro_batches=1, temperature=0.7, frozen=None, **options):
+def step_once(
+  params, batch, algorithm, micro_batches=1, temperature=0.7, base_params=None, **options
+):
   """(new params, metrics) of one plain SGD step, so that the update is the gradient."""
   step = make_train_step(
     MODEL,
@@ -68,7 +70,7 @@ def step_once(params, batch, algorithm, micro_batches=1, temperature=0.7, frozen
   )
   optimizer_state = optax.sgd(RATE).init(params)
   copy = jax.tree.map(jnp.copy, params)  # the step takes its state over
-  state, metrics = step(TrainState(jnp.int32(0), copy, optimizer_state), batch, frozen)
+  state, metrics = step(TrainState(jnp.int32(0), copy, optimizer_state), batch, base_params)
   assert int(state.step) == 1
   return state.params, metrics
 
@@ -180,7 +182,7 @@ def test_combine_weights_by_tokens():
   }
 
 
-# --- several updates per rollout, frozen parameters, a moving reference ---------------------------
+# --- several updates per rollout, base_params parameters, a moving reference ---------------------------
 
 
 def test_mini_batches_are_the_batch_in_a_new_order():
@@ -226,13 +228,13 @@ def test_the_ratio_is_to_the_old_logprobs_of_the_batch(params):
 def test_only_what_is_not_frozen_is_trained(params):
   batch = make_batch(average="token")
   whole, _ = step_once(params, batch, ALGORITHMS["dapo"])
-  frozen = {name: leaf for name, leaf in params.items() if name != "final_norm"}
+  base_params = {name: leaf for name, leaf in params.items() if name != "final_norm"}
   trained, metrics = step_once(
     {"final_norm": params["final_norm"]},
     batch,
     ALGORITHMS["dapo"],
-    frozen=frozen,
-    join=lambda frozen, trained: frozen | trained,
+    base_params=base_params,
+    with_adapters=lambda base_params, trained: base_params | trained,
   )
   assert set(trained) == {"final_norm"}
   np.testing.assert_allclose(trained["final_norm"], whole["final_norm"], atol=1e-6)

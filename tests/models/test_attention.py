@@ -52,7 +52,7 @@ def group(q, k, v, prefix_k, prefix_v, softcap, window):
   return over_queries(attend, q, N + S)
 
 
-def in_blocks(monkeypatch, size, keys):
+def tiled_attention(monkeypatch, size, keys):
   """Blocks of `size` queries that see `keys` keys each, however short the sequence."""
   monkeypatch.setattr(attention, "AT_ONCE", 1)
   monkeypatch.setattr(attention, "BLOCK", size * keys)
@@ -62,7 +62,7 @@ def in_blocks(monkeypatch, size, keys):
 @pytest.mark.parametrize(("softcap", "window"), CASES.values(), ids=CASES)
 def test_every_query_sees_its_keys(softcap, window, size, monkeypatch):
   if size:
-    in_blocks(monkeypatch, size, N + S)
+    tiled_attention(monkeypatch, size, N + S)
   got = jax.jit(lambda *a: group(*a, softcap, window))(*arrays())
   wide = [np.asarray(a, np.float64) for a in arrays()]
   np.testing.assert_allclose(got, one_query_after_another(*wide, softcap, window), atol=1e-5)
@@ -75,7 +75,7 @@ def test_gradients_in_blocks_are_those_of_all_at_once(monkeypatch):
     return jax.jit(jax.grad(lambda *a: jnp.sum(group(*a, 1.5, 5) * weights), range(5)))(*arrays())
 
   whole = gradients()
-  in_blocks(monkeypatch, 2, N + S)
+  tiled_attention(monkeypatch, 2, N + S)
   for got, want in zip(gradients(), whole, strict=True):
     assert jnp.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -101,7 +101,7 @@ def test_a_model_in_blocks_is_the_same_model(monkeypatch):
     return hidden, gradient, model.prefill(params, prompts, jnp.asarray(PROMPT_MASK))[0]
 
   whole = compute()
-  in_blocks(monkeypatch, 2, N)  # and one query of a completion, which sees more keys
+  tiled_attention(monkeypatch, 2, N)  # and one query of a completion, which sees more keys
   for got, want in zip(jax.tree.leaves(compute()), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 

@@ -16,7 +16,7 @@ import pytest
 from grpo_jax import build, config
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import kernels
-from grpo_jax.models.attention import in_blocks
+from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
 from grpo_jax.models.kernels import Tree, cudnn, each_layer, splash, where_long
 from grpo_jax.plan import cost as costs
@@ -137,7 +137,7 @@ def values_and_gradients(case, attend, arrays):
 
 def plain(case):
   local = None if case.window is None else True
-  return partial(in_blocks, local=local, window=case.window or 0, **case.options)
+  return partial(tiled_attention, local=local, window=case.window or 0, **case.options)
 
 
 @pytest.mark.parametrize(("name", "case"), RUNS)
@@ -153,13 +153,13 @@ def test_a_kernel_is_what_the_definition_says_with_the_gradients_of_blocks(name,
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*IN_PLACE, "blocks"])
+@pytest.mark.parametrize("name", [*IN_PLACE, "tiled"])
 def test_padding_is_not_seen(name):
   """Large numbers in its slots change nothing, and no gradient reaches them."""
   case = Case(padding=(4, 1), window=6)
   arrays = case.arrays()
   poisoned = [jnp.where(case.real[..., None, None], a, 1e3) for a in arrays]
-  attend = plain(case) if name == "blocks" else partial(
+  attend = plain(case) if name == "tiled" else partial(
     IN_PLACE[name], window=case.window, **case.options
   )  # fmt: skip
   clean, dirty = (values_and_gradients(case, attend, a) for a in (arrays, poisoned))
@@ -320,8 +320,8 @@ def chosen(monkeypatch, *args, slots=4096, **fields):
   """The name of what runs for a prompt of so many slots."""
   for name in kernels.KERNELS:
     monkeypatch.setitem(kernels.KERNELS, name, lambda *a, name=name, **o: name)
-  monkeypatch.setattr(kernels, "in_blocks", lambda *a, **o: "blocks")
-  monkeypatch.setattr(build, "in_blocks", kernels.in_blocks)
+  monkeypatch.setattr(kernels, "tiled_attention", lambda *a, **o: "tiled")
+  monkeypatch.setattr(build, "tiled_attention", kernels.tiled_attention)
   monkeypatch.setattr(meshes, "over_mesh", lambda mesh, kernel: kernel)
   q = jax.ShapeDtypeStruct((1, slots, 4, 4), jnp.float32)
   return choose(*args, **fields)(q, q, q, jax.ShapeDtypeStruct((1, slots), bool), scale=1.0)
@@ -330,26 +330,26 @@ def chosen(monkeypatch, *args, slots=4096, **fields):
 def test_auto_is_the_kernel_of_the_platform_where_it_can_run(monkeypatch):
   soft, hard = MODEL, dataclasses.replace(MODEL, attn_softcap=None, head_dim=64)
   pick = partial(chosen, monkeypatch)
-  assert pick("cpu", hard) == "blocks"
+  assert pick("cpu", hard) == "tiled"
   assert pick("tpu", soft) == "splash"
   assert pick("gpu", hard, model__dtype="bfloat16") == "cudnn"
-  assert pick("gpu", hard) == "blocks"  # float32
-  assert pick("gpu", soft, model__dtype="bfloat16") == "blocks"
+  assert pick("gpu", hard) == "tiled"  # float32
+  assert pick("gpu", soft, model__dtype="bfloat16") == "tiled"
   wide = dataclasses.replace(hard, head_dim=256)
-  assert pick("gpu", wide, model__dtype="bfloat16") == "blocks"
-  assert pick("tpu", soft, train__reduction="ordered") == "blocks"
-  assert pick("tpu", soft, model__attention="blocks") == "blocks"
+  assert pick("gpu", wide, model__dtype="bfloat16") == "tiled"
+  assert pick("tpu", soft, train__reduction="deterministic") == "tiled"
+  assert pick("tpu", soft, model__attention="tiled") == "tiled"
 
 
 def test_auto_leaves_short_rows_to_blocks_and_a_named_kernel_does_not(monkeypatch):
   side = math.isqrt(kernels.LARGE)
-  assert chosen(monkeypatch, "tpu", slots=side - 1) == "blocks"
+  assert chosen(monkeypatch, "tpu", slots=side - 1) == "tiled"
   assert chosen(monkeypatch, "tpu", slots=side) == "splash"
   assert chosen(monkeypatch, "tpu", slots=8, model__attention="splash") == "splash"
   mixed = where_long(lambda *a, **o: "kernel")
   q = jax.ShapeDtypeStruct((1, 8 + 3 * side, 4, 4), jnp.float32)  # each of three sees 8 + side
   assert mixed(q, q, q, jax.ShapeDtypeStruct((1, 8), bool), group=3) == "kernel"
-  assert mixed(q, q, q, jax.ShapeDtypeStruct((1, 8), bool), group=3 * side // 8) == "blocks"
+  assert mixed(q, q, q, jax.ShapeDtypeStruct((1, 8), bool), group=3 * side // 8) == "tiled"
 
 
 @pytest.mark.parametrize(
@@ -365,14 +365,14 @@ def test_what_cannot_be_is_said_with_a_way_out(platform, fields, words):
   with pytest.raises(ValueError, match=words) as error:
     choose(platform, **fields)
   assert f"model.attention is {fields['model__attention']!r}" in str(error.value)
-  assert "set it to 'auto' or 'blocks'" in str(error.value)
+  assert "set it to 'auto' or 'tiled'" in str(error.value)
 
 
 def test_a_config_names_the_field():
   c = config.override(config.default_config(), ["--config.model.attention=flash"])
   (problem,) = config.check(c, 1)
-  assert problem == ("model.attention is 'flash', it must be 'auto', 'blocks', 'splash' or 'cudnn'")
-  changes = ["model.attention=splash", "train.reduction=ordered", "model.remat=none"]
+  assert problem == ("model.attention is 'flash', it must be 'auto', 'tiled', 'splash' or 'cudnn'")
+  changes = ["model.attention=splash", "train.reduction=deterministic", "model.remat=none"]
   c = config.override(config.default_config(), [f"--config.{one}" for one in changes])
   assert any("model.attention is 'splash'" in problem for problem in config.check(c, 1))
 

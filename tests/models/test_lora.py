@@ -73,7 +73,7 @@ ADAM = optax.adam(1e-2)
 @jax.jit
 def step(adapters, state, base):
   """New adapters and optimizer state, and the gradients by adapters and by base."""
-  by_both = jax.grad(lambda a, b: loss(lora.join(b, a), SCALE), argnums=(0, 1))
+  by_both = jax.grad(lambda a, b: loss(lora.with_adapters(b, a), SCALE), argnums=(0, 1))
   grads, by_base = by_both(adapters, base)
   updates, state = ADAM.update(grads, state, adapters)
   return optax.apply_updates(adapters, updates), state, grads, by_base
@@ -95,7 +95,7 @@ def test_new_adapters_have_pefts_initial_values(base, new):
     assert abs(a.std() - bound / np.sqrt(3)) < 0.1 * bound
     assert (a[0] != a[1]).all()  # each layer draws its own
     assert not b.any()
-  np.testing.assert_array_equal(hidden(lora.join(base, new), SCALE), hidden(base, SCALE))
+  np.testing.assert_array_equal(hidden(lora.with_adapters(base, new), SCALE), hidden(base, SCALE))
 
 
 def test_an_adapter_does_not_depend_on_the_others(base, new):
@@ -107,8 +107,8 @@ def test_an_adapter_does_not_depend_on_the_others(base, new):
 
 
 def test_join_is_a_union_and_of_nothing_the_base_itself(base, adapters):
-  assert lora.join(base, {}) is base
-  joined = lora.join(base, adapters)
+  assert lora.with_adapters(base, {}) is base
+  joined = lora.with_adapters(base, adapters)
   assert joined["layers"]["q"] is base["layers"]["q"]
   assert joined["layers"]["q_lora_a"] is adapters["layers"]["q_lora_a"]
   assert set(joined["layers"]) == set(base["layers"]) | set(adapters["layers"])
@@ -127,7 +127,7 @@ def test_merge_by_hand():
 
 @pytest.mark.parametrize("layout", [lambda params: params, unstack], ids=["stacked", "unstacked"])
 def test_merged_and_unmerged_agree(base, adapters, layout):
-  joined, merged = lora.join(base, adapters), lora.merge(base, adapters, SCALE)
+  joined, merged = lora.with_adapters(base, adapters), lora.merge(base, adapters, SCALE)
   assert jax.tree.structure(merged) == jax.tree.structure(base)
   got = hidden(layout(joined), SCALE)
   np.testing.assert_allclose(got, hidden(layout(merged), SCALE), atol=1e-5)
@@ -167,7 +167,7 @@ def test_a_step_changes_adapters_and_nothing_else(base, new):
     assert np.asarray(gradient).any() == name.endswith("_b"), name
   _, _, grads, _ = step(after, state, base)
   assert all(np.asarray(gradient).any() for gradient in jax.tree.leaves(grads))
-  joined = lora.join(base, after)
+  joined = lora.with_adapters(base, after)
   assert (hidden(joined, SCALE) != hidden(base, SCALE)).any()
   unchanged = joined | {"layers": {name: joined["layers"][name] for name in base["layers"]}}
   jax.tree.map(np.testing.assert_array_equal, unchanged, before)
@@ -175,15 +175,15 @@ def test_a_step_changes_adapters_and_nothing_else(base, new):
 
 def test_pairs_lie_where_their_matrix_does(base, adapters):
   mesh = meshes.make_mesh((2, 2, 2))
-  layout = meshes.param_shardings(mesh, lora.join(base, adapters))["layers"]
+  layout = meshes.param_shardings(mesh, lora.with_adapters(base, adapters))["layers"]
   for name in ALL.split("|"):
     _, inputs, outputs = layout[name].spec
     assert layout[f"{name}_lora_a"].spec == P(None, inputs, None), name
     assert layout[f"{name}_lora_b"].spec == P(None, None, outputs), name
   put = jax.device_put(adapters, meshes.param_shardings(mesh, adapters))
   shared = jax.device_put(base, meshes.param_shardings(mesh, base))
-  got = jax.jit(lambda b, a: hidden(lora.join(b, a), SCALE))(shared, put)
-  np.testing.assert_allclose(got, hidden(lora.join(base, adapters), SCALE), atol=1e-5)
+  got = jax.jit(lambda b, a: hidden(lora.with_adapters(b, a), SCALE))(shared, put)
+  np.testing.assert_allclose(got, hidden(lora.with_adapters(base, adapters), SCALE), atol=1e-5)
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_alpha_is_a_positive_number(alpha):
 def test_adapters_of_another_model_are_refused(base, adapters):
   other = base | {"layers": {name: base["layers"][name] for name in ("q", "k")}}
   with pytest.raises(ValueError, match="layers/v"):
-    lora.join(other, adapters)
+    lora.with_adapters(other, adapters)
 
 
 # --- peft -----------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_an_adapter_of_peft_computes_what_peft_computes():
   case = np.load(FIXTURES / "tiny_llama" / "expected.npz")
   want = np.load(PEFT / "expected.npz")["logits"]
   model = Decoder(config, lora_scale=lora.scale(rank, alpha))
-  joined = lora.join(params, adapters)
+  joined = lora.with_adapters(params, adapters)
   ids, mask = case["ids"], case["mask"]
   after = np.stack([np.pad(row[keep][1:], (0, 12 - keep.sum())) for row, keep in zip(ids, mask)])
   first = np.stack([row[keep][:1] for row, keep in zip(ids, mask)])

@@ -295,7 +295,7 @@ def test_a_plan_of_the_tiny_model(capsys):
   assert plan.main([*arguments, "--json"]) == 0
   (found,) = json.loads(capsys.readouterr().out)
   assert (found["fits"], found["devices"], found["mesh"]["data"]) == (True, 8, 8)
-  assert set(found["work"]) == {"update", "arrange", "prefill", "decode"}
+  assert set(found["work"]) == {"update", "to_sampling_params", "prefill", "decode"}
   assert found["work"]["decode"]["times"] == 5
   # A decode step: 2 operations per weight of the layers and the head for each of P * G / 8 rows,
   # and attention over 8 + 16 keys (5, rounded up to a vector), 2 products of 64 a layer.
@@ -343,7 +343,13 @@ def test_micro_batches_are_tried_first_and_only_the_update_is_compiled_again(mon
   tried, fitting, compiled = first_change(by_micro, monkeypatch)
   assert tried == ["--config.train.micro_batches=2", "--config.train.micro_batches=4"]
   assert fitting.fits()
-  assert [name for name, *_ in compiled] == ["update", "arrange", "sample", "update", "update"]
+  assert [name for name, *_ in compiled] == [
+    "update",
+    "to_sampling_params",
+    "sample",
+    "update",
+    "update",
+  ]
 
 
 def test_then_remat_then_the_mesh(monkeypatch):
@@ -417,7 +423,9 @@ def test_a_tpu_plan():
   assert made.fits()
   assert made.available == 15.75 * 2**30
   assert made.step_seconds > 0
-  assert all(0.9 <= work.excess < 1.5 for name, work in made.work.items() if name != "arrange")
+  assert all(
+    0.9 <= work.excess < 1.5 for name, work in made.work.items() if name != "to_sampling_params"
+  )
 
 
 @pytest.mark.slow

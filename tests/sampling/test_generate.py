@@ -35,9 +35,19 @@ def params():
   return params | {"embed": params["embed"] * 0.9}
 
 
-@partial(jax.jit, static_argnames=("length", "temperature", "pad_id", "halvings", "blocks"))
+@partial(jax.jit, static_argnames=("length", "temperature", "pad_id", "max_compactions", "prompt_shards"))
 def run(
-  params, prompts, mask, keys, stop, *, length=5, temperature=1.0, pad_id=2, halvings=0, blocks=1
+  params,
+  prompts,
+  mask,
+  keys,
+  stop,
+  *,
+  length=5,
+  temperature=1.0,
+  pad_id=2,
+  max_compactions=0,
+  prompt_shards=1,
 ):
   return generation.generate(
     MODEL,
@@ -49,8 +59,8 @@ def run(
     length=length,
     temperature=temperature,
     pad_id=pad_id,
-    halvings=halvings,
-    blocks=blocks,
+    max_compactions=max_compactions,
+    prompt_shards=prompt_shards,
   )
 
 
@@ -218,13 +228,13 @@ def test_a_single_token_budget(params):
   np.testing.assert_array_equal(out.tokens[..., 0], longer.tokens[..., 0])
 
 
-@pytest.mark.parametrize(("halvings", "blocks"), [(3, 1), (1, 3)])
-def test_moving_rows_together_changes_nothing(params, halvings, blocks):
+@pytest.mark.parametrize(("max_compactions", "prompt_shards"), [(3, 1), (1, 3)])
+def test_moving_rows_together_changes_nothing(params, max_compactions, prompt_shards):
   """Against the plain loop, where rows end one by one, all at once, and not at all."""
   for stop in (stop_at(2, 5, 6), stop_at(*range(23)), stop_at(22)):
     plainly, packed = (
       run(params, PROMPTS, MASK, keys(0), stop, length=20, pad_id=1, **how)
-      for how in ({}, {"halvings": halvings, "blocks": blocks})
+      for how in ({}, {"max_compactions": max_compactions, "prompt_shards": prompt_shards})
     )
     for name in ("tokens", "mask", "ended"):
       np.testing.assert_array_equal(getattr(packed, name), getattr(plainly, name), err_msg=name)
@@ -244,7 +254,7 @@ def test_rows_that_have_ended_stop_costing(params):
   out = jax.jit(
     lambda p: generation.generate(
       Counting(CONFIG), p, PROMPTS, MASK, keys(1), stop_at(2, 5),
-      length=20, temperature=1.0, pad_id=0, halvings=3,
+      length=20, temperature=1.0, pad_id=0, max_compactions=3,
     )
   )(params)  # fmt: skip
   jax.effects_barrier()

@@ -6,7 +6,6 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from tests.models.io.test_weights import assert_holds
 
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import ModelConfig
@@ -14,6 +13,7 @@ from grpo_jax.models.io.gguf import undo_rope_order
 from grpo_jax.models.io.weights import load, open_weights
 from grpo_jax.models.rope import RopeScaling
 from tests.helpers import tiny_gguf
+from tests.models.io.test_weights import assert_holds
 
 FAMILIES = Path(__file__).parents[2] / "fixtures" / "families"
 

@@ -1,0 +1,69 @@
+"""States what sampling and learning need of a model, so that any model can be trained.
+
+Nothing here knows Flax: parameters are a tree of arrays, and a model is a few functions of them.
+`models.decoder.Decoder` is the model of this project; `examples/bring_your_model.py` adapts others.
+"""
+
+from typing import Any, Protocol, TypeAlias
+
+from jaxtyping import Array, Bool, Float, Int
+
+# A tree of arrays, such as the nested dict that a Flax linen module returns from `init`.
+Params: TypeAlias = Any
+# Keys and values (or any state) of prompts or completions, as the model lays them out.
+Cache: TypeAlias = Any
+
+
+class ModelShape(Protocol):
+  """The two facts about a model's output that sampling and scoring read."""
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of rows of the head, V."""
+
+  @property
+  def softcap(self) -> float | None:
+    """Logits become `softcap * tanh(logits / softcap)`; None leaves them alone."""
+
+
+class Model(Protocol):
+  """A language model as functions of its parameters; completions of one prompt form a group.
+
+  Axes: P prompts, G completions per prompt, N prompt tokens (left-padded), T completion tokens,
+  D hidden size, V vocabulary.
+  """
+
+  @property
+  def config(self) -> ModelShape:
+    """The shape of the output."""
+
+  def head(self, params: Params) -> Float[Array, "D V"]:
+    """Returns the output projection: logits are `hidden @ head`."""
+
+  def score(
+    self,
+    params: Params,
+    prompts: Int[Array, "P N"],
+    prompt_mask: Bool[Array, "P N"],
+    completions: Int[Array, "P G T"],
+  ) -> Float[Array, "P G T D"]:
+    """Returns the hidden states that predict each completion token."""
+
+  def prefill(
+    self, params: Params, tokens: Int[Array, "P N"], mask: Bool[Array, "P N"]
+  ) -> tuple[Float[Array, "P D"], Cache]:
+    """Returns the hidden state of each prompt's last token, and the prompts' cache."""
+
+  def decode(
+    self,
+    params: Params,
+    tokens: Int[Array, "P G"],
+    index: Int[Array, ""],
+    prefix: Cache,
+    prompt_mask: Bool[Array, "P N"],
+    cache: Cache,
+  ) -> tuple[Float[Array, "P G D"], Cache]:
+    """Returns the hidden states after completion token number `index`, and the new cache."""
+
+  def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Cache:
+    """Returns room for `length` completion tokens of `prompts * group` rows."""
