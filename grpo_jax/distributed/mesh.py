@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
+# Where an array lies; None leaves it to the compiler or the default device.
+Sharding: TypeAlias = NamedSharding | None
 
 # Ordered (pattern on the end of a parameter's path, layout); the first that matches counts.
 # Layers are stacked on a leading axis, which is never split.
