@@ -35,7 +35,9 @@ def params():
   return params | {"embed": params["embed"] * 0.9}
 
 
-@partial(jax.jit, static_argnames=("length", "temperature", "pad_id", "max_compactions", "prompt_shards"))
+@partial(
+  jax.jit, static_argnames=("length", "temperature", "pad_id", "max_compactions", "prompt_shards")
+)
 def run(
   params,
   prompts,
