@@ -27,7 +27,8 @@ from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.learning.optimizer import learning_rate_schedule, make_optimizer
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.sampling import generate as generation
 
 GIB = 2**30

@@ -28,7 +28,8 @@ from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
 from grpo_jax.models import lora
 from grpo_jax.models.attention import tiled_attention
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.io.weights import Weights, open_weights
 from grpo_jax.models.kernels import KERNELS, each_layer, where_long
 from grpo_jax.reward_model import RewardModel

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.families import FAMILIES, find_family, parse
 from grpo_jax.models.io.safetensors import read_json
 from grpo_jax.models.io.sources import Source, resolve

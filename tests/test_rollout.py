@@ -12,7 +12,8 @@ from grpo_jax import rollout
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.learning import batch as batches
 from grpo_jax.learning.step import TrainState, make_train_step
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer

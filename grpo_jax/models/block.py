@@ -1,13 +1,12 @@
-"""What a model is (ModelConfig) and one of its layers (Block), the only flax module there is.
+"""Defines one transformer layer (Block), the only flax module of this project.
 
 What differs between the families is a field of ModelConfig. Axes: P prompts, S tokens, D width,
 H query heads, K key-value heads, Dh head width.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,63 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from grpo_jax.core.checks import Array
-from grpo_jax.models.rope import RopeScaling, Rotation, rotate
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.rope import Rotation, rotate
 
 # q [P, S, H, Dh], k and v [P, S, K, Dh] -> mixed values [P, S, H, Dh], and whatever to keep.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Shape of a decoder, and what its family computes differently. Sizes in elements.
-
-  Attributes:
-    context: longest sequence the model was made for, tokens.
-    rope_theta, rope_scaling: of the rotary embedding.
-    tied: the head is the embedding.
-    labels: outputs of a sequence classifier, which has a `score` [labels, D] and no head; 0 for a
-      language model.
-    biases: projections (of q k v o gate up down) that add a bias.
-    qk_norm: queries and keys pass an RMS norm over the head width.
-    post_norm: attention and MLP are followed by an RMS norm each, before they are added.
-    norm_offset: RMS norms multiply by `norm_offset + weight`.
-    activation: of the MLP's gate.
-    embed_scale: embeddings are multiplied by it.
-    attn_scale: scores are `attn_scale * q · k`; None is `Dh^-0.5`.
-    attn_softcap: scores become `cap * tanh(scores / cap)`; None is no cap.
-    softcap: the same of the logits, for whoever computes them from `Decoder.head`.
-    window, local_layers: layers marked true in `local_layers` (one entry per layer, or empty) see
-      the last `window` tokens only, the current one included.
-    local_rope_theta: rope_theta of those layers, which are not scaled; None is the same rotation.
-  """
-
-  vocab_size: int
-  width: int
-  layers: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  mlp: int
-  rope_theta: float = 10000.0
-  norm_eps: float = 1e-5
-  tied: bool = True
-  context: int = 2048
-  rope_scaling: RopeScaling | None = None
-  labels: int = 0
-  biases: tuple[str, ...] = ()
-  qk_norm: bool = False
-  post_norm: bool = False
-  norm_offset: float = 0.0
-  activation: Literal["silu", "gelu_tanh"] = "silu"
-  embed_scale: float = 1.0
-  attn_scale: float | None = None
-  attn_softcap: float | None = None
-  softcap: float | None = None
-  window: int = 0
-  local_layers: tuple[bool, ...] = ()
-  local_rope_theta: float | None = None
 
 
 class Block(nn.Module):

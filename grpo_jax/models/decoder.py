@@ -26,7 +26,8 @@ from grpo_jax.models.attention import (
   tiled_attention,
   window_of,
 )
-from grpo_jax.models.block import Block, ModelConfig, rms_norm
+from grpo_jax.models.block import Block, rms_norm
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.rope import frequencies, rotation
 
 Params = dict[str, Any]

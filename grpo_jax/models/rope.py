@@ -4,42 +4,17 @@ Su et al. 2021, arXiv 2104.09864. Frequencies are constants of a model: numpy, f
 of operations of Hugging Face transformers, so that long contexts turn by the same angles.
 """
 
-import dataclasses
 import math
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from grpo_jax.core.checks import Array
+from grpo_jax.models.config import RopeScaling
 
 # cos and sin of the angle of every position and frequency, each [P, S, Dh / 2].
 Rotation = tuple[Array, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How the frequencies of a pretrained model were changed for a context `factor` times as long.
-
-  Attributes:
-    kind: "linear", "llama3" (by wavelength) or "yarn" (by number of turns, Peng et al. 2023, arXiv
-      2309.00071).
-    factor: slow frequencies are divided by it.
-    original: context of the pretrained model, tokens; not used by "linear".
-    low, high: turns within `original` below which a frequency is divided by `factor`, and above
-      which it stays; in between both are mixed. Not used by "linear".
-    amplitude: cos and sin are multiplied by it.
-    rounded: "yarn" only: the limits are rounded outwards to whole frequencies.
-  """
-
-  kind: Literal["linear", "llama3", "yarn"]
-  factor: float
-  original: int = 0
-  low: float = 1.0
-  high: float = 4.0
-  amplitude: float = 1.0
-  rounded: bool = True
 
 
 def frequencies(

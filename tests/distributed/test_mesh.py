@@ -13,7 +13,8 @@ from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 
 CONFIG = ModelConfig(
   vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, tied=False

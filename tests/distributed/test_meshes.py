@@ -20,7 +20,8 @@ from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.plan.cost import Counter
 from grpo_jax.plan.programs import put
 from grpo_jax.sampling.sampler import Sampler

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from benchmarks import alternate, cost, logprobs, sampling, settings, step
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--model", "random:tiny", "--rounds", "1", "--warmup", "1")

@@ -22,7 +22,8 @@ from grpo_jax.learning.step import (
   make_train_step,
   move_reference,
 )
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from tests.helpers import plain
 
 CONFIG = ModelConfig(vocab_size=19, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)

@@ -7,7 +7,8 @@ import pytest
 
 from grpo_jax.models import attention
 from grpo_jax.models.attention import group_attention, near, over_queries
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 
 P, G, S, N, H, K, D = 2, 2, 7, 5, 4, 2, 3
 PROMPT_MASK = np.array([[False, False, True, True, True], [True] * 5])  # left-padded

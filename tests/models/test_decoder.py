@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.core.logprobs import head_logprobs
-from grpo_jax.models.decoder import REMAT, Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import REMAT, Decoder, unstack
 from tests.helpers import plain
 
 CONFIG = ModelConfig(

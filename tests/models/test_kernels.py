@@ -17,7 +17,8 @@ from grpo_jax import build, config
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import kernels
 from grpo_jax.models.attention import tiled_attention
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.kernels import Tree, cudnn, each_layer, splash, where_long
 from grpo_jax.plan import cost as costs
 from grpo_jax.plan import flops as traced

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.io.weights import load, shapes_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

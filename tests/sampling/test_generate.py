@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.core.logprobs import head_logprobs
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.sampling import generate as generation
 from grpo_jax.sampling.stopping import stop_table
 from tests.helpers import plain

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.sampling import sampler as samplers
 from grpo_jax.sampling.sampler import Sampler, padded_length
 from grpo_jax.tokens import ByteTokenizer

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_jax.models.decoder import ModelConfig
-from grpo_jax.models.rope import RopeScaling
+from grpo_jax.models.config import ModelConfig, RopeScaling
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

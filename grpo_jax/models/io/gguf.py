@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.safetensors import Gguf, Index, Tensor, open_gguf
-from grpo_jax.models.rope import RopeScaling, frequencies
+from grpo_jax.models.rope import frequencies
 
 # What an architecture always has beside Llama's fields.
 ARCHITECTURES: dict[str, dict[str, Any]] = {

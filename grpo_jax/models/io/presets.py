@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
 from grpo_jax.models.io.safetensors import first_line, read_json
 from grpo_jax.models.io.sources import SOURCES

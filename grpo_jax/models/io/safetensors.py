@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
 
 # Buffers that old exports wrote beside the weights; they follow from the config.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.safetensors import first_line
 
 SOURCES = (

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from grpo_jax.models.decoder import Decoder, ModelConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.gguf import read_gguf
 from grpo_jax.models.io.safetensors import Index, Tensor, read_folder
 from grpo_jax.models.io.sources import RANDOM_MODELS, resolve

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
 from grpo_jax.models.io.families import FAMILIES, GLOBAL, LOCAL
 from grpo_jax.models.io.weights import file_shape, rows_of, shapes_of

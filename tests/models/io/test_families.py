@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.families import FAMILIES, parse
 from grpo_jax.models.io.safetensors import read_json
 from grpo_jax.models.io.writer import describe
-from grpo_jax.models.rope import RopeScaling
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 LLAMA = {

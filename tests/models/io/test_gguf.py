@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.models.decoder import ModelConfig
+from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.gguf import undo_rope_order
 from grpo_jax.models.io.weights import load, open_weights
-from grpo_jax.models.rope import RopeScaling
 from tests.helpers import tiny_gguf
 from tests.models.io.test_weights import assert_holds
 

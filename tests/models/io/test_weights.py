@@ -21,7 +21,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.models.decoder import Decoder, ModelConfig, unstack
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.io import weights as checkpoints
 from grpo_jax.models.io.sources import RANDOM_MODELS, Source, resolve
 from grpo_jax.models.io.weights import ROWS, load, open_weights

@@ -1,0 +1,93 @@
+"""Describes a decoder-only language model: its sizes, and what its family computes differently.
+
+Imports neither jax nor flax, so that a model file can be read, listed or planned without them.
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Stretches the rotary frequencies of a pretrained model to a context `factor` times as long.
+
+  Attributes:
+    kind: "linear" divides all frequencies, "llama3" depends on the wavelength, "yarn" on the number
+      of turns (Peng et al. 2023, arXiv 2309.00071).
+    factor: divisor of the low frequencies.
+    original: context length in tokens of the pretrained model; unused by "linear".
+    low: number of turns within `original` below which a frequency is divided by `factor`.
+    high: number of turns above which a frequency is unchanged; frequencies between `low` and `high`
+      are interpolated. Both are unused by "linear".
+    amplitude: factor on cos and sin.
+    rounded: round the limits outwards to whole frequency indices; used by "yarn" only.
+  """
+
+  kind: Literal["linear", "llama3", "yarn"]
+  factor: float
+  original: int = 0
+  low: float = 1.0
+  high: float = 4.0
+  amplitude: float = 1.0
+  rounded: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Describes a decoder: the sizes of its arrays, and what its family computes differently.
+
+  Attributes:
+    vocab_size: vocabulary, V.
+    width: hidden size, D.
+    layers: number of layers, L.
+    heads: query heads, H.
+    kv_heads: key-value heads, K; divides `heads`.
+    head_dim: head size, Dh.
+    mlp: hidden size of the MLP, F.
+    rope_theta: base of the rotary frequencies.
+    norm_eps: epsilon of all RMS norms.
+    tied: use the embedding as the head.
+    context: longest sequence in tokens that the model was trained for.
+    rope_scaling: scaling of the rotary frequencies for longer contexts.
+    labels: outputs of a sequence classifier, which has a `score` matrix [labels, D] instead of a
+      head; 0 for a language model.
+    biases: projections (of q k v o gate up down) that add a bias.
+    qk_norm: apply an RMS norm over the head size to queries and keys.
+    post_norm: apply an RMS norm to the outputs of attention and MLP before the residual addition.
+    norm_offset: RMS norms multiply by `norm_offset + weight`.
+    activation: activation function of the MLP's gate.
+    embed_scale: factor on the embeddings.
+    attn_scale: attention scores are `attn_scale * q · k`; None means `Dh^-0.5`.
+    attn_softcap: soft cap of the attention scores, `cap * tanh(score / cap)`; None disables it.
+    softcap: soft cap of the logits, applied by the code that computes them from `Decoder.head`.
+    window: local layers attend to the last `window` tokens only, including the current one.
+    local_layers: for each layer, true if it is local; empty if no layer is.
+    local_rope_theta: `rope_theta` of local layers, which are then not scaled; None means that they
+      rotate like the others.
+  """
+
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp: int
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-5
+  tied: bool = True
+  context: int = 2048
+  rope_scaling: RopeScaling | None = None
+  labels: int = 0
+  biases: tuple[str, ...] = ()
+  qk_norm: bool = False
+  post_norm: bool = False
+  norm_offset: float = 0.0
+  activation: Literal["silu", "gelu_tanh"] = "silu"
+  embed_scale: float = 1.0
+  attn_scale: float | None = None
+  attn_softcap: float | None = None
+  softcap: float | None = None
+  window: int = 0
+  local_layers: tuple[bool, ...] = ()
+  local_rope_theta: float | None = None
