@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax import reward_model
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.reward_model import RewardModel
-from grpo_jax.tasks.base import RewardError, score
+from grpo_jax.tasks.rewards.scoring import RewardError, score
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA, QWEN2 = FIXTURES / "tiny_llama_reward", FIXTURES / "tiny_qwen2_reward"

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from grpo_jax.tasks.base import Example, RewardError, RewardFunction, Task, score, unknown
+from grpo_jax.tasks.base import Example, RewardFunction, Task, unknown
 from grpo_jax.tasks.countdown import countdown_task
 from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.letters import letters_task
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
+from grpo_jax.tasks.rewards.scoring import RewardError, score
 from grpo_jax.tasks.table import table_task
 
 __all__ = ["TASKS", "Example", "RewardError", "RewardFunction", "Task", "make_task", "score"]

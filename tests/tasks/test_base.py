@@ -6,7 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from grpo_jax.tasks.base import RewardError, check_batch, check_signature, score, weighted_sum
+from grpo_jax.tasks.rewards.scoring import (
+  RewardError,
+  check_batch,
+  check_signature,
+  score,
+  weighted_sum,
+)
 
 TEXTS = [["a", "bb"], ["ccc", "dd"]]
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.tasks.base import RewardError, RewardFunction, check_signature, unknown
+from grpo_jax.tasks.base import RewardFunction, unknown
 from grpo_jax.tasks.rewards.graders import ANSWERS, GRADERS, make_grader
+from grpo_jax.tasks.rewards.scoring import RewardError, check_signature
 
 Reward = str | Mapping[str, Any] | RewardFunction
 """A name, {"name": a built-in one, and its settings}, or the function itself."""

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from grpo_jax.tasks.base import Prompt, RewardError, RewardFunction, Task, score
+from grpo_jax.tasks.base import Prompt, RewardFunction, Task
+from grpo_jax.tasks.rewards.scoring import RewardError, score
 
 # `import grpo_jax` imports jax, which takes a second and much memory. So the package stands there
 # without its contents until a reward function asks for one of its names.

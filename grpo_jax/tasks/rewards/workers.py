@@ -25,16 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from grpo_jax.tasks.base import (
-  Prompt,
-  RewardError,
-  RewardFunction,
-  Task,
-  check_batch,
-  score,
-  shown,
-  weighted_sum,
-)
+from grpo_jax.tasks.base import Prompt, RewardFunction, Task
+from grpo_jax.tasks.rewards.scoring import RewardError, check_batch, score, shown, weighted_sum
 from grpo_jax.tasks.rewards.worker_process import START, score_task
 
 START_SECONDS = 600.0  # a worker that has not built the task by then will not
