@@ -326,11 +326,14 @@ def make_scorer(config: ConfigDict, run: Run) -> contextlib.AbstractContextManag
 
 
 def make_algorithm(settings: ConfigDict) -> Algorithm:
-  """The row named in a config with the fields that are not None put in place of its own."""
+  """Returns the row that a config names, with the fields that are not None in place of its own."""
   row = lookup_algorithm(settings.name)
   changes = {
     name: settings[name] for name in settings if name != "name" and settings[name] is not None
   }
+  for name in configs.CHOICES:
+    if isinstance(changes.get(name), str) and ".py:" in changes[name]:
+      changes[name] = configs.load_function(changes[name])
   if changes.get("kl", row.kl) == "none" and "beta" not in changes:
     changes["beta"] = 0.0
   return dataclasses.replace(row, **changes)

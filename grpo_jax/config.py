@@ -1,12 +1,15 @@
-"""Configs: locked ml_collections trees, chosen by file and overridden field by field.
+"""Defines every field of a run, loads experiment files and applies overrides.
 
-An experiment is a Python file with `get_config()`, which starts from `default_config()`. It is a
-program and runs as one: load only files that you would run.
+A config is a locked ml_collections tree. An experiment is a Python file with `get_config()`, which
+starts from `default_config()`. It is a program and runs as one: load only files that you would run.
 """
 
 import ast
 import difflib
 import importlib.util
+import inspect
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,20 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-ATTENTION = ("auto", "tiled", "splash", "cudnn")  # of model.attention
+ATTENTION = ("auto", "tiled", "splash", "cudnn")  # values of model.attention
+# Fields that are a name or a function: `algorithm.advantage` and its siblings.
+CHOICES = ("advantage", "ratio", "trust_region", "kl", "correction", "average")
+# Names of before, which saved runs, experiment files and command lines may still hold.
+RENAMED_FIELDS = {"slots": "chunks", "max_refills": "max_resamples"}
+RENAMED_VALUES = {
+  "reduction": {"ordered": "deterministic"},
+  "attention": {"blocks": "tiled"},
+}
+_notices: set[str] = set()  # lines about renamed fields, each printed once
 
 
 class ConfigError(ValueError):
-  """Everything that is wrong with a config, one problem a line."""
+  """Lists everything that is wrong with a config, one problem a line."""
 
   def __init__(self, problems: list[str]) -> None:
     self.problems = problems
@@ -26,8 +38,38 @@ class ConfigError(ValueError):
     super().__init__(f"the config has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+class Section(ConfigDict):
+  """A group of fields that also answers to the names its fields had before."""
+
+  def __getitem__(self, name: str) -> Any:
+    return super().__getitem__(_current_name(self, name))
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    name = _current_name(self, name)
+    renamed = RENAMED_VALUES.get(name, {})
+    if isinstance(value, str) and value in renamed:
+      _notify(f"{name}={value!r} is now called {name}={renamed[value]!r}")
+      value = renamed[value]
+    super().__setitem__(name, value)
+
+
+def _current_name(section: ConfigDict, name: str) -> str:
+  """Returns the name a field has today, and prints one line where that is another."""
+  new = RENAMED_FIELDS.get(name) if isinstance(name, str) else None
+  if new is None or name in section or new not in section:
+    return name
+  _notify(f"the field {name!r} is now called {new!r}")
+  return new
+
+
+def _notify(line: str) -> None:
+  if line not in _notices:
+    _notices.add(line)
+    print(f"note: {line}", file=sys.stderr)
+
+
 def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
-  """`make()`; if it finds something wrong with what the config names, that goes to `problems`."""
+  """Returns `make()`; where that raises, appends the message to `problems` and returns None."""
   try:
     return make()
   except (ValueError, FileNotFoundError, ImportError) as error:
@@ -36,30 +78,31 @@ def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
 
 
 def default_config() -> ConfigDict:
-  """Every field with its unit; experiments override and `load` locks."""
-  c = ConfigDict()
+  """Returns every field with its default and unit; experiments override, `load` locks."""
+  c = Section()
   c.seed = 0  # of data order, sampling and random weights
-  c.steps = 100  # rollouts in the whole run; each is learned from in epochs x mini_batches updates
+  c.steps = 100  # rollouts in the whole run; each gives epochs x mini_batches updates
 
-  c.model = ConfigDict()
+  c.model = Section()
   c.model.source = "random:tiny"  # folder, .gguf file, package:NAME, random:NAME or hub id
   c.model.dtype = "float32"  # of activations: float32 or bfloat16; weights stay float32
-  c.model.remat = "dots"  # recompute in the backward pass: none, dots (all but products with
-  # weights: half the memory of none at hardly more time) or layers (a third more work)
+  # What the backward pass recomputes: none, dots (everything but weight matmuls: half the memory
+  # of none for hardly more time) or layers (everything: a third more work).
+  c.model.remat = "dots"
+  # Attention over whole rows: tiled (by queries; any device), splash (TPU), cudnn (GPU, bfloat16,
+  # no softcap) or auto: the platform's kernel for long rows, else tiled.
+  c.model.attention = "auto"
 
-  c.model.attention = "auto"  # over whole rows: blocks (of queries; anywhere), splash (TPU), cudnn
-  # (GPU, bfloat16, no softcap) or auto: the kernel of the platform for long rows, else blocks
-
-  c.lora = ConfigDict()  # train low-rank adapters instead of the weights
+  c.lora = Section()  # train low-rank adapters instead of the weights
   c.lora.rank = 0  # 0 = train all weights
-  c.lora.alpha = 16.0  # adapters count alpha / rank times
+  c.lora.alpha = 16.0  # adapters are scaled by alpha / rank
   c.lora.targets = "q|k|v|o|gate|up|down"  # regular expression: matrices of a layer with adapters
 
-  c.task = ConfigDict()
+  c.task = Section()
   c.task.name = "reasoning_gym"  # a key of grpo_jax.tasks.TASKS
   c.task.settings = ConfigDict()  # keyword arguments of that task
 
-  c.rollout = ConfigDict()
+  c.rollout = Section()
   c.rollout.prompts_per_step = 8  # P, over all devices
   c.rollout.group_size = 8  # G, completions per prompt
   c.rollout.prompt_length = 0  # N, tokens; 0 = the longest prompt of the task
@@ -68,39 +111,43 @@ def default_config() -> ConfigDict:
   c.rollout.overlong = "error"  # a prompt of more than prompt_length tokens: error or drop
   c.rollout.stop = ()  # strings that end a completion, besides the task's own
   c.rollout.stop_ids = ()  # token ids that end a completion, besides the tokenizer's
-  c.rollout.max_resamples = 0  # dynamic sampling: draws that replace prompts without a signal
+  c.rollout.max_resamples = 0  # dynamic sampling: further draws to replace zero-variance groups
   c.rollout.mask_truncated = False  # leave completions that ran into the budget out of the loss
 
-  c.rewards = ConfigDict()
-  c.rewards.workers = 1  # processes that reward functions run in; 0 = in this one, unguarded
-  c.rewards.timeout = 30.0  # seconds for a completion; one that takes longer has no reward
+  c.rewards = Section()
+  c.rewards.workers = 1  # processes that run the reward functions; 0 = this one, unguarded
+  c.rewards.timeout = 30.0  # seconds per completion; a slower one has no reward
 
-  c.reward_model = ConfigDict()  # a learned reward, added to the task's
+  c.reward_model = Section()  # a learned reward, added to the task's
   c.reward_model.source = ""  # a sequence-classification model, named like model.source
   c.reward_model.weight = 1.0
 
-  c.reference = ConfigDict()  # what the KL term holds the policy close to: the model at the start
-  c.reference.sync_every = 0  # steps after which it moves to the policy; 0 = it never does
+  c.reference = Section()  # the policy that the KL term stays close to: the model at the start
+  c.reference.sync_every = 0  # steps between moves of the reference to the policy; 0 = never
   c.reference.sync_share = 1.0  # share of the policy in the new reference; 1 = a copy
 
-  c.algorithm = ConfigDict()
-  c.algorithm.name = "grpo"  # a row of grpo_jax.ALGORITHMS; fields left None keep its values
-  c.algorithm.advantage = placeholder(str)  # group_normalized, group_centered, ...
-  c.algorithm.ratio = placeholder(str)  # token, sequence or sequence_token
-  c.algorithm.trust_region = placeholder(str)  # none, clip, dual_clip, cispo, sapo, dppo_tv
-  c.algorithm.average = placeholder(str)  # sequence, token or constant
-  c.algorithm.kl = placeholder(str)  # none, k1, k2, k3, ...
+  # Fields left None keep the row's value. A choice is a name, a function, or 'file.py:function'.
+  c.algorithm = Section()
+  c.algorithm.name = "grpo"  # a row of grpo_jax.ALGORITHMS
+  c.algorithm.advantage = placeholder(object)  # group_normalized, group_centered, ...
+  c.algorithm.ratio = placeholder(object)  # token, sequence or sequence_token
+  c.algorithm.trust_region = placeholder(object)  # none, clip, dual_clip, cispo, sapo, dppo_tv
+  c.algorithm.average = placeholder(object)  # sequence, token or constant
+  c.algorithm.kl = placeholder(object)  # none, k1, k2, k3, ...
+  c.algorithm.correction = placeholder(object)  # for a sampler that is not the trainer: none, ...
   c.algorithm.beta = placeholder(float)  # coefficient of the KL term
   c.algorithm.clip_low = placeholder(float)  # ratios are held in [1 - clip_low, 1 + clip_high]
   c.algorithm.clip_high = placeholder(float)
   c.algorithm.clip_dual = placeholder(float)  # largest ratio that counts against an answer
   c.algorithm.ratio_min = placeholder(float)  # absolute bounds of the ratio
   c.algorithm.ratio_max = placeholder(float)
-  c.algorithm.correction = placeholder(str)  # for a sampler that is not the trainer: none, ...
+  c.algorithm.tau_positive = placeholder(float)  # sharpness of SAPO's gate where advantages are > 0
+  c.algorithm.tau_negative = placeholder(float)  # ... and where they are < 0
+  c.algorithm.divergence = placeholder(float)  # DPPO: largest change of a token's probability
   c.algorithm.correction_min = placeholder(float)  # bounds of the trainer/sampler ratio
   c.algorithm.correction_max = placeholder(float)
 
-  c.optimizer = ConfigDict()
+  c.optimizer = Section()
   c.optimizer.learning_rate = 1e-6  # the peak
   c.optimizer.schedule = "constant"  # constant, linear or cosine, after the warm-up
   c.optimizer.warmup_steps = 0  # updates
@@ -111,52 +158,60 @@ def default_config() -> ConfigDict:
   c.optimizer.weight_decay = 0.0
   c.optimizer.clip_norm = 1.0  # global gradient norm; 0 = not clipped
 
-  c.train = ConfigDict()
-  c.train.epochs = 1  # times that each rollout is gone through
-  c.train.mini_batches = 1  # updates each time, on equal parts of the prompts in a new order
-  c.train.micro_batches = 1  # parts that an update is computed in; changes memory only
-  c.train.micro_batch_tokens = 0  # more parts, until a device has no more tokens at once; 0 = any
-  c.train.reduction = "fast"  # ordered: the same bits on any number of devices; see ordered.py
-  c.train.chunks = 8  # with ordered: equal parts of an update, whatever the devices
-  c.train.max_skipped = 5  # NaN or infinite updates skipped in a row, after which the run stops
-  c.train.spike = 0.0  # skip gradients of more than so many times the usual norm; 0 = never
+  c.train = Section()
+  c.train.epochs = 1  # passes over each rollout
+  c.train.mini_batches = 1  # updates per pass, on equal parts of the prompts in a new order
+  c.train.micro_batches = 1  # gradient accumulation: equal parts of an update; memory only
+  c.train.micro_batch_tokens = 0  # most tokens a device computes at once; 0 = no limit
+  c.train.reduction = "fast"  # deterministic: the same bits on any number of devices
+  c.train.chunks = 8  # with deterministic: equal parts of an update, whatever the devices
+  c.train.max_skipped = 5  # non-finite updates skipped in a row after which the run stops
+  c.train.spike = (
+    0.0  # skip an update whose gradient norm exceeds this multiple of the mean; 0 = off
+  )
 
-  c.mesh = ConfigDict()  # devices along each axis; one of them may be -1, the rest
+  c.mesh = Section()  # devices along each axis; one of them may be -1, the rest
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
 
-  c.hosts = ConfigDict()  # where a run is on several; how they find each other: distributed.py
+  c.hosts = Section()  # for a run on several hosts; see distributed/hosts.py
   c.hosts.heartbeat = 30  # seconds of silence after which a host counts as dead
   c.hosts.wait = 1800.0  # seconds that a host waits for the others at one place
 
-  c.eval = ConfigDict()
+  c.eval = Section()
   c.eval.every = 0  # steps; 0 = only before the first step and after the last
   c.eval.batch_prompts = 50  # prompts generated for at once
   c.eval.samples = 0  # completions per problem for pass@k; 0 = greedy accuracy only
 
-  c.checkpoint = ConfigDict()
+  c.checkpoint = Section()
   c.checkpoint.every = 50  # steps; the last step is always saved
   c.checkpoint.keep = 2  # newest checkpoints to keep
 
   c.compilation_cache = "auto"  # beside the work directory; or a folder, or off
 
-  c.log = ConfigDict()
+  c.log = Section()
   c.log.samples = 3  # completions shown at a time
   c.log.samples_every = 10  # steps; 0 = never
   return c.lock()
 
 
 def load(path: str, overrides: list[str] | None = None) -> ConfigDict:
-  """The config of the experiment file `path` with `--config.a.b=value` overrides applied.
+  """Returns the config of an experiment file with `--config.a.b=value` overrides applied.
 
-  Raises ConfigError with all overrides that name no field or have the wrong type.
+  Args:
+    path: a Python file with `get_config()`; it is run.
+    overrides: as they stand on a command line.
+
+  Raises:
+    ConfigError: the file has no config, or overrides name no field or have the wrong type; it lists
+      all of them.
   """
   return override(_get_config(path), overrides or [])
 
 
 def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
-  """`config` with `--config.a.b=value` overrides applied, locked; see `load`."""
+  """Applies `--config.a.b=value` overrides and locks the config; see `load`."""
   problems = []
   for text in overrides:
     try:
@@ -168,16 +223,76 @@ def override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
   return config.lock()
 
 
+def to_saved(config: ConfigDict) -> dict[str, Any]:
+  """Returns the config as JSON can hold it; a function becomes 'file.py:name'.
+
+  Raises:
+    ConfigError: a function has no name at the top level of a file, so that nothing could find it
+      again.
+  """
+  problems: list[str] = []
+
+  def plain(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+      return {key: plain(f"{name}.{key}" if name else key, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+      return [plain(name, item) for item in value]
+    if callable(value):
+      try:
+        return function_name(value)
+      except ValueError as error:
+        problems.append(f"{name} is {error}")
+    return value
+
+  saved = plain("", config.to_dict())
+  if problems:
+    raise ConfigError(problems)
+  return saved
+
+
 def from_saved(saved: dict[str, Any]) -> ConfigDict:
-  """The config that was written as JSON; fields that are newer than it have their defaults."""
+  """Returns the config that `to_saved` wrote; fields newer than it have their defaults."""
   config = default_config()
   with config.unlocked(), config.ignore_type():
     config.update(saved)
   return config
 
 
+def function_name(function: Callable) -> str:
+  """Returns 'file.py:name' for a function at the top level of a file.
+
+  Raises:
+    ValueError: a lambda, a nested function, or one without a file.
+  """
+  name = getattr(function, "__qualname__", "")
+  try:
+    file = inspect.getsourcefile(function)
+  except TypeError:
+    file = None
+  if not file or not name.isidentifier():
+    raise ValueError(
+      f"{function!r}, which cannot be found again when the run is continued; define it with `def` "
+      "at the top level of a file"
+    )
+  relative = os.path.relpath(file)
+  return f"{file if relative.startswith('..') else relative}:{name}"
+
+
+def load_function(text: str) -> Callable:
+  """Returns the function that 'file.py:name' names; the file is run.
+
+  Raises:
+    ValueError: there is no such file or function.
+  """
+  path, _, name = text.rpartition(":")
+  function = getattr(_run_file(path), name, None)
+  if not callable(function):
+    raise ValueError(f"{path} has no function {name!r}")
+  return function
+
+
 def check(config: ConfigDict, device_count: int) -> list[str]:
-  """What is wrong with the numbers of a config, all of it; an empty list if nothing is."""
+  """Returns everything that is wrong with the numbers of a config; empty if nothing is."""
   c, problems = config, []
 
   def need(holds: bool, name: str, allowed: str) -> None:
@@ -189,7 +304,9 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
 
   for name in ("steps", "rollout.prompts_per_step", "rollout.completion_length"):
     need(_get(c, name) >= 1, name, "at least 1")
-  need(c.rollout.group_size >= 2, "rollout.group_size", "at least 2: a group of one has no spread")
+  need(
+    c.rollout.group_size >= 2, "rollout.group_size", "at least 2: a group of one has no variance"
+  )
   need(c.rollout.temperature > 0, "rollout.temperature", "above 0 (evaluation is always greedy)")
   need(c.rollout.prompt_length >= 0, "rollout.prompt_length", "at least 0 tokens")
   need(c.rollout.overlong in ("error", "drop"), "rollout.overlong", "'error' or 'drop'")
@@ -232,7 +349,7 @@ def _one_of(names: tuple[str, ...]) -> str:
 
 
 def _check_division(c: ConfigDict, device_count: int) -> list[str]:
-  """The mesh against the devices, and the batch against the mesh and the micro-batches."""
+  """Checks the mesh against the devices, and the batch against the mesh and the micro-batches."""
   try:
     data, fsdp, tensor = mesh_shape(c.mesh, device_count)
   except ValueError as error:
@@ -251,7 +368,7 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
 
 
 def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
-  """What `train.reduction='deterministic'` asks of the rest."""
+  """Checks the settings that `train.reduction='deterministic'` restricts."""
   chunks, problems = max(c.train.chunks, 1), []
   if chunks % width:
     problems.append(
@@ -268,8 +385,8 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
       )
   if c.model.remat != "none":
     problems.append(
-      f"model.remat is {c.model.remat!r}, it must be 'none' with train.reduction='deterministic': layers "
-      "that are computed again come out with other bits"
+      f"model.remat is {c.model.remat!r}, it must be 'none' with "
+      "train.reduction='deterministic': recomputed layers differ in their last bits"
     )
   if c.model.attention not in ("auto", "tiled"):
     problems.append(
@@ -286,29 +403,29 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
 
 
 def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, int, int]:
-  """(data, fsdp, tensor) with a -1 resolved; ValueError if they do not use every device."""
+  """Returns (data, fsdp, tensor) with a -1 resolved; ValueError if they leave devices unused."""
   sizes = [mesh.data, mesh.fsdp, mesh.tensor]
   shown = f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}"
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(f"{shown}: sizes must be at least 1, and one of them may be -1")
-  known = 1
+  product = 1
   for size in sizes:
-    known *= size if size != -1 else 1
-  if device_count % known or (-1 not in sizes and known != device_count):
+    product *= size if size != -1 else 1
+  if device_count % product or (-1 not in sizes and product != device_count):
     raise ValueError(f"{shown}: that does not divide the {device_count} device(s) there are")
-  return tuple(device_count // known if size == -1 else size for size in sizes)
+  return tuple(device_count // product if size == -1 else size for size in sizes)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-  """Fields that two config dicts disagree in, as `name: old -> new`."""
-  found = []
+  """Returns the fields in which two config dicts differ, as `name: old -> new`."""
+  lines = []
   for name in sorted(set(old) | set(new)):
     a, b = old.get(name), new.get(name)
     if isinstance(a, dict) and isinstance(b, dict):
-      found += differences(a, b, f"{prefix}{name}.")
+      lines += differences(a, b, f"{prefix}{name}.")
     elif a != b:
-      found.append(f"{prefix}{name}: {a!r} -> {b!r}")
-  return found
+      lines.append(f"{prefix}{name}: {a!r} -> {b!r}")
+  return lines
 
 
 def _get(config: ConfigDict, name: str) -> Any:
@@ -317,17 +434,26 @@ def _get(config: ConfigDict, name: str) -> Any:
   return config
 
 
-def _get_config(path: str) -> ConfigDict:
+def _run_file(path: str) -> Any:
+  """Returns the module that a Python file makes; ValueError where there is no such file."""
   file = Path(path)
   if not file.is_file():
     folder = file.parent if file.parent.is_dir() else Path("experiments")
-    known = sorted(str(f) for f in folder.glob("*.py"))
-    raise ConfigError([f"no config file {path!r}; there are: {', '.join(known) or 'none'}"])
+    files = sorted(str(f) for f in folder.glob("*.py"))
+    raise ValueError(f"no file {path!r}; there are: {', '.join(files) or 'none'}")
   spec = importlib.util.spec_from_file_location(file.stem, file)
   module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _get_config(path: str) -> ConfigDict:
+  """Runs an experiment file and returns its config."""
+  if not Path(path).is_file():
+    attempt(problems := [], lambda: _run_file(path))
+    raise ConfigError([f"no config {problems[0].removeprefix('no ')}"])
   try:
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = _run_file(path).get_config()
   except (AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:
     # ml_collections names the misspelt field and the nearest real one.
     raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from error
@@ -340,26 +466,31 @@ def _apply(config: ConfigDict, override: str) -> None:
   """Sets one field from `--config.a.b=value`."""
   name, equals, text = override.removeprefix("--config.").partition("=")
   if not override.startswith("--config.") or not equals:
-    raise ValueError(f"{override!r} is no override; write --config.field.name=value")
+    raise ValueError(f"{override!r} is not an override; write --config.field.name=value")
   *parents, last = name.split(".")
   if parents == ["task", "settings"] and last not in config.task.settings:
-    # Which settings there are is for the task to say, and it refuses the ones it does not know.
+    # The task knows its settings and refuses the others.
     with config.unlocked():
       config.task.settings[last] = _parse(text, None, object)
     return
   node = config
   for i, part in enumerate([*parents, last]):
+    if isinstance(node, Section):
+      part = _current_name(node, part)
+      last = part if i == len(parents) else last
     if not isinstance(node, ConfigDict) or part not in node:
-      known = sorted(node.keys()) if isinstance(node, ConfigDict) else []
-      close = difflib.get_close_matches(part, known, n=1)
+      names = sorted(node.keys()) if isinstance(node, ConfigDict) else []
+      close = difflib.get_close_matches(part, names, n=1)
       hint = f"did you mean {close[0]!r}? " if close else ""
       where = ".".join([*parents, last][:i]) or "the config"
-      raise ValueError(f"no field {name!r}: {hint}{where} has: {', '.join(known) or 'no fields'}")
+      raise ValueError(f"no field {name!r}: {hint}{where} has: {', '.join(names) or 'no fields'}")
     if i < len(parents):
       node = node[part]
   if isinstance(node[last], ConfigDict):
     raise ValueError(f"{name} is a group of fields: {', '.join(sorted(node[last].keys()))}")
-  value = _parse(text, node[last], node.get_type(last))
+  # A choice of an algorithm is text, even "none".
+  is_choice = parents == ["algorithm"] and last in CHOICES
+  value = text if is_choice else _parse(text, node[last], node.get_type(last))
   try:
     node[last] = value
   except TypeError as error:
@@ -367,7 +498,7 @@ def _apply(config: ConfigDict, override: str) -> None:
 
 
 def _parse(text: str, current: Any, kind: type) -> Any:
-  """`text` as the type of the field; ValueError where it cannot be."""
+  """Returns `text` as the type of the field; ValueError where that is impossible."""
   if kind is str:
     return text
   try:

@@ -63,8 +63,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       if hosts.is_first():
         held.enter_context(workdirs.lock(workdir))
         check_workdir(c, workdir)
-        workdirs.write_config(workdir, c.to_dict())
-    hosts.same("the config", json.dumps(c.to_dict(), sort_keys=True))
+        workdirs.write_config(workdir, configs.to_saved(c))
+    hosts.same("the config", json.dumps(configs.to_saved(c), sort_keys=True))
     return _train(c, r, workdir, watch)
 
 
@@ -149,7 +149,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def _json(config: ConfigDict) -> dict[str, Any]:
-  return json.loads(json.dumps(config.to_dict()))
+  return json.loads(json.dumps(configs.to_saved(config)))
 
 
 def _draws(c: ConfigDict, r: Run, step: int) -> Callable[[int], list[Example]]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from grpo_jax import config as configs
 from grpo_jax.build import Run
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import batch as batches
@@ -178,5 +179,5 @@ class Learner:
         "device": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
       }
-      dumps.write(path, self._c.to_dict(), state, batch, recorded)
+      dumps.write(path, configs.to_saved(self._c), state, batch, recorded)
     say(f"{text}; see why: python -m grpo_jax.replay {path}")
