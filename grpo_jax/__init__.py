@@ -16,10 +16,10 @@ from grpo_jax.core.advantages import (
   process_advantages,
 )
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
+from grpo_jax.core.kl import kl_k1, kl_k2, kl_k3
 from grpo_jax.core.logprobs import head_logprobs, token_logprobs
 from grpo_jax.core.losses import grpo_loss, policy_loss
 from grpo_jax.core.masks import completion_mask, token_weights
-from grpo_jax.core.terms import kl_k1, kl_k2, kl_k3
 
 __all__ = [
   "ALGORITHMS",

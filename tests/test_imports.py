@@ -110,13 +110,13 @@ def test_a_module_imports_only_what_the_table_allows(module):
 @pytest.mark.parametrize(
   ("module", "source", "wanted"),
   [
-    ("grpo_jax.core.losses", "import jax.numpy as jnp, os\nfrom grpo_jax.core import terms", set()),
+    ("grpo_jax.core.losses", "import jax.numpy as jnp, os\nfrom grpo_jax.core import kl", set()),
     ("grpo_jax.core.losses", "from flax import linen", {"flax"}),
     ("grpo_jax.core.losses", "def f():\n  import optax", {"optax"}),
     ("grpo_jax.core.losses", "from grpo_jax import sampling", {"grpo_jax.sampling"}),
     ("grpo_jax.core.losses", "from ..models import decoder", {"grpo_jax.models.decoder"}),
     ("grpo_jax.core.losses", "from .. import policy_loss", {"grpo_jax"}),
-    ("grpo_jax.core.losses", "from .terms import KLS", set()),
+    ("grpo_jax.core.losses", "from .kl import KLS", set()),
     ("grpo_jax.tasks.new", "import jax.numpy as jnp", {"jax.numpy"}),
     ("grpo_jax.tasks.new", "import jaxtyping", set()),
     ("grpo_jax.models.new", "from grpo_jax.tasks import base", {"grpo_jax.tasks.base"}),
@@ -133,9 +133,7 @@ def test_the_table_catches(module, source, wanted):
 
 
 def test_relative_imports_of_a_package_are_resolved():
-  assert imports("grpo_jax.core", "from .terms import KLS", is_package=True) == {
-    "grpo_jax.core.terms"
-  }
+  assert imports("grpo_jax.core", "from .kl import KLS", is_package=True) == {"grpo_jax.core.kl"}
 
 
 def test_importing_the_package_loads_jax_and_numpy_only_and_touches_no_device():

@@ -11,8 +11,11 @@ from collections.abc import Callable
 
 from grpo_jax.core.advantages import ADVANTAGES
 from grpo_jax.core.checks import lookup
+from grpo_jax.core.corrections import CORRECTIONS
+from grpo_jax.core.kl import KLS
 from grpo_jax.core.masks import AVERAGES
-from grpo_jax.core.terms import CORRECTIONS, KLS, RATIOS, TRUST_REGIONS
+from grpo_jax.core.ratios import RATIOS
+from grpo_jax.core.trust_regions import TRUST_REGIONS
 
 _CHOICES = {
   "advantage": ADVANTAGES,

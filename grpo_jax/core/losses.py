@@ -6,8 +6,11 @@ from jaxtyping import Bool, Float
 
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
 from grpo_jax.core.checks import Array, as_float, as_mask, check_shape, lookup
+from grpo_jax.core.corrections import CORRECTIONS
+from grpo_jax.core.kl import KLS
 from grpo_jax.core.masks import masked_mean, token_weights
-from grpo_jax.core.terms import CORRECTIONS, KLS, RATIOS, TRUST_REGIONS, finite_exp
+from grpo_jax.core.ratios import RATIOS, finite_exp
+from grpo_jax.core.trust_regions import TRUST_REGIONS
 
 Metrics = dict[str, jax.Array]
 

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from grpo_jax import ALGORITHMS, Algorithm
-from grpo_jax.core import terms
 from grpo_jax.core.advantages import ADVANTAGES
+from grpo_jax.core.corrections import CORRECTIONS
+from grpo_jax.core.trust_regions import TRUST_REGIONS
 
 # The values of each paper: advantage, ratio, region with its settings, kl with beta, average.
 ROWS = {
@@ -88,7 +89,7 @@ def test_the_settings_of_a_choice():
 
 def test_every_setting_of_every_choice_is_a_field():
   fields = {field.name for field in dataclasses.fields(Algorithm)}
-  for table in (terms.TRUST_REGIONS, terms.CORRECTIONS):
+  for table in (TRUST_REGIONS, CORRECTIONS):
     for function in table.values():
       parameters = inspect.signature(function).parameters.values()
       assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} <= fields

@@ -14,8 +14,10 @@ from grpo_jax.core import logprobs
 from grpo_jax.core.advantages import ADVANTAGES
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.checks import as_float
+from grpo_jax.core.corrections import CORRECTIONS
+from grpo_jax.core.kl import kl_k3
 from grpo_jax.core.masks import completion_mask, masked_mean, token_weights
-from grpo_jax.core.terms import CORRECTIONS, TRUST_REGIONS, kl_k3
+from grpo_jax.core.trust_regions import TRUST_REGIONS
 from tools.mutants_explained import EXPLAINED
 from tools.mutations import Apply, find_mutants
 

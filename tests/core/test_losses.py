@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from grpo_jax import ALGORITHMS, Algorithm, grpo_loss, policy_loss, token_weights
-from grpo_jax.core import terms
+from grpo_jax.core.corrections import CORRECTIONS
+from grpo_jax.core.kl import KLS
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.core.masks import AVERAGES
+from grpo_jax.core.ratios import RATIOS
+from grpo_jax.core.trust_regions import TRUST_REGIONS
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
@@ -406,10 +409,10 @@ def test_errors_of_grpo_loss():
 
 def test_the_rows_here_have_every_choice():
   for kind, table in (
-    ("ratio", terms.RATIOS),
-    ("trust_region", terms.TRUST_REGIONS),
-    ("kl", terms.KLS),
-    ("correction", terms.CORRECTIONS),
+    ("ratio", RATIOS),
+    ("trust_region", TRUST_REGIONS),
+    ("kl", KLS),
+    ("correction", CORRECTIONS),
     ("average", AVERAGES),
   ):
     assert {getattr(row, kind) for row in ROWS.values()} == set(table)
