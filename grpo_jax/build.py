@@ -26,6 +26,7 @@ from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
+from grpo_jax.learning.updates import UpdateConfig
 from grpo_jax.models import lora
 from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
@@ -75,6 +76,15 @@ class Run:
   def loaded_base_params(self) -> Any:
     """What is not trained: everything beside adapters; None where there are none."""
     return self.loaded_params() if self.new_adapters else None
+
+  def loaded_reference(self) -> Any:
+    """The parameters of a fixed reference for the KL term; None without one.
+
+    Without its adapters, a model with adapters is its own reference.
+    """
+    if self.algorithm.beta == 0:
+      return None
+    return {} if self.new_adapters else self.loaded_params()
 
   def initial_state(self, *, moving_reference: bool = False) -> TrainState:
     """Trained parameters and a fresh optimizer state, laid out by the sharding table."""
@@ -311,6 +321,22 @@ def optimizer_of(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransform
     clip_norm=o.clip_norm,
   )
   return schedule, optimizer
+
+
+def update_config(c: ConfigDict) -> UpdateConfig:
+  """The settings of the updates of a rollout."""
+  return UpdateConfig(
+    temperature=c.rollout.temperature,
+    epochs=c.train.epochs,
+    mini_batches=c.train.mini_batches,
+    micro_batches=c.train.micro_batches,
+    micro_batch_tokens=c.train.micro_batch_tokens,
+    spike=c.train.spike,
+    max_skipped=c.train.max_skipped,
+    sync_every=c.reference.sync_every,
+    sync_share=c.reference.sync_share,
+    seed=c.seed,
+  )
 
 
 def make_scorer(config: ConfigDict, run: Run) -> contextlib.AbstractContextManager[Scorer]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from grpo_jax import config as configs
-from grpo_jax.build import Run, build
+from grpo_jax.build import Run, build, update_config
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState
 from grpo_jax.learning.updates import make_gradients, make_scoring, make_update
@@ -79,11 +79,15 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   base_params, like = r.loaded_base_params(), r.initial_state()
   state, batch = dump.state(like), dump.batch(meshes.batch_sharding(r.mesh))
   del like
-  logp = np.asarray(make_scoring(c, r)(state.params, batch, base_params))
+  config, options = update_config(c), {"with_adapters": r.with_adapters, "chunks": r.chunks}
+  score = make_scoring(r.model, config, **options)
+  gradients = make_gradients(r.model, r.algorithm, config, **options)
+  update = make_update(r.model, r.algorithm, r.optimizer, r.schedule, config, **options)
+  logp = np.asarray(score(state.params, batch, base_params))
   params = _named(state.params)
-  grads, *_ = make_gradients(c, r)(state.params, batch, base_params)
+  grads, *_ = gradients(state.params, batch, base_params)
   grads = _named(grads)
-  state, metrics = make_update(c, r)(state, batch, base_params)
+  state, metrics = update(state, batch, base_params)
   return Replayed(
     metrics={name: float(value) for name, value in metrics.items()},
     recorded=dump.recorded["metrics"],

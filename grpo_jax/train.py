@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
 from grpo_jax import data, rollout
-from grpo_jax.build import Run, build, make_scorer
+from grpo_jax.build import Run, build, make_scorer, update_config
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.learning.updates import Learner, SkippedError
-from grpo_jax.run import checkpoint, compilation, metrics
+from grpo_jax.run import checkpoint, compilation, metrics, skipped
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.signals import Signals, Stopped
 from grpo_jax.summary import describe
@@ -74,7 +74,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
     r.initial_state(moving_reference=c.reference.sync_every > 0),
     r.loaded_base_params(),
   )
-  to_sampler, learn = r.for_sampling(base_params), Learner(c, r, base_params, workdir)
+  to_sampler = r.for_sampling(base_params)
   with (
     checkpoint.Checkpoints(workdir, c.checkpoint.keep) as checkpoints,
     make_scorer(c, r) as scorer,
@@ -84,6 +84,19 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
     writer = metrics.MetricsWriter if hosts.is_first() else metrics.NoWriter
     with writer(workdir, c.steps, resume_step=start) as writer:
       writer.print(describe(c, r, start))
+      recorder = skipped.Recorder(workdir, configs.to_saved(c), r.mesh, writer.print)
+      learn = Learner(
+        r.model,
+        r.algorithm,
+        r.optimizer,
+        r.schedule,
+        update_config(c),
+        with_adapters=r.with_adapters,
+        base_params=base_params,
+        reference=None if c.reference.sync_every else r.loaded_reference(),
+        chunks=r.chunks,
+        on_skip=recorder,
+      )
       late, num_tokens = metrics.OneStepLate(writer.write), metrics.last(workdir, "num_tokens", 0)
       for step in range(start, c.steps):
         if step == 0 or (c.eval.every and step % c.eval.every == 0):
@@ -106,7 +119,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
           mask_truncated=c.rollout.mask_truncated,
         )
         with jax.transfer_guard("disallow"):  # what the updates need is on the device already
-          state, measured = learn(state, rolled.batch, step, writer.print)
+          state, measured = learn(state, rolled.batch, step)
         num_tokens += rolled.num_tokens
         watch.report(writer.print)
         measured |= rolled.measured | _timing(rolled.num_tokens, num_tokens, began)
@@ -120,7 +133,8 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
           writer.sync()
           checkpoints.save(done, state)
         checkpoints.check()
-        learn.check(done)
+        if learn.trouble:
+          raise SkippedError(f"{learn.trouble}. {recorder.advice()}; step {done} is saved")
         if stop:
           raise Stopped(f"stopped after step {done}, which is saved", stop)
       results = _evaluate(c, r, to_sampler(state.params), scorer, c.steps, writer)

@@ -183,7 +183,7 @@ def test_a_run_skips_counts_and_goes_on(runs):
 
 def test_a_run_gives_up_after_too_many_and_can_be_continued(runs):
   whole, parts, error = runs
-  assert "2 updates in a row were skipped (train.max_skipped is 2)" in error
+  assert "2 updates in a row were skipped (max_skipped is 2)" in error
   assert "step 3 is saved" in error
   for step in POISONED:
     assert str(dumps.folder(parts, step, 0)) in error
@@ -193,7 +193,7 @@ def test_a_run_gives_up_after_too_many_and_can_be_continued(runs):
 
 def test_a_dump_is_replayed_exactly_and_names_the_culprit(runs, capsys):
   whole, *_ = runs
-  first, second = dumps.whole(whole)
+  first, second = dumps.complete(whole)
   assert (first / "state").is_dir()
   assert not (second / "state").exists()  # that of the first
   assert replay.main([str(second), "--tokens", "4"]) == 0
@@ -223,7 +223,7 @@ def test_few_dumps_are_kept_and_half_written_ones_do_not_count(tmp_path, capsys)
     path.mkdir(parents=True)
     if number:
       (path / dumps.RECORDED).write_text(json.dumps({}))
-  assert [path.name for path in dumps.whole(tmp_path)] == ["step_000001_update_0"]
+  assert [path.name for path in dumps.complete(tmp_path)] == ["step_000001_update_0"]
   assert replay.main([str(dumps.folder(tmp_path, 0, 0))]) == 2
   assert "holds no recorded.json" in capsys.readouterr().err
 

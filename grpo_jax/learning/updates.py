@@ -1,183 +1,249 @@
-"""All updates that one rollout gives, and what is done about those that go wrong."""
+"""Runs the optimizer updates of one rollout and reports the ones that are skipped."""
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+import optax
 
-from grpo_jax import config as configs
-from grpo_jax.build import Run
-from grpo_jax.distributed import mesh as meshes
+from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.learning import batch as batches
 from grpo_jax.learning import deterministic, reduction
-from grpo_jax.learning.skipping import SKIPPED
+from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import (
   Batch,
   TrainState,
+  WithAdapters,
   average,
   make_gradient,
   make_loss,
   make_score,
   make_train_step,
   move_reference,
+  only_trained,
 )
-from grpo_jax.run import skipped as dumps
+from grpo_jax.models.protocol import Model, Params
 
 
-def make_update(c: ConfigDict, r: Run) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """The jitted update of a run, `(state, batch, base_params) -> (state, metrics)`."""
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+  """Settings of the updates of one rollout.
+
+  Attributes:
+    temperature: the sampling temperature.
+    epochs: number of passes over the rollout.
+    mini_batches: number of updates per epoch.
+    micro_batches: number of gradient accumulation steps per update, at least.
+    micro_batch_tokens: tokens per device in one accumulation step; more micro-batches are used
+      where they are needed. 0 is no limit.
+    spike: also skip an update whose gradient norm exceeds `spike` times its running mean; 0
+      disables.
+    max_skipped: number of updates skipped in a row after which `Learner.trouble` is set.
+    sync_every: move the reference every this many rollouts; 0 keeps it fixed.
+    sync_share: share of the parameters in the moved reference; see `move_reference`.
+    seed: seed of the order of prompts in mini-batches.
+  """
+
+  temperature: float
+  epochs: int = 1
+  mini_batches: int = 1
+  micro_batches: int = 1
+  micro_batch_tokens: int = 0
+  spike: float = 0.0
+  max_skipped: int = 5
+  sync_every: int = 0
+  sync_share: float = 1.0
+  seed: int = 0
+
+
+def make_update(
+  model: Model,
+  algorithm: Algorithm,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  config: UpdateConfig,
+  *,
+  with_adapters: WithAdapters = only_trained,
+  chunks: Chunks | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the jitted update `(state, batch, base_params=None) -> (state, metrics)`.
+
+  It is `make_train_step` with as many micro-batches as the batch needs.
+  """
 
   def make(micro_batches: int) -> Callable:
     return make_train_step(
-      r.model,
-      r.algorithm,
-      r.optimizer,
-      r.schedule,
-      temperature=c.rollout.temperature,
+      model,
+      algorithm,
+      optimizer,
+      schedule,
+      temperature=config.temperature,
       micro_batches=micro_batches,
-      spike=c.train.spike,
-      with_adapters=r.with_adapters,
-      chunks=r.chunks,
+      spike=config.spike,
+      with_adapters=with_adapters,
+      chunks=chunks,
     )
 
-  return _within_budget(c, r, make)
+  return make(1) if chunks else _within_budget(model, config, make)
 
 
-def make_gradients(c: ConfigDict, r: Run) -> Callable[..., tuple]:
-  """The jitted gradient of a run's update alone, `(params, batch, base_params) -> (gradients, ...)`."""
-  loss = make_loss(
-    r.model, r.algorithm, temperature=c.rollout.temperature, with_adapters=r.with_adapters
-  )
-  if r.chunks:
-    return deterministic.make_gradient(loss, r.chunks)
-  return _within_budget(c, r, lambda micro_batches: jax.jit(make_gradient(loss, micro_batches)))
+def make_gradients(
+  model: Model,
+  algorithm: Algorithm,
+  config: UpdateConfig,
+  *,
+  with_adapters: WithAdapters = only_trained,
+  chunks: Chunks | None = None,
+) -> Callable[..., tuple]:
+  """Returns the jitted gradient of an update, `(params, batch, base_params) -> (gradient, ...)`."""
+  loss = make_loss(model, algorithm, temperature=config.temperature, with_adapters=with_adapters)
+  if chunks:
+    return deterministic.make_gradient(loss, chunks)
+  return _within_budget(model, config, lambda count: jax.jit(make_gradient(loss, count)))
 
 
-def make_scoring(c: ConfigDict, r: Run) -> Callable[..., jax.Array]:
-  """The jitted log-probs of a batch, `(params, batch, base_params) -> logp`.
+def make_scoring(
+  model: Model,
+  config: UpdateConfig,
+  *,
+  with_adapters: WithAdapters = only_trained,
+  chunks: Chunks | None = None,
+) -> Callable[..., jax.Array]:
+  """Returns the jitted log-probs of a rollout, `(params, batch, base_params=None) -> logp`.
 
-  As many prompts at a time as in the update, so that it needs no more memory.
+  It computes as many prompts at a time as an update does, so it needs no more memory.
   """
 
   def make(micro_batches: int) -> Callable:
     return make_score(
-      r.model,
-      temperature=c.rollout.temperature,
+      model,
+      temperature=config.temperature,
       micro_batches=micro_batches,
-      with_adapters=r.with_adapters,
-      chunks=r.chunks,
+      with_adapters=with_adapters,
+      chunks=chunks,
     )
 
-  return _within_budget(c, r, make, c.train.mini_batches)
+  return make(1) if chunks else _within_budget(model, config, make, config.mini_batches)
 
 
-def _within_budget(c: ConfigDict, r: Run, make: Callable[[int], Callable], times: int = 1):
-  return reduction.within(
+def _within_budget(
+  model: Model, config: UpdateConfig, make: Callable[[int], Callable], times: int = 1
+) -> reduction.WithinBudget:
+  return reduction.WithinBudget(
     make,
-    budget=c.train.micro_batch_tokens,
-    prompt_shards=meshes.prompt_shards(r.sampler.prompt_sharding),
-    least=c.train.micro_batches * times,
+    budget=config.micro_batch_tokens,
+    prompt_shards=getattr(model, "prompt_shards", 1),
+    least=config.micro_batches * times,
   )
 
 
 class SkippedError(RuntimeError):
-  """Too many updates in a row were skipped; the text names the dumps."""
+  """Too many updates in a row were skipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedUpdate:
+  """An update that was skipped, with everything it depends on.
+
+  Attributes:
+    step: number of the rollout.
+    update: number of the update within the rollout.
+    in_a_row: number of updates skipped in a row, this one included.
+    state: the state that the update met and left unchanged, except for its history.
+    batch: the mini-batch.
+    metrics: metrics of the update.
+  """
+
+  step: int
+  update: int
+  in_a_row: int
+  state: TrainState
+  batch: Batch
+  metrics: dict[str, float]
 
 
 class Learner:
-  """`(state, batch, step, say) -> (state, metrics)`: the updates of one rollout.
+  """Runs the updates of one rollout: `(state, batch, step) -> (state, metrics)`.
 
-  Reference and old log-probs are computed before the first of them, and only where the algorithm
-  has a KL term, or several updates that move away from the parameters that sampled. One number is
-  read back from the device after each update: whether it was skipped.
+  The log-probs under the reference and under the old parameters are computed before the first
+  update, and only if the algorithm has a KL term, or if there are several updates per rollout.
+  After each update one number is read from the device: how many updates in a row were skipped.
+
+  Args:
+    base_params: parameters that are not trained, for `with_adapters`.
+    reference: parameters of a fixed reference, combined with `base_params` as the trained ones
+      are. None uses `TrainState.reference`.
+    on_skip: called with each update that is skipped.
 
   Attributes:
-    trouble: why the run cannot go on, once `train.max_skipped` updates in a row were skipped.
+    trouble: the reason why training should not continue; None until `config.max_skipped` updates
+      in a row are skipped.
   """
 
-  def __init__(self, c: ConfigDict, r: Run, base_params: Any, workdir: str | Path) -> None:
-    self._c, self._r, self._base_params, self._workdir = c, r, base_params, workdir
-    self._update, self._score = make_update(c, r), make_scoring(c, r)
-    self._has_kl = r.algorithm.beta > 0
-    self._reference = None
-    if self._has_kl and not c.reference.sync_every:
-      # Adapters left out, the base_params parameters are the reference.
-      self._reference = r.loaded_params() if base_params is None else {}
-    self._state_of: str | None = None  # the dump that holds the state as it is
+  def __init__(
+    self,
+    model: Model,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: UpdateConfig,
+    *,
+    with_adapters: WithAdapters = only_trained,
+    base_params: Params = None,
+    reference: Params = None,
+    chunks: Chunks | None = None,
+    on_skip: Callable[[SkippedUpdate], object] | None = None,
+  ) -> None:
+    options: dict[str, Any] = {"with_adapters": with_adapters, "chunks": chunks}
+    self._config, self._base_params, self._on_skip = config, base_params, on_skip
+    self._update = make_update(model, algorithm, optimizer, schedule, config, **options)
+    self._score = make_scoring(model, config, **options)
+    self._has_kl, self._reference = algorithm.beta > 0, reference
     self.trouble: str | None = None
 
   def __call__(
-    self, state: TrainState, batch: Batch, step: int, say: Callable[[str], None] = print
+    self, state: TrainState, batch: Batch, step: int
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    c = self._c
+    """Returns the state after the updates of rollout number `step`, and their mean metrics.
+
+    Raises:
+      ValueError: the state has no history, or the algorithm has a KL term and there is no
+        reference.
+    """
+    config, base_params = self._config, self._base_params
+    batch = self._scored(state, batch)
+    seed = (config.seed, step)
+    metrics, in_a_row = [], 0
+    for number, part in enumerate(
+      batches.mini_batches(batch, config.mini_batches, config.epochs, seed)
+    ):
+      state, numbers = self._update(state, part, base_params)
+      metrics.append(numbers)
+      in_a_row = int(jax.device_get(state.history.skipped))
+      if in_a_row and self._on_skip:
+        values = {name: float(value) for name, value in jax.device_get(numbers).items()}
+        self._on_skip(SkippedUpdate(step, number, in_a_row, state, part, values))
+    if config.sync_every and (step + 1) % config.sync_every == 0:
+      state = move_reference(state, config.sync_share)
+    if in_a_row >= config.max_skipped:
+      self.trouble = (
+        f"{in_a_row} updates in a row were skipped (max_skipped is {config.max_skipped}). The "
+        "parameters are those of the last accepted update"
+      )
+    return state, average(metrics)
+
+  def _scored(self, state: TrainState, batch: Batch) -> Batch:
+    """Returns the batch with the log-probs that the updates need."""
+    if state.history is None:
+      raise ValueError("the state has no history, which counts skipped updates: TrainState.history")
     if self._has_kl:
       reference = state.reference if self._reference is None else self._reference
-      batch = dataclasses.replace(batch, ref_logp=self._score(reference, batch, self._base_params))
-    if c.train.epochs * c.train.mini_batches > 1:
-      batch = dataclasses.replace(
-        batch, old_logp=self._score(state.params, batch, self._base_params)
-      )
-    parts = batches.mini_batches(batch, c.train.mini_batches, c.train.epochs, (c.seed, step))
-    measured = []
-    for number, part in enumerate(parts):
-      state, found = self._update(state, part, self._base_params)
-      measured.append(found)
-      if jax.device_get(found[SKIPPED]):
-        self._skipped(state, part, found, step, number, say)
-      else:
-        self._state_of = None
-    if c.reference.sync_every and (step + 1) % c.reference.sync_every == 0:
-      state = move_reference(state, c.reference.sync_share)
-    skipped = int(jax.device_get(state.history.skipped)) if self._state_of else 0
-    if skipped >= c.train.max_skipped:
-      kept = ", ".join(str(path) for path in dumps.whole(self._workdir))
-      self.trouble = (
-        f"{skipped} updates in a row were skipped (train.max_skipped is {c.train.max_skipped}). "
-        f"The parameters are those of the last good update. See why: python -m grpo_jax.replay "
-        f"DUMP, for {kept}"
-      )
-    return state, average(measured)
-
-  def check(self, done: int) -> None:
-    """Ends a run in trouble, once its `done` steps are saved. Errors: SkippedError."""
-    if self.trouble:
-      raise SkippedError(f"{self.trouble}; step {done} is saved")
-
-  def _skipped(
-    self,
-    state: TrainState,
-    batch: Batch,
-    found: dict[str, jax.Array],
-    step: int,
-    update: int,
-    say: Callable[[str], None],
-  ) -> None:
-    """Says that an update was skipped, and keeps it for `grpo_jax.replay`."""
-    path, held = dumps.folder(self._workdir, step, update), dumps.whole(self._workdir)
-    numbers = {name: float(value) for name, value in jax.device_get(found).items()}
-    text = (
-      f"step {step}, update {update} skipped: loss {numbers['loss']:.4g}, "
-      f"gradient norm {numbers['grad_norm']:.4g}"
-    )
-    if path in held:  # by a process before this one, which did not come to its next checkpoint
-      self._state_of = dumps.read(path).recorded["state_of"]
-    else:
-      self._state_of = self._state_of or path.name
-      if len(held) >= dumps.LIMIT:
-        say(f"{text}; not kept, {path.parent} holds {len(held)} already")
-        return
-      mesh = self._r.mesh
-      recorded = {
-        "step": step,
-        "update": update,
-        "state_of": self._state_of,
-        "metrics": numbers,
-        "mesh": dict(mesh.shape),
-        "device": mesh.devices.flat[0].device_kind,
-        "jax": jax.__version__,
-      }
-      dumps.write(path, configs.to_saved(self._c), state, batch, recorded)
-    say(f"{text}; see why: python -m grpo_jax.replay {path}")
+      if reference is None:
+        raise ValueError("the algorithm has a KL term: give Learner or TrainState a reference")
+      logp = self._score(reference, batch, self._base_params)
+      batch = dataclasses.replace(batch, ref_logp=logp)
+    if self._config.epochs * self._config.mini_batches > 1:
+      logp = self._score(state.params, batch, self._base_params)
+      batch = dataclasses.replace(batch, old_logp=logp)
+    return batch

@@ -171,7 +171,7 @@ class Programs:
   def _micro_batches(self, parts: int, least: int) -> int:
     """Of one of so many parts of a step's prompts, none of whose completions ends early."""
     r = self.config.rollout
-    return reduction.micro_batches(
+    return reduction.count_micro_batches(
       r.prompts_per_step // parts,
       self.prompt_length + r.group_size * r.completion_length,
       budget=self.config.train.micro_batch_tokens,

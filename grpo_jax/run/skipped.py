@@ -1,4 +1,4 @@
-"""Skipped updates on disk: the batch, the state it met, and what came out, to be run again.
+"""Writes skipped updates to disk and reads them back, so that they can be run again.
 
 A dump is a folder: `config.json`, `recorded.json`, `batch/` and, unless an earlier dump holds the
 same one, `state/`.
@@ -7,105 +7,169 @@ same one, `state/`.
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from grpo_jax.distributed import hosts
+from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning.step import Batch, TrainState
+from grpo_jax.learning.updates import SkippedUpdate
 
 FOLDER = "skipped"  # of a work directory
-LIMIT = 3  # dumps that a work directory holds; later skipped updates are only told of
+LIMIT = 3  # dumps per work directory; later skipped updates are logged but not written
 CONFIG, RECORDED = "config.json", "recorded.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Dump:
-  """One skipped update.
+  """A skipped update on disk.
 
   Attributes:
     path: its folder.
-    config: of the run, as in `config.json`.
-    recorded: step, update (of that step), metrics, devices, mesh, jax, and the name of the dump
-      that holds the state.
+    config: config of the run, as in `config.json`.
+    recorded: step, update (number within the step), metrics, mesh, device, jax version, and
+      `state_of`, the name of the dump that holds the state.
   """
 
   path: Path
   config: dict[str, Any]
   recorded: dict[str, Any]
 
-  def batch(self, layout: Any) -> Batch:
-    """The batch; `layout` is that of everything with prompts as its first axis."""
+  def batch(self, layout: Sharding) -> Batch:
+    """Reads the batch; `layout` is the sharding of arrays whose first axis is prompts."""
     path = self.path.absolute() / "batch"
     with ocp.StandardCheckpointer() as checkpointer:
-      found = checkpointer.metadata(path).item_metadata
+      stored = checkpointer.metadata(path).item_metadata
       like = {
-        name: jax.ShapeDtypeStruct(found[name].shape, found[name].dtype, sharding=layout)
-        for name in found
+        name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=layout)
+        for name in stored
       }
       return Batch(**checkpointer.restore(path, like))
 
   def state(self, like: TrainState) -> TrainState:
-    """The state that the update met, laid out as `like`."""
+    """Reads the state that the update met, with the shapes, dtypes and shardings of `like`."""
     path = self.path.absolute().parent / self.recorded["state_of"] / "state"
     with ocp.StandardCheckpointer() as checkpointer:
       like_tree = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
       tree = checkpointer.restore(path, like_tree)
-    # The update made the row of skips one longer.
+    # The history is the one after the update: it counts one more skipped update.
     history = dataclasses.replace(like.history, **tree.pop("history"))
     return TrainState(**tree, history=history)
 
 
+class Recorder:
+  """Logs each skipped update of a run and writes the first ones to its work directory.
+
+  It is the `on_skip` of `learning.updates.Learner`. All processes call it.
+
+  Args:
+    config: config of the run, to be read by `grpo_jax.replay`.
+    log: called with one line per skipped update.
+  """
+
+  def __init__(
+    self,
+    workdir: str | Path,
+    config: dict[str, Any],
+    mesh: Mesh,
+    log: Callable[[str], object] = print,
+  ) -> None:
+    self._workdir, self._config, self._mesh, self._log = workdir, config, mesh, log
+    self._state_of: str | None = None  # the dump that holds the current state
+
+  def __call__(self, skipped: SkippedUpdate) -> None:
+    path = folder(self._workdir, skipped.step, skipped.update)
+    dumps = complete(self._workdir)
+    if skipped.in_a_row == 1:  # an accepted update has changed the state
+      self._state_of = None
+    text = (
+      f"step {skipped.step}, update {skipped.update} skipped: loss "
+      f"{skipped.metrics['loss']:.4g}, gradient norm {skipped.metrics['grad_norm']:.4g}"
+    )
+    if path in dumps:  # written by an earlier process that did not reach its next checkpoint
+      self._state_of = read(path).recorded["state_of"]
+    else:
+      self._state_of = self._state_of or path.name
+      if len(dumps) >= LIMIT:
+        self._log(f"{text}; not written, {path.parent} holds {len(dumps)} already")
+        return
+      recorded = {
+        "step": skipped.step,
+        "update": skipped.update,
+        "state_of": self._state_of,
+        "metrics": skipped.metrics,
+        "mesh": dict(self._mesh.shape),
+        "device": self._mesh.devices.flat[0].device_kind,
+        "jax": jax.__version__,
+      }
+      write(path, self._config, skipped.state, skipped.batch, recorded)
+    self._log(f"{text}; see why: python -m grpo_jax.replay {path}")
+
+  def advice(self) -> str:
+    """Returns a sentence that says how to look into the skipped updates."""
+    paths = ", ".join(str(path) for path in complete(self._workdir))
+    return f"See why: python -m grpo_jax.replay DUMP, for {paths}"
+
+
 def folder(workdir: str | Path, step: int, update: int) -> Path:
-  """Where the dump of an update of a step is."""
+  """Returns the folder of the dump of an update of a step."""
   return Path(workdir).absolute() / FOLDER / f"step_{step:06d}_update_{update}"
 
 
 def write(
   path: Path, config: dict[str, Any], state: TrainState, batch: Batch, recorded: dict[str, Any]
 ) -> None:
-  """Writes a dump; all processes call it. It counts once `recorded.json` is there, the last file.
+  """Writes a dump; all processes call it.
+
+  The last file written is `recorded.json`; a dump without it is incomplete and ignored.
 
   Args:
-    state: what the update left, which is what it met; written unless `recorded["state_of"]` names
-      another dump.
+    state: the state that the update left, which is the one it met; written unless
+      `recorded["state_of"]` names another dump.
   """
   if hosts.is_first():
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
   hosts.exchange()
-  held = {name: value for name, value in vars(batch).items() if value is not None}
+  arrays = {name: value for name, value in vars(batch).items() if value is not None}
   with ocp.StandardCheckpointer() as checkpointer, jax.transfer_guard("allow"):
-    checkpointer.save(path / "batch", held)
+    checkpointer.save(path / "batch", arrays)
     if recorded["state_of"] == path.name:
       checkpointer.wait_until_finished()
       checkpointer.save(path / "state", _tree(state))
   if hosts.is_first():
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     (path / RECORDED).write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
-  hosts.exchange()  # so that all find it
+  hosts.exchange()  # so that every process sees the complete dump
 
 
 def read(path: str | Path) -> Dump:
-  """A dump without its arrays. Errors: ValueError where `path` is none."""
+  """Reads a dump without its arrays.
+
+  Raises:
+    ValueError: `path` is not a complete dump.
+  """
   path = Path(path)
   if not (path / RECORDED).is_file():
-    raise ValueError(f"{path} holds no {RECORDED}: not the dump of an update, or not all of it")
+    raise ValueError(f"{path} holds no {RECORDED}: it is not a dump of an update, or incomplete")
   config, recorded = (json.loads((path / n).read_text("utf-8")) for n in (CONFIG, RECORDED))
   if not (path.absolute().parent / recorded["state_of"] / "state").is_dir():
     raise ValueError(f"{path} needs the state in the dump {recorded['state_of']!r} beside it")
   return Dump(path, config, recorded)
 
 
-def whole(workdir: str | Path) -> list[Path]:
-  """The complete dumps of a work directory."""
+def complete(workdir: str | Path) -> list[Path]:
+  """Returns the folders of the complete dumps of a work directory, sorted."""
   return sorted(file.parent for file in (Path(workdir).absolute() / FOLDER).glob(f"*/{RECORDED}"))
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-  """What the update of a state depends on."""
+  """Returns what an update of a state depends on."""
   return {
     "step": state.step,
     "params": state.params,

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from grpo_jax.learning.reduction import micro_batches, within
+from grpo_jax.learning.reduction import WithinBudget, count_micro_batches
 
 # prompts, tokens of each, budget, prompt_shards, least -> parts
 CASES = {
@@ -24,9 +24,8 @@ CASES = {
 @pytest.mark.parametrize(("arguments", "parts"), CASES.values(), ids=CASES)
 def test_the_number_of_parts(arguments, parts):
   prompts, tokens, budget, prompt_shards, least = arguments
-  assert (
-    micro_batches(prompts, tokens, budget=budget, prompt_shards=prompt_shards, least=least) == parts
-  )
+  limits = {"budget": budget, "prompt_shards": prompt_shards, "least": least}
+  assert count_micro_batches(prompts, tokens, **limits) == parts
 
 
 def test_a_step_is_made_once_for_each_number_of_parts():
@@ -36,7 +35,7 @@ def test_a_step_is_made_once_for_each_number_of_parts():
     made.append(parts)
     return lambda state, batch, base_params: (state, parts, base_params)
 
-  step = within(make, budget=100, prompt_shards=1)
+  step = WithinBudget(make, budget=100, prompt_shards=1)
 
   def batch(prompts, n, group, t):
     return types.SimpleNamespace(prompts=np.zeros((prompts, n)), mask=np.zeros((prompts, group, t)))
