@@ -20,7 +20,7 @@ from grpo_jax.build import build, to_sampling_params
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.models.io.weights import open_weights
+from grpo_jax.models.load import open_weights
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import encode_prompt, load_tokenizer

@@ -31,8 +31,9 @@ from grpo_jax.models import lora
 from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
-from grpo_jax.models.io.weights import Weights, open_weights
+from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.kernels import KERNELS, each_layer, where_long
+from grpo_jax.models.load import open_weights
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import StepRewards, Task

@@ -19,10 +19,10 @@ from grpo_jax import config as configs
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.families import FAMILIES, find_family, parse
-from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.json_files import read_json, write_json
 from grpo_jax.models.io.sources import Source, resolve
-from grpo_jax.models.io.weights import open_weights
-from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_json, write_weights
+from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weights
+from grpo_jax.models.load import open_weights
 from grpo_jax.run import checkpoint
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer

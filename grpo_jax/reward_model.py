@@ -18,9 +18,10 @@ from numpy import ndarray
 
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.sources import resolve
-from grpo_jax.models.io.weights import Weights, open_weights
+from grpo_jax.models.io.weights import Weights
+from grpo_jax.models.load import open_weights
 from grpo_jax.tokens import Messages, Tokenizer, load_tokenizer
 
 SHORTEST = 64  # tokens; conversations are padded to this, or to twice, four times ... as many

@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from grpo_jax.models.io.safetensors import Gguf, first_line, open_gguf, read_json
-from grpo_jax.models.io.weights import resolve
+from grpo_jax.errors import first_line
+from grpo_jax.models.io.gguf import Gguf, open_gguf
+from grpo_jax.models.io.json_files import read_json
+from grpo_jax.models.io.sources import resolve
 
 Messages = list[dict[str, str]]
 

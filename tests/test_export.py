@@ -20,7 +20,7 @@ from grpo_jax.config import default_config
 from grpo_jax.export import export_model
 from grpo_jax.learning.step import TrainState
 from grpo_jax.models import lora
-from grpo_jax.models.io.weights import load
+from grpo_jax.models.load import load
 from grpo_jax.run import checkpoint
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer

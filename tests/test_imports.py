@@ -25,14 +25,20 @@ ALLOWED = {
   "grpo_jax": "grpo_jax.core grpo_jax.testing",
   "grpo_jax.core*": "grpo_jax.core jax numpy jaxtyping",
   "grpo_jax.testing": "jax numpy",
-  "grpo_jax.models*": (
-    "grpo_jax.core grpo_jax.models flax safetensors gguf huggingface_hub jax numpy jaxtyping"
+  "grpo_jax.errors": "",
+  "grpo_jax.models.config": "",
+  "grpo_jax.models.protocol": "jaxtyping",
+  "grpo_jax.models.io*": (
+    "grpo_jax.errors grpo_jax.models.io grpo_jax.models.config grpo_jax.models.rope "
+    "grpo_jax.models.protocol safetensors gguf huggingface_hub jax numpy jaxtyping"
   ),
+  "grpo_jax.models*": "grpo_jax.core grpo_jax.models flax safetensors jax numpy jaxtyping",
   "grpo_jax.tasks*": (
     "grpo_jax.tasks numpy jaxtyping reasoning_gym math_verify tensorflow_datasets pyarrow"
   ),
   "grpo_jax.tokens": (
-    "grpo_jax.models.io.weights grpo_jax.models.io.safetensors transformers tokenizers numpy jaxtyping"
+    "grpo_jax.errors grpo_jax.models.io.gguf grpo_jax.models.io.json_files "
+    "grpo_jax.models.io.sources transformers tokenizers numpy jaxtyping"
   ),
   "grpo_jax.data": "grpo_jax.tasks grain numpy",
   "grpo_jax.sampling.compaction": "jax jaxtyping",
@@ -120,6 +126,12 @@ def test_a_module_imports_only_what_the_table_allows(module):
     ("grpo_jax.tasks.new", "import jax.numpy as jnp", {"jax.numpy"}),
     ("grpo_jax.tasks.new", "import jaxtyping", set()),
     ("grpo_jax.models.new", "from grpo_jax.tasks import base", {"grpo_jax.tasks.base"}),
+    ("grpo_jax.models.io.new", "import flax.linen", {"flax.linen"}),
+    (
+      "grpo_jax.models.io.new",
+      "def f():\n  from grpo_jax.models.decoder import Decoder",
+      {"grpo_jax.models.decoder"},
+    ),
     ("grpo_jax.learning.step", "import grpo_jax.models.decoder", {"grpo_jax.models.decoder"}),
     ("grpo_jax.rollout", "from grpo_jax.models import decoder", {"grpo_jax.models.decoder"}),
     ("grpo_jax.evaluate", "from grpo_jax.train import run", {"grpo_jax.train"}),

@@ -5,7 +5,7 @@ python -m benchmarks.peers.export_smollm2
 
 from benchmarks.alternate import MODEL, PEER_MODEL
 from grpo_jax.export import export_model
-from grpo_jax.models.io.weights import load
+from grpo_jax.models.load import load
 
 if __name__ == "__main__":
   export_model(*load(MODEL), MODEL, PEER_MODEL)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.distributed.cluster import METHOD, Limit, detect
 from grpo_jax.distributed.mesh import batch_sharding
+from grpo_jax.errors import first_line
 
 GRACE = 30.0  # seconds that a process has to end by itself once a host has failed
 
@@ -54,7 +55,7 @@ def session(heartbeat: int = 30, wait: float = 1800.0) -> Iterator[None]:
     jax.distributed.shutdown()
     _limit.set(None)
   except BaseException as error:
-    _limit.set(GRACE, f"this process failed ({in_a_line(error)}) and could not end by itself")
+    _limit.set(GRACE, f"this process failed ({first_line(error)}) and could not end by itself")
     raise
 
 
@@ -122,7 +123,7 @@ def together(what: str) -> Iterator[None]:
   except BaseException as error:
     failed = error
     # The others may be elsewhere and never come to the exchange.
-    _limit.set(GRACE, f"{what} failed ({in_a_line(error)}) and the other hosts do not answer")
+    _limit.set(GRACE, f"{what} failed ({first_line(error)}) and the other hosts do not answer")
   said = _all_bytes(f"{type(failed).__name__}: {failed}".encode() if failed else b"")
   if failed:
     raise failed
@@ -158,11 +159,6 @@ def _all_bytes(own: bytes) -> list[bytes]:
 def _unpacked(content: bytes) -> dict[str, np.ndarray]:
   with np.load(io.BytesIO(content), allow_pickle=False) as archive:
     return dict(archive)
-
-
-def in_a_line(error: BaseException) -> str:
-  """Kind and first line of an error, to quote it in another."""
-  return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 # --- rows of a host and global arrays -------------------------------------------------------------

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.weights import ROWS, shapes_of
 
 Adapters = dict[str, Any]

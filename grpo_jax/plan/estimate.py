@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax.models.io.safetensors import first_line
+from grpo_jax.errors import first_line
 from grpo_jax.plan.cost import Cost, Counter
 from grpo_jax.plan.flops import product_ops
 from grpo_jax.plan.hardware import Topology, bound

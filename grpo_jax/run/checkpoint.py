@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from grpo_jax.distributed import hosts
+from grpo_jax.errors import first_line
 from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import workdir as workdirs
@@ -168,7 +169,7 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      reason = "the file system is full" if workdirs.is_full(error) else hosts.in_a_line(error)
+      reason = "the file system is full" if workdirs.is_full(error) else first_line(error)
       raise SaveError(
         f"the checkpoint of step {self._saving} could not be saved: {reason}. It takes up to "
         f"{self._bytes / 2**20:.1f} MiB; {workdirs.room(self._folder)}. Those before it are intact"
@@ -203,7 +204,7 @@ def damage(checkpoint: Path, block: int = 0, blocks: int = 1) -> list[str] | Non
     wanted = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
     mine = sorted((name, *digest) for name, digest in wanted.items())[block::blocks]
   except (ValueError, TypeError, AttributeError, OSError) as error:
-    return [f"{DIGESTS} cannot be read ({hosts.in_a_line(error)})"]
+    return [f"{DIGESTS} cannot be read ({first_line(error)})"]
   with ThreadPoolExecutor() as pool:
     found = pool.map(lambda row: _difference(checkpoint / row[0], *row[1:]), mine)
   return [f"{row[0]} {text}" for row, text in zip(mine, found) if text]

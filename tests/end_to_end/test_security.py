@@ -12,7 +12,7 @@ import pytest
 from grpo_jax import config
 from grpo_jax.distributed import hosts
 from grpo_jax.models.io.sources import resolve
-from grpo_jax.models.io.weights import open_weights
+from grpo_jax.models.load import open_weights
 from grpo_jax.tasks.table import table_task
 from grpo_jax.tokens import load_tokenizer
 from tools import audit_pins

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.models.decoder import Decoder, unstack
-from grpo_jax.models.io.weights import load
+from grpo_jax.models.load import load
 
 FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
 # The programs are tiny, and most of a test would be spent on optimizing them.

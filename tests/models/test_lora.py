@@ -22,7 +22,8 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
-from grpo_jax.models.io.weights import load, shapes_of
+from grpo_jax.models.io.weights import shapes_of
+from grpo_jax.models.load import load
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PEFT = FIXTURES / "tiny_llama_lora"

@@ -6,12 +6,13 @@ The file format is read by the gguf package; this is what llama.cpp's converter 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from grpo_jax.errors import first_line
 from grpo_jax.models.config import ModelConfig, RopeScaling
-from grpo_jax.models.io.safetensors import Gguf, Index, Tensor, open_gguf
+from grpo_jax.models.io.safetensors import Index, Tensor
 from grpo_jax.models.rope import frequencies
 
 # What an architecture always has beside Llama's fields.
@@ -31,6 +32,39 @@ _BIASED = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 _BIASED |= {name: f"ffn_{name}" for name in ("gate", "up", "down")}
 _GEMMA_PATTERN = 6  # every sixth layer sees everything
 _GEMMA_27B_LAYERS = 62  # the one size whose scores are not scaled by the head width
+
+
+class Gguf(NamedTuple):
+  """An open GGUF file: metadata by key, and its tensors (named, quantized, mapped from disk)."""
+
+  path: Path
+  reader: Any
+
+  def get(self, key: str, default: Any = None) -> Any:
+    field = self.reader.fields.get(key)
+    return default if field is None else field.contents()
+
+  def need(self, key: str) -> Any:
+    if key not in self.reader.fields:
+      raise ValueError(f"{self.path}: the metadata has no {key}")
+    return self.get(key)
+
+
+def open_gguf(path: Path) -> Gguf:
+  """Opens a GGUF file; ValueError with its name when it is truncated or something else."""
+  import gguf
+
+  with path.open("rb") as file:
+    magic = file.read(4)
+  if magic != b"GGUF":
+    raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
+  try:
+    return Gguf(path, gguf.GGUFReader(path))
+  except Exception as error:  # reading past the end surfaces as many types
+    raise ValueError(
+      f"{path} ({path.stat().st_size} bytes) is a truncated or damaged GGUF file "
+      f"({first_line(error)}); fetch it again"
+    ) from error
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

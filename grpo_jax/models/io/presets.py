@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.errors import first_line
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
-from grpo_jax.models.io.safetensors import first_line, read_json
-from grpo_jax.models.io.sources import SOURCES
-from grpo_jax.models.io.weights import open_weights
+from grpo_jax.models.io.json_files import read_json
+from grpo_jax.models.io.sources import RANDOM_MODELS, SOURCES, resolve
+from grpo_jax.models.io.weights import open_files
 
 _QWEN3 = {
   "architectures": ["Qwen3ForCausalLM"],
@@ -65,7 +66,8 @@ def config_of(source: str) -> ModelConfig:
   if path.is_dir():
     return _read(path / "config.json")
   if path.exists() or ":" in source or source.count("/") != 1:
-    return open_weights(source).config
+    found = resolve(source)
+    return RANDOM_MODELS[found.location] if found.kind == "random" else open_files(found).config
   return _read(_fetch(source))
 
 
@@ -83,6 +85,6 @@ def _fetch(hub_id: str) -> Path:
   except Exception as error:  # the hub client raises many unrelated types
     raise FileNotFoundError(
       f"no config.json of {hub_id!r}: there is no such path, and fetching it from the Hugging Face "
-      f"hub failed ({type(error).__name__}: {first_line(error)}). Without the hub, known are "
+      f"hub failed ({first_line(error)}). Without the hub, known are "
       f"{', '.join(KNOWN)}; or name {SOURCES}"
     ) from error

@@ -5,17 +5,17 @@ Opening reads headers only; `Tensor.read` reads the part of a tensor that is ask
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
+from grpo_jax.models.io.json_files import read_json
 
 # Buffers that old exports wrote beside the weights; they follow from the config.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
@@ -125,57 +125,3 @@ def _read_part(file: Path, name: str, index: Index) -> np.ndarray:
 
   with safe_open(str(file), "np") as opened:
     return opened.get_slice(name)[index]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file; errors name the file."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise FileNotFoundError(f"no {path.name} in {path.parent}") from None
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-  return value
-
-
-def first_line(error: Exception) -> str:
-  """The first line of an error's text, to quote it in another."""
-  return str(error).strip().split("\n")[0]
-
-
-# --- GGUF files -----------------------------------------------------------------------------------
-
-
-class Gguf(NamedTuple):
-  """An open GGUF file: metadata by key, and its tensors (named, quantized, mapped from disk)."""
-
-  path: Path
-  reader: Any
-
-  def get(self, key: str, default: Any = None) -> Any:
-    field = self.reader.fields.get(key)
-    return default if field is None else field.contents()
-
-  def need(self, key: str) -> Any:
-    if key not in self.reader.fields:
-      raise ValueError(f"{self.path}: the metadata has no {key}")
-    return self.get(key)
-
-
-def open_gguf(path: Path) -> Gguf:
-  """Opens a GGUF file; ValueError with its name when it is truncated or something else."""
-  import gguf
-
-  with path.open("rb") as file:
-    magic = file.read(4)
-  if magic != b"GGUF":
-    raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
-  try:
-    return Gguf(path, gguf.GGUFReader(path))
-  except Exception as error:  # reading past the end surfaces as many types
-    raise ValueError(
-      f"{path} ({path.stat().st_size} bytes) is a truncated or damaged GGUF file "
-      f"({type(error).__name__}: {first_line(error)}); fetch it again"
-    ) from error

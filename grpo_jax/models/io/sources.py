@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from grpo_jax.errors import first_line
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.io.safetensors import first_line
 
 SOURCES = (
   "a folder with config.json and *.safetensors, a .gguf file, 'package:NAME' (the .gguf file in an "
@@ -81,5 +81,5 @@ def _download(hub_id: str) -> str:
   except Exception as error:  # the hub client raises many unrelated types
     raise FileNotFoundError(
       f"no model at {hub_id!r}: there is no such path, and fetching it from the Hugging Face hub "
-      f"failed ({type(error).__name__}: {first_line(error)}). Without the hub, name {SOURCES}"
+      f"failed ({first_line(error)}). Without the hub, name {SOURCES}"
     ) from error

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.gguf import read_gguf
 from grpo_jax.models.io.safetensors import Index, Tensor, read_folder
-from grpo_jax.models.io.sources import RANDOM_MODELS, resolve
+from grpo_jax.models.io.sources import Source
+from grpo_jax.models.protocol import Params
 
 
 class Row(NamedTuple):
@@ -128,57 +128,58 @@ def _once(part: Part) -> Part:
   return read
 
 
-def open_weights(source: str, *, seed: int = 0) -> Weights:
-  """Finds the model that `source` names and checks every tensor's name and shape; reads no data.
+def open_files(source: Source) -> Weights:
+  """Opens a model in files and checks the name and shape of each tensor, without reading its data.
 
-  `seed` is for "random:NAME" alone. ValueError for a file that is damaged or not understood,
-  FileNotFoundError for one that is not there; both name it.
-
-  >>> weights = open_weights("random:tiny")
-  >>> weights.config.layers, weights.shapes["layers"]["q"].shape
-  (2, (2, 64, 64))
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a file is damaged or not understood, or its tensors do not fit its config. Both
+      errors name the file.
   """
-  found = resolve(source)
-  if found.kind == "random":
-    config = RANDOM_MODELS[found.location]
-    values = jax.tree.map(np.array, Decoder(config).init(jax.random.key(seed)))
-    parts = jax.tree.map(lambda value: lambda index: np.array(value[index]), values)
-    return Weights(config, shapes_of(config), parts)
-  read = read_gguf if found.kind == "gguf" else read_folder
-  config, tensors = read(Path(found.location))
-  names = "gguf" if found.kind == "gguf" else "hf"
-  return Weights(config, shapes_of(config), _parts(config, tensors, names, found.location))
-
-
-def shapes_of(config: ModelConfig) -> Any:
-  """The decoder's parameter tree as ShapeDtypeStructs."""
-  return jax.eval_shape(Decoder(config).init, jax.random.key(0))
-
-
-def load(source: str, *, seed: int = 0) -> tuple[ModelConfig, dict[str, Any]]:
-  """The config and float32 numpy parameters of the model that `source` names; see `open_weights`.
-
-  >>> config, parameters = load("random:tiny")
-  >>> config.layers, config.width, config.heads * config.head_dim
-  (2, 64, 64)
-  >>> parameters["layers"]["q"].shape
-  (2, 64, 64)
-  """
-  weights = open_weights(source, seed=seed)
-  return weights.config, weights.read()
+  read = read_gguf if source.kind == "gguf" else read_folder
+  config, tensors = read(Path(source.location))
+  names = "gguf" if source.kind == "gguf" else "hf"
+  return Weights(config, shapes_of(config), _parts(config, tensors, names, source.location))
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
 def rows_of(config: ModelConfig) -> list[Row]:
-  """The rows of the parameters that a decoder has, in the order of the table."""
-  table = {row.path: row for row in ROWS}
-  if config.post_norm:
-    table |= {row.path: row for row in POST_NORM_ROWS}
-  shapes = shapes_of(config)
-  paths = {f"layers/{name}" for name in shapes["layers"]} | set(shapes) - {"layers"}
-  return [row for path, row in table.items() if path in paths]
+  """Returns the rows of the parameters that a decoder of this config has, in the table's order."""
+  post_norm = {row.path: row for row in POST_NORM_ROWS} if config.post_norm else {}
+  table = {row.path: row for row in ROWS} | post_norm
+  optional = {
+    "head": not config.tied and not config.labels,
+    "score": config.labels > 0,
+    "layers/q_norm": config.qk_norm,
+    "layers/k_norm": config.qk_norm,
+  }
+  optional |= {
+    path: path.removeprefix("layers/").removesuffix("_bias") in config.biases
+    for path in table
+    if path.endswith("_bias")
+  }
+  return [row for path, row in table.items() if optional.get(path, True)]
+
+
+def shapes_of(config: ModelConfig) -> Params:
+  """Returns the decoder's parameter tree as float32 ShapeDtypeStructs, from the table alone.
+
+  Example:
+    >>> from grpo_jax.models.io.sources import RANDOM_MODELS
+    >>> shapes_of(RANDOM_MODELS["tiny"])["layers"]["gate"].shape
+    (2, 64, 128)
+  """
+  shapes: dict[str, Any] = {"layers": {}}
+  for row in sorted(rows_of(config)):
+    shape = file_shape(row, config)
+    if row.in_layer:
+      stacked = jax.ShapeDtypeStruct((config.layers, *reversed(shape)), np.float32)
+      shapes["layers"][row.path.removeprefix("layers/")] = stacked
+    else:
+      shapes[row.path] = jax.ShapeDtypeStruct(shape, np.float32)
+  return dict(sorted(shapes.items()))
 
 
 def file_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:

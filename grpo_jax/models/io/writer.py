@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
 from grpo_jax.models.io.families import FAMILIES, GLOBAL, LOCAL
+from grpo_jax.models.io.json_files import write_json
 from grpo_jax.models.io.weights import file_shape, rows_of, shapes_of
 
 DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16", "float16")}
@@ -184,8 +184,3 @@ def _tensors(config: ModelConfig, params: Any) -> list[_Tensor]:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): v.shape for path, v in leaves}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-  """Writes an object as people like to read it."""
-  path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

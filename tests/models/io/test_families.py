@@ -12,7 +12,7 @@ import pytest
 
 from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.families import FAMILIES, parse
-from grpo_jax.models.io.safetensors import read_json
+from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.writer import describe
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

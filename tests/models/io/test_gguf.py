@@ -10,7 +10,7 @@ import pytest
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.gguf import undo_rope_order
-from grpo_jax.models.io.weights import load, open_weights
+from grpo_jax.models.load import load, open_weights
 from tests.helpers import tiny_gguf
 from tests.models.io.test_weights import assert_holds
 

@@ -25,7 +25,8 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.io import weights as checkpoints
 from grpo_jax.models.io.sources import RANDOM_MODELS, Source, resolve
-from grpo_jax.models.io.weights import ROWS, load, open_weights
+from grpo_jax.models.io.weights import ROWS
+from grpo_jax.models.load import load, open_weights
 from tests.helpers import tiny_gguf
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -369,7 +370,8 @@ def test_the_table_has_the_decoders_parameters_in_their_shapes():
     post_norm=True,
   )
   for config in (everything, dataclasses.replace(everything, labels=3, post_norm=False)):
-    shapes = checkpoints.shapes_of(config)
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0))
+    assert checkpoints.shapes_of(config) == shapes
     rows = {row.path: row for row in checkpoints.rows_of(config)}
     for name, shape in shapes.pop("layers").items():
       assert checkpoints.file_shape(rows.pop(f"layers/{name}"), config) == shape.shape[:0:-1]
@@ -436,7 +438,7 @@ def test_random_models_follow_their_seed():
   assert (params["layers"]["q"] != other["layers"]["q"]).any()
   assert all(isinstance(leaf, np.ndarray) for leaf in params["layers"].values())
   assert params.keys() == {"embed", "layers", "final_norm"}
-  assert checkpoints.resolve("random:tiny") == Source("random", "tiny")
+  assert resolve("random:tiny") == Source("random", "tiny")
 
 
 # --- the real model -------------------------------------------------------------------------------

@@ -1,0 +1,28 @@
+"""Reads and writes the JSON files of a model folder, such as config.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is not JSON, or does not hold an object. Both errors name the file.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise FileNotFoundError(f"no {path.name} in {path.parent}") from None
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+  return value
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+  """Writes an object, indented and with sorted keys."""
+  path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
