@@ -23,8 +23,8 @@ from grpo_jax.distributed import hosts
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import laid_out, rows_of, select, trim
 from grpo_jax.learning.step import Batch
-from grpo_jax.run.metrics import rollout_metrics
 from grpo_jax.sampling.sampler import Generated, Sampler
+from grpo_jax.statistics import has_variance, rollout_metrics
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.workers import Scorer, Scores
@@ -107,11 +107,11 @@ def collect(
   scored, resamples = sample(0), 0
   seen, order = _numbers(scored, 1)
   count = len(order)
-  while resamples < max_resamples and has_spread(seen["total"]).sum() < count:
+  while resamples < max_resamples and has_variance(seen["total"]).sum() < count:
     resamples += 1
     scored = _joined(scored, sample(resamples))
     seen, order = _numbers(scored, resamples + 1)
-  spread = has_spread(seen["total"])
+  spread = has_variance(seen["total"])
   measured = _measure(seen)
   if max_resamples:
     measured |= {"dynamic_sampling/kept": spread.mean(), "dynamic_sampling/resamples": resamples}
@@ -233,18 +233,6 @@ def _advantages(algorithm: Algorithm, rewards: tuple, weights: jax.Array, sample
 
 
 # --- parts of a rollout ---------------------------------------------------------------------------
-
-
-def has_spread(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
-  """Groups in which two scored rewards differ; the others teach nothing. NaN = not scored.
-
-  >>> has_spread(np.array([[1.0, 0.0], [0.3, 0.3], [1.0, np.nan]])).tolist()
-  [True, False, False]
-  """
-  scored = ~np.isnan(rewards)
-  high = np.where(scored, rewards, -np.inf).max(-1)
-  low = np.where(scored, rewards, np.inf).min(-1)
-  return scored.any(-1) & (high > low)
 
 
 def _sample(

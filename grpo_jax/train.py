@@ -23,7 +23,7 @@ from grpo_jax.build import Run, build, make_scorer, update_config
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.evaluate import evaluate, table
 from grpo_jax.learning.updates import Learner, SkippedError
-from grpo_jax.run import checkpoint, compilation, metrics, skipped
+from grpo_jax.run import checkpoint, compilation, metrics, plots, skipped
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.signals import Signals, Stopped
 from grpo_jax.summary import describe
@@ -139,7 +139,7 @@ def _train(c: ConfigDict, r: Run, workdir: Path, watch: compilation.Watch) -> di
           raise Stopped(f"stopped after step {done}, which is saved", stop)
       results = _evaluate(c, r, to_sampler(state.params), scorer, c.steps, writer)
   if hosts.is_first():
-    metrics.curve(workdir)
+    plots.draw_curve(workdir)
   return results
 
 

@@ -51,6 +51,7 @@ ALLOWED = {
   "grpo_jax.learning.deterministic": "grpo_jax.distributed.mesh jax",
   "grpo_jax.config": "ml_collections",
   "grpo_jax.run.workdir": "",
+  "grpo_jax.statistics": "numpy jaxtyping",
   "grpo_jax.learning.reduction": "",
   "grpo_jax.run.signals": "grpo_jax.distributed",
   "grpo_jax.distributed.cluster": "jax",

@@ -14,6 +14,7 @@ from grpo_jax.learning import batch as batches
 from grpo_jax.learning.step import TrainState, make_train_step
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.statistics import has_variance
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
@@ -146,7 +147,7 @@ def test_prompts_without_a_signal_are_replaced(params):
   assert 2 <= len(drawn) <= 4
   assert (np.asarray(out.batch.advantages) != 0).any(-1).all()
   assert out.batch.mask.shape[0] == 8
-  spread = rollout.has_spread(out.scored.scores.total)
+  spread = has_variance(out.scored.scores.total)
   assert out.measured["dynamic_sampling/kept"] == spread.mean()
   assert out.measured["dynamic_sampling/resamples"] == len(drawn) - 1
   assert len(out.samples) == 4 * 8 * len(drawn)
@@ -278,7 +279,7 @@ def test_no_token_is_cut_off():
 
 def test_the_padded_share_is_measured(params):
   out = collect(params, pad_prompts_to_multiple=3)
-  lengths, spread = out.scored.out.lengths, rollout.has_spread(out.scored.scores.total)
+  lengths, spread = out.scored.out.lengths, has_variance(out.scored.scores.total)
   assert spread.sum() == 4
   # in the update: four prompts of two tokens, in a batch of six with room for 4 + 4 * 6 tokens
   want = 1 - (4 * 2 + lengths[spread].sum()) / (6 * (4 + 4 * 6))

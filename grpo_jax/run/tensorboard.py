@@ -1,7 +1,7 @@
-"""Metrics as TensorBoard events.
+"""Writes metrics as TensorBoard events.
 
-Written at once and by the caller: tensorboardX's own writer does it in a thread, which ends at the
-first error, a full disk for instance, after which the run would wait for it for ever.
+The caller's own thread writes them, at once. tensorboardX's `FileWriter` writes in a thread that
+ends at the first error, a full disk for instance; `close` would then wait for it forever.
 """
 
 import os
@@ -9,43 +9,50 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-FLUSH_SECONDS = 30.0  # that TensorBoard may be behind
+FLUSH_SECONDS = 30.0  # how far TensorBoard may lag behind the run
 
 
-class Events:
-  """An event file in `folder`, for steps from `start` on; those of earlier files are hidden."""
+class TensorBoardWriter:
+  """Appends metrics to a new event file.
 
-  def __init__(self, folder: Path, start: int) -> None:
+  Args:
+    folder: of the event files; made if it is missing. If it exists, TensorBoard is told to hide
+      what earlier files hold for `start_step` and later steps.
+    start_step: first step that will be written.
+  """
+
+  def __init__(self, folder: Path, start_step: int) -> None:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     resumed = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    # Without the suffix a restart within the second would write over the file before.
-    suffix = f".{start:06d}.{os.getpid()}"
-    self._file, self._flushed = EventsWriter(str(folder / "events"), suffix), 0.0
+    # Names hold the time in seconds only: without the suffix, a restart within the same second
+    # would overwrite the file before.
+    suffix = f".{start_step:06d}.{os.getpid()}"
+    self._file, self._last_flush = EventsWriter(str(folder / "events"), suffix), 0.0
     if resumed:
       log = SessionLog(status=SessionLog.START)
-      self._file.write_event(Event(wall_time=time.time(), step=start, session_log=log))
+      self._file.write_event(Event(wall_time=time.time(), step=start_step, session_log=log))
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Append numbers that were measured at a step."""
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Appends the metrics of a step; flushes every `FLUSH_SECONDS`."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
 
-    rows = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
     now = time.time()
-    self._file.write_event(Event(wall_time=now, step=step, summary=Summary(value=rows)))
-    if now > self._flushed + FLUSH_SECONDS:
+    self._file.write_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
+    if now > self._last_flush + FLUSH_SECONDS:
       self.flush()
 
   def flush(self) -> None:
-    """Wait until all of it is on the disk."""
+    """Writes all buffered events to the file."""
     self._file.flush()
-    self._flushed = time.time()
+    self._last_flush = time.time()
 
   def close(self) -> None:
-    """A second call does nothing."""
+    """Flushes and closes the file. A second call does nothing."""
     file, self._file = self._file, None
     if file:
       file.close()

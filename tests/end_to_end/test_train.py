@@ -312,5 +312,5 @@ def test_the_loop_fits_on_a_screen():
   """`run` is meant to be pasted into a notebook and changed."""
   lines = Path(train.__file__).read_text().splitlines()
   start = next(i for i, line in enumerate(lines) if line.strip().startswith("for step in range"))
-  end = next(i for i, line in enumerate(lines) if line.strip() == "metrics.curve(workdir)")
+  end = next(i for i, line in enumerate(lines) if line.strip() == "plots.draw_curve(workdir)")
   assert end - start <= 40
