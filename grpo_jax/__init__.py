@@ -4,6 +4,8 @@ Importing this package loads jax and numpy and touches no device. Training lives
 `grpo_jax.train`, models in `grpo_jax.models`, tasks in `grpo_jax.tasks`.
 """
 
+__version__ = "0.1.0"  # the only place; setup.cfg reads it
+
 from grpo_jax import testing
 from grpo_jax.core.advantages import (
   batch_normalized,

@@ -16,6 +16,11 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_jax import extras
+
+if __name__ == "__main__":  # the imports below need the extra
+  extras.require_for_command("train", "grpo_jax.evaluate")
+
 import jax
 import numpy as np
 

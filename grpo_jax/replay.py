@@ -10,6 +10,11 @@ import dataclasses
 import sys
 from typing import Any
 
+from grpo_jax import extras
+
+if __name__ == "__main__":  # the imports below need the extra
+  extras.require_for_command("train", "grpo_jax.replay")
+
 import jax
 import numpy as np
 
