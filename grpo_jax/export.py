@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
   arguments, overrides = parser.parse_known_args(argv)
   try:
     files = _export(arguments, overrides)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, ModuleNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   print(f"wrote {arguments.out}: {', '.join(files)}")

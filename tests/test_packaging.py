@@ -266,6 +266,29 @@ def test_a_command_without_its_extra_names_it(command, python):
   assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", expected)
 
 
+MISSING = {
+  "from grpo_jax.tasks import make_task; make_task('reasoning_gym', dataset='chain_sum')": (
+    "the task reasoning_gym needs reasoning_gym: pip install 'grpo_jax[tasks]'"
+  ),
+  "from grpo_jax.tasks import make_task; make_task('gsm8k')": (
+    "the task gsm8k needs tensorflow_datasets: pip install 'grpo_jax[tasks]'"
+  ),
+  "from grpo_jax.tasks.rewards.graders import make_grader; make_grader('math')": (
+    "the grader 'math' needs math_verify: pip install 'grpo_jax[tasks]'"
+  ),
+  "from grpo_jax.models.io.gguf import *; open_gguf(Path('model.gguf'))": (
+    "model.gguf needs gguf: pip install 'grpo_jax[gguf]'"
+  ),
+}
+
+
+@pytest.mark.parametrize("code", MISSING)
+def test_a_task_or_a_format_without_its_extra_names_it(code, python):
+  ran = run(python, code)
+  assert ran.returncode == 1
+  assert ran.stderr.splitlines()[-1] == f"ModuleNotFoundError: {MISSING[code]}"
+
+
 def test_every_command_is_tried():
   """A module of the package that `python -m` runs is in the table above."""
   commands = set()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown
 from grpo_jax.tasks.indexed import Indexed, shuffled
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
@@ -138,13 +138,8 @@ def prepared(data_dir: str, jsonl: str | None = None) -> tuple[Sequence[Any], Se
   Files already in `data_dir` that came from other lines than those in `jsonl` are an error.
   """
   # The last two it imports too, but declares one for Linux only and the other for old Pythons.
-  needed = {"tensorflow_datasets": "tensorflow-datasets"}
-  needed |= {name: name for name in ("array_record", "importlib_resources")}
-  if missing := [pip for module, pip in needed.items() if not importlib.util.find_spec(module)]:
-    raise ImportError(
-      f"the task gsm8k needs {', '.join(missing)}: pip install {' '.join(needed.values())} "
-      "(TensorFlow itself is not needed)"
-    )
+  needed = ("tensorflow_datasets", "array_record", "importlib_resources")
+  extras.require("tasks", "the task gsm8k", *needed)
   import tensorflow_datasets as tfds
 
   folder = Path(data_dir).expanduser() / "gsm8k" / VERSION

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from grpo_jax import extras
 from grpo_jax.tasks.base import Example, RewardFunction, Task, unknown
 
 FORMATS = ("completion", "chat")
@@ -154,6 +155,7 @@ def _parts(
 
 def _maker(name: str, config: Mapping[str, Any] | None) -> Callable[..., Any]:
   """`make(seed=, size=)` of a dataset whose name and settings have been checked."""
+  extras.require("tasks", "the task reasoning_gym", "reasoning_gym")
   from reasoning_gym.factory import DATASETS, create_dataset  # here: it takes most of a second
 
   known = set(DATASETS) - {"composite"}  # that one is `mixture` here

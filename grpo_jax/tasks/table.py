@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
@@ -140,12 +141,9 @@ class Parquet:
   """
 
   def __init__(self, path: str) -> None:
-    try:
-      from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-      raise ImportError(f"{path}: reading Parquet files needs pyarrow: pip install pyarrow") from (
-        error
-      )
+    extras.require("tasks", f"{path}: reading Parquet files", "pyarrow")
+    from pyarrow import ArrowInvalid, parquet
+
     try:
       self._table = parquet.read_table(path).combine_chunks()
     except ArrowInvalid as error:

@@ -104,7 +104,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(
     importlib.util, "find_spec", lambda name: None if name == "importlib_resources" else find(name)
   )
-  with pytest.raises(ImportError, match=r"needs importlib_resources: pip install tensorflow-data"):
+  with pytest.raises(ImportError, match=r"needs importlib_resources: pip install 'grpo_jax\[tasks"):
     make_task("gsm8k", data_dir=str(tmp_path), jsonl=str(ROWS))
 
 

@@ -200,7 +200,7 @@ def test_a_bad_row_of_a_parquet_file_is_named(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
   (tmp_path / "a.parquet").write_bytes(b"")
   monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-  with pytest.raises(ImportError, match="pip install pyarrow"):
+  with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'grpo_jax\[tasks\]'"):
     make_task("table", path=f"{tmp_path}/a.parquet", reward=length)
 
 

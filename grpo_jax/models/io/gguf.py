@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grpo_jax import extras
 from grpo_jax.errors import first_line
 from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.safetensors import Index, Tensor
@@ -52,6 +53,7 @@ class Gguf(NamedTuple):
 
 def open_gguf(path: Path) -> Gguf:
   """Opens a GGUF file; ValueError with its name when it is truncated or something else."""
+  extras.require("gguf", str(path))
   import gguf
 
   with path.open("rb") as file:

@@ -8,7 +8,6 @@ is the column `answer`; where it is None they do not apply. A wrong answer gets 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import logging
 import math
@@ -20,13 +19,12 @@ from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from grpo_jax import extras
 from grpo_jax.tasks.base import RewardFunction, unknown
 from grpo_jax.tasks.rewards.answers import extract, final, normalize, number, plain
 
 __all__ = ["ANSWERS", "GRADERS", "MAKERS", "extract", "make_grader", "normalize", "number"]
 
-# The extra fixes the antlr4 runtime: the parsers in it are generated for three of its versions.
-MATH_VERIFY = '"math-verify[antlr4_13_2]==0.9.0"'
 MATH_SECONDS = 4  # for reading two answers and comparing them
 MATH_LENGTH = 500  # characters; a longer answer is wrong
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -294,7 +292,6 @@ def _limited(equal: Callable[[], bool], seconds: float) -> bool:
 
 @functools.cache
 def _need_math_verify() -> None:
-  if importlib.util.find_spec("math_verify") is None:
-    raise ImportError(f"the grader 'math' needs math-verify: pip install {MATH_VERIFY}")
+  extras.require("tasks", "the grader 'math'", "math_verify")
   # It tells of each answer that took too long; without a handler Python prints that.
   logging.getLogger("math_verify").addHandler(logging.NullHandler())

@@ -291,7 +291,7 @@ def test_what_to_install_for_mathematics(monkeypatch):
 
   graders._need_math_verify.cache_clear()
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  with pytest.raises(ImportError, match=r"pip install \"math-verify\[antlr4_13_2\]==0\.9\.0\""):
+  with pytest.raises(ImportError, match=r"needs math_verify: pip install 'grpo_jax\[tasks\]'"):
     make_grader("math")
 
 
