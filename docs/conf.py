@@ -1,0 +1,139 @@
+"""Builds the documentation site: `make docs`.
+
+Nothing on a page is loaded from outside: the theme, the search index and MathJax are files of the
+site. Warnings are errors, and so is a public symbol without a docstring.
+"""
+
+import importlib.metadata
+import re
+import shutil
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(DOCS)]
+
+import api_pages  # noqa: E402
+from sphinx.errors import ExtensionError  # noqa: E402
+
+project = "grpo_jax"
+author = "the grpo_jax authors"
+copyright = author
+release = version = importlib.metadata.version("grpo_jax")
+
+extensions = [
+  "myst_nb",
+  "sphinx.ext.autodoc",
+  "sphinx.ext.napoleon",
+  "sphinx.ext.mathjax",
+  "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+default_role = "code"  # docstrings write names in single backticks
+add_module_names = False
+python_display_short_literal_types = True
+maximum_signature_line_length = 80
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the stored outputs are the ones that the tests check
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Errors", "returns_style")]
+
+html_theme = "furo"
+html_title = "grpo_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+# One file that draws formulas as SVG, from the package `django-static-mathjax`, which holds MathJax
+# and nothing else (it does not need Django).
+MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
+mathjax_path = "mathjax.js"
+mathjax3_config = {"options": {"enableMenu": False}}
+
+
+def _write_inputs(app) -> None:
+  """Writes the pages of the API reference and copies the notebooks into the source folder."""
+  missing = api_pages.undocumented()
+  if missing and app.config.check_docstrings:
+    raise ExtensionError(f"{len(missing)} public symbols without a docstring: {', '.join(missing)}")
+  api_pages.write_pages(DOCS / "api")
+  target = DOCS / "notebooks"
+  target.mkdir(exist_ok=True)
+  for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+    shutil.copyfile(notebook, target / notebook.name)
+
+
+def _copy_mathjax(app, error) -> None:
+  if error is None and app.builder.format == "html":
+    files = importlib.metadata.files("django-static-mathjax")
+    source = next(file for file in files if file.as_posix() == MATHJAX).locate()
+    shutil.copyfile(source, Path(app.outdir) / "_static" / mathjax_path)
+
+
+def _to_api_pages(app, document, content) -> None:
+  """Turns links to the package's source files into links to their API pages."""
+  up = "../" * document.count("/")
+  content[0] = re.sub(
+    r"\]\((?:\.\./)*(grpo_jax/[\w/]+)\.py\)",
+    lambda match: f"]({up}api/modules/{match[1].replace('/', '.')}.md)",
+    content[0],
+  )
+
+
+# Arguments may be arrays of jax or of NumPy, which makes each type twice as long as it need be.
+_UNION = re.compile(
+  r"(?:~?jaxtyping\.)?(\w+)\[(?:~?jax(?:lib\._jax)?\.)?Array, ('[^']*')\] \| "
+  r"(?:~?jaxtyping\.)?\1\[(?:~?numpy\.)?ndarray, \2\]"
+)
+
+
+def _shorten_signature(app, what, name, obj, options, signature, returns):
+  def short(text):
+    return text and _UNION.sub(r"\1[Array, \2]", text)
+
+  return short(signature), short(returns)
+
+
+# A name or formula in single backticks (perhaps over a line's end), or a character that
+# reStructuredText would read as markup.
+_MARKUP = re.compile(r"``.+?``|(?<!`)`([^`]+)`(?!`)|[*|]|(?<=\w)_(?!\w)", re.DOTALL)
+
+
+def _literal(match: re.Match) -> str:
+  text = match[0]
+  if text.startswith("``"):
+    return text
+  if not text.startswith("`"):
+    return f"\\{text}"
+  before, after = match.string[: match.start()][-1:], match.string[match.end() :][:1]
+  glue = ("\\ " if re.match(r"\w", before) else "", "\\ " if re.match(r"\w", after) else "")
+  return f"{glue[0]}``{' '.join(match[1].split())}``{glue[1]}"
+
+
+def _literal_docstring(app, what, name, obj, options, lines) -> None:
+  """Writes a docstring's single backticks as literals, and escapes the characters of formulas."""
+  blocks = re.split(r"(^\s*>>>.*?(?:\n\s*\n|\Z))", "\n".join(lines), flags=re.DOTALL | re.MULTILINE)
+  blocks[::2] = [_MARKUP.sub(_literal, block) for block in blocks[::2]]
+  lines[:] = "".join(blocks).split("\n")
+
+
+def setup(app) -> None:
+  """Connects this file's functions to Sphinx's events."""
+  app.add_config_value("check_docstrings", True, "", [bool])
+  app.connect("builder-inited", _write_inputs)
+  app.connect("autodoc-process-signature", _shorten_signature)
+  # Before napoleon (priority 500), which adds markup of its own.
+  app.connect("autodoc-process-docstring", _literal_docstring, priority=400)
+  app.connect("source-read", _to_api_pages)
+  app.connect("build-finished", _copy_mathjax)
