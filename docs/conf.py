@@ -17,10 +17,12 @@ sys.path[:0] = [str(ROOT), str(DOCS)]
 import api_pages  # noqa: E402
 from sphinx.errors import ExtensionError  # noqa: E402
 
+import grpo_jax  # noqa: E402
+
 project = "grpo_jax"
 author = "the grpo_jax authors"
 copyright = author
-release = version = importlib.metadata.version("grpo_jax")
+release = version = grpo_jax.__version__
 
 extensions = [
   "myst_nb",
