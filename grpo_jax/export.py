@@ -18,7 +18,6 @@ if __name__ == "__main__":  # the imports below need the extra
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
 from grpo_jax.models import lora
@@ -184,7 +183,7 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
     saved = workdirs.read_config(arguments.workdir)
     if saved is None:
       raise ValueError(f"{arguments.workdir} holds no {workdirs.CONFIG}: not a work directory")
-    settings = configs.override(ConfigDict(saved), overrides)
+    settings = configs.override(configs.from_saved(saved), overrides)
     step, trained = read_trained(arguments.workdir, arguments.step)
     print(f"{arguments.workdir} after {step} steps, trained from {settings.model.source}")
   source, rank = settings.model.source, settings.lora.rank
