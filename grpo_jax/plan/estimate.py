@@ -1,4 +1,4 @@
-"""What a config needs on a topology, found out by compiling its programs."""
+"""Estimates what a config needs on a topology by compiling its programs."""
 
 import dataclasses
 import re
@@ -11,25 +11,27 @@ from ml_collections import ConfigDict
 
 from grpo_jax.errors import first_line
 from grpo_jax.plan.cost import Cost, Counter
-from grpo_jax.plan.flops import product_ops
-from grpo_jax.plan.hardware import Topology, bound
+from grpo_jax.plan.flops import matmul_flops
+from grpo_jax.plan.hardware import Topology, roofline
 from grpo_jax.plan.programs import Programs, bytes_of, open_programs
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Compiled programs of one topology: name, mesh and settings -> what `compile_program` returns.
+Compiled = dict[tuple, tuple["Memory", dict[str, tuple[Cost, float]]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Memory of one device while one program runs, bytes.
+  """Holds the memory of one device while one program runs, in bytes.
 
   Attributes:
-    kinds: by what it is for; everything that lies there, in use by this program or not.
-    total: their sum; what the compiler says it needs where it gave up.
-    refused: the compiler's message where it gave up for lack of memory, "" otherwise.
-    error: our figure for the program's arguments against the compiler's, `ours / theirs - 1`.
+    by_purpose: bytes by purpose, including buffers this program does not touch.
+    total: their sum; the compiler's figure for a refused program.
+    refused: the compiler's message if it ran out of memory, else "".
+    error: relative error of our estimate of the program's arguments, `ours / compiler's - 1`.
   """
 
-  kinds: dict[str, float]
+  by_purpose: dict[str, float]
   total: float
   refused: str = ""
   error: float | None = None
@@ -37,13 +39,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One part of a step, on one device.
+  """Holds the work of one part of a step on one device.
 
   Attributes:
-    times: how often a step runs it.
-    cost: of one time.
-    excess: operations of all devices over those that the mathematics asks for; 1 is none too many.
-    seconds, limit: what one time takes at least, and what it waits for; None without a chip's data.
+    times: runs per step.
+    cost: cost of one run.
+    excess: FLOPs of all devices over those of the traced program; above 1, devices repeat work.
+    seconds: roofline bound of one run; None if the chip's rates are unknown.
+    limit: the resource that sets the bound: `"compute"`, `"memory"` or `"links"`.
   """
 
   times: int
@@ -55,7 +58,18 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a run needs. `work` is empty for programs that did not compile."""
+  """Holds the estimate of a run.
+
+  Attributes:
+    model: `model.source` of the config.
+    parameters: number of parameters of the model.
+    topology, chip, devices, mesh: the hardware, and the size of each mesh axis.
+    available: bytes of memory that a program may use per device; None if unknown.
+    memory: by program: `update`, `score`, `to_sampling_params` and `sample`.
+    work: by part of a step, `sample` as `prefill` and `decode`; refused programs are left out.
+    compile_seconds: time spent compiling.
+    notes: what the estimate leaves out.
+  """
 
   model: str
   parameters: int
@@ -70,162 +84,175 @@ class Plan:
   notes: tuple[str, ...] = ()
 
   def fits(self, *names: str) -> bool:
-    """Whether these programs (or all) compile, and have the memory they need."""
+    """Returns whether the programs `names` (default: all) compile and fit into the memory."""
     chosen = [self.memory[name] for name in names or self.memory]
     return all(not m.refused and m.total <= (self.available or m.total) for m in chosen)
 
   @property
   def step_seconds(self) -> float | None:
-    """The bound of a whole step; None if a part has none."""
+    """Lower bound of a step's time in seconds; None if a part has no bound."""
     seconds = [w.seconds and w.seconds * w.times for w in self.work.values()]
-    whole = self.work and None not in seconds and not any(m.refused for m in self.memory.values())
-    return sum(seconds) if whole else None
+    complete = self.work and None not in seconds
+    complete = complete and not any(m.refused for m in self.memory.values())
+    return sum(seconds) if complete else None
 
 
-def silent(text: str) -> None:
-  """Says nothing."""
+def discard(text: str) -> None:
+  """Ignores a line of progress."""
 
 
 def make_plan(
   config: ConfigDict,
   topology: Topology,
   *,
-  known: dict[tuple, Any] | None = None,
-  say: Callable[[str], None] = silent,
+  compiled: Compiled | None = None,
+  log: Callable[[str], None] = discard,
 ) -> Plan:
-  """Compiles every program of `config` for `topology`. ConfigError with all that is wrong.
+  """Compiles every program of `config` for `topology`.
 
   Args:
-    known: programs that were compiled for this topology and a config that differs in nothing but
-      mesh, remat and micro-batches; those compiled here are added.
-    say: is told what is going on, which can take minutes.
+    config: the config of a run.
+    topology: the devices to compile for.
+    compiled: programs of this topology and of configs that differ from `config` only in mesh,
+      remat and micro-batches. Programs compiled here are added to it.
+    log: called with a line of progress before each program, which can take minutes.
+
+  Raises:
+    ConfigError: with every problem of the config.
   """
-  known = {} if known is None else known
-  p, c, began = open_programs(config, topology), config, time.monotonic()
-  scores = p.has_kl + (p.updates > 1)
+  compiled = {} if compiled is None else compiled
+  programs, start = open_programs(config, topology), time.monotonic()
   memory, work = {}, {}
-  for name in ("update", *(["score"] if scores else []), "to_sampling_params", "sample"):
-    key = (name, *p.mesh.shape.values())
-    if name in ("update", "score"):
-      key += (c.model.remat, c.train.micro_batches, c.train.micro_batch_tokens)
-    if key not in known:
-      say(f"compiling {name} ...")
-      known[key] = compile_part(p, name)
-    memory[name], found = known[key]
-    for part, (cost, excess) in found.items():
-      times = {"update": p.updates, "score": scores, "decode": c.rollout.completion_length - 1}
-      seconds, limit = bound(cost, p.topology.chip) or (None, None)
-      work[part] = Work(times.get(part, 1), cost, excess, seconds, limit)
-  leaves = jax.tree.leaves(p.weights)
+  for name in programs.names:
+    key = (name, *programs.mesh.shape.values(), *_settings_of(config, name))
+    if key not in compiled:
+      log(f"compiling {name} ...")
+      compiled[key] = compile_program(programs, name)
+    memory[name], parts = compiled[key]
+    for part, (cost, excess) in parts.items():
+      seconds, limit = roofline(cost, topology.chip) or (None, None)
+      work[part] = Work(programs.runs_per_step(part), cost, excess, seconds, limit)
   return Plan(
-    model=c.model.source,
-    parameters=sum(leaf.size for leaf in leaves),
-    topology=p.topology.name,
-    chip=p.topology.chip.name,
-    devices=len(p.topology.devices),
-    mesh=dict(p.mesh.shape),
-    available=p.topology.chip.memory,
+    model=config.model.source,
+    parameters=sum(leaf.size for leaf in jax.tree.leaves(programs.weights)),
+    topology=topology.name,
+    chip=topology.chip.name,
+    devices=len(topology.devices),
+    mesh=dict(programs.mesh.shape),
+    available=topology.chip.memory,
     memory=memory,
     work=work,
-    compile_seconds=time.monotonic() - began,
-    notes=tuple(_notes(c)),
+    compile_seconds=time.monotonic() - start,
+    notes=tuple(_notes(config)),
   )
 
 
+def _settings_of(c: ConfigDict, name: str) -> tuple:
+  """Returns the settings that change a program, of those that `make_plan` may see changed."""
+  learns = name in ("update", "score")
+  return (c.model.remat, c.train.micro_batches, c.train.micro_batch_tokens) if learns else ()
+
+
 def _notes(c: ConfigDict) -> Iterator[str]:
-  answers = c.eval.batch_prompts * max(c.eval.samples, 1)
-  if answers > c.rollout.prompts_per_step * c.rollout.group_size:
+  completions = c.eval.batch_prompts * max(c.eval.samples, 1)
+  if completions > c.rollout.prompts_per_step * c.rollout.group_size:
     yield (
-      f"an evaluation generates {answers} completions at once, more than a step does, and is not "
-      "in this plan: lower eval.batch_prompts if memory is short"
+      f"an evaluation generates {completions} completions at once, more than a step, and is not "
+      "part of this plan: lower eval.batch_prompts if memory is short"
     )
   if c.rollout.max_resamples:
-    yield "resamples (rollout.max_resamples) and evaluations are not in the time of a step"
+    yield "the time of a step leaves out resampling (rollout.max_resamples) and evaluations"
 
 
 # --- one program ----------------------------------------------------------------------------------
 
 
-def compile_part(p: Programs, name: str) -> tuple[Memory, dict[str, tuple[Cost, float]]]:
-  """(memory while the program runs, its parts: cost and excess)."""
-  function, arguments = getattr(p, name)()
+def compile_program(programs: Programs, name: str) -> tuple[Memory, dict[str, tuple[Cost, float]]]:
+  """Compiles one program.
+
+  Args:
+    programs: the programs of a config on a topology.
+    name: one of `programs.names`.
+
+  Returns:
+    The memory of a device while the program runs, and part -> (cost, excess) as in `Work`; no parts
+    if the compiler ran out of memory.
+  """
+  platform, count = programs.topology.platform, len(programs.topology.devices)
+  function, arguments = getattr(programs, name)()
   traced = function.trace(*arguments)
-  lowered = traced.lower(lowering_platforms=(_lowering(p.topology.platform),))
-  kinds = _kinds(p, name)
+  lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
+  by_purpose = _resident_bytes(programs, name)
   try:
-    compiled = lowered.compile()
-  except Exception as error:  # XLA's error type has no public name of its own
+    executable = lowered.compile()
+  except Exception as error:  # XLA: its error type has no public name
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return Memory(kinds, _needed(str(error)), refused=first_line(error)), {}
-  xla = compiled.memory_analysis()
-  ours = bytes_of(_read(traced, arguments))
-  kinds["temporaries"] += (
+    return Memory(by_purpose, _required_bytes(str(error)), refused=first_line(error)), {}
+  xla = executable.memory_analysis()
+  argument_bytes = bytes_of(_used_arguments(traced, arguments))
+  by_purpose["temporaries"] += (
     xla.temp_size_in_bytes + xla.output_size_in_bytes - xla.alias_size_in_bytes
-    - kinds.get("KV cache", 0)
-    - kinds.get("sampler's weights", 0) * (name == "to_sampling_params")
+    - by_purpose.get("KV cache", 0)
+    - by_purpose.get("sampler's weights", 0) * (name == "to_sampling_params")
   )  # fmt: skip
-  if p.topology.platform == "tpu":
-    kinds["program"] = float(xla.generated_code_size_in_bytes)
-  # Tiles of a TPU are padded.
-  kinds["padding"] = float(max(xla.argument_size_in_bytes - ours, 0))
-  error = ours / max(xla.argument_size_in_bytes, 1) - 1
-  memory = Memory(kinds, sum(kinds.values()), error=error)
-  once, turn = Counter(compiled.as_text()).cost()
-  asked_once, asked_turn = product_ops(traced.jaxpr)
-  parts = {"prefill": (once, asked_once), "decode": (turn, asked_turn)}
-  parts = parts if name == "sample" else {name: (once, asked_once)}
-  count = len(p.topology.devices)
+  if platform == "tpu":
+    by_purpose["program"] = float(xla.generated_code_size_in_bytes)
+  # XLA:TPU: tiles are padded.
+  by_purpose["padding"] = float(max(xla.argument_size_in_bytes - argument_bytes, 0))
+  error = argument_bytes / max(xla.argument_size_in_bytes, 1) - 1
+  memory = Memory(by_purpose, sum(by_purpose.values()), error=error)
+  once, iteration = Counter(executable.as_text()).cost()
+  traced_once, traced_iteration = matmul_flops(traced.jaxpr)
+  parts = {"prefill": (once, traced_once), "decode": (iteration, traced_iteration)}
+  parts = parts if name == "sample" else {name: (once, traced_once)}
   return memory, {
-    part: (_at_least(cost, asked / count), cost.ops * count / asked if asked else 1.0)
-    for part, (cost, asked) in parts.items()
+    part: (_at_least(cost, flops / count), cost.flops * count / flops if flops else 1.0)
+    for part, (cost, flops) in parts.items()
   }
 
 
-def _read(traced: Any, arguments: tuple) -> list[Any]:
-  """The leaves of the arguments that a program reads; jit leaves the others out of it."""
+def _used_arguments(traced: Any, arguments: tuple) -> list[Any]:
+  """Returns the leaves of the arguments that a program uses; jit drops the others."""
   jaxpr = traced.jaxpr.jaxpr
-  used = {id(one) for equation in jaxpr.eqns for one in equation.invars}
-  used |= {id(one) for one in jaxpr.outvars}
-  return [leaf for leaf, name in zip(jax.tree.leaves(arguments), jaxpr.invars) if id(name) in used]
+  used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+  used |= {id(variable) for variable in jaxpr.outvars}
+  leaves = jax.tree.leaves(arguments)
+  return [leaf for leaf, variable in zip(leaves, jaxpr.invars) if id(variable) in used]
 
 
-def _lowering(platform: str) -> str:
-  return {"gpu": "cuda"}.get(platform, platform)
+def _at_least(cost: Cost, flops: float) -> Cost:
+  """Raises the FLOPs of a cost to a device's share: library calls hide their own."""
+  return dataclasses.replace(cost, flops=max(cost.flops, flops))
 
 
-def _at_least(cost: Cost, ops: float) -> Cost:
-  """`cost` with no fewer operations than a device's share: calls into libraries hide theirs."""
-  return dataclasses.replace(cost, ops=max(cost.ops, ops))
-
-
-def _kinds(p: Programs, name: str) -> dict[str, float]:
-  """Bytes on one device by kind, of all that we lay there ourselves while the program runs."""
-  state = p.state
-  kinds = {
-    "parameters": bytes_of((state.params, p.base_params)),
+def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
+  """Returns the bytes on one device of the arrays that a run holds while a program runs."""
+  state = programs.state
+  by_purpose = {
+    "parameters": bytes_of((state.params, programs.base_params)),
     "optimizer": bytes_of((state.opt_state, state.step)),
-    "reference": bytes_of((state.reference, p.reference)),
+    "reference": bytes_of((state.reference, programs.reference)),
   }
-  r = p.config.rollout
+  r = programs.config.rollout
   if name in ("to_sampling_params", "sample"):
-    kinds["sampler's weights"] = bytes_of(p.sampling_params)
+    by_purpose["sampler's weights"] = bytes_of(programs.sampling_params)
   if name == "sample":
-    kinds["KV cache"] = bytes_of(p.cache)
-    kinds["batch"] = bytes_of(p.sample()[1][1:])
+    by_purpose["KV cache"] = bytes_of(programs.cache)
+    by_purpose["batch"] = bytes_of(programs.sample()[1][1:])
   if name in ("update", "score"):
-    parts = p.config.train.mini_batches if name == "update" else 1
-    kinds["batch"] = bytes_of(p.batch(r.prompts_per_step // parts, finished=name == "update"))
-  return {kind: float(size) for kind, size in kinds.items()} | {"temporaries": 0.0}
+    parts = programs.config.train.mini_batches if name == "update" else 1
+    batch = programs.batch(r.prompts_per_step // parts, scored=name == "update")
+    by_purpose["batch"] = bytes_of(batch)
+  return {purpose: float(size) for purpose, size in by_purpose.items()} | {"temporaries": 0.0}
 
 
-def _needed(message: str) -> float:
-  """Bytes that the compiler says a program needs when it refuses it."""
-  found = re.search(r"(?:Used |required for [^(]*\()([\d.]+)([KMGT]?)", message)
-  return float(found.group(1)) * UNITS[found.group(2)] if found else float("inf")
+def _required_bytes(message: str) -> float:
+  """Returns the bytes that the compiler says a refused program needs."""
+  match = re.search(r"(?:Used |required for [^(]*\()([\d.]+)([KMGT]?)", message)
+  return float(match.group(1)) * UNITS[match.group(2)] if match else float("inf")
 
 
-def as_dict(plan: Plan, tried: list[str] | None = None) -> dict[str, Any]:
-  """The plan for a machine."""
-  found = dataclasses.asdict(plan) | {"fits": plan.fits(), "step_seconds": plan.step_seconds}
-  return found if tried is None else found | {"tried": tried}
+def as_dict(plan: Plan) -> dict[str, Any]:
+  """Returns the plan as a JSON object."""
+  return dataclasses.asdict(plan) | {"fits": plan.fits(), "step_seconds": plan.step_seconds}

@@ -1,4 +1,4 @@
-"""Accelerators as numbers, and the devices of a topology, whether they are there or not."""
+"""Holds the data of accelerators and opens topologies, including ones that are not present."""
 
 import contextlib
 import dataclasses
@@ -16,14 +16,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one chip has; None is not known, and gives no bound.
+  """Holds the data of one chip. None stands for an unknown value, which gives no roofline.
 
   Attributes:
+    name: name shown in a report.
     memory: bytes that a program may use.
-    bandwidth: of that memory, bytes per second.
-    peak: bfloat16 operations per second.
-    links: bytes per second that it can send to other chips, over all links together.
-    source: where the numbers are from.
+    bandwidth: memory bandwidth, bytes per second.
+    peak: peak bfloat16 FLOP/s.
+    links: bytes per second that the chip can send to other chips, over all its links together.
+    source: origin of the numbers.
   """
 
   name: str
@@ -34,7 +35,7 @@ class Chip:
   source: str = ""
 
 
-_TPU = "memory: what libtpu 0.0.42 lets a program use; the rest: cloud.google.com/tpu/docs/"
+_TPU = "memory: the limit of libtpu 0.0.42 for a program; the rest: cloud.google.com/tpu/docs/"
 _GPU = "data sheet, dense bfloat16"
 # fmt: off
 TPUS: dict[str, Chip] = {
@@ -43,7 +44,7 @@ TPUS: dict[str, Chip] = {
   "v5p": Chip("TPU v5p", 95.74 * GIB, 2765e9, 459e12, 600e9, _TPU + "v5p"),
   "v6e": Chip("TPU v6e", 31.25 * GIB, 1600e9, 918e12, 400e9, _TPU + "v6e"),
 }
-# By the start of the name that the driver gives; memory as the device reports it.
+# By the prefix of the driver's name for the device. The device reports its own memory.
 GPUS: tuple[tuple[str, Chip], ...] = (
   ("NVIDIA H200", Chip("H200 SXM", None, 4800e9, 989e12, 450e9, _GPU)),
   ("NVIDIA H100", Chip("H100 SXM", None, 3350e9, 989e12, 450e9, _GPU)),
@@ -51,9 +52,9 @@ GPUS: tuple[tuple[str, Chip], ...] = (
 )
 # fmt: on
 
-# Read by libtpu when it is loaded: ask no metadata server what machine this is, let several
-# processes compile at once, keep its log to errors.
-ENVIRONMENT = {
+# libtpu: reads these when it is loaded. They skip the metadata server, allow several processes to
+# compile at once, and limit the log to errors.
+LIBTPU_ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -64,7 +65,7 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Devices to compile for. Those of a TPU topology need not exist."""
+  """Holds the devices to compile for. The devices of a TPU topology need not be present."""
 
   name: str
   devices: list[Any]
@@ -72,16 +73,19 @@ class Topology:
 
   @property
   def platform(self) -> str:
-    """`cpu`, `gpu` or `tpu`."""
+    """`"cpu"`, `"gpu"` or `"tpu"`."""
     return self.devices[0].platform
 
 
 def open_topology(name: str) -> Topology:
-  """The devices that `name` means: `v5e:4x4`, `v5p:2x2x2`, `v6e:4x4`, `cpu:8` or `local`.
+  """Opens the topology `name`: `v5e:4x4`, `v5p:2x2x2`, `v6e:4x4`, `cpu:8` or `local`.
 
-  For TPUs and `cpu:n`, JAX must not have been used in this process before: they are compiled for
-  without the accelerators that may be here. ValueError for a name that is none of these,
-  ModuleNotFoundError where the TPU compiler is not installed.
+  Open a TPU topology or `cpu:N` before any other use of JAX in the process: it restricts JAX to
+  the CPU backend.
+
+  Raises:
+    ValueError: the name is not a topology, its compiler refuses it, or there are too few devices.
+    ModuleNotFoundError: the TPU compiler is not installed.
   """
   kind, _, shape = name.partition(":")
   if name == "local":
@@ -91,8 +95,8 @@ def open_topology(name: str) -> Topology:
   if kind in TPUS and re.fullmatch(r"\d+(x\d+)+", shape):
     return Topology(name, _tpus(kind, shape), TPUS[kind])
   raise ValueError(
-    f"topology is {name!r}; write {', '.join(f'{tpu}:AxB' for tpu in TPUS)} (v5p: AxBxC), with "
-    "numbers of chips along each side, cpu:N, or local for the devices at hand"
+    f"topology is {name!r}; use {', '.join(f'{tpu}:AxB' for tpu in TPUS)} (v5p: AxBxC) with the "
+    "number of chips along each side, cpu:N, or local for the devices of this machine"
   )
 
 
@@ -101,32 +105,32 @@ def _tpus(kind: str, shape: str) -> list[Any]:
     raise ModuleNotFoundError(
       "planning for a TPU needs its compiler, which is not installed: pip install 'grpo_jax[plan]'"
     )
-  for variable, value in ENVIRONMENT.items():
+  for variable, value in LIBTPU_ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   from jax.experimental import topologies
 
   jax.config.update("jax_platforms", "cpu")
   sides = [int(n) for n in shape.split("x")]
-  # Up to 8 chips of a flat kind are one host; libtpu would make two of a 2x4.
+  # libtpu: it would split a 2x4 into two hosts. Up to 8 chips in two dimensions are one host.
   one_host = len(sides) == 2 and sides[0] * sides[1] <= 8
   bounds = {"chips_per_host_bounds": (*sides, 1)} if one_host else {}
   try:
     return topologies.get_topology_desc(
       platform="tpu", topology_name=f"{kind}:{shape}", **bounds
     ).devices
-  except Exception as error:  # the plugin raises its own types
-    raise ValueError(f"topology {kind}:{shape} is refused by the TPU compiler: {error}") from error
+  except Exception as error:  # libtpu: its error types have no public names
+    raise ValueError(f"the TPU compiler refuses topology {kind}:{shape}: {error}") from error
 
 
 def _cpus(count: int) -> list[Any]:
   jax.config.update("jax_platforms", "cpu")
   if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    with contextlib.suppress(RuntimeError):  # used before: there are as many as there are
+    with contextlib.suppress(RuntimeError):  # JAX is initialized: the number of devices is fixed
       jax.config.update("jax_num_cpu_devices", count)
   devices = jax.devices("cpu")
   if len(devices) < count:
     raise ValueError(
-      f"topology cpu:{count} needs {count} CPU devices, and this process has {len(devices)}; start "
+      f"topology cpu:{count} needs {count} CPU devices, but this process has {len(devices)}; start "
       f"it with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
     )
   return devices[:count]
@@ -147,19 +151,20 @@ def _host_memory() -> float:
   return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def bound(cost: Cost, chip: Chip) -> tuple[float, str] | None:
-  """The roofline: (seconds that the work takes at least, what it waits for); None if not known.
+def roofline(cost: Cost, chip: Chip) -> tuple[float, str] | None:
+  """Returns the roofline bound: (least time in seconds, the resource that sets it).
 
-  Operations, memory and links each at their full rate, all three at the same time.
+  Compute, memory and links each run at their full rate, all at the same time. None for a chip with
+  unknown rates.
 
-  >>> chip = Chip("one", memory=None, bandwidth=10.0, peak=100.0, links=1.0)
-  >>> bound(Cost(ops=100.0, bytes=30.0), chip)
+  >>> chip = Chip("example", memory=None, bandwidth=10.0, peak=100.0, links=1.0)
+  >>> roofline(Cost(flops=100.0, bytes=30.0), chip)
   (3.0, 'memory')
   """
   if not (chip.peak and chip.bandwidth and chip.links):
     return None
   return max(
-    (cost.ops / chip.peak, "operations"),
+    (cost.flops / chip.peak, "compute"),
     (cost.bytes / chip.bandwidth, "memory"),
     (cost.sent / chip.links, "links"),
   )

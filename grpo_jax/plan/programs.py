@@ -1,6 +1,6 @@
-"""The programs of a run from shapes alone: what is compiled, and what lies in memory meanwhile.
+"""Opens the programs of a run from shapes alone, with the arrays that the run holds meanwhile.
 
-No weights are read and no array is made, so the devices need not exist.
+Reads no weights and creates no array, so the devices need not be present.
 """
 
 import dataclasses
@@ -28,17 +28,19 @@ from grpo_jax.plan.hardware import Topology
 from grpo_jax.sampling import generate as generation
 
 
-def put(tree: Any, layout: Any) -> Any:
-  """Shapes with their layout: one for all leaves, or a tree of them."""
-  if isinstance(layout, NamedSharding):
-    layout = jax.tree.map(lambda _: layout, tree)
+def put(tree: Any, shardings: Any) -> Any:
+  """Returns the shapes of a tree with shardings: one for all leaves, or a tree of them."""
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
   return jax.tree.map(
-    lambda leaf, one: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), tree, layout
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    tree,
+    shardings,
   )
 
 
 def bytes_of(tree: Any) -> int:
-  """Bytes that a tree of laid-out shapes (or arrays) takes on one device."""
+  """Returns the bytes of a tree on one device, for arrays or for shapes with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -47,11 +49,14 @@ def bytes_of(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """A config on a topology, as shapes.
+  """Holds the programs of a config on a topology.
 
   Attributes:
-    new_adapters: key -> adapters, as in `build.Run`; None where all weights are trained.
-    prompt_length: tokens, padded.
+    config: the config of the run.
+    topology: the devices to compile for.
+    mesh, model, algorithm, optimizer: as in `build.Run`.
+    new_adapters: key -> LoRA adapters, as in `build.Run`; None if all weights are trained.
+    prompt_length: padded length of a prompt, in tokens.
   """
 
   config: ConfigDict
@@ -63,7 +68,22 @@ class Programs:
   new_adapters: Callable[[jax.Array], Any] | None
   prompt_length: int
 
-  # --- what lies in memory ------------------------------------------------------------------------
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Programs to compile: the methods of these names."""
+    score = ("score",) if self.runs_per_step("score") else ()
+    return ("update", *score, "to_sampling_params", "sample")
+
+  def runs_per_step(self, part: str) -> int:
+    """Returns how often a step runs a part: a program, or `prefill` or `decode` of `sample`."""
+    counts = {
+      "update": self.updates,
+      "score": self.has_kl + (self.updates > 1),
+      "decode": self.config.rollout.completion_length - 1,
+    }
+    return counts.get(part, 1)
+
+  # --- arrays in memory ---------------------------------------------------------------------------
 
   def _params(self, tree: Any, **options: Any) -> Any:
     return put(tree, meshes.param_shardings(self.mesh, tree, **options))
@@ -75,12 +95,12 @@ class Programs:
 
   @cached_property
   def base_params(self) -> Any:
-    """Parameters beside adapters; None without adapters."""
+    """Parameters that adapters are added to; None without adapters."""
     return self.weights if self.new_adapters else None
 
   @cached_property
   def state(self) -> TrainState:
-    """What the update changes."""
+    """Everything that training changes."""
     params = self.weights
     if self.new_adapters:
       params = self._params(jax.eval_shape(self.new_adapters, jax.random.key(0)))
@@ -91,35 +111,36 @@ class Programs:
 
   @property
   def has_kl(self) -> bool:
+    """True if the loss has a KL term."""
     return self.algorithm.beta > 0
 
   @property
   def reference(self) -> Any:
-    """A reference that is fixed and has its own copy of the weights; None where it has not."""
+    """A fixed reference with its own copy of the weights; None without such a copy."""
     own = self.has_kl and not self.config.reference.sync_every and not self.new_adapters
     return self.weights if own else None
 
   @property
   def updates(self) -> int:
-    """Updates of one rollout."""
+    """Number of updates per rollout."""
     return self.config.train.epochs * self.config.train.mini_batches
 
   @cached_property
   def sampling_params(self) -> Any:
-    """The sampler's weights."""
+    """Parameters of the sampler."""
     make = partial(build.to_sampling_params, self.model, self.mesh)
-    made = jax.eval_shape(make, self.base_params, self.state.params)
-    return self._params(made, sampling=True)
+    shapes = jax.eval_shape(make, self.base_params, self.state.params)
+    return self._params(shapes, sampling=True)
 
   def _rows(self, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
 
-  def batch(self, prompts: int, *, finished: bool = True) -> Batch:
-    """A batch of so many prompts; `finished` with the log-probs that `score` puts into it."""
+  def batch(self, prompts: int, *, scored: bool = True) -> Batch:
+    """Returns a batch of `prompts` prompts; `scored` adds the log-probs that `score` computes."""
     r = self.config.rollout
     rows = (prompts, r.group_size, r.completion_length)
     per_token = self.algorithm.advantage == "process_advantages"
-    logp = self._rows(*rows) if finished else None
+    logp = self._rows(*rows) if scored else None
     return Batch(
       prompts=self._rows(prompts, self.prompt_length, dtype=jnp.int32),
       prompt_mask=self._rows(prompts, self.prompt_length, dtype=bool),
@@ -134,12 +155,12 @@ class Programs:
 
   @cached_property
   def cache(self) -> Any:
-    """Keys and values of prompts and completions, split as prompts and key-value heads are."""
+    """Keys and values of prompts and completions, sharded by prompts and key-value heads."""
     c, r = self.model.config, self.config.rollout
     tensor = self.mesh.shape["tensor"]
     heads = "tensor" if c.kv_heads % tensor == 0 else None
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
+    def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
       before = [None] * (leaf.ndim - 4)
       spec = jax.sharding.PartitionSpec(*before, ("data", "fsdp"), heads)
       sharding = NamedSharding(self.mesh, spec)
@@ -148,12 +169,12 @@ class Programs:
     rows, length = (r.prompts_per_step, r.group_size), max(r.completion_length - 1, 1)
     own = jax.eval_shape(lambda p: self.model.empty_cache(p, *rows, length), self.sampling_params)
     shape = (c.layers, r.prompts_per_step, c.kv_heads, self.prompt_length, c.head_dim)
-    return jax.tree.map(placed, (own, (jax.ShapeDtypeStruct(shape, self.model.dtype),) * 2))
+    return jax.tree.map(with_sharding, (own, (jax.ShapeDtypeStruct(shape, self.model.dtype),) * 2))
 
-  # --- what is compiled ---------------------------------------------------------------------------
+  # --- programs -----------------------------------------------------------------------------------
 
   def update(self) -> tuple[Any, tuple]:
-    """(the jitted update, its arguments)."""
+    """Returns the jitted update and its arguments."""
     c = self.config
     with_adapters = lora.with_adapters if self.new_adapters else only_trained
     step = make_train_step(
@@ -169,7 +190,7 @@ class Programs:
     return step, (self.state, batch, self.base_params)
 
   def _micro_batches(self, parts: int, least: int) -> int:
-    """Of one of so many parts of a step's prompts, none of whose completions ends early."""
+    """Returns the number of micro-batches of one of `parts` parts of a step's prompts."""
     r = self.config.rollout
     return reduction.count_micro_batches(
       r.prompts_per_step // parts,
@@ -180,7 +201,7 @@ class Programs:
     )
 
   def score(self) -> tuple[Any, tuple]:
-    """(the jitted log-probs under a reference or the old parameters, its arguments)."""
+    """Returns the jitted log-probs under the reference or the old parameters, and its arguments."""
     with_adapters = lora.with_adapters if self.new_adapters else only_trained
     c = self.config
     score = make_score(
@@ -189,17 +210,17 @@ class Programs:
       micro_batches=self._micro_batches(1, c.train.micro_batches * c.train.mini_batches),
       with_adapters=with_adapters,
     )
-    batch = self.batch(c.rollout.prompts_per_step, finished=False)
+    batch = self.batch(c.rollout.prompts_per_step, scored=False)
     return score, (self.state.params, batch, self.base_params)
 
   def to_sampling_params(self) -> tuple[Any, tuple]:
-    """(the jitted way from the trained parameters to the sampler's, its arguments)."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, self.sampling_params)
+    """Returns the jitted conversion from trained to sampling parameters, and its arguments."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.sampling_params)
     make = partial(build.to_sampling_params, self.model, self.mesh)
-    return jax.jit(make, out_shardings=layout), (self.base_params, self.state.params)
+    return jax.jit(make, out_shardings=shardings), (self.base_params, self.state.params)
 
   def sample(self) -> tuple[Any, tuple]:
-    """(the jitted sampler, its arguments)."""
+    """Returns the jitted sampler and its arguments."""
     r = self.config.rollout
     generate = partial(
       generation.generate,
@@ -221,7 +242,11 @@ class Programs:
 
 
 def open_programs(config: ConfigDict, topology: Topology) -> Programs:
-  """The programs of a config; ConfigError with everything that is wrong with it."""
+  """Opens the programs of a config.
+
+  Raises:
+    ConfigError: with every problem of the config.
+  """
   c, count = config, len(topology.devices)
   problems = configs.check(c, count)
 
@@ -234,12 +259,12 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
   if length and shape and length + c.rollout.completion_length > shape.context:
     problems.append(
       f"rollout.completion_length is {c.rollout.completion_length}: with prompts of {length} "
-      f"tokens that is more than the context of {c.model.source}, {shape.context}"
+      f"tokens that exceeds the context of {c.model.source}, {shape.context} tokens"
     )
   if c.train.reduction != "fast":
     problems.append(
-      f"train.reduction is {c.train.reduction!r}, which is not planned for; give "
-      "--config.train.reduction=fast for the rest"
+      f"train.reduction is {c.train.reduction!r}, which the plan does not support; use "
+      "--config.train.reduction=fast"
     )
   if problems:
     raise configs.ConfigError(problems)
@@ -260,7 +285,7 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
 
 
 def _prompt_length(c: ConfigDict) -> int:
-  """The padded length of prompts; where the config leaves it to the task, the task is opened."""
+  """Returns the padded prompt length; opens the task if the config does not set it."""
   if c.rollout.prompt_length:
     return c.rollout.prompt_length
   try:
@@ -270,6 +295,6 @@ def _prompt_length(c: ConfigDict) -> int:
     return max(length for _, length in fit)
   except (ValueError, FileNotFoundError, ImportError) as error:
     raise ValueError(
-      "rollout.prompt_length is 0, the longest prompt of the task, and the task or the tokenizer "
-      f"is not here to say how long that is ({error}); give it: --config.rollout.prompt_length=512"
+      "rollout.prompt_length is 0, the longest prompt of the task, but the task or the tokenizer "
+      f"cannot be opened ({error}); set it: --config.rollout.prompt_length=512"
     ) from error

@@ -20,8 +20,8 @@ from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.kernels import Tree, cudnn, each_layer, splash, where_long
-from grpo_jax.plan import cost as costs
-from grpo_jax.plan import flops as traced
+from grpo_jax.plan import flops
+from grpo_jax.plan.cost import Counter
 
 # Interpreted kernels are large programs that run once.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -389,7 +389,7 @@ def test_the_operations_of_a_kernel_are_those_of_the_blocks_it_looks_at(monkeypa
   one = 2 * 2 * 2 * (3 + 2 * (4 + 3)) * 128 * 128 * 128  # P, H, multiply-adds; heads are 128 wide
 
   def ops(function):
-    return traced.product_ops(jax.make_jaxpr(function)(*case.arrays()).jaxpr)[0]
+    return flops.matmul_flops(jax.make_jaxpr(function)(*case.arrays()).jaxpr)[0]
 
   def mix(*arrays):
     return attend(*arrays, jnp.asarray(case.mask))
@@ -427,8 +427,8 @@ ENTRY %main (q: bf16[2,4,768,128]) -> bf16[2,4,768,128] {
   ],
 )
 def test_a_compiled_call_counts_what_its_scope_says(target, name, times):
-  once, _ = costs.Counter(CALL.replace("TARGET", target).replace("NAME", name)).cost()
-  assert once.ops == times * 100
+  once, _ = Counter(CALL.replace("TARGET", target).replace("NAME", name)).cost()
+  assert once.flops == times * 100
   assert once.bytes == 7 + 2 * 2 * (2 * 4 * 768 * 128) + 4  # and operand and result, and the other
 
 
@@ -437,8 +437,9 @@ def test_of_two_branches_the_costlier_counts():
     return jax.lax.cond(which, lambda x: x @ x, lambda x: x @ x @ x, x)
 
   x = jnp.ones((16, 16))
-  once, _ = costs.Counter(jax.jit(function).lower(x, True).compile().as_text()).cost()
-  assert once.ops == 2 * 2 * 16**3 == traced.product_ops(jax.make_jaxpr(function)(x, True).jaxpr)[0]
+  once, _ = Counter(jax.jit(function).lower(x, True).compile().as_text()).cost()
+  traced, _ = flops.matmul_flops(jax.make_jaxpr(function)(x, True).jaxpr)
+  assert once.flops == 2 * 2 * 16**3 == traced
 
 
 @pytest.mark.skipif(

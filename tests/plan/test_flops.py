@@ -1,0 +1,77 @@
+"""Tests that FLOPs of traced programs are those worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grpo_jax.distributed import mesh as meshes
+from grpo_jax.plan.flops import instruction_flops, kernel_cost, matmul_flops
+from grpo_jax.plan.hardware import open_topology
+from grpo_jax.plan.hlo import parse_instruction
+from grpo_jax.plan.programs import open_programs
+from tests.helpers.plans import load, needs_libtpu
+
+
+def flops(function, *arguments):
+  return matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_a_batched_matmul():
+  """5 of [3, 4] x [4, 6]."""
+  q, k = jnp.ones((5, 3, 4)), jnp.ones((5, 6, 4))
+  assert flops(lambda q, k: jnp.einsum("bmk,bnk->bmn", q, k), q, k) == (5 * 2 * 3 * 4 * 6, 0)
+
+
+def test_a_scan_counts_every_iteration():
+  x, w = jnp.ones((8, 16)), jnp.ones((50, 16, 16))
+  once, _ = flops(lambda x, w: jax.lax.scan(lambda c, a: (c @ a, None), x, w)[0], x, w)
+  assert once == 50 * 2 * 8 * 16 * 16
+
+
+def test_one_branch_of_a_cond_counts():
+  def function(x):
+    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x, x)
+
+  assert flops(function, jnp.ones((4, 4))) == (2 * 2 * 4**3, 0)
+
+
+def test_a_shard_map_counts_all_devices():
+  """4 devices, each [2, 6] x [6, 3]; the axes that do not shard an input repeat no work."""
+  mesh = meshes.make_mesh((4, 1, 2), jax.devices()[:8])
+  rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+  function = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+  assert flops(function, jnp.ones((8, 6)), jnp.ones((6, 3))) == (4 * 2 * 2 * 6 * 3, 0)
+
+
+@pytest.mark.parametrize(
+  ("scope", "cost"),
+  [("a/kernel_100_ops_7_bytes/splash_mha_fwd", (200, 7)),
+   ("a/kernel_100_ops_7_bytes/splash_mha_dkv", (400, 7)),
+   ("a/kernel_100_ops_7_bytes/__cudnn$fmhaSoftmaxBackward", (500, 7)),
+   ("a/kernel_100_ops_7_bytes/__cudnn$fmhaSoftmax", (200, 7)),
+   ("a/kernel_100_ops_7_bytes/other", None),
+   ("a/splash_mha_fwd", None)],
+)  # fmt: skip
+def test_a_kernel_costs_what_its_scope_says(scope, cost):
+  assert kernel_cost(scope) == cost
+
+
+def test_other_instructions_have_no_flops():
+  scope = {"a": parse_instruction("%a = f32[4] parameter(0)")}
+  assert instruction_flops(parse_instruction("%b = f32[4] add(%a, %a)"), scope) == 0
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_tpu_program_does_the_flops_of_its_kernels():
+  """The compiled program does what was traced, matmuls in kernels included."""
+  from grpo_jax.plan.estimate import compile_program
+
+  topology = open_topology("v5e:2x2")
+  programs = open_programs(load("model.dtype=bfloat16", "model.attention=splash"), topology)
+  for name, part in (("update", "update"), ("sample", "prefill")):
+    function, arguments = getattr(programs, name)()
+    traced, _ = matmul_flops(function.trace(*arguments).jaxpr)
+    cost, excess = compile_program(programs, name)[1][part]
+    assert excess == pytest.approx(1, abs=0.02)
+    assert cost.flops >= traced / 4

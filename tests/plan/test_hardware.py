@@ -1,0 +1,48 @@
+"""Tests the topologies that need no accelerator, and the roofline by hand."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from grpo_jax.plan.cost import Cost
+from grpo_jax.plan.hardware import Chip, open_topology, roofline
+
+
+def test_the_roofline_names_what_binds():
+  chip = Chip("example", None, bandwidth=10.0, peak=100.0, links=5.0)
+  assert roofline(Cost(flops=500.0, bytes=20.0), chip) == (5.0, "compute")
+  assert roofline(Cost(flops=100.0, bytes=20.0), chip) == (2.0, "memory")
+  sent = Cost(500.0, 20.0, {"all-gather": (1, 20.0), "all-reduce": (2, 15.0)})
+  assert roofline(sent, chip) == (7.0, "links")
+  assert roofline(sent, Chip("unknown", None)) is None
+
+
+def test_cpu_devices_share_the_memory_of_the_host():
+  four, eight = open_topology("cpu:4"), open_topology("cpu:8")
+  assert (len(four.devices), len(eight.devices)) == (4, 8)
+  assert four.platform == "cpu"
+  assert four.chip.memory == 2 * eight.chip.memory > 0
+
+
+def test_local_devices():
+  local = open_topology("local")
+  assert local.devices == jax.devices()
+  assert local.chip.peak is None  # the rates of a CPU are unknown
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "v5e", "v5e:4", "cpu:0", "cpu", "gpu:8", ""])
+def test_an_unknown_topology_is_refused(name):
+  with pytest.raises(ValueError, match="v5e:AxB"):
+    open_topology(name)
+
+
+def test_too_many_cpu_devices_are_refused():
+  with pytest.raises(ValueError, match=r"has 8.*device_count=64"):
+    open_topology("cpu:64")
+
+
+def test_a_missing_tpu_compiler_is_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ModuleNotFoundError, match=r"grpo_jax\[plan\]"):
+    open_topology("v5e:2x2")
