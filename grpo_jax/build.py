@@ -24,7 +24,6 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import deterministic
 from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.deterministic import Chunks
-from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
 from grpo_jax.learning.updates import UpdateConfig
 from grpo_jax.models import lora
@@ -90,12 +89,8 @@ class Run:
   def initial_state(self, *, moving_reference: bool = False) -> TrainState:
     """Trained parameters and a fresh optimizer state, laid out by the sharding table."""
     params = self._adapters() if self.new_adapters else self.loaded_params()
-    shapes = jax.eval_shape(self.optimizer.init, params)
-    init = jax.jit(self.optimizer.init, out_shardings=meshes.param_shardings(self.mesh, shapes))
-    step = jax.device_put(jnp.int32(0), meshes.replicated(self.mesh))
-    reference = jax.tree.map(jnp.copy, params) if moving_reference else None
-    history = jax.device_put(History.new(), meshes.replicated(self.mesh))
-    return TrainState(step, params, init(params), reference, history)
+    reference = params if moving_reference else None
+    return TrainState.create(params, self.optimizer, reference=reference, copy=False)
 
   def _adapters(self) -> Any:
     key = jax.random.key(self.seed)

@@ -21,7 +21,8 @@ import numpy as np
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build, update_config
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.learning.step import Batch, TrainState
+from grpo_jax.learning.batch import Batch
+from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import make_gradients, make_scoring, make_update
 from grpo_jax.run import compilation
 from grpo_jax.run import skipped as dumps

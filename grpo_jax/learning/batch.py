@@ -1,4 +1,7 @@
-"""Batches on the device, cut and put in another order; their layout stays as it was."""
+"""Holds one rollout as arrays, and cuts, pads and reorders it on the device.
+
+The sharding of a batch stays as it was.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,26 +13,58 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.distributed import hosts
-from grpo_jax.learning.step import Batch
+from grpo_jax.distributed.mesh import Sharding
 
-SHORTEST = 16  # tokens; padding is not cut off below that
+SHORTEST = 16  # tokens; `trim` does not make an axis shorter
 
 
-def select(batch: Batch, rows: np.ndarray, pad_prompts_to_multiple: int) -> Batch:
-  """Those prompts of a batch, filled up with empty ones to a multiple of `pad_prompts_to_multiple`, at least one.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """One rollout, ready to learn from.
 
-  An empty prompt is a copy of the first, with nothing unmasked in its completions.
+  Attributes:
+    prompts, prompt_mask: [P, N], left-padded.
+    completions, mask: [P, G, T]; the mask ends with the first stop token.
+    advantages: [P, G], or [P, G, T] from an estimator that gives one per token.
+    weights: [P, G, T], from `token_weights` on the mask of the whole rollout. The batch may hold
+      fewer prompts than the rollout, and empty ones (masked, weight 0) as padding.
+    sampler_logp: [P, G, T], nats, as recorded while sampling.
+    ref_logp: [P, G, T], nats, under the reference; None without a KL term.
+    old_logp: [P, G, T], nats, under the parameters before the first of several updates; None with
+      one update per rollout, whose own forward pass gives them.
+  """
+
+  prompts: Int[Array, "P N"]
+  prompt_mask: Bool[Array, "P N"]
+  completions: Int[Array, "P G T"]
+  mask: Bool[Array, "P G T"]
+  advantages: Float[Array, "P G ..."]
+  weights: Float[Array, "P G T"]
+  sampler_logp: Float[Array, "P G T"]
+  ref_logp: Float[Array, "P G T"] | None = None
+  old_logp: Float[Array, "P G T"] | None = None
+
+
+def select(batch: Batch, rows: Int[np.ndarray, "R"], pad_prompts_to_multiple: int) -> Batch:
+  """Returns these prompts of a batch, padded with empty ones.
+
+  The number of prompts is the next multiple of `pad_prompts_to_multiple`, at least one of them. An
+  empty prompt is a copy of the first with all of its completions masked.
+
+  Args:
+    rows: indices of the prompts.
   """
   size = pad_prompts_to_multiple * max(-(-len(rows) // pad_prompts_to_multiple), 1)
-  chosen = np.concatenate([rows, np.zeros(size - len(rows), np.int64)])
-  return _select(batch, chosen, np.arange(size) < len(rows), batch.mask.sharding)
+  padded = np.concatenate([rows, np.zeros(size - len(rows), np.int64)])
+  return _select(batch, padded, np.arange(size) < len(rows), batch.mask.sharding)
 
 
 @partial(jax.jit, static_argnames="layout")
-def _select(batch: Batch, rows: jax.Array, real: jax.Array, layout: Any) -> Batch:
+def _select(batch: Batch, rows: jax.Array, real: jax.Array, layout: Sharding) -> Batch:
   batch, real = rows_of(batch, rows, layout), real[:, None, None]
   return dataclasses.replace(
     batch, mask=batch.mask & real, weights=jnp.where(real, batch.weights, 0.0)
@@ -39,47 +74,55 @@ def _select(batch: Batch, rows: jax.Array, real: jax.Array, layout: Any) -> Batc
 def trim(
   batch: Batch, prompt_tokens: Int[np.ndarray, "P"], lengths: Int[np.ndarray, "P G"]
 ) -> tuple[Batch, float]:
-  """A batch without the padding that all its rows share, and the share of padding that is left.
+  """Cuts off the padding that all prompts or all completions share.
 
-  Prompts lose slots at their beginning, completions at their end, down to a size of `sizes`.
+  Prompts lose tokens at their beginning, completions at their end, down to one of `sizes`.
 
   Args:
-    prompt_tokens, lengths: of the real rows of the batch.
+    prompt_tokens, lengths: tokens of the prompts and completions of the batch, without the empty
+      prompts.
+
+  Returns:
+    The batch, and the share of its tokens that is still padding.
   """
-  group, most = batch.mask.shape[1], (batch.prompts.shape[1], batch.mask.shape[2])
+  group, longest = batch.mask.shape[1], (batch.prompts.shape[1], batch.mask.shape[2])
   used = (prompt_tokens.max(initial=0), lengths.max(initial=0))
-  n, t = (min(size for size in sizes(full) if size >= least) for full, least in zip(most, used))
-  left = 1 - (prompt_tokens.sum() + lengths.sum()) / (len(batch.mask) * (n + group * t))
-  return batch if (n, t) == most else _trim(batch, n, t, batch.mask.sharding), float(left)
+  n, t = (min(size for size in sizes(full) if size >= least) for full, least in zip(longest, used))
+  padding = 1 - (prompt_tokens.sum() + lengths.sum()) / (len(batch.mask) * (n + group * t))
+  if (n, t) != longest:
+    batch = _trim(batch, n, t, batch.mask.sharding)
+  return batch, float(padding)
 
 
 def sizes(full: int) -> list[int]:
-  """The lengths that the update is compiled for: halves of the longest, thrice at most.
+  """Returns the lengths that updates are compiled for: `full`, and up to three halvings of it.
 
-  >>> sizes(512), sizes(36), sizes(5)
-  ([512, 256, 128, 64], [36, 18], [5])
+  Example:
+    >>> sizes(512), sizes(36), sizes(5)
+    ([512, 256, 128, 64], [36, 18], [5])
   """
   return [full] + [n for i in (1, 2, 3) if (n := -(-full // 2**i)) >= SHORTEST]
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _trim(batch: Batch, n: int, t: int, layout: Any) -> Batch:
-  cut = {"prompts": batch.prompts[:, -n:], "prompt_mask": batch.prompt_mask[:, -n:]}
-  for field in dataclasses.fields(batch):
-    array = getattr(batch, field.name)
-    if field.name not in cut and array is not None and array.ndim == 3:
-      cut[field.name] = array[..., :t]
-  return laid_out(dataclasses.replace(batch, **cut), layout)
+def _trim(batch: Batch, n: int, t: int, layout: Sharding) -> Batch:
+  trimmed = {"prompts": batch.prompts[:, -n:], "prompt_mask": batch.prompt_mask[:, -n:]}
+  for name, array in vars(batch).items():
+    if name not in trimmed and array is not None and array.ndim == 3:
+      trimmed[name] = array[..., :t]
+  return laid_out(dataclasses.replace(batch, **trimmed), layout)
 
 
 def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> Iterator[Batch]:
-  """`epochs` times the prompts of a batch in a new order, cut into `count` equal parts.
+  """Yields `count` mini-batches per epoch, with the prompts in a new order in each epoch.
 
-  Token weights are multiplied by `count`: each part is an estimate of the loss of the whole, and
-  their mean is that loss. The orders are a function of `seed`. One part of one epoch is the batch.
+  Token weights are multiplied by `count`: the loss of a mini-batch is an estimate of the loss of
+  the batch, and the mean over the mini-batches of an epoch equals it. One mini-batch in one epoch
+  is the batch as it is.
 
   Args:
-    seed: integers, such as (seed of the run, step).
+    count: number of equal mini-batches; divides the number of prompts.
+    seed: integers that determine the order, such as (seed of the run, step).
   """
   if count == epochs == 1:
     yield batch
@@ -89,22 +132,26 @@ def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> 
   for epoch in range(epochs):
     order = np.random.default_rng([*seed, epoch]).permutation(prompts)
     for rows in np.split(order, count):
-      yield _part(batch, hosts.to_all(rows, layout), count, layout)
+      yield _mini_batch(batch, hosts.to_all(rows, layout), count, layout)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _part(batch: Batch, rows: jax.Array, count: int, layout: Any) -> Batch:
+def _mini_batch(batch: Batch, rows: jax.Array, count: int, layout: Sharding) -> Batch:
   part = rows_of(batch, rows, layout)
   return dataclasses.replace(part, weights=part.weights * count)
 
 
-def rows_of(tree: Any, rows: jax.Array, layout: Any) -> Any:
-  """These rows of all arrays, inside a jitted function."""
+def rows_of(tree: Any, rows: jax.Array, layout: Sharding) -> Any:
+  """Returns these rows of all arrays; inside a jitted function."""
   return jax.tree.map(lambda a: laid_out(a[rows], layout), tree)
 
 
-def laid_out(tree: Any, layout: Any, spec: P | None = None) -> Any:
-  """Constrains the layout inside a jitted function; None leaves it open."""
+def laid_out(tree: Any, layout: Sharding, spec: P | None = None) -> Any:
+  """Constrains the sharding of all arrays, inside a jitted function; None leaves it open.
+
+  Args:
+    spec: partition spec to use on the mesh of `layout` instead of its own.
+  """
   if layout is None:
     return tree
   layout = layout if spec is None else NamedSharding(layout.mesh, spec)

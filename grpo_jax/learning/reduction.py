@@ -1,8 +1,95 @@
-"""Chooses the number of micro-batches of a batch by a budget of tokens."""
+"""Adds up gradients and metrics over micro-batches, whose number follows a budget of tokens."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from grpo_jax.learning.batch import Batch
+from grpo_jax.learning.skipping import SKIPPED
+
+# (params, batch, base_params) -> (gradient, loss, metrics)
+Gradient = Callable[[Any, Batch, Any], tuple[Any, jax.Array, dict[str, jax.Array]]]
+
+
+def split(batch: Batch, count: int) -> Batch:
+  """Returns the batch cut into `count` micro-batches along a new first axis.
+
+  Each micro-batch takes an equal share of every device's prompts. Contiguous blocks of prompts
+  would leave devices idle in turn.
+  """
+  return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
+
+
+def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
+  """Returns the gradient of a loss over a batch, accumulated over micro-batches.
+
+  Args:
+    loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of the micro-batches of a
+      batch add up to its loss.
+    micro_batches: number of gradient accumulation steps; changes memory, not the result.
+  """
+  gradient = jax.value_and_grad(loss, has_aux=True)
+
+  def whole(params: Any, batch: Batch, base_params: Any):
+    (value, metrics), grads = gradient(params, batch, base_params)
+    return grads, value, metrics
+
+  def accumulated(params: Any, batch: Batch, base_params: Any):
+    total = jnp.maximum(batch.mask.sum(), 1)
+
+    def add(grads, part):
+      new, value, metrics = whole(params, part, base_params)
+      return jax.tree.map(jnp.add, grads, new), (value, metrics, part.mask.sum() / total)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, (losses, metrics, shares) = jax.lax.scan(add, zeros, split(batch, micro_batches))
+    return grads, losses.sum(), combine(metrics, shares)
+
+  return whole if micro_batches == 1 else accumulated
+
+
+def combine(
+  metrics: dict[str, Float[Array, "M"]], shares: Float[Array, "M"]
+) -> dict[str, Float[Array, ""]]:
+  """Returns the metrics of a batch from those of its M micro-batches.
+
+  Metrics are averaged, weighted by `shares`; those named `.../max` and `.../min` are extremes.
+
+  Args:
+    shares: each micro-batch's share of the tokens; sums to 1.
+
+  Example:
+    >>> metrics = {"kl": jnp.array([1.0, 3.0]), "kl/max": jnp.array([1.0, 3.0])}
+    >>> combined = combine(metrics, jnp.array([0.25, 0.75]))
+    >>> float(combined["kl"]), float(combined["kl/max"])
+    (2.5, 3.0)
+  """
+
+  def one(name: str, values: jax.Array) -> jax.Array:
+    if name.endswith("/max"):
+      return values.max()
+    if name.endswith("/min"):
+      return values.min()
+    return jnp.sum(values * shares)
+
+  return {name: one(name, values) for name, values in metrics.items()}
+
+
+@jax.jit
+def average(metrics: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+  """Returns the metrics of several updates as those of one rollout.
+
+  Metrics are averaged; those named `.../max` and `.../min` are extremes, and skipped updates are
+  counted.
+  """
+  shares = jnp.full(len(metrics), 1 / len(metrics))
+  stacked = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
+  counts = {name: stacked[name].sum() for name in (SKIPPED,) if name in stacked}
+  return combine(stacked, shares) | counts
 
 
 def count_micro_batches(
@@ -45,18 +132,18 @@ class WithinBudget:
     self._make = functools.cache(make)
     self._limits = {"budget": budget, "prompt_shards": prompt_shards, "least": least}
 
-  def program(self, batch: Any) -> Any:
+  def program(self, batch: Batch) -> Any:
     """Returns the function for batches of this shape."""
     (prompts, n), (_, group, t) = batch.prompts.shape, batch.mask.shape
     return self._make(count_micro_batches(prompts, n + group * t, **self._limits))
 
-  def __call__(self, first: Any, batch: Any, *rest: Any) -> Any:
+  def __call__(self, first: Any, batch: Batch, *rest: Any) -> Any:
     return self.program(batch)(first, batch, *rest)
 
-  def trace(self, first: Any, batch: Any, *rest: Any) -> Any:
+  def trace(self, first: Any, batch: Batch, *rest: Any) -> Any:
     """Traces the program as `jax.jit` does, for arrays or for shapes with a sharding."""
     return self.program(batch).trace(first, batch, *rest)
 
-  def lower(self, first: Any, batch: Any, *rest: Any) -> Any:
+  def lower(self, first: Any, batch: Batch, *rest: Any) -> Any:
     """Lowers the program as `jax.jit` does."""
     return self.program(batch).lower(first, batch, *rest)

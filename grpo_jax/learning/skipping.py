@@ -1,30 +1,25 @@
-"""Updates that have gone wrong: which are skipped, and what is remembered to tell."""
+"""Skips updates with a non-finite loss or gradient, or a gradient-norm spike."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-SKIPPED = "update/skipped"  # metric: 1 for an update that was not made
-WARM_UP = 10  # accepted updates before a gradient norm is compared with its history
-MEMORY = 100  # updates that the history of the gradient norm reaches back
+SKIPPED = "update/skipped"  # metric: 1 for an update that was skipped, else 0
+WARM_UP = 10  # accepted updates before gradient norms are compared with their running mean
+MEMORY = 100  # updates in the running mean of the gradient norm
 
 
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["log_norm", "counted", "skipped"],
-  meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-  """What is remembered of past updates, to know an update that has gone wrong.
+  """Statistics of past updates that decide whether the next one is accepted.
 
   Attributes:
-    log_norm: mean log gradient norm of the accepted updates, the last `MEMORY` or so; those
-      without any gradient are left out.
-    counted: how many it is the mean of.
-    skipped: updates skipped in a row, up to now.
+    log_norm: running mean of the log gradient norm over about the last `MEMORY` accepted updates;
+      updates with a gradient of 0 do not enter it.
+    counted: number of updates in that mean, at most `MEMORY`.
+    skipped: number of updates skipped in a row so far.
   """
 
   log_norm: jax.Array
@@ -33,27 +28,42 @@ class History:
 
   @classmethod
   def new(cls) -> "History":
-    """Of no updates."""
+    """Returns the history before the first update."""
     return cls(jnp.float32(0), jnp.int32(0), jnp.int32(0))
 
 
 def accept_update(
   history: History | None, loss: jax.Array, norm: jax.Array, spike: float
 ) -> tuple[jax.Array, History | None]:
-  """Whether an update is to be made, and the history with it."""
-  ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+  """Decides whether an update is accepted, and returns the decision and the new history.
+
+  Args:
+    history: None decides by the loss and the norm alone.
+    loss, norm: loss and global gradient norm of the update; both must be finite.
+    spike: largest accepted ratio of the norm to its running mean, `exp(history.log_norm)`, after
+      `WARM_UP` accepted updates. 0 disables.
+
+  Raises:
+    ValueError: `spike` is given without a history.
+
+  Example:
+    >>> accept, history = accept_update(History.new(), jnp.float32(1), jnp.float32("nan"), 0.0)
+    >>> bool(accept), int(history.skipped)
+    (False, 1)
+  """
+  accept = jnp.isfinite(loss) & jnp.isfinite(norm)
   if history is None:
     if spike:
-      raise ValueError(f"spike is {spike}, which needs a history: TrainState.history=History.new()")
-    return ok, None
+      raise ValueError(f"spike is {spike}, which needs a history: TrainState.create makes one")
+    return accept, None
   if spike:
-    far = norm > spike * jnp.exp(history.log_norm)
-    ok &= ~far | (history.counted < WARM_UP)
-  counts = ok & (norm > 0)
+    is_spike = norm > spike * jnp.exp(history.log_norm)
+    accept &= ~is_spike | (history.counted < WARM_UP)
+  enters_mean = accept & (norm > 0)
   counted = jnp.minimum(history.counted + 1, MEMORY)
-  moved = history.log_norm + (jnp.log(norm) - history.log_norm) / counted
-  return ok, History(
-    log_norm=jnp.where(counts, moved, history.log_norm),
-    counted=jnp.where(counts, counted, history.counted),
-    skipped=jnp.where(ok, 0, history.skipped + 1),
+  log_norm = history.log_norm + (jnp.log(norm) - history.log_norm) / counted
+  return accept, History(
+    log_norm=jnp.where(enters_mean, log_norm, history.log_norm),
+    counted=jnp.where(enters_mean, counted, history.counted),
+    skipped=jnp.where(accept, 0, history.skipped + 1),
   )

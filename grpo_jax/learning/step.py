@@ -1,109 +1,167 @@
-"""One optimizer step: `(state, batch) -> (state, metrics)`.
+"""Builds one optimizer step: `(state, batch) -> (state, metrics)`.
 
-The model is an argument with two functions, as `models.decoder.Decoder` has them:
-`score(params, prompts, prompt_mask, completions) -> hidden [P, G, T, D]` and `head(params)`.
+The model is an argument, as `models.protocol.Model` describes it. A model whose arrays are split
+over devices may also have `vocab_shards` and `prompt_shards`, the number of shards of its head and
+of its prompts, as `models.decoder.Decoder` does; they decide what is exchanged, not the result.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.learning import deterministic
+from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.deterministic import Chunks
+from grpo_jax.learning.reduction import combine, make_gradient, split
 from grpo_jax.learning.skipping import SKIPPED, History, accept_update
+from grpo_jax.models.protocol import Model, Params
+
+# (base parameters, trained parameters) -> all parameters of the model
+WithAdapters = Callable[[Params, Params], Params]
 
 
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["step", "params", "opt_state", "reference", "history"],
-  meta_fields=[],
-)
+def only_trained(base_params: Params, params: Params) -> Params:
+  """Returns `params`: the `WithAdapters` of a model that is trained as a whole."""
+  return params
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
   """Everything that training changes.
 
   Attributes:
-    step: number of finished updates, skipped ones left out.
-    params: what is trained: all parameters, or the adapters alone.
-    opt_state: of the optimizer.
-    reference: what `params` is held close to, where that moves too (`move_reference`); else None.
-    history: of the gradient norm and of skipped updates; None where nobody asks for it.
+    step: number of accepted updates.
+    params: trained parameters: all parameters of the model, or its adapters.
+    opt_state: state of the optimizer.
+    reference: parameters of a reference that moves (`move_reference`) or is kept here; None
+      without one.
+    history: statistics of past updates; None if they are not recorded.
   """
 
   step: jax.Array
-  params: Any
+  params: Params
   opt_state: Any
-  reference: Any = None
+  reference: Params = None
   history: History | None = None
 
+  @classmethod
+  def create(
+    cls,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    reference: Params = None,
+    copy: bool = True,
+  ) -> "TrainState":
+    """Returns the state before the first update.
 
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=[
-    "prompts",
-    "prompt_mask",
-    "completions",
-    "mask",
-    "advantages",
-    "weights",
-    "sampler_logp",
-    "ref_logp",
-    "old_logp",
-  ],
-  meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """One rollout, ready to learn from.
+    A step overwrites the arrays of the state it is given. The state therefore gets its own copies
+    of `params` and `reference`, and the arrays passed here stay valid. The optimizer state takes
+    the sharding of the parameters it belongs to; everything else is replicated.
 
-  Attributes:
-    prompts, prompt_mask: [P, N], left-padded.
-    completions, mask: [P, G, T]; the mask ends with the first stop token.
-    advantages: [P, G], or [P, G, T] where an estimator gives one per token.
-    weights: [P, G, T], from `token_weights` on the mask of the whole rollout, of which the batch
-      may hold fewer prompts, and empty ones (masked, weight 0) to fill it up.
-    sampler_logp: [P, G, T], nats, as recorded while sampling.
-    ref_logp: [P, G, T], nats, under the reference; None without a KL term.
-    old_logp: [P, G, T], nats, under the parameters before the first of several updates; None where
-      there is one update per rollout, whose own forward pass gives them.
+    Args:
+      params: trained parameters.
+      reference: parameters of the reference for a KL term, often `params` itself.
+      copy: False takes over the arrays of `params`, which the first step then deletes. It saves
+        the memory of one copy of the parameters.
+
+    Example:
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = TrainState.create(params, optax.adam(0.1), reference=params)
+      >>> int(state.step), state.reference["w"] is params["w"]
+      (0, False)
+    """
+
+    def own(tree: Params) -> Params:
+      return jax.tree.map(jnp.copy, tree)
+
+    shapes = cls.shapes(params, optimizer)
+    rest = (shapes.step, shapes.opt_state, shapes.history)
+    make = jax.jit(partial(_fresh, optimizer), out_shardings=layout_of(rest))
+    step, opt_state, history = make(params)
+    reference = None if reference is None else own(reference)
+    return cls(step, own(params) if copy else params, opt_state, reference, history)
+
+  @classmethod
+  def shapes(
+    cls, params: Params, optimizer: optax.GradientTransformation, *, reference: Params = None
+  ) -> "TrainState":
+    """Returns the shapes, dtypes and shardings of what `create` returns, without any array.
+
+    Args:
+      params, reference: arrays, or `jax.ShapeDtypeStruct`s with a sharding.
+    """
+    step, opt_state, history = _laid_out_like(
+      params, jax.eval_shape(partial(_fresh, optimizer), params)
+    )
+    return cls(step, params, opt_state, reference, history)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the fields that are not None by name, as plain dicts: what a checkpoint holds."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if self.history is not None:
+      fields["history"] = vars(self.history)
+    return fields
+
+  @classmethod
+  def from_dict(cls, tree: dict[str, Any]) -> "TrainState":
+    """Returns the state whose `to_dict` is `tree`; a missing optional field is None."""
+    history = {"history": History(**tree["history"])} if "history" in tree else {}
+    return cls(**{**tree, **history})
+
+
+def _fresh(optimizer: optax.GradientTransformation, params: Params) -> tuple:
+  """Returns step, optimizer state and history before the first update."""
+  # Copied: some optimizers keep the parameters, and one array must not be donated twice.
+  opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
+  return jnp.int32(0), opt_state, History.new()
+
+
+def _laid_out_like(params: Params, tree: Any) -> Any:
+  """Returns shapes with the sharding of the parameter at the end of their path.
+
+  A leaf with no parameter of the same path and shape is replicated over the mesh. Without a mesh,
+  the sharding of all leaves is open.
   """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  shardings = {(path, leaf.shape): layout_of(leaf) for path, leaf in leaves}
+  mesh = next((s.mesh for s in shardings.values() if s is not None), None)
 
-  prompts: Int[Array, "P N"]
-  prompt_mask: Bool[Array, "P N"]
-  completions: Int[Array, "P G T"]
-  mask: Bool[Array, "P G T"]
-  advantages: Float[Array, "P G ..."]
-  weights: Float[Array, "P G T"]
-  sampler_logp: Float[Array, "P G T"]
-  ref_logp: Float[Array, "P G T"] | None = None
-  old_logp: Float[Array, "P G T"] | None = None
+  def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+    ends = ((path[i:], leaf.shape) for i in range(len(path) + 1))
+    sharding = next((shardings[end] for end in ends if end in shardings), None)
+    if sharding is None and mesh is not None:
+      sharding = NamedSharding(mesh, P())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-
-# (base_params parameters, trained parameters) -> all parameters of the model.
-WithAdapters = Callable[[Any, Any], Any]
-
-
-def only_trained(base_params: Any, params: Any) -> Any:
-  """The `WithAdapters` of a model without base_params parameters."""
-  return params
+  return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def score_batch(
-  model: Any, params: Any, batch: Batch, temperature: float
+  model: Model, params: Params, batch: Batch, temperature: float
 ) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
-  """(log-probability, entropy) of each completion token at the sampling temperature, nats."""
+  """Returns (log-probability, entropy) of each completion token, in nats.
+
+  Both are of the distribution at the sampling temperature, and 0 where `batch.mask` is false.
+  """
   hidden = model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
+  # Micro-batches that do not divide evenly over the devices are left to the partitioner.
+  row_shards = math.gcd(getattr(model, "prompt_shards", 1), len(batch.prompts))
   return head_logprobs(
     hidden,
     model.head(params),
@@ -111,45 +169,40 @@ def score_batch(
     temperature=temperature,
     where=batch.mask,
     softcap=model.config.softcap,
-    vocab_shards=model.vocab_shards,
-    # A part of fewer prompts than devices, or of an odd number of them, lies as it likes.
-    row_shards=math.gcd(model.prompt_shards, len(batch.prompts)),
+    vocab_shards=getattr(model, "vocab_shards", 1),
+    row_shards=row_shards,
   )
 
 
-def _cut(batch: Batch, count: int) -> Batch:
-  """`count` parts on a new first axis.
-
-  Every part takes a share of each device's prompts; blocks would leave devices idle in turn.
-  """
-  return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
-
-
 def make_score(
-  model: Any,
+  model: Model,
   *,
   temperature: float,
   micro_batches: int = 1,
   with_adapters: WithAdapters = only_trained,
   chunks: Chunks | None = None,
 ) -> Callable[..., Float[Array, "P G T"]]:
-  """Jitted `(params, batch, base_params=None) -> logp`: for a reference, or before several updates.
+  """Returns the jitted log-probs `(params, batch, base_params=None) -> logp`.
+
+  They are those of a reference, or of the parameters before several updates.
 
   Args:
-    micro_batches: equal parts of the prompts, one after another: less memory, the same result.
-    chunks: in these instead, with the same bits on any number of devices.
+    micro_batches: number of equal parts of the prompts that are computed one after another;
+      changes memory, not the result.
+    with_adapters: combines base and trained parameters into the model's.
+    chunks: computes in these instead; see `deterministic`.
   """
 
-  def whole(params: Any, batch: Batch, base_params: Any):
+  def whole(params: Params, batch: Batch, base_params: Params):
     return score_batch(model, with_adapters(base_params, params), batch, temperature)[0]
 
   if chunks:
     return deterministic.make_score(whole, chunks)
 
-  def score(params: Any, batch: Batch, base_params: Any = None):
+  def score(params: Params, batch: Batch, base_params: Params = None):
     if micro_batches == 1:
       return whole(params, batch, base_params)
-    logp = jax.lax.map(lambda part: whole(params, part, base_params), _cut(batch, micro_batches))
+    logp = jax.lax.map(lambda part: whole(params, part, base_params), split(batch, micro_batches))
     return logp.swapaxes(0, 1).reshape(batch.mask.shape)
 
   return Jitted(score, lambda params, batch, base_params=None: layout_of(batch.mask))
@@ -157,69 +210,49 @@ def make_score(
 
 @partial(jax.jit, static_argnums=1, donate_argnums=0)
 def move_reference(state: TrainState, share: float) -> TrainState:
-  """The reference moves to `share * params + (1 - share) * reference`; 1 makes it a copy.
+  """Moves the reference to `share * params + (1 - share) * reference`; the state is donated.
 
-  Iterative GRPO (DeepSeekMath, arXiv 2402.03300, algorithm 1) copies; TRL mixes.
+  A share of 1 copies the parameters, as iterative GRPO does. TRL mixes.
+
+  References:
+    DeepSeekMath, arXiv 2402.03300, algorithm 1.
   """
-  move = jax.tree.map(
+  moved = jax.tree.map(
     lambda new, old: share * new + (1 - share) * old, state.params, state.reference
   )
-  return dataclasses.replace(state, reference=move)
-
-
-# (params, batch, base_params) -> (gradients, loss, metrics)
-Gradient = Callable[[Any, Batch, Any], tuple[Any, jax.Array, dict[str, jax.Array]]]
+  return dataclasses.replace(state, reference=moved)
 
 
 def make_loss(
-  model: Any,
+  model: Model,
   algorithm: Algorithm,
   *,
   temperature: float,
   with_adapters: WithAdapters = only_trained,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """`(params, batch, base_params) -> (loss, metrics)`; the losses of parts of a batch add up."""
+  """Returns the loss `(params, batch, base_params) -> (loss, metrics)`.
 
-  def loss(params: Any, part: Batch, base_params: Any):
-    logp, _ = score_batch(model, with_adapters(base_params, params), part, temperature)
+  The losses of the micro-batches of a batch add up to its loss.
+  """
+
+  def loss(params: Params, batch: Batch, base_params: Params):
+    logp, _ = score_batch(model, with_adapters(base_params, params), batch, temperature)
     return policy_loss(
       algorithm,
       logp,
-      part.advantages,
-      part.mask,
-      old_logp=part.old_logp,
-      ref_logp=part.ref_logp,
-      sampler_logp=part.sampler_logp,
-      weights=part.weights,
+      batch.advantages,
+      batch.mask,
+      old_logp=batch.old_logp,
+      ref_logp=batch.ref_logp,
+      sampler_logp=batch.sampler_logp,
+      weights=batch.weights,
     )
 
   return loss
 
 
-def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
-  """The gradient of `make_loss` over a batch, in so many parts one after another."""
-  gradient = jax.value_and_grad(loss, has_aux=True)
-
-  def whole(params: Any, batch: Batch, base_params: Any):
-    (value, metrics), grads = gradient(params, batch, base_params)
-    return grads, value, metrics
-
-  def in_parts(params: Any, batch: Batch, base_params: Any):
-    total = jnp.maximum(batch.mask.sum(), 1)
-
-    def one_part(grads, part):
-      new, value, metrics = whole(params, part, base_params)
-      return jax.tree.map(jnp.add, grads, new), (value, metrics, part.mask.sum() / total)
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, (losses, metrics, shares) = jax.lax.scan(one_part, zeros, _cut(batch, micro_batches))
-    return grads, losses.sum(), combine(metrics, shares)
-
-  return whole if micro_batches == 1 else in_parts
-
-
 def make_train_step(
-  model: Any,
+  model: Model,
   algorithm: Algorithm,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
@@ -230,22 +263,25 @@ def make_train_step(
   with_adapters: WithAdapters = only_trained,
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """Jitted step `(state, batch, base_params=None) -> (state, metrics)`; the state is donated.
+  """Returns the jitted step `(state, batch, base_params=None) -> (state, metrics)`.
 
-  The new state lies as the old one did, so a batch size is compiled for once.
+  The state is donated: its arrays are overwritten. The new state has the sharding of the old one,
+  so each batch size compiles once.
 
-  The loss is a sum over tokens with weights made for the whole rollout, so cutting the prompts
-  into `micro_batches` equal parts changes memory and nothing else. With one update per rollout the
-  log-probs of this forward pass are the old ones too; else the batch brings them (`old_logp`).
+  The loss is a sum over tokens, with weights computed for the whole rollout, so the number of
+  micro-batches changes memory and nothing else. With one update per rollout, the log-probs of this
+  forward pass are also the old ones. With several, `batch.old_logp` holds them.
 
   An update whose loss or gradient norm is NaN or infinite is skipped: step, parameters and
-  optimizer state stay as they are, bit for bit, and the metric `update/skipped` is 1.
+  optimizer state stay bit for bit as they are, and the metric `update/skipped` is 1.
 
   Args:
-    temperature: the one used for sampling.
-    spike: skips updates also whose gradient norm is more than this many times the typical one of
-      `state.history`, once that knows `WARM_UP` updates; 0 = off.
-    with_adapters: makes the model's parameters of the base_params ones and the trained ones.
+    schedule: learning rate by step, for the metric `learning_rate`.
+    temperature: the sampling temperature.
+    micro_batches: number of gradient accumulation steps.
+    spike: also skip an update whose gradient norm exceeds `spike` times its running mean, after
+      `WARM_UP` accepted updates; needs `state.history`. 0 disables.
+    with_adapters: combines base and trained parameters into the model's.
     chunks: computes the gradient in these instead of in micro-batches, so that the new state has
       the same bits on any number of devices; see `deterministic`.
   """
@@ -255,17 +291,17 @@ def make_train_step(
     return _in_chunks(deterministic.make_gradient(loss, chunks), apply)
   gradient = make_gradient(loss, micro_batches)
 
-  def step(state: TrainState, batch: Batch, base_params: Any = None):
+  def step(state: TrainState, batch: Batch, base_params: Params = None):
     return apply(state, *gradient(state.params, batch, base_params))
 
-  def outputs(state: TrainState, batch: Batch, base_params: Any = None) -> Any:
+  def outputs(state: TrainState, batch: Batch, base_params: Params = None) -> Any:
     return layout_of(state), None
 
   return Jitted(step, outputs, donate_argnums=0)
 
 
 def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
-  """A step of two programs: in one, the optimizer would be fused into what comes before it."""
+  """Returns a step of two programs: in one, XLA would fuse the optimizer into the gradient."""
 
   def finish(state: TrainState, grads: Any, losses: Any, metrics: dict, tokens: Any):
     shares = tokens / jnp.maximum(tokens.sum(), 1)
@@ -273,7 +309,7 @@ def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
 
   finish = Jitted(finish, lambda state, *_: (layout_of(state), None), donate_argnums=0)
 
-  def step(state: TrainState, batch: Batch, base_params: Any = None):
+  def step(state: TrainState, batch: Batch, base_params: Params = None):
     return finish(state, *gradient(state.params, batch, base_params))
 
   return step
@@ -282,52 +318,25 @@ def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
 def make_apply(
   optimizer: optax.GradientTransformation, schedule: optax.Schedule, spike: float
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """`(state, gradients, loss, metrics) -> (state, metrics)`: the optimizer's part of a step."""
+  """Returns the optimizer's part of a step, `(state, gradient, loss, metrics) -> (state, metrics)`."""
 
   def apply(state: TrainState, grads: Any, loss: jax.Array, metrics: dict[str, jax.Array]):
     norm = optax.tree.norm(grads)
-    ok, history = accept_update(state.history, loss, norm, spike)
+    accept, history = accept_update(state.history, loss, norm, spike)
 
     def update(step: Any, params: Any, opt_state: Any):
       updates, opt_state = optimizer.update(grads, opt_state, params)
       return step + 1, optax.apply_updates(params, updates), opt_state
 
-    # A branch, not a choice between two results: the new state is written over the old one.
+    # A branch, not `where`: the new state is written over the old one.
     old = (state.step, state.params, state.opt_state)
-    step, params, opt_state = jax.lax.cond(ok, update, lambda *old: old, *old)
+    step, params, opt_state = jax.lax.cond(accept, update, lambda *old: old, *old)
     metrics |= {
       "loss": loss,
       "grad_norm": norm,
       "learning_rate": jnp.asarray(schedule(state.step)),
-      SKIPPED: 1.0 - ok,
+      SKIPPED: 1.0 - accept,
     }
     return TrainState(step, params, opt_state, state.reference, history), metrics
 
   return apply
-
-
-def combine(
-  metrics: dict[str, Float[Array, "M"]], shares: Float[Array, "M"]
-) -> dict[str, Float[Array, ""]]:
-  """Metrics of the whole batch from those of its parts; `shares` are their shares of the tokens."""
-
-  def one(name: str, values: jax.Array) -> jax.Array:
-    if name.endswith("/max"):
-      return values.max()
-    if name.endswith("/min"):
-      return values.min()
-    return jnp.sum(values * shares)
-
-  return {name: one(name, values) for name, values in metrics.items()}
-
-
-@jax.jit
-def average(measured: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-  """Metrics of several updates as one: means, but the extremes of `/max` and `/min`.
-
-  Skipped updates are counted.
-  """
-  shares = jnp.full(len(measured), 1 / len(measured))
-  stacked = {name: jnp.stack([m[name] for m in measured]) for name in measured[0]}
-  counts = {name: stacked[name].sum() for name in (SKIPPED,) if name in stacked}
-  return combine(stacked, shares) | counts

@@ -10,13 +10,11 @@ import optax
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.learning import batch as batches
 from grpo_jax.learning import deterministic, reduction
+from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import (
-  Batch,
   TrainState,
   WithAdapters,
-  average,
-  make_gradient,
   make_loss,
   make_score,
   make_train_step,
@@ -100,7 +98,7 @@ def make_gradients(
   loss = make_loss(model, algorithm, temperature=config.temperature, with_adapters=with_adapters)
   if chunks:
     return deterministic.make_gradient(loss, chunks)
-  return _within_budget(model, config, lambda count: jax.jit(make_gradient(loss, count)))
+  return _within_budget(model, config, lambda count: jax.jit(reduction.make_gradient(loss, count)))
 
 
 def make_scoring(
@@ -231,7 +229,7 @@ class Learner:
         f"{in_a_row} updates in a row were skipped (max_skipped is {config.max_skipped}). The "
         "parameters are those of the last accepted update"
       )
-    return state, average(metrics)
+    return state, reduction.average(metrics)
 
   def _scored(self, state: TrainState, batch: Batch) -> Batch:
     """Returns the batch with the log-probs that the updates need."""

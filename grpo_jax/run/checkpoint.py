@@ -6,20 +6,19 @@ a kill leaves all of it or nothing, and damage that comes later is found before 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from grpo_jax.distributed import hosts
 from grpo_jax.errors import first_line
-from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import workdir as workdirs
 
@@ -68,7 +67,7 @@ class Checkpoints:
     """
     with self._explained():
       self._manager.wait_until_finished()
-      self._saving, tree = step, _tree(state)
+      self._saving, tree = step, state.to_dict()
       self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
       self._manager.save(step, args=ocp.args.StandardSave(tree))
 
@@ -80,13 +79,15 @@ class Checkpoints:
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """The state after `step` steps, with the shapes, dtypes and layout of `like`."""
-    wanted = _tree(like)
+    wanted = like.to_dict()
     if not self._holds(step, "history"):  # older than skipped updates: as if none had been seen
       wanted.pop("history", None)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    history = History(**tree.pop("history")) if "history" in tree else like.history
-    return TrainState(**tree, history=history)
+    state = TrainState.from_dict(tree)
+    if state.history is None:
+      state = dataclasses.replace(state, history=like.history)
+    return state
 
   def _holds(self, step: int, name: str) -> bool:
     with ocp.StandardCheckpointer() as reader:
@@ -223,12 +224,3 @@ def _difference(path: Path, size: int, digest: str) -> str:
     return "" if _digest(path)[1] == digest else "has other contents than were written"
   except OSError as error:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-
-
-def _tree(state: TrainState) -> dict[str, Any]:
-  tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-  if state.reference is not None:
-    tree["reference"] = state.reference
-  if state.history is not None:
-    tree["history"] = vars(state.history)
-  return tree

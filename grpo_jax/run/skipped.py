@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed.mesh import Sharding
-from grpo_jax.learning.step import Batch, TrainState
+from grpo_jax.learning.batch import Batch
+from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import SkippedUpdate
 
 FOLDER = "skipped"  # of a work directory
@@ -56,10 +57,8 @@ class Dump:
     path = self.path.absolute().parent / self.recorded["state_of"] / "state"
     with ocp.StandardCheckpointer() as checkpointer:
       like_tree = jax.tree.map(ocp.utils.to_shape_dtype_struct, _tree(like))
-      tree = checkpointer.restore(path, like_tree)
-    # The history is the one after the update: it counts one more skipped update.
-    history = dataclasses.replace(like.history, **tree.pop("history"))
-    return TrainState(**tree, history=history)
+      # Its history is the one after the update: it counts one more skipped update.
+      return TrainState.from_dict(checkpointer.restore(path, like_tree))
 
 
 class Recorder:
@@ -169,10 +168,5 @@ def complete(workdir: str | Path) -> list[Path]:
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-  """Returns what an update of a state depends on."""
-  return {
-    "step": state.step,
-    "params": state.params,
-    "opt_state": state.opt_state,
-    "history": vars(state.history),
-  }
+  """Returns what an update of a state depends on: everything but a reference."""
+  return dataclasses.replace(state, reference=None).to_dict()

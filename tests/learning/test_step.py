@@ -12,16 +12,9 @@ import pytest
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.learning.batch import mini_batches
-from grpo_jax.learning.step import (
-  Batch,
-  TrainState,
-  average,
-  combine,
-  make_score,
-  make_train_step,
-  move_reference,
-)
+from grpo_jax.learning.batch import Batch, mini_batches
+from grpo_jax.learning.reduction import average, combine
+from grpo_jax.learning.step import TrainState, make_score, make_train_step, move_reference
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from tests.helpers import plain
