@@ -37,7 +37,7 @@ add_module_names = False
 python_display_short_literal_types = True
 maximum_signature_line_length = 80
 
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the stored outputs are the ones that the tests check
 
