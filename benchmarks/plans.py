@@ -21,6 +21,7 @@ from grpo_jax import config as configs
 from grpo_jax.config import default_config
 from grpo_jax.plan.estimate import as_dict, make_plan
 from grpo_jax.plan.hardware import GIB, TPUS, open_topology
+from grpo_jax.plan.programs import open_programs
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs" / "plans.jsonl"
@@ -164,7 +165,8 @@ def main() -> None:
       if done or late or arguments.only not in f"{model} {name}":
         continue
       print(f"{model} on {name}", flush=True)
-      plan = make_plan(config_for(model, topology, chips), open_topology(topology), log=print)
+      programs = open_programs(config_for(model, topology, chips), open_topology(topology))
+      plan = make_plan(programs, log=print)
       records.append(as_dict(plan) | {"slice": name, "versions": versions})
       print(row(records[-1]), flush=True)
       RECORDS.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from grpo_jax import config as configs
 from grpo_jax.models.decoder import REMAT
 from grpo_jax.plan.estimate import UNITS, Compiled, Plan, as_dict, discard, make_plan
-from grpo_jax.plan.hardware import GIB, Topology, open_topology
-from grpo_jax.plan.programs import open_programs
+from grpo_jax.plan.hardware import GIB, open_topology
+from grpo_jax.plan.programs import Programs, open_programs
 
 # --- changes that save memory ---------------------------------------------------------------------
 
@@ -72,8 +72,7 @@ def _fixed_bytes(plan: Plan) -> float:
 
 
 def first_that_fits(
-  config: ConfigDict,
-  topology: Topology,
+  programs: Programs,
   plan: Plan,
   *,
   tries: int,
@@ -83,9 +82,8 @@ def first_that_fits(
   """Compiles changes of a config until one fits.
 
   Args:
-    config: the config that does not fit. It is not changed.
-    topology: the devices to compile for.
-    plan: the plan of `config`.
+    programs: the programs of a config that does not fit. They are not changed.
+    plan: their plan.
     tries: most changes to compile.
     compiled, log: as in `make_plan`.
 
@@ -93,7 +91,7 @@ def first_that_fits(
     The overrides that were compiled, in order, and the plan of the last one; None instead of the
     plan if no change fits.
   """
-  programs = open_programs(config, topology)
+  config, topology = programs.config, programs.topology
   compiled, tried = {} if compiled is None else compiled, []
   for overrides in candidates(config, plan, programs.model.config.kv_heads):
     if len(tried) == tries:
@@ -101,7 +99,8 @@ def first_that_fits(
     tried.append(" ".join(overrides))
     log(f"trying {tried[-1]}")
     changed = configs.override(config.copy_and_resolve_references(), overrides)
-    new = make_plan(changed, topology, compiled=compiled, log=log)
+    changed = open_programs(changed, topology, prompts=programs.prompts)
+    new = make_plan(changed, compiled=compiled, log=log)
     if new.fits():
       return tried, new
   return tried, None
@@ -205,9 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
   try:
     config = configs.load(arguments.config, overrides)
-    topology = open_topology(arguments.topology)
+    programs = open_programs(config, open_topology(arguments.topology))
     compiled: Compiled = {}
-    plan = make_plan(config, topology, compiled=compiled, log=log)
+    plan = make_plan(programs, compiled=compiled, log=log)
   except (ValueError, ModuleNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -216,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report(plan))
   if not plan.fits() and arguments.tries > 0:
     tried, fitting = first_that_fits(
-      config, topology, plan, tries=arguments.tries, compiled=compiled, log=log
+      programs, plan, tries=arguments.tries, compiled=compiled, log=log
     )
     plans[0]["tried"] = tried
     if fitting:

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from grpo_jax.errors import first_line
 from grpo_jax.plan.cost import Cost, Counter
 from grpo_jax.plan.flops import matmul_flops
-from grpo_jax.plan.hardware import Topology, roofline
-from grpo_jax.plan.programs import Programs, bytes_of, open_programs
+from grpo_jax.plan.hardware import roofline
+from grpo_jax.plan.programs import Programs, bytes_of
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Compiled programs of one topology: name, mesh and settings -> what `compile_program` returns.
@@ -102,26 +102,21 @@ def discard(text: str) -> None:
 
 
 def make_plan(
-  config: ConfigDict,
-  topology: Topology,
+  programs: Programs,
   *,
   compiled: Compiled | None = None,
   log: Callable[[str], None] = discard,
 ) -> Plan:
-  """Compiles every program of `config` for `topology`.
+  """Compiles the programs of a config and estimates what a run needs.
 
   Args:
-    config: the config of a run.
-    topology: the devices to compile for.
-    compiled: programs of this topology and of configs that differ from `config` only in mesh,
-      remat and micro-batches. Programs compiled here are added to it.
+    programs: the programs of a config on a topology.
+    compiled: compiled programs of this topology and of configs that differ only in mesh, remat and
+      micro-batches. Programs compiled here are added to it.
     log: called with a line of progress before each program, which can take minutes.
-
-  Raises:
-    ConfigError: with every problem of the config.
   """
   compiled = {} if compiled is None else compiled
-  programs, start = open_programs(config, topology), time.monotonic()
+  config, topology, start = programs.config, programs.topology, time.monotonic()
   memory, work = {}, {}
   for name in programs.names:
     key = (name, *programs.mesh.shape.values(), *_settings_of(config, name))
@@ -143,7 +138,7 @@ def make_plan(
     memory=memory,
     work=work,
     compile_seconds=time.monotonic() - start,
-    notes=tuple(_notes(config)),
+    notes=(*programs.prompts.notes, *_notes(config)),
   )
 
 
@@ -179,8 +174,8 @@ def compile_program(programs: Programs, name: str) -> tuple[Memory, dict[str, tu
     if the compiler ran out of memory.
   """
   platform, count = programs.topology.platform, len(programs.topology.devices)
-  function, arguments = getattr(programs, name)()
-  traced = function.trace(*arguments)
+  program = getattr(programs, name)()
+  traced = program.trace()
   lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
   by_purpose = _resident_bytes(programs, name)
   try:
@@ -190,7 +185,7 @@ def compile_program(programs: Programs, name: str) -> tuple[Memory, dict[str, tu
       raise
     return Memory(by_purpose, _required_bytes(str(error)), refused=first_line(error)), {}
   xla = executable.memory_analysis()
-  argument_bytes = bytes_of(_used_arguments(traced, arguments))
+  argument_bytes = bytes_of(_used_arguments(traced, program.arguments))
   by_purpose["temporaries"] += (
     xla.temp_size_in_bytes + xla.output_size_in_bytes - xla.alias_size_in_bytes
     - by_purpose.get("KV cache", 0)
@@ -231,7 +226,7 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
   state = programs.state
   by_purpose = {
     "parameters": bytes_of((state.params, programs.base_params)),
-    "optimizer": bytes_of((state.opt_state, state.step)),
+    "optimizer": bytes_of((state.opt_state, state.step, state.history)),
     "reference": bytes_of((state.reference, programs.reference)),
   }
   r = programs.config.rollout
@@ -239,7 +234,7 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
     by_purpose["sampler's weights"] = bytes_of(programs.sampling_params)
   if name == "sample":
     by_purpose["KV cache"] = bytes_of(programs.cache)
-    by_purpose["batch"] = bytes_of(programs.sample()[1][1:])
+    by_purpose["batch"] = bytes_of(programs.sample().arguments[1:])
   if name in ("update", "score"):
     parts = programs.config.train.mini_batches if name == "update" else 1
     batch = programs.batch(r.prompts_per_step // parts, scored=name == "update")

@@ -1,6 +1,7 @@
 """Opens the programs of a run from shapes alone, with the arrays that the run holds meanwhile.
 
-Reads no weights and creates no array, so the devices need not be present.
+The programs are those of the run: the factories of `learning.updates`, `sampling.sampler` and
+`build` make them. Nothing reads weights or creates an array, so the devices need not be present.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -18,14 +20,17 @@ from grpo_jax import build, rollout, tasks, tokens
 from grpo_jax import config as configs
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.learning import reduction
-from grpo_jax.learning.step import Batch, TrainState, make_score, make_train_step, only_trained
+from grpo_jax.learning.skipping import History
+from grpo_jax.learning.step import Batch, TrainState, WithAdapters, only_trained
+from grpo_jax.learning.updates import make_scoring, make_update
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of
+from grpo_jax.models.protocol import Cache, Params
 from grpo_jax.plan.hardware import Topology
-from grpo_jax.sampling import generate as generation
+from grpo_jax.sampling.sampler import make_generate
+from grpo_jax.sampling.stopping import stop_table
 
 
 def put(tree: Any, shardings: Any) -> Any:
@@ -48,15 +53,49 @@ def bytes_of(tree: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Program:
+  """Holds a jitted function with its arguments.
+
+  Attributes:
+    function: a function with `jax.jit`'s `trace`.
+    arguments: shapes with shardings, in the place of arrays.
+    static: static arguments by name.
+  """
+
+  function: Any
+  arguments: tuple
+  static: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def trace(self) -> jax.stages.Traced:
+    """Traces the function for its arguments."""
+    return self.function.trace(*self.arguments, **self.static)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Holds the sizes that depend on the task.
+
+  Attributes:
+    length: padded length of a prompt, in tokens.
+    stop_states: number of states of the stop table, S.
+    notes: what is left out, for the report.
+  """
+
+  length: int
+  stop_states: int
+  notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Programs:
   """Holds the programs of a config on a topology.
 
   Attributes:
     config: the config of the run.
     topology: the devices to compile for.
-    mesh, model, algorithm, optimizer: as in `build.Run`.
+    mesh, model, algorithm, schedule, optimizer: as in `build.Run`.
     new_adapters: key -> LoRA adapters, as in `build.Run`; None if all weights are trained.
-    prompt_length: padded length of a prompt, in tokens.
+    prompts: what the task determines.
   """
 
   config: ConfigDict
@@ -64,9 +103,10 @@ class Programs:
   mesh: Mesh
   model: Decoder
   algorithm: Algorithm
-  optimizer: Any
-  new_adapters: Callable[[jax.Array], Any] | None
-  prompt_length: int
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  new_adapters: Callable[[jax.Array], Params] | None
+  prompts: Prompts
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -85,29 +125,37 @@ class Programs:
 
   # --- arrays in memory ---------------------------------------------------------------------------
 
-  def _params(self, tree: Any, **options: Any) -> Any:
+  def _params(self, tree: Params, **options: Any) -> Params:
     return put(tree, meshes.param_shardings(self.mesh, tree, **options))
 
   @cached_property
-  def weights(self) -> Any:
+  def weights(self) -> Params:
     """All parameters of the model."""
     return self._params(shapes_of(self.model.config))
 
   @cached_property
-  def base_params(self) -> Any:
+  def base_params(self) -> Params | None:
     """Parameters that adapters are added to; None without adapters."""
     return self.weights if self.new_adapters else None
+
+  @property
+  def with_adapters(self) -> WithAdapters:
+    """`(base_params, trained parameters) -> parameters of the model`."""
+    return lora.with_adapters if self.new_adapters else only_trained
 
   @cached_property
   def state(self) -> TrainState:
     """Everything that training changes."""
-    params = self.weights
+    params, whole = self.weights, meshes.replicated(self.mesh)
     if self.new_adapters:
       params = self._params(jax.eval_shape(self.new_adapters, jax.random.key(0)))
-    opt_state = self._params(jax.eval_shape(self.optimizer.init, params))
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(self.mesh))
-    moving = self.config.reference.sync_every > 0
-    return TrainState(step, params, opt_state, params if moving else None)
+    return TrainState(
+      step=put(jax.ShapeDtypeStruct((), jnp.int32), whole),
+      params=params,
+      opt_state=self._params(jax.eval_shape(self.optimizer.init, params)),
+      reference=params if self.config.reference.sync_every else None,
+      history=put(jax.eval_shape(History.new), whole),
+    )
 
   @property
   def has_kl(self) -> bool:
@@ -115,7 +163,7 @@ class Programs:
     return self.algorithm.beta > 0
 
   @property
-  def reference(self) -> Any:
+  def reference(self) -> Params | None:
     """A fixed reference with its own copy of the weights; None without such a copy."""
     own = self.has_kl and not self.config.reference.sync_every and not self.new_adapters
     return self.weights if own else None
@@ -126,7 +174,7 @@ class Programs:
     return self.config.train.epochs * self.config.train.mini_batches
 
   @cached_property
-  def sampling_params(self) -> Any:
+  def sampling_params(self) -> Params:
     """Parameters of the sampler."""
     make = partial(build.to_sampling_params, self.model, self.mesh)
     shapes = jax.eval_shape(make, self.base_params, self.state.params)
@@ -142,8 +190,8 @@ class Programs:
     per_token = self.algorithm.advantage == "process_advantages"
     logp = self._rows(*rows) if scored else None
     return Batch(
-      prompts=self._rows(prompts, self.prompt_length, dtype=jnp.int32),
-      prompt_mask=self._rows(prompts, self.prompt_length, dtype=bool),
+      prompts=self._rows(prompts, self.prompts.length, dtype=jnp.int32),
+      prompt_mask=self._rows(prompts, self.prompts.length, dtype=bool),
       completions=self._rows(*rows, dtype=jnp.int32),
       mask=self._rows(*rows, dtype=bool),
       advantages=self._rows(*(rows if per_token else rows[:2])),
@@ -154,95 +202,79 @@ class Programs:
     )
 
   @cached_property
-  def cache(self) -> Any:
+  def cache(self) -> Cache:
     """Keys and values of prompts and completions, sharded by prompts and key-value heads."""
     c, r = self.model.config, self.config.rollout
     tensor = self.mesh.shape["tensor"]
     heads = "tensor" if c.kv_heads % tensor == 0 else None
 
     def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
-      before = [None] * (leaf.ndim - 4)
-      spec = jax.sharding.PartitionSpec(*before, ("data", "fsdp"), heads)
-      sharding = NamedSharding(self.mesh, spec)
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+      leading = [None] * (leaf.ndim - 4)
+      spec = jax.sharding.PartitionSpec(*leading, ("data", "fsdp"), heads)
+      return put(leaf, NamedSharding(self.mesh, spec))
 
     rows, length = (r.prompts_per_step, r.group_size), max(r.completion_length - 1, 1)
     own = jax.eval_shape(lambda p: self.model.empty_cache(p, *rows, length), self.sampling_params)
-    shape = (c.layers, r.prompts_per_step, c.kv_heads, self.prompt_length, c.head_dim)
-    return jax.tree.map(with_sharding, (own, (jax.ShapeDtypeStruct(shape, self.model.dtype),) * 2))
+    shape = (c.layers, r.prompts_per_step, c.kv_heads, self.prompts.length, c.head_dim)
+    prompt = jax.ShapeDtypeStruct(shape, self.model.dtype)
+    return jax.tree.map(with_sharding, (own, (prompt, prompt)))
 
   # --- programs -----------------------------------------------------------------------------------
 
-  def update(self) -> tuple[Any, tuple]:
-    """Returns the jitted update and its arguments."""
+  def update(self) -> Program:
+    """Returns the update of one mini-batch."""
     c = self.config
-    with_adapters = lora.with_adapters if self.new_adapters else only_trained
-    step = make_train_step(
+    update = make_update(
       self.model,
       self.algorithm,
       self.optimizer,
-      lambda count: c.optimizer.learning_rate,
-      temperature=c.rollout.temperature,
-      micro_batches=self._micro_batches(c.train.mini_batches, c.train.micro_batches),
-      with_adapters=with_adapters,
+      self.schedule,
+      build.update_config(c),
+      with_adapters=self.with_adapters,
     )
     batch = self.batch(c.rollout.prompts_per_step // c.train.mini_batches)
-    return step, (self.state, batch, self.base_params)
+    return Program(update, (self.state, batch, self.base_params))
 
-  def _micro_batches(self, parts: int, least: int) -> int:
-    """Returns the number of micro-batches of one of `parts` parts of a step's prompts."""
-    r = self.config.rollout
-    return reduction.count_micro_batches(
-      r.prompts_per_step // parts,
-      self.prompt_length + r.group_size * r.completion_length,
-      budget=self.config.train.micro_batch_tokens,
-      prompt_shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
-      least=least,
-    )
-
-  def score(self) -> tuple[Any, tuple]:
-    """Returns the jitted log-probs under the reference or the old parameters, and its arguments."""
-    with_adapters = lora.with_adapters if self.new_adapters else only_trained
+  def score(self) -> Program:
+    """Returns the log-probs of a rollout under the reference or the old parameters."""
     c = self.config
-    score = make_score(
-      self.model,
-      temperature=c.rollout.temperature,
-      micro_batches=self._micro_batches(1, c.train.micro_batches * c.train.mini_batches),
-      with_adapters=with_adapters,
-    )
+    score = make_scoring(self.model, build.update_config(c), with_adapters=self.with_adapters)
     batch = self.batch(c.rollout.prompts_per_step, scored=False)
-    return score, (self.state.params, batch, self.base_params)
+    return Program(score, (self.state.params, batch, self.base_params))
 
-  def to_sampling_params(self) -> tuple[Any, tuple]:
-    """Returns the jitted conversion from trained to sampling parameters, and its arguments."""
+  def to_sampling_params(self) -> Program:
+    """Returns the conversion from trained to sampling parameters."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.sampling_params)
-    make = partial(build.to_sampling_params, self.model, self.mesh)
-    return jax.jit(make, out_shardings=shardings), (self.base_params, self.state.params)
+    convert = partial(build.to_sampling_params, self.model, self.mesh)
+    jitted = jax.jit(convert, out_shardings=shardings)
+    return Program(jitted, (self.base_params, self.state.params))
 
-  def sample(self) -> tuple[Any, tuple]:
-    """Returns the jitted sampler and its arguments."""
-    r = self.config.rollout
-    generate = partial(
-      generation.generate,
+  def sample(self) -> Program:
+    """Returns the sampler of a whole step."""
+    r, vocab = self.config.rollout, self.model.config.vocab_size
+    sample = make_generate(
       self.model,
       length=r.completion_length,
-      temperature=r.temperature,
       pad_id=0,
-      max_compactions=generation.compactions(r.completion_length),
-      prompt_shards=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+      prompt_sharding=meshes.batch_sharding(self.mesh),
     )
     keys = self._rows(r.prompts_per_step, r.group_size, dtype=jax.random.key(0).dtype)
-    states = 2 + sum(len(text.encode()) for text in r.stop)
-    table = jax.ShapeDtypeStruct(
-      (states, self.model.config.vocab_size), jnp.int32, sharding=meshes.replicated(self.mesh)
-    )
+    table = jax.ShapeDtypeStruct((self.prompts.stop_states, vocab), jnp.int32)
+    table = put(table, meshes.replicated(self.mesh))
     batch = self.batch(r.prompts_per_step)
     arguments = (self.sampling_params, batch.prompts, batch.prompt_mask, keys, table)
-    return jax.jit(generate), arguments
+    return Program(sample, arguments, {"temperature": r.temperature})
 
 
-def open_programs(config: ConfigDict, topology: Topology) -> Programs:
+def open_programs(
+  config: ConfigDict, topology: Topology, *, prompts: Prompts | None = None
+) -> Programs:
   """Opens the programs of a config.
+
+  Args:
+    config: the config of a run.
+    topology: the devices to compile for.
+    prompts: `read_prompts` of a config with the same task and rollout; None reads them.
 
   Raises:
     ConfigError: with every problem of the config.
@@ -255,11 +287,11 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
   shape = attempt(lambda: config_of(c.model.source))
   weights = Weights(shape, shapes_of(shape), None) if shape else None
   adapters = attempt(lambda: build.new_adapters_of(c.lora, weights)) if shape else None
-  length = attempt(lambda: _prompt_length(c))
-  if length and shape and length + c.rollout.completion_length > shape.context:
+  prompts = prompts or attempt(lambda: read_prompts(c))
+  if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:
     problems.append(
-      f"rollout.completion_length is {c.rollout.completion_length}: with prompts of {length} "
-      f"tokens that exceeds the context of {c.model.source}, {shape.context} tokens"
+      f"rollout.completion_length is {c.rollout.completion_length}: with prompts of "
+      f"{prompts.length} tokens that exceeds the context of {c.model.source}, {shape.context} tokens"
     )
   if c.train.reduction != "fast":
     problems.append(
@@ -272,29 +304,45 @@ def open_programs(config: ConfigDict, topology: Topology) -> Programs:
   model = attempt(lambda: build.make_model(c, shape, mesh))
   if problems:
     raise configs.ConfigError(problems)
+  schedule, optimizer = build.optimizer_of(c)
   return Programs(
     config=c,
     topology=topology,
     mesh=mesh,
     model=model,
     algorithm=algorithm,
-    optimizer=build.optimizer_of(c)[1],
+    schedule=schedule,
+    optimizer=optimizer,
     new_adapters=adapters,
-    prompt_length=length,
+    prompts=prompts,
   )
 
 
-def _prompt_length(c: ConfigDict) -> int:
-  """Returns the padded prompt length; opens the task if the config does not set it."""
-  if c.rollout.prompt_length:
-    return c.rollout.prompt_length
+def read_prompts(c: ConfigDict) -> Prompts:
+  """Reads the prompt length and the stop strings of a config and its task.
+
+  If the config sets the prompt length, a task that cannot be opened on this machine is left out,
+  with a note.
+
+  Raises:
+    ValueError: the config leaves the prompt length to the task, and the task or the tokenizer
+      cannot be opened; or a stop string is empty.
+  """
+  length, stop, notes = c.rollout.prompt_length, tuple(c.rollout.stop), ()
   try:
     task = tasks.make_task(c.task.name, **c.task.settings.to_dict())
-    tokenizer = tokens.load_tokenizer(c.model.source)
-    fit = (rollout.fitting(tokenizer, split, 0, "error") for split in task.splits.values())
-    return max(length for _, length in fit)
-  except (ValueError, FileNotFoundError, ImportError) as error:
-    raise ValueError(
-      "rollout.prompt_length is 0, the longest prompt of the task, but the task or the tokenizer "
-      f"cannot be opened ({error}); set it: --config.rollout.prompt_length=512"
-    ) from error
+    stop = tuple(dict.fromkeys((*task.stop, *stop)))
+    if not length:
+      tokenizer = tokens.load_tokenizer(c.model.source)
+      fitted = (rollout.fitting(tokenizer, split, 0, "error") for split in task.splits.values())
+      length = max(longest for _, longest in fitted)
+  except (ValueError, OSError, ImportError) as error:
+    if not length:
+      raise ValueError(
+        "rollout.prompt_length is 0, the longest prompt of the task, but the task or the tokenizer "
+        f"cannot be opened ({error}); set it: --config.rollout.prompt_length=512"
+      ) from error
+    notes = (f"the stop strings of the task are left out, since it cannot be opened: {error}",)
+  # Ids that end a completion do not change the number of states.
+  states = len(stop_table([], stop, ids=[0], vocab_size=1))
+  return Prompts(length, states, notes)

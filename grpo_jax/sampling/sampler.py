@@ -1,7 +1,7 @@
 """Prompts in, completions out, as text and as numbers: a model with its tokenizer on a mesh."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ from jaxtyping import Bool, Float, Int
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning import deterministic
+from grpo_jax.models.protocol import Model
 from grpo_jax.sampling import generate as generation
 from grpo_jax.sampling.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
@@ -76,8 +78,12 @@ class Sampler:
       table = stop_table(pieces, self.stop, ids, vocab)
     elif table.ndim != 2 or table.shape[1] != vocab or not len(table):
       raise ValueError(f"stop_table has shape {table.shape}, must be [S, V] with V = {vocab}")
-    jitted = jax.jit(
-      self._generate, static_argnames="temperature", out_shardings=self.prompt_sharding
+    jitted = make_generate(
+      self.model,
+      length=self.completion_length,
+      pad_id=self.tokenizer.pad_id,
+      prompt_sharding=self.prompt_sharding,
+      chunks=self.chunks,
     )
     object.__setattr__(self, "_table", table)
     object.__setattr__(self, "_ends", ids)
@@ -114,23 +120,45 @@ class Sampler:
     )
     return Generated(tokens, mask, out.tokens, out.mask, out.ended, out.logp, out.entropy, texts)
 
-  def _generate(self, params, prompts, mask, keys, table, *, temperature):
-    in_chunks = self.chunks is not None and len(prompts) % self.chunks.count == 0
+
+def make_generate(
+  model: Model,
+  *,
+  length: int,
+  pad_id: int,
+  prompt_sharding: Sharding = None,
+  chunks: deterministic.Chunks | None = None,
+) -> Callable[..., generation.Completions]:
+  """Returns the jitted `(params, prompts, prompt_mask, keys, stop_table, *, temperature)`.
+
+  It is `generate` with as many compactions as the length is worth. `temperature` is static.
+
+  Args:
+    model: the model to sample from.
+    length: largest number of tokens of a completion.
+    pad_id: token after the end of a completion.
+    prompt_sharding, chunks: as in `Sampler`.
+  """
+
+  def sample(params, prompts, prompt_mask, keys, stop_table, *, temperature):
+    in_chunks = chunks is not None and len(prompts) % chunks.count == 0
     generate = partial(
       generation.generate,
-      self.model,
-      length=self.completion_length,
+      model,
+      length=length,
       temperature=temperature,
-      pad_id=self.tokenizer.pad_id,
-      max_compactions=generation.compactions(self.completion_length),
-      prompt_shards=1 if in_chunks else meshes.prompt_shards(self.prompt_sharding),
+      pad_id=pad_id,
+      max_compactions=generation.compactions(length),
+      prompt_shards=1 if in_chunks else meshes.prompt_shards(prompt_sharding),
     )
     if in_chunks:
-      one = deterministic.in_chunks(
-        lambda params, rows, table: generate(params, *rows, table), self.chunks
+      run = deterministic.in_chunks(
+        lambda params, rows, table: generate(params, *rows, table), chunks
       )
-      return one(params, (prompts, mask, keys), table, mask)
-    return generate(params, prompts, mask, keys, table)
+      return run(params, (prompts, prompt_mask, keys), stop_table, prompt_mask)
+    return generate(params, prompts, prompt_mask, keys, stop_table)
+
+  return jax.jit(sample, static_argnames="temperature", out_shardings=prompt_sharding)
 
 
 def padded_length(longest: int, limit: int) -> int:

@@ -70,8 +70,7 @@ def test_a_tpu_program_does_the_flops_of_its_kernels():
   topology = open_topology("v5e:2x2")
   programs = open_programs(load("model.dtype=bfloat16", "model.attention=splash"), topology)
   for name, part in (("update", "update"), ("sample", "prefill")):
-    function, arguments = getattr(programs, name)()
-    traced, _ = matmul_flops(function.trace(*arguments).jaxpr)
+    traced, _ = matmul_flops(getattr(programs, name)().trace().jaxpr)
     cost, excess = compile_program(programs, name)[1][part]
     assert excess == pytest.approx(1, abs=0.02)
     assert cost.flops >= traced / 4

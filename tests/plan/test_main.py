@@ -9,6 +9,7 @@ from grpo_jax.plan import __main__ as plan
 from grpo_jax.plan import estimate
 from grpo_jax.plan.cost import Cost
 from grpo_jax.plan.hardware import Chip, Topology, open_topology
+from grpo_jax.plan.programs import open_programs
 from tests.helpers.plans import GIB, TINY, load
 
 
@@ -51,22 +52,23 @@ def first_change(gib, monkeypatch, *overrides, tries=9):
   c = load("rollout.prompts_per_step=32", *overrides)
   devices = open_topology("cpu:8").devices
   small = Topology("cpu:8", devices, Chip("ten", memory=10.0 * GIB))
-  programs, compiled = fake_compiler(monkeypatch, gib), {}
-  first = estimate.make_plan(c, small, compiled=compiled)
+  names, compiled = fake_compiler(monkeypatch, gib), {}
+  programs = open_programs(c, small)
+  first = estimate.make_plan(programs, compiled=compiled)
   assert not first.fits()
-  tried, fitting = plan.first_that_fits(c, small, first, tries=tries, compiled=compiled)
+  tried, fitting = plan.first_that_fits(programs, first, tries=tries, compiled=compiled)
   assert c.train.micro_batches == 1  # the caller's config is unchanged
-  return tried, fitting, programs
+  return tried, fitting, names
 
 
 def test_micro_batches_come_first_and_only_the_update_is_compiled_again(monkeypatch):
   def by_micro_batches(c, name):
     return 3 + 24 / c.train.micro_batches if name == "update" else 5
 
-  tried, fitting, programs = first_change(by_micro_batches, monkeypatch)
+  tried, fitting, names = first_change(by_micro_batches, monkeypatch)
   assert tried == ["--config.train.micro_batches=2", "--config.train.micro_batches=4"]
   assert fitting.fits()
-  assert [name for name, *_ in programs] == [
+  assert [name for name, *_ in names] == [
     "update",
     "to_sampling_params",
     "sample",

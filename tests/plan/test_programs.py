@@ -1,10 +1,13 @@
 """Tests the programs of a config: their names, their arrays, and the problems of a config."""
 
+import jax
 import pytest
 
+from grpo_jax.build import build
 from grpo_jax.config import ConfigError
 from grpo_jax.plan.hardware import open_topology
-from grpo_jax.plan.programs import bytes_of, open_programs
+from grpo_jax.plan.programs import bytes_of, open_programs, read_prompts
+from grpo_jax.sampling.stopping import stop_table
 from tests.helpers.plans import load
 
 KL = ("algorithm.name=grpo", "algorithm.beta=0.1")
@@ -59,3 +62,69 @@ def test_a_reference_takes_memory_unless_adapters_are_trained():
 def test_problems_of_a_config_are_named(override, message):
   with pytest.raises(ConfigError, match=message):
     programs_of(override)
+
+
+# --- the same as the run's ------------------------------------------------------------------------
+
+
+def described(tree):
+  return jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), tree)
+
+
+@pytest.mark.parametrize("overrides", [(), (*KL, "reference.sync_every=2"), ("lora.rank=2",)])
+def test_the_state_is_that_of_the_run(overrides):
+  c = load("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", *overrides)
+  run = build(c)
+  state = run.initial_state(moving_reference=c.reference.sync_every > 0)
+  assert described(open_programs(c, open_topology("cpu:8")).state) == described(state)
+
+
+def test_the_update_skips_spikes_if_the_run_does():
+  plain, spike = programs_of(), programs_of("train.spike=2")
+  jaxprs = [str(programs.update().trace().jaxpr) for programs in (plain, spike)]
+  assert jaxprs[0] != jaxprs[1]
+
+
+def test_the_update_keeps_to_a_budget_of_tokens():
+  """24 prompts over 8 devices, of 8 + 2 * 6 tokens each: one at a time takes 3 micro-batches."""
+  shape = "rollout.prompts_per_step=24"
+  whole, parts = programs_of(shape), programs_of(shape, "train.micro_batch_tokens=20")
+  for name, count in (("update", 1), ("score", 1), ("sample", 0)):
+    assert scans_of(getattr(whole, name)()).count(3) == 0
+    assert scans_of(getattr(parts, name)()).count(3) == count
+
+
+def scans_of(program):
+  """Lengths of the outermost scans."""
+  equations = program.trace().jaxpr.jaxpr.eqns
+  return [e.params["length"] for e in equations if e.primitive.name == "scan"]
+
+
+# --- the task -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [(), ("ab",), ("ab", "ac")])
+def test_the_stop_table_is_that_of_the_run(stop, tmp_path):
+  """The stop strings of the task and of the config together, which share some of their states."""
+  path = tmp_path / "questions.jsonl"
+  path.write_text("".join(f'{{"prompt": "{i} =", "answer": "{i}"}}\n' for i in range(20)))
+  c = load("task.name=jsonl")
+  with c.unlocked():
+    settings = {"path": str(path), "reward": "exact", "stop": "\n\n", "eval_fraction": 0.2}
+    c.task.settings.update(settings)
+    c.rollout.stop = stop
+  (table,) = open_programs(c, open_topology("cpu:8")).sample().arguments[-1:]
+  pieces = [b"a", b"b", b"c", b"\n"]
+  assert table.shape == (len(stop_table(pieces, ["\n\n", *stop], [0], 257)), 257)
+
+
+def test_a_task_that_is_not_on_this_machine_is_noted():
+  c = load("task.name=jsonl")
+  with c.unlocked():
+    c.task.settings.update(path="absent.jsonl", reward="exact")
+  prompts = read_prompts(c)
+  assert (prompts.length, prompts.stop_states) == (8, 2)
+  assert "absent.jsonl" in prompts.notes[0]
+  c.rollout.prompt_length = 0
+  with pytest.raises(ValueError, match=r"absent\.jsonl.*prompt_length=512"):
+    read_prompts(c)

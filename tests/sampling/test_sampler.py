@@ -68,7 +68,7 @@ def test_all_hosts_pad_to_the_longest_prompt_of_any(monkeypatch):
   def gathered(longest):
     return {"longest": np.concatenate([longest, [70]])}
 
-  monkeypatch.setattr(samplers.distributed, "gathered", gathered)
+  monkeypatch.setattr(samplers.hosts, "gathered", gathered)
   assert sample(["x", "yy"]).prompts.shape[1] == 96
 
 
