@@ -1,13 +1,13 @@
-"""From a config to the objects of a run, with everything that is wrong reported at once.
+"""Builds the objects of a run from a config, and reports everything that is wrong at once.
 
 Nothing here compiles or trains, so a mistake costs seconds.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax import rollout, tasks, tokens
+from grpo_jax import data, rollout, tasks, tokens
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.distributed import hosts
@@ -25,7 +25,7 @@ from grpo_jax.learning import deterministic
 from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
-from grpo_jax.learning.updates import UpdateConfig
+from grpo_jax.learning.updates import Learner, SkippedUpdate, UpdateConfig
 from grpo_jax.models import lora
 from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
@@ -33,29 +33,34 @@ from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.kernels import KERNELS, each_layer, where_long
 from grpo_jax.models.load import open_weights
+from grpo_jax.models.protocol import Params
 from grpo_jax.reward_model import RewardModel
+from grpo_jax.rollout import RolloutConfig
 from grpo_jax.sampling.sampler import Sampler
-from grpo_jax.tasks.base import StepRewards, Task
+from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
 
-# Batch sizes that the update is compiled for: quarters of the prompts of a step.
-BUCKETS = 4
-LEARNED = "reward_model"  # what the learned reward is called
+# Number of batch sizes the update is compiled for: quarters of the prompts of a step.
+BATCH_SIZES = 4
+LEARNED = "reward_model"  # the name of the learned reward
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a config describes, before any step.
+  """Everything a config describes, before any step.
 
   Attributes:
-    weights: of the model as it was before training; read when they are asked for.
-    task: prompts over the budget are already out of it, the learned reward is in it.
-    new_adapters: key -> LoRA adapters, trained instead of the weights; None = the weights.
-    pad_prompts_to_multiple: the update takes a multiple of this many prompts (see `rollout.collect`).
-    seed: of the adapters' first values.
-    chunks: what sums are made in, in one order on any mesh; None = as the compiler likes.
+    config: the config itself, for messages and records.
+    weights: the model before training; read when asked for.
+    task: without the prompts that exceed the budget, and with the learned reward.
+    rollout: settings of a rollout.
+    updates: settings of the updates of a rollout.
+    new_adapters: random key -> LoRA adapters, trained instead of the weights; None trains the
+      weights.
+    chunks: parts of a batch for the deterministic reduction; None leaves the order to the compiler.
   """
 
+  config: ConfigDict
   mesh: Mesh
   model: Decoder
   weights: Weights
@@ -64,66 +69,117 @@ class Run:
   algorithm: Algorithm
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
-  new_adapters: Callable[[jax.Array], Any] | None
-  pad_prompts_to_multiple: int
-  seed: int
+  rollout: RolloutConfig
+  updates: UpdateConfig
+  new_adapters: Callable[[jax.Array], Params] | None = None
   chunks: Chunks | None = None
 
-  def loaded_params(self) -> Any:
-    """The parameters of the model as it was before training, read straight into their layout."""
+  # --- parameters ---------------------------------------------------------------------------------
+
+  def loaded_params(self) -> Params:
+    """Reads the model's parameters from before training, straight into their layout."""
     return self.weights.read(meshes.param_shardings(self.mesh, self.weights.shapes))
 
-  def loaded_base_params(self) -> Any:
-    """What is not trained: everything beside adapters; None where there are none."""
+  @functools.cached_property
+  def base_params(self) -> Params | None:
+    """Parameters that are not trained: everything but adapters; None without adapters."""
     return self.loaded_params() if self.new_adapters else None
 
-  def loaded_reference(self) -> Any:
-    """The parameters of a fixed reference for the KL term; None without one.
-
-    Without its adapters, a model with adapters is its own reference.
-    """
-    if self.algorithm.beta == 0:
-      return None
-    return {} if self.new_adapters else self.loaded_params()
-
-  def initial_state(self, *, moving_reference: bool = False) -> TrainState:
-    """Trained parameters and a fresh optimizer state, laid out by the sharding table."""
+  def initial_state(self) -> TrainState:
+    """Returns the trained parameters and a new optimizer state, laid out by the sharding table."""
     params = self._adapters() if self.new_adapters else self.loaded_params()
-    reference = params if moving_reference else None
+    reference = params if self.updates.sync_every else None
     return TrainState.create(params, self.optimizer, reference=reference, copy=False)
 
-  def _adapters(self) -> Any:
-    key = jax.random.key(self.seed)
+  def _adapters(self) -> Params:
+    key = jax.random.key(self.config.seed)
     layout = meshes.param_shardings(self.mesh, jax.eval_shape(self.new_adapters, key))
     return jax.jit(self.new_adapters, out_shardings=layout)(key)
 
   @property
   def with_adapters(self) -> WithAdapters:
-    """`(base_params, trained) -> parameters of the model`."""
+    """The function `(base_params, trained) -> parameters of the model`."""
     return lora.with_adapters if self.new_adapters else only_trained
 
-  def for_sampling(self, base_params: Any) -> Callable[[Any], Any]:
-    """`trained parameters -> the sampler's` (`to_sampling_params`), whole over `fsdp`."""
+  def to_sampling_params(self, params: Params) -> Params:
+    """Returns the trained parameters in the sampler's layout, whole over `fsdp`."""
+    return self._to_sampling_params(self.base_params, params)
+
+  @functools.cached_property
+  def _to_sampling_params(self) -> Callable[[Params | None, Params], Params]:
     make = partial(to_sampling_params, self.model, self.mesh)
     shapes = jax.eval_shape(partial(make, None), self.weights.shapes)
     layout = meshes.param_shardings(self.mesh, shapes, sampling=True)
     if self.chunks:
       make = deterministic.replicated(make, self.mesh)
-    return partial(jax.jit(make, out_shardings=layout), base_params)
+    return jax.jit(make, out_shardings=layout)
+
+  # --- the parts of the loop ----------------------------------------------------------------------
 
   @property
-  def step_rewards(self) -> StepRewards | None:
-    """The task's rewards for steps, where the algorithm asks for them."""
-    return self.task.step_rewards if self.algorithm.advantage == "process_advantages" else None
+  def steps(self) -> int:
+    """Steps of the whole run."""
+    return self.config.steps
 
-  @property
-  def reward_weights(self) -> tuple[float, ...]:
-    """Weight of each reward function."""
-    return tuple(weight for _, weight in self.task.rewards.values())
+  def key(self, step: int) -> jax.Array:
+    """Returns the random key of a step's completions."""
+    return jax.random.fold_in(jax.random.key(self.config.seed), step)
+
+  def examples(self, step: int) -> Callable[[int], Sequence[Example]]:
+    """Returns the function from the number of a draw to this host's examples of a step."""
+    split, c = self.task.splits["train"], self.config
+    shard = hosts.own_shard()
+    return lambda number: data.examples(
+      split, step, c.rollout.prompts_per_step, c.seed, *shard, stream=number
+    )
+
+  def evaluates_at(self, step: int) -> bool:
+    """Returns whether the model is evaluated before this step."""
+    every = self.config.eval.every
+    return step == 0 or bool(every and step % every == 0)
+
+  def saves_at(self, steps: int) -> bool:
+    """Returns whether the state after so many steps is saved."""
+    return steps % self.config.checkpoint.every == 0 or steps == self.steps
+
+  def scorer(self) -> contextlib.AbstractContextManager[Scorer]:
+    """Starts the rewards: the task's in worker processes, the learned one in this process."""
+    c = self.config
+    if c.rewards.workers == 0:
+      return contextlib.nullcontext(score_in_process(self.task))
+    return RewardWorkers(
+      partial(tasks.make_task, c.task.name, **c.task.settings.to_dict()),
+      c.rewards.workers,
+      c.rewards.timeout,
+      here={name: self.task.rewards[name] for name in [LEARNED] if name in self.task.rewards},
+    )
+
+  def learner(self, on_skip: Callable[[SkippedUpdate], object] | None = None) -> Learner:
+    """Returns the updates of a rollout; a fixed reference is read here."""
+    reference = None
+    if self.algorithm.beta > 0 and not self.updates.sync_every:
+      # A model with adapters is its own reference: itself without them.
+      reference = {} if self.new_adapters else self.loaded_params()
+    return Learner(
+      self.model,
+      self.algorithm,
+      self.optimizer,
+      self.schedule,
+      self.updates,
+      with_adapters=self.with_adapters,
+      base_params=self.base_params,
+      reference=reference,
+      chunks=self.chunks,
+      on_skip=on_skip,
+    )
 
 
 def build(config: ConfigDict) -> Run:
-  """Opens and checks everything that `config` names. Raises ConfigError with all the problems."""
+  """Opens and checks everything a config names.
+
+  Raises:
+    ConfigError: lists all problems.
+  """
   c = config
   problems = configs.check(c, jax.device_count())
 
@@ -156,6 +212,7 @@ def build(config: ConfigDict) -> Run:
       tokenizer=tokenizer,
       prompt_length=prompt_length,
       completion_length=c.rollout.completion_length,
+      temperature=c.rollout.temperature,
       stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
       stop_ids=tuple(c.rollout.stop_ids),
       prompt_sharding=meshes.batch_sharding(mesh),
@@ -165,9 +222,8 @@ def build(config: ConfigDict) -> Run:
   if problems:
     raise configs.ConfigError(problems)
   schedule, optimizer = optimizer_of(c)
-  parts = c.train.mini_batches * c.train.micro_batches
-  smallest = (chunks.count if chunks else mesh.shape["data"] * mesh.shape["fsdp"]) * parts
   return Run(
+    config=c,
     mesh=mesh,
     model=model,
     weights=weights,
@@ -176,16 +232,16 @@ def build(config: ConfigDict) -> Run:
     algorithm=algorithm,
     schedule=schedule,
     optimizer=optimizer,
+    rollout=rollout_config(c, task, algorithm, mesh),
+    updates=update_config(c),
     new_adapters=adapters,
-    pad_prompts_to_multiple=smallest * -(-c.rollout.prompts_per_step // (BUCKETS * smallest)),
-    seed=c.seed,
     chunks=chunks,
   )
 
 
 def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
-  """The functions of a model of this shape, as the config wants them."""
-  # In chunks each device computes by itself: there is nothing to place.
+  """Returns the functions of a model of this shape with the config's options."""
+  # With the deterministic reduction each device computes alone: there is nothing to place.
   fast = c.train.reduction == "fast"
   batch = meshes.batch_sharding(mesh)
   return Decoder(
@@ -201,25 +257,28 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
 
 
 def attention_of(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Callable[..., jax.Array]:
-  """`Decoder.attention` for these devices. ValueError for a kernel that they or the model lack.
+  """Returns `Decoder.attention` for these devices.
 
-  `auto` takes what cannot fail for a reason given here, and only for rows that are long enough.
+  `auto` takes a kernel only where it is possible, and only for rows that are long enough.
+
+  Raises:
+    ValueError: the config names a kernel that the devices or the model do not support.
   """
-  platform, wanted = mesh.devices.flat[0].platform, c.model.attention
-  if wanted == "auto":
+  platform, choice = mesh.devices.flat[0].platform, c.model.attention
+  if choice == "auto":
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
     if kernel is None or c.train.reduction == "deterministic" or _lacks(kernel, c, shape, platform):
       return tiled_attention
     return where_long(each_layer(meshes.over_mesh(mesh, KERNELS[kernel])))
-  if wanted == "tiled":
+  if choice == "tiled":
     return tiled_attention
-  if reason := _lacks(wanted, c, shape, platform):
-    raise ValueError(f"model.attention is {wanted!r}, {reason}; set it to 'auto' or 'tiled'")
-  return each_layer(meshes.over_mesh(mesh, KERNELS[wanted]))
+  if reason := _lacks(choice, c, shape, platform):
+    raise ValueError(f"model.attention is {choice!r}, {reason}; set it to 'auto' or 'tiled'")
+  return each_layer(meshes.over_mesh(mesh, KERNELS[choice]))
 
 
 def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str:
-  """Why a kernel is not possible, "" if it is."""
+  """Returns the reason why a kernel is impossible, "" if it is possible."""
   if (needed := {"splash": "tpu", "cudnn": "gpu"}[kernel]) != platform:
     return f"which runs on a {needed}, and the devices are of platform {platform!r}"
   if kernel == "cudnn" and c.model.dtype != "bfloat16":
@@ -234,11 +293,13 @@ def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str
   return ""
 
 
-def to_sampling_params(model: Decoder, mesh: Mesh, base_params: Any, params: Any) -> Any:
-  """Trained parameters -> the sampler's: adapters merged, in the form that decodes fastest.
+def to_sampling_params(
+  model: Decoder, mesh: Mesh, base_params: Params | None, params: Params
+) -> Params:
+  """Returns the trained parameters in the sampler's form: adapters merged, fastest to decode.
 
-  On CPUs layers apart, as they are. Elsewhere stacked, and in the dtype of the activations, to
-  which the model casts them anyway (but for the norms, which it reads in float32).
+  On CPUs the layers are unstacked. Elsewhere they stay stacked, in the dtype of the activations, to
+  which the model casts them anyway; norms stay in float32, as the model reads them.
   """
   params = params if base_params is None else lora.merge(base_params, params, model.lora_scale)
   if mesh.devices.flat[0].platform == "cpu":
@@ -250,8 +311,8 @@ def to_sampling_params(model: Decoder, mesh: Mesh, base_params: Any, params: Any
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Any] | None:
-  """`lora.init` for this model, or None; ValueError where the settings do not fit it."""
+def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Params] | None:
+  """Returns `lora.init` for this model, None without adapters; ValueError for a misfit."""
   if settings.rank == 0:
     return None
   make = partial(lora.init, shapes=weights.shapes, pattern=settings.targets, rank=settings.rank)
@@ -267,7 +328,7 @@ def _misfits(
   algorithm: Algorithm | None,
   prompt_length: int,
 ) -> list[str]:
-  """What is right by itself and does not go together."""
+  """Checks settings that are valid alone but not together."""
   problems = []
   budget = prompt_length + c.rollout.completion_length
   if budget > model.context:
@@ -300,6 +361,7 @@ def _misfits(
 
 
 def optimizer_of(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Returns the learning-rate schedule and the optimizer."""
   o = c.optimizer
   schedule = optimizers.learning_rate_schedule(
     learning_rate=o.learning_rate,
@@ -320,7 +382,7 @@ def optimizer_of(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransform
 
 
 def update_config(c: ConfigDict) -> UpdateConfig:
-  """The settings of the updates of a rollout."""
+  """Returns the settings of the updates of a rollout."""
   return UpdateConfig(
     temperature=c.rollout.temperature,
     epochs=c.train.epochs,
@@ -335,15 +397,21 @@ def update_config(c: ConfigDict) -> UpdateConfig:
   )
 
 
-def make_scorer(config: ConfigDict, run: Run) -> contextlib.AbstractContextManager[Scorer]:
-  """The rewards of a run: its task's in worker processes, the learned one in this process."""
-  if config.rewards.workers == 0:
-    return contextlib.nullcontext(score_in_process(run.task))
-  return RewardWorkers(
-    partial(tasks.make_task, config.task.name, **config.task.settings.to_dict()),
-    config.rewards.workers,
-    config.rewards.timeout,
-    here={name: run.task.rewards[name] for name in [LEARNED] if name in run.task.rewards},
+def rollout_config(c: ConfigDict, task: Task, algorithm: Algorithm, mesh: Mesh) -> RolloutConfig:
+  """Returns the settings of a rollout."""
+  parts = c.train.mini_batches * c.train.micro_batches
+  deterministic_reduction = c.train.reduction == "deterministic"
+  units = c.train.chunks if deterministic_reduction else mesh.shape["data"] * mesh.shape["fsdp"]
+  smallest = units * parts
+  per_step = algorithm.advantage == "process_advantages"
+  return RolloutConfig(
+    group_size=c.rollout.group_size,
+    algorithm=algorithm,
+    reward_weights=tuple(weight for _, weight in task.rewards.values()),
+    step_rewards=task.step_rewards if per_step else None,
+    max_resamples=c.rollout.max_resamples,
+    mask_truncated=c.rollout.mask_truncated,
+    pad_prompts_to_multiple=smallest * -(-c.rollout.prompts_per_step // (BATCH_SIZES * smallest)),
   )
 
 
@@ -361,12 +429,13 @@ def make_algorithm(settings: ConfigDict) -> Algorithm:
   return dataclasses.replace(row, **changes)
 
 
-def _fit_task(settings: ConfigDict, task: Task, tokenizer: tokens.AnyTokenizer):
-  """The task with prompts within the budget, and the padded prompt length."""
-  splits, longest = {}, 1
-  for name, split in task.splits.items():
-    splits[name], length = rollout.fitting(
-      tokenizer, split, settings.prompt_length, settings.overlong
-    )
-    longest = max(longest, length)
-  return dataclasses.replace(task, splits=splits), longest
+def _fit_task(settings: ConfigDict, task: Task, tokenizer: tokens.AnyTokenizer) -> tuple[Task, int]:
+  """Returns the task with prompts within the budget, and the padded prompt length in tokens."""
+  limit = settings.prompt_length
+  if limit == 0:
+    return task, max(1, *(rollout.longest_prompt(tokenizer, s) for s in task.splits.values()))
+  splits = {
+    name: rollout.fit_prompts(tokenizer, split, limit, settings.overlong)
+    for name, split in task.splits.items()
+  }
+  return dataclasses.replace(task, splits=splits), limit

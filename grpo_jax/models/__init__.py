@@ -6,6 +6,9 @@ what a model is. Layers are flax.linen, parameters a plain dict; nothing outside
 
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+
 from grpo_jax.models.adapter import FunctionModel
 from grpo_jax.models.protocol import Model, Params
 
@@ -40,4 +43,5 @@ def load_model(source: str, *, seed: int = 0, **options: Any) -> "tuple[Decoder,
   from grpo_jax.models.io.weights import open_weights
 
   weights = open_weights(source, seed=seed)
-  return Decoder(weights.config, **options), weights.read()
+  params = jax.tree.map(jnp.asarray, weights.read())
+  return Decoder(weights.config, **options), params

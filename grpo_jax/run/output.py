@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.distributed import hosts
+from grpo_jax.evaluate import Evaluation
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import checkpoint, metrics
 
@@ -82,13 +83,12 @@ class Output(contextlib.AbstractContextManager):
     if self._samples_every and step % self._samples_every == 0:
       self._writer.print_samples(samples[: self._samples])
 
-  def write_evaluation(
-    self, step: int, values: Mapping[str, float], samples: Sequence[Mapping[str, Any]]
-  ) -> None:
-    """Writes the metrics and samples of an evaluation."""
+  def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
+    """Writes the metrics and samples of an evaluation; one without metrics is not written."""
     self._late.flush()
-    self._writer.write(step, values)
-    self._writer.write_samples(step, samples, kind="eval")
+    if evaluation.metrics:
+      self._writer.write(step, evaluation.metrics)
+      self._writer.write_samples(step, evaluation.samples, kind="eval")
 
   def save(self, steps: int, state: TrainState) -> None:
     """Starts saving the state after `steps` steps; the metrics before it are on disk by then."""

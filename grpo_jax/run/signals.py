@@ -39,6 +39,11 @@ class Signals:
       return 0
     return signal.SIGTERM if any_host(self._got == signal.SIGTERM) else signal.SIGINT
 
+  def check(self, steps: int, number: int) -> None:
+    """Raises Stopped where signal `number` is to end the run after `steps` saved steps; 0 is none."""
+    if number:
+      raise Stopped(f"stopped after step {steps}, which is saved", number)
+
   def _note(self, number: int, _: object) -> None:
     if number == signal.SIGINT:
       signal.signal(signal.SIGINT, signal.default_int_handler)
