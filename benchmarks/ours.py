@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import numpy as np
 from benchmarks.settings import SETTINGS, make_prompts
 from benchmarks.worker import Channel, clock, since
 from grpo_jax import config as configs
-from grpo_jax import data, rollout
 from grpo_jax.build import build, to_sampling_params
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.load import open_weights
+from grpo_jax.rollout import collect
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import encode_prompt, load_tokenizer
@@ -67,7 +67,6 @@ class Engine:
       )
     self.run = dataclasses.replace(run, sampler=endless(run.sampler))
     self.state: TrainState = run.initial_state()
-    self.to_sampler: Callable[[Any], Any] = run.for_sampling(run.loaded_base_params())
     self._scorer = score_in_process(run.task)
     self.update = make_train_step(
       run.model,
@@ -82,20 +81,11 @@ class Engine:
 
   def sample(self) -> Batch:
     """Prompts, completions, rewards and advantages of the next step."""
-    c, run, step = self.config, self.run, self._step
+    run, step = self.run, self._step
     self._step += 1
-    rolled = rollout.collect(
-      run.sampler,
-      self.to_sampler(self.state.params),
-      self._scorer,
-      lambda _: data.examples(run.task.splits["train"], step, c.rollout.prompts_per_step, c.seed),
-      jax.random.fold_in(jax.random.key(c.seed), step),
-      group=c.rollout.group_size,
-      temperature=c.rollout.temperature,
-      algorithm=run.algorithm,
-      pad_prompts_to_multiple=run.pad_prompts_to_multiple,
-    )
-    return jax.block_until_ready(rolled.batch)
+    params, examples = run.to_sampling_params(self.state.params), run.examples(step)
+    out = collect(run.sampler, params, examples, self._scorer, run.key(step), run.rollout)
+    return jax.block_until_ready(out.batch)
 
   def empty_batch(self) -> Batch:
     """A batch of the shape that `sample` gives, all zeros, without sampling."""

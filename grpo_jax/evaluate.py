@@ -1,4 +1,4 @@
-"""Evaluation: greedy accuracy, unbiased pass@k and maj@k, lengths, all with standard errors.
+"""Measures greedy accuracy, unbiased pass@k and maj@k, and lengths, all with standard errors.
 
 python -m grpo_jax.evaluate --workdir DIR [--before]             # a trained run
 python -m grpo_jax.evaluate --config experiments/X.py            # its model, untrained
@@ -35,7 +35,7 @@ from grpo_jax.tasks.rewards.workers import Scorer, score_in_process
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """Numbers by name (each `x` with its standard error `x_se`), and the completions behind them."""
+  """Holds metrics by name (each `x` with its standard error `x_se`) and their completions."""
 
   metrics: dict[str, float]
   samples: list[dict[str, Any]]
@@ -48,36 +48,39 @@ def evaluate(
   examples: Sequence[Example],
   *,
   samples: int = 0,
-  temperature: float = 1.0,
+  temperature: float | None = None,
   batch_prompts: int = 50,
   key: jax.Array | None = None,
   scorer: Scorer | None = None,
 ) -> Evaluation:
-  """Greedy accuracy and lengths; pass@k and maj@k for k = 1, 2, 4, ... and `samples` itself.
+  """Measures greedy accuracy and lengths; pass@k and maj@k for k = 1, 2, 4, ... and `samples`.
 
-  Accuracy is the task's strict rule, 1.0 or nothing; a completion on which it hung or died counts
-  as wrong (and in `eval/missing`). maj@k is for tasks with `Task.answer`, and k above 2. Standard
-  errors are over problems. The last batch is filled up with repeated prompts that are not counted,
-  so one program does. On several hosts each answers and scores its share of a batch, and all return
-  the numbers and samples of all.
+  Accuracy is the task's strict rule, 1.0 or nothing. A completion on which the rule hangs or dies
+  counts as wrong, and in `eval/missing`. maj@k needs `Task.answer`, and k above 2. Standard errors
+  are over problems. The last batch is padded with repeated prompts that are not counted, so that
+  one program is enough. On several hosts each host answers and scores its share of a batch, and all
+  of them return the metrics and samples of all.
 
   Args:
     params: in the sampler's layout.
-    samples: completions per problem for pass@k and maj@k at `temperature`; 0 = greedy only.
-    key: random key for them.
-    scorer: calls the task's rule; by default in this process, without a limit of time.
+    samples: completions per problem for pass@k and maj@k; 0 is greedy only.
+    temperature: of these completions; None takes the sampler's.
+    batch_prompts: prompts per call of the sampler.
+    key: random key of these completions.
+    scorer: calls the task's rule; None calls it in this process, without a time limit.
 
-  Raises ValueError where there are no examples.
+  Raises:
+    ValueError: there are no examples.
   """
   if not examples:
     raise ValueError(f"task {task.name!r} has no problems to evaluate on: its split is empty")
   scorer = score_in_process(task) if scorer is None else scorer
 
-  def answers(group: int, temperature: float, key: jax.Array) -> "_Answers":
+  def answers(group: int, temperature: float | None, key: jax.Array) -> "_Answers":
     batches = _batches(
       sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
     )
-    return _Answers.joined([*batches])
+    return _Answers.concatenate([*batches])
 
   greedy = answers(1, 0.0, jax.random.key(0))
   metrics = {
@@ -86,10 +89,10 @@ def evaluate(
     **_mean("eval/mean_length", greedy.lengths[:, 0]),
     **_mean("eval/clipped_ratio", ~greedy.ended[:, 0]),
   }
-  missing, kept = greedy.missing, greedy.samples
+  missing, records_ = greedy.missing, greedy.samples
   if samples:
     more = answers(samples, temperature, jax.random.key(0) if key is None else key)
-    missing, kept = missing + more.missing, kept + more.samples
+    missing, records_ = missing + more.missing, records_ + more.samples
     metrics["eval/samples"] = float(samples)
     sizes = sorted({*(2**i for i in range(samples.bit_length())), samples})
     for k in sizes:
@@ -99,16 +102,26 @@ def evaluate(
       if k > 2:  # two votes decide nothing
         right = [maj_at_k(*row, k) for row in zip(more.votes, more.right)]
         metrics |= _mean(f"eval/maj@{k}", right)
-  return Evaluation(metrics | {"eval/missing": float(missing)}, kept)
+  return Evaluation(metrics | {"eval/missing": float(missing)}, records_)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-  """Unbiased chance that one of k samples is right, from `correct` right ones of n.
+  """Estimates without bias the chance that one of k samples is right: `1 - C(n-c, k) / C(n, k)`.
 
-  `1 - C(n - c, k) / C(n, k)`; Chen et al. 2021, arXiv 2107.03374, eq. 1.
+  Args:
+    n: number of samples.
+    correct: number of right ones among them, c.
+    k: number of samples allowed.
 
-  >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
-  (0.25, 0.5, 1.0)
+  Raises:
+    ValueError: unless 1 <= k <= n and 0 <= correct <= n.
+
+  References:
+    Chen et al. 2021, arXiv 2107.03374, eq. 1.
+
+  Example:
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
+    (0.25, 0.5, 1.0)
   """
   if not 1 <= k <= n or not 0 <= correct <= n:
     raise ValueError(f"need 1 <= k <= n and 0 <= correct <= n, got n={n}, correct={correct}, k={k}")
@@ -116,41 +129,50 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def maj_at_k(votes: Sequence[Hashable | None], right: Sequence[float], k: int) -> float:
-  """Unbiased chance that the most frequent answer of k samples is right, from n of them.
+  """Estimates without bias the chance that the most frequent answer of k samples is right.
 
-  The mean over the n // k blocks of k samples that follow each other, each of which is a fresh
-  draw of k; what is left over is not used. In a block the answer that more samples give than any
-  other wins, of several the one that comes first; `None` is no vote. It is as right as the first
-  sample that gives it.
+  The estimate is the mean over n // k disjoint runs of k consecutive samples; the remaining samples
+  are not used. In a run the most frequent answer wins, and of equally frequent ones the first. It
+  is as right as the first sample that gives it.
 
-  >>> maj_at_k(["a", "b", "b", "c", "d", None], [1, 0, 0, 1, 0, 0], k=3)
-  0.5
+  Args:
+    votes: answer of each of n samples; None is no vote.
+    right: verdict on each sample, 1.0 or 0.0.
+    k: samples per run.
+
+  Raises:
+    ValueError: unless 1 <= k <= n and both sequences have n entries.
+
+  Example:
+    >>> maj_at_k(["a", "b", "b", "c", "d", None], [1, 0, 0, 1, 0, 0], k=3)
+    0.5
   """
   if not 1 <= k <= len(votes) or len(votes) != len(right):
     raise ValueError(f"need 1 <= k <= n, got k={k} and {len(votes)} votes, {len(right)} verdicts")
   won = []
   for start in range(0, len(votes) - k + 1, k):
-    block = list(votes[start : start + k])
-    counts = Counter(vote for vote in block if vote is not None)
+    run = list(votes[start : start + k])
+    counts = Counter(vote for vote in run if vote is not None)
     # Of equal counts, `most_common` gives the one that was met first.
     winner = counts.most_common(1)[0][0] if counts else None
-    won.append(float(right[start + block.index(winner)]) if counts else 0.0)
+    won.append(float(right[start + run.index(winner)]) if counts else 0.0)
   return sum(won) / len(won)
 
 
 def standard_error(values: np.ndarray) -> float:
-  """Standard error of the mean of independent values; NaN for fewer than two."""
+  """Returns the standard error of the mean of independent values; NaN for fewer than two."""
   return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def table(
   metrics: Mapping[str, float], title: str, before: Mapping[str, float] | None = None
 ) -> str:
-  """Metrics with their standard errors as lines of text, beside those of `before` if given.
+  """Formats metrics with their standard errors as lines of text, beside those of `before`.
 
-  >>> print(table({"eval/n": 4.0, "eval/accuracy": 0.5, "eval/accuracy_se": 0.25}, "sums"))
-  sums (n = 4 problems)
-    accuracy         0.500 ± 0.250
+  Example:
+    >>> print(table({"eval/n": 4.0, "eval/accuracy": 0.5, "eval/accuracy_se": 0.25}, "sums"))
+    sums (n = 4 problems)
+      accuracy         0.500 ± 0.250
   """
   columns = [metrics] if before is None else [before, metrics]
   lines = [f"{title} (n = {metrics['eval/n']:.0f} problems)"]
@@ -166,7 +188,7 @@ def table(
 
 
 def write(folder: str | Path, name: str, record: Mapping[str, Any], samples: Sequence[Any]) -> Path:
-  """Writes `name`.json (what was measured) and `name`_samples.jsonl, one completion a line."""
+  """Writes `name`.json (the metrics) and `name`_samples.jsonl, one completion a line."""
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   lines = "".join(json.dumps(sample) + "\n" for sample in samples)
@@ -181,7 +203,7 @@ def write(folder: str | Path, name: str, record: Mapping[str, Any], samples: Seq
 
 @dataclasses.dataclass(frozen=True)
 class _Answers:
-  """Completions of n problems, G each: arrays [n, G]; votes [n][G]; one sample a completion."""
+  """Completions of n problems, G each: arrays [n, G], votes [n][G], one sample per completion."""
 
   right: np.ndarray
   lengths: np.ndarray
@@ -191,14 +213,14 @@ class _Answers:
   samples: list[dict[str, Any]]
 
   @classmethod
-  def joined(cls, parts: "Sequence[_Answers]") -> "_Answers":
+  def concatenate(cls, parts: "Sequence[_Answers]") -> "_Answers":
     arrays = [np.concatenate(a) for a in zip(*((p.right, p.lengths, p.ended) for p in parts))]
     votes = [row for part in parts for row in part.votes]
     samples = [sample for part in parts for sample in part.samples]
     return cls(*arrays, votes, sum(part.missing for part in parts), samples)
 
   def of_all_hosts(self) -> "_Answers":
-    """The problems of all hosts, in their order."""
+    """Gathers the problems of all hosts, in their order."""
     arrays = hosts.gathered(
       right=self.right, lengths=self.lengths, ended=self.ended, missing=np.array([self.missing])
     )
@@ -217,8 +239,8 @@ def _batches(
     own = start + index * share
     part = list(examples[own : own + share])
     n = len(part)
-    filled = part + [examples[-1]] * (share - n)
-    prompts = [example.prompt for example in filled]
+    padded = part + [examples[-1]] * (share - n)
+    prompts = [example.prompt for example in padded]
     out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=start)
     texts, lengths = out.texts[:n], out.lengths[:n]
     right, missing = np.zeros((0, group)), 0
@@ -227,8 +249,8 @@ def _batches(
         scores = scorer(prompts[:n], texts, columns_of(part), lengths, rewards=False)
         right, missing = np.nan_to_num(scores.accuracy, nan=0.0), scores.missing
       votes = [[_vote(task, text) for text in row] for row in texts] if group > 1 else []
-    kept = records(prompts[:n], texts, accuracy=right, length=lengths, ended=out.ended[:n])
-    yield _Answers(right, lengths, out.ended[:n], votes, missing, kept).of_all_hosts()
+    samples = records(prompts[:n], texts, accuracy=right, length=lengths, ended=out.ended[:n])
+    yield _Answers(right, lengths, out.ended[:n], votes, missing, samples).of_all_hosts()
 
 
 def _vote(task: Task, text: str) -> Hashable | None:
@@ -249,7 +271,7 @@ def _cell(metrics: Mapping[str, float], name: str) -> str:
 
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
-  """Without NaN, for which JSON has no word."""
+  """Replaces NaN and infinity, which JSON does not have, by None."""
   return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
@@ -257,7 +279,7 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-  from grpo_jax.build import build, make_scorer
+  from grpo_jax.build import build
 
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.evaluate", description=__doc__)
   parser.add_argument("--workdir", help="a work directory: its config, and its newest checkpoint")
@@ -276,29 +298,27 @@ def main(argv: list[str] | None = None) -> int:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  to_sampler = run.for_sampling(run.loaded_base_params())
   folder = arguments.out or (arguments.workdir and Path(arguments.workdir) / "eval")
   about = {"model": settings.model.source, "task": run.task.name, "split": "eval"}
-  measured: list[dict[str, float]] = []
-  with make_scorer(settings, run) as scorer:
+  metrics: list[dict[str, float]] = []
+  with run.scorer() as scorer:
     for step, params in stages.items():
       result = evaluate(
         run.sampler,
-        to_sampler(params),
+        run.to_sampling_params(params),
         run.task,
         run.task.splits["eval"],
         samples=arguments.samples,
-        temperature=settings.rollout.temperature,
         batch_prompts=settings.eval.batch_prompts,
         key=jax.random.key(settings.seed),
         scorer=scorer,
       )
-      measured.append(result.metrics)
+      metrics.append(result.metrics)
       record = {**about, "step": step, "temperature": settings.rollout.temperature}
       record |= _plain(result.metrics)
       if folder:
         write(folder, f"step_{step:06d}", record, result.samples)
-  before = measured[0] if len(measured) > 1 else None
+  before = metrics[0] if len(metrics) > 1 else None
   if arguments.json:
     print(json.dumps(record | ({"before": _plain(before)} if before else {})))
   else:
@@ -308,10 +328,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int, Any]:
-  """Trained parameters by step: the start if it is asked for, the newest checkpoint of a run."""
+  """Returns trained parameters by step: the start if asked for, and a run's newest checkpoint."""
   from grpo_jax.run import checkpoint
 
-  state = run.initial_state(moving_reference=settings.reference.sync_every > 0)
+  state = run.initial_state()
   stages = {0: state.params} if arguments.config or arguments.before else {}
   if arguments.workdir:
     keep = settings.checkpoint.keep
@@ -326,7 +346,7 @@ def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int,
 
 
 def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
-  """The config of the experiment or of the run."""
+  """Returns the config of the experiment or of the run."""
   from grpo_jax import config
   from grpo_jax.run import workdir
 

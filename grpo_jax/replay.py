@@ -82,7 +82,7 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   c = configs.from_saved(dump.config)
   compilation.use_cache(c.compilation_cache, dump.path.absolute().parents[1])
   r = build(c) if run is None else run
-  base_params, like = r.loaded_base_params(), r.initial_state()
+  base_params, like = r.base_params, r.initial_state()
   state, batch = dump.state(like), dump.batch(meshes.batch_sharding(r.mesh))
   del like
   config, options = update_config(c), {"with_adapters": r.with_adapters, "chunks": r.chunks}

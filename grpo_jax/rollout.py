@@ -277,9 +277,7 @@ def _generate_and_score(
     )
 
 
-def _gather_all_hosts(
-  scored: Scored, *, draws: int
-) -> tuple[dict[str, Any], Int[np.ndarray, "P"]]:
+def _gather_all_hosts(scored: Scored, *, draws: int) -> tuple[dict[str, Any], Int[np.ndarray, "P"]]:
   """Returns the arrays that metrics and the choice of prompts need, and the order of the prompts.
 
   Gathered arrays hold the prompts of one host after another. Prompts are numbered draw after draw,
@@ -344,9 +342,7 @@ def _same_width(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.n
 def _metrics(arrays: dict[str, Any]) -> dict[str, float]:
   """Returns rewards, accuracy, entropy and lengths under the field's names."""
   prefix = "rewards/"
-  per_name = {
-    name.removeprefix(prefix): v for name, v in arrays.items() if name.startswith(prefix)
-  }
+  per_name = {name.removeprefix(prefix): v for name, v in arrays.items() if name.startswith(prefix)}
   metrics = rollout_metrics(arrays["total"], per_name, arrays["lengths"], ~arrays["ended"])
   return metrics | {
     "accuracy": float(np.nanmean(arrays["accuracy"])),

@@ -12,6 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from grpo_jax import extras
+
+if __name__ == "__main__":  # the imports below need the extra
+  extras.require_for_command("train", "grpo_jax.train")
+
 import jax
 from ml_collections import ConfigDict
 

@@ -199,7 +199,7 @@ def test_every_experiment_loads():
     assert f"--config experiments/{file.name}" in file.read_text()
 
 
-# --- fields that were renamed, and choices that are functions ---------------------------------------
+# --- renamed fields, and choices that are functions -----------------------------------------------
 
 
 def centered_twice(rewards):

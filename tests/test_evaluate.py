@@ -92,7 +92,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def params(run):
-  return run.for_sampling(run.frozen_params())(run.initial_state().params)
+  return run.to_sampling_params(run.initial_state().params)
 
 
 def test_padding_the_last_batch_counts_no_problem_twice(run, params):
@@ -246,7 +246,7 @@ def test_a_table_of_before_and_after():
 
 
 def test_the_command_keeps_numbers_and_samples(tmp_path, capsys):
-  """An untrained model by its config; a run with a checkpoint is in tests/end_to_end/test_train.py."""
+  """An untrained model by its config; end_to_end/test_train.py has a run."""
   arguments = [
     "--config", "experiments/tiny.py", "--samples", "4", "--json", "--out", str(tmp_path / "kept"),
     "--config.task.settings.eval_size=3", "--config.eval.batch_prompts=8",

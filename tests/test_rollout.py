@@ -16,6 +16,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.statistics import has_variance
 from grpo_jax.tasks.base import Example, Task
+from grpo_jax.tasks.rewards.steps import token_at
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
 
@@ -45,21 +46,11 @@ def params():
   return MODEL.init(jax.random.key(0))
 
 
-def collect(params, algorithm="dapo", draw=lambda resample: EXAMPLES, task=TASK, **options):
-  if isinstance(algorithm, str):
-    algorithm = ALGORITHMS[algorithm]
-  options = {"pad_prompts_to_multiple": 2, "step_rewards": task.step_rewards} | options
-  return rollout.collect(
-    SAMPLER,
-    unstack(params),
-    score_in_process(task),
-    draw,
-    jax.random.key(1),
-    group=4,
-    temperature=1.0,
-    algorithm=algorithm,
-    **options,
-  )
+def collect(params, algorithm="dapo", draw=lambda number: EXAMPLES, task=TASK, **options):
+  settings = {"pad_prompts_to_multiple": 2, "step_rewards": task.step_rewards} | options
+  config = rollout.RolloutConfig(group_size=4, algorithm=algorithm, **settings)
+  scorer, key = score_in_process(task), jax.random.key(1)
+  return rollout.collect(SAMPLER, unstack(params), draw, scorer, key, config)
 
 
 def test_rewards_belong_to_their_completions(params):
@@ -70,7 +61,7 @@ def test_rewards_belong_to_their_completions(params):
     want = vowels([sample["prompt"]], [sample["completion"]], [p])[0]
     assert out.scored.scores.total[p, g] == pytest.approx(want)
     assert sample["reward"] == pytest.approx(want)
-  assert out.measured["frac_reward_zero_std"] >= 0.5
+  assert out.metrics["frac_reward_zero_std"] >= 0.5
 
 
 def update(params, batch, algorithm):
@@ -111,13 +102,15 @@ def test_select_keeps_one_empty_bucket_when_nothing_is_left(params):
   assert all(np.isfinite(float(value)) for value in metrics.values())
 
 
-def test_columns_and_fitting():
+def test_columns_and_prompts_that_fit():
   ragged = [Example("a", {"x": 1}, "a"), Example("bbb", {"y": 2}, "b")]
   assert rollout.columns_of(ragged) == {"x": [1, None], "y": [None, 2]}
-  assert rollout.fitting(ByteTokenizer(), ragged, 0, "error") == (ragged, 3)
+  assert rollout.longest_prompt(ByteTokenizer(), ragged) == 3
+  assert rollout.longest_prompt(ByteTokenizer(), []) == 0
+  assert rollout.fit_prompts(ByteTokenizer(), ragged, 3, "error") is ragged
   with pytest.warns(UserWarning, match="1 of 2 prompts"):
-    kept, length = rollout.fitting(ByteTokenizer(), ragged, 2, "drop")
-  assert (list(kept), length) == (ragged[:1], 2)
+    fitting = rollout.fit_prompts(ByteTokenizer(), ragged, 2, "drop")
+  assert list(fitting) == ragged[:1]
 
 
 # --- options of a run -----------------------------------------------------------------------------
@@ -148,8 +141,8 @@ def test_prompts_without_a_signal_are_replaced(params):
   assert (np.asarray(out.batch.advantages) != 0).any(-1).all()
   assert out.batch.mask.shape[0] == 8
   spread = has_variance(out.scored.scores.total)
-  assert out.measured["dynamic_sampling/kept"] == spread.mean()
-  assert out.measured["dynamic_sampling/resamples"] == len(drawn) - 1
+  assert out.metrics["dynamic_sampling/kept"] == spread.mean()
+  assert out.metrics["dynamic_sampling/resamples"] == len(drawn) - 1
   assert len(out.samples) == 4 * 8 * len(drawn)
   # The first eight prompts with a signal, in their order, each with its own advantages.
   first = np.flatnonzero(spread)[:8]
@@ -169,7 +162,7 @@ def test_refills_are_bounded_and_the_batch_keeps_its_size(params):
   out = collect(params, "grpo", draw=draw, max_resamples=2)
   assert drawn == [0, 1, 2]
   assert out.batch.mask.shape[0] == 8
-  assert out.measured["dynamic_sampling/kept"] == 0
+  assert out.metrics["dynamic_sampling/kept"] == 0
   assert not np.asarray(out.batch.advantages).any()
 
 
@@ -217,7 +210,7 @@ def test_several_rewards_are_normalized_apart(params):
 
 def test_a_step_ends_with_the_token_that_brings_the_text_there():
   tokens = np.array([*"aé🙂b".encode(), 256])
-  found = [rollout.token_at(ByteTokenizer(), tokens, end) for end in range(6)]
+  found = [token_at(ByteTokenizer(), tokens, end) for end in range(6)]
   # a=0, é=1..2, 🙂=3..6, b=7; half a character already decodes to one replacement character.
   assert found[1] == 0
   assert found[4] == 7
@@ -283,4 +276,24 @@ def test_the_padded_share_is_measured(params):
   assert spread.sum() == 4
   # in the update: four prompts of two tokens, in a batch of six with room for 4 + 4 * 6 tokens
   want = 1 - (4 * 2 + lengths[spread].sum()) / (6 * (4 + 4 * 6))
-  assert out.measured["update/padded"] == pytest.approx(want)
+  assert out.metrics["update/padded"] == pytest.approx(want)
+
+
+def test_examples_are_a_list_unless_they_are_drawn_again(params):
+  by_list, by_function = (
+    collect(params, draw=draw) for draw in (EXAMPLES, lambda number: EXAMPLES)
+  )
+  np.testing.assert_array_equal(by_list.batch.completions, by_function.batch.completions)
+  with pytest.raises(ValueError, match="max_resamples is 2, but examples is a list"):
+    collect(params, draw=EXAMPLES, max_resamples=2)
+
+
+def test_the_three_stages_are_what_collect_does(params):
+  whole = collect(params, "grpo", pad_prompts_to_multiple=1)
+  config = rollout.RolloutConfig(group_size=4, algorithm="grpo")
+  out = rollout.generate(SAMPLER, params, EXAMPLES, jax.random.key(1), group_size=4)
+  scored = rollout.score(score_in_process(TASK), EXAMPLES, out)
+  batch, has_gradient = rollout.make_batch(scored, SAMPLER, config)
+  np.testing.assert_array_equal(out.tokens, whole.scored.out.tokens)
+  np.testing.assert_array_equal(batch.advantages, whole.batch.advantages)
+  np.testing.assert_array_equal(has_gradient, (np.asarray(batch.advantages) != 0).any(-1))

@@ -142,7 +142,7 @@ def state(
 ) -> list[np.ndarray]:
   """Parameters, optimizer state, reference and count of a checkpoint."""
   c = load(config, list(settings))
-  like = build(c).initial_state(moving_reference=c.reference.sync_every > 0)
+  like = build(c).initial_state()
   with checkpoint.Checkpoints(workdir, keep=2, read_only=True) as saved:
     assert saved.latest() == step, f"the newest checkpoint is {saved.latest()}, not {step}"
     return [np.asarray(leaf) for leaf in jax.tree.leaves(saved.restore(step, like))]

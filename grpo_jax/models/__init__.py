@@ -40,7 +40,7 @@ def load_model(source: str, *, seed: int = 0, **options: Any) -> "tuple[Decoder,
   """
   # Here: reading a config.json or a header must not import flax.
   from grpo_jax.models.decoder import Decoder
-  from grpo_jax.models.io.weights import open_weights
+  from grpo_jax.models.load import open_weights
 
   weights = open_weights(source, seed=seed)
   params = jax.tree.map(jnp.asarray, weights.read())

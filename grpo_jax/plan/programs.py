@@ -334,8 +334,7 @@ def read_prompts(c: ConfigDict) -> Prompts:
     stop = tuple(dict.fromkeys((*task.stop, *stop)))
     if not length:
       tokenizer = tokens.load_tokenizer(c.model.source)
-      fitted = (rollout.fitting(tokenizer, split, 0, "error") for split in task.splits.values())
-      length = max(longest for _, longest in fitted)
+      length = max(rollout.longest_prompt(tokenizer, split) for split in task.splits.values())
   except (ValueError, OSError, ImportError) as error:
     if not length:
       raise ValueError(

@@ -1,4 +1,4 @@
-"""Writes everything a run leaves in its work directory: metrics, samples, checkpoints, the curve."""
+"""Writes what a run leaves in its work directory: metrics, samples, checkpoints, the curve."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 from grpo_jax.distributed import hosts
 from grpo_jax.evaluate import Evaluation
 from grpo_jax.learning.step import TrainState
-from grpo_jax.run import checkpoint, metrics
+from grpo_jax.run import checkpoint, metrics, plots
 
 
 class Output(contextlib.AbstractContextManager):
@@ -103,7 +103,7 @@ class Output(contextlib.AbstractContextManager):
   def draw_curve(self) -> None:
     """Draws `curve.png`."""
     if hosts.is_first():
-      metrics.curve(self.workdir)
+      plots.draw_curve(self.workdir)
 
   def __exit__(self, *error: Any) -> None:
     self._open.__exit__(*error)

@@ -40,7 +40,7 @@ class Signals:
     return signal.SIGTERM if any_host(self._got == signal.SIGTERM) else signal.SIGINT
 
   def check(self, steps: int, number: int) -> None:
-    """Raises Stopped where signal `number` is to end the run after `steps` saved steps; 0 is none."""
+    """Raises Stopped after `steps` saved steps if there was a signal; 0 is none."""
     if number:
       raise Stopped(f"stopped after step {steps}, which is saved", number)
 

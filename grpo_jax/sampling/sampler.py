@@ -52,6 +52,7 @@ class Sampler:
   Attributes:
     prompt_length: tokens of the longest prompt there may be; a batch is padded to `padded_length`.
     completion_length: tokens, the budget.
+    temperature: of the distribution that is sampled; 0 is greedy.
     stop: strings that end a completion, wherever token borders fall in them.
     stop_ids: ids that end a completion, besides the tokenizer's own end of text.
     prompt_sharding: layout of arrays whose first axis is prompts; None = the default device.
@@ -64,6 +65,7 @@ class Sampler:
   tokenizer: AnyTokenizer
   prompt_length: int
   completion_length: int
+  temperature: float = 1.0
   stop: tuple[str, ...] = ()
   stop_ids: tuple[int, ...] = ()
   prompt_sharding: Any = None
@@ -96,7 +98,7 @@ class Sampler:
     key: jax.Array,
     *,
     group: int,
-    temperature: float,
+    temperature: float | None = None,
     first_prompt: int = 0,
   ) -> Generated:
     """G completions for each prompt; `first_prompt` is the number of the first of them.
@@ -105,6 +107,7 @@ class Sampler:
     A completion's random stream is (key, prompt number, sample number): cutting the prompts of a
     step into several calls with the right `first_prompt` changes nothing.
     """
+    temperature = self.temperature if temperature is None else temperature
     tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
     longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
     start = self.prompt_length - padded_length(int(longest), self.prompt_length)

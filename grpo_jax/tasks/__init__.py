@@ -12,9 +12,20 @@ from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.letters import letters_task
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
 from grpo_jax.tasks.rewards.scoring import RewardError, score
+from grpo_jax.tasks.rewards.workers import score_in_process, score_with
 from grpo_jax.tasks.table import table_task
 
-__all__ = ["TASKS", "Example", "RewardError", "RewardFunction", "Task", "make_task", "score"]
+__all__ = [
+  "TASKS",
+  "Example",
+  "RewardError",
+  "RewardFunction",
+  "Task",
+  "make_task",
+  "score",
+  "score_in_process",
+  "score_with",
+]
 
 TASKS: dict[str, Callable[..., Task]] = {
   "reasoning_gym": reasoning_gym_task,

@@ -69,7 +69,7 @@ def test_it_says_what_it_needs(path):
 def test_build_of_a_lora_experiment_trains_adapters_only():
   overrides = [*SMALL, "--config.task.name=letters", "--config.lora.rank=2"]
   run = build(load("experiments/tiny.py", overrides))
-  state, base_params = run.initial_state(), run.loaded_base_params()
+  state, base_params = run.initial_state(), run.base_params
   assert all("lora" in jax.tree_util.keystr(path)
              for path, _ in jax.tree_util.tree_leaves_with_path(state.params))  # fmt: skip
   assert set(base_params) == {"embed", "layers", "final_norm"}

@@ -35,7 +35,7 @@ def run():
 def test_recorded_logprobs_are_the_trainers(run, temperature):
   state = run.initial_state()
   prompts = [example.prompt for example in run.task.splits["train"][:8]]
-  params = run.for_sampling(None)(state.params)
+  params = run.to_sampling_params(state.params)
   out = run.sampler(params, prompts, jax.random.key(0), group=4, temperature=temperature)
   batch = Batch(out.prompts, out.prompt_mask, out.tokens, out.mask, None, None, out.logp)
   scorer = jax.jit(lambda params, b: score_batch(run.model, params, b, temperature))

@@ -172,7 +172,7 @@ def test_all_options_at_once_and_resumed(tmp_path):
     train.run(load(TINY, [*OPTIONS, f"--config.steps={steps}"]), tmp_path / workdir)
   states = []
   for workdir in ("whole", "parts"):
-    like = build(load(TINY, OPTIONS)).initial_state(moving_reference=True)
+    like = build(load(TINY, OPTIONS)).initial_state()
     with checkpoint.Checkpoints(tmp_path / workdir, keep=2) as checkpoints:
       states.append(checkpoints.restore(4, like))
   for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):

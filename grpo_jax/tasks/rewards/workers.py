@@ -85,6 +85,23 @@ def score_in_process(task: Task) -> Scorer:
   return scorer
 
 
+def score_with(reward: RewardFunction, accuracy: RewardFunction | None = None) -> Scorer:
+  """Returns the scorer that calls one reward function in this process, without a time limit.
+
+  Args:
+    reward: `f(prompts, completions, **columns) -> list[float | None]`.
+    accuracy: of the same form, 1.0 for a right answer; None takes the reward.
+
+  Example:
+    >>> def short(prompts, completions, **columns):
+    ...   return [float(len(text) < 3) for text in completions]
+    >>> score_with(short)(["5 - 9 ="], [["-4", "minus four"]], {}).total.tolist()
+    [[1.0, 0.0]]
+  """
+  name = getattr(reward, "__name__", "reward")
+  return score_in_process(Task(name, {}, {name: (reward, 1.0)}, accuracy or reward))
+
+
 class RewardWorkers:
   """The scorer that calls a task's functions in worker processes, under a limit of time.
 
