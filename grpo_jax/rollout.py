@@ -26,7 +26,7 @@ from grpo_jax.learning.batch import laid_out, rows_of, select, trim
 from grpo_jax.learning.step import Batch
 from grpo_jax.models.protocol import Params
 from grpo_jax.sampling.sampler import Generated, Sampler
-from grpo_jax.statistics import has_variance, rollout_metrics
+from grpo_jax.statistics import rollout_metrics
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.steps import step_arrays
@@ -47,9 +47,10 @@ class RolloutConfig:
       whether there is a KL term.
     reward_weights: weight of each reward function, for the advantage `multi_objective`.
     step_rewards: rewards of steps, for the advantage `process_advantages`.
-    max_resamples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): zero-variance groups are
-      replaced by groups from up to this many further draws of examples. Where these do not suffice,
-      some zero-variance groups stay, so that P never changes.
+    max_resamples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups without a gradient
+      are replaced by groups from up to this many further draws of examples. Where these do not
+      suffice, some of them stay, so that P never changes. A group has a gradient if one of its
+      advantages is not 0 and one of its tokens is in the loss.
     mask_truncated: completions that ran into the budget count in their group's statistics and have
       no tokens in the loss (DAPO's overlong filtering, section 3.4).
     pad_prompts_to_multiple: the batch holds a multiple of this many prompts; fewer sizes mean fewer
@@ -225,19 +226,24 @@ def collect(
       "number of the draw that returns a list, or set max_resamples to 0"
     )
   sample = partial(_generate_and_score, sampler, params, draw, scorer, key, config)
-  scored, resamples = sample(0), 0
-  arrays, order = _gather_all_hosts(scored, draws=1)
+  scored, draws = sample(0), 1
+  arrays, order = _gather_all_hosts(scored, draws)
+  batch, has_gradient = make_batch(scored, sampler, config, order)
   count = len(order)
-  while resamples < config.max_resamples and has_variance(arrays["total"]).sum() < count:
-    resamples += 1
-    scored = _concatenate(scored, sample(resamples))
-    arrays, order = _gather_all_hosts(scored, draws=resamples + 1)
-  varied = has_variance(arrays["total"])
+  while draws <= config.max_resamples and has_gradient.sum() < count:
+    scored, draws = _concatenate(scored, sample(draws)), draws + 1
+    arrays, order = _gather_all_hosts(scored, draws)
+    batch, has_gradient = make_batch(scored, sampler, config, order)
   metrics = _metrics(arrays)
   if config.max_resamples:
-    metrics |= {"dynamic_sampling/kept": varied.mean(), "dynamic_sampling/resamples": resamples}
-  rows = np.sort(np.argsort(~varied, kind="stable")[:count]) if resamples else np.arange(count)
-  batch, has_gradient = make_batch(scored, sampler, config, order[rows])
+    metrics |= {
+      "dynamic_sampling/kept": has_gradient.mean(),
+      "dynamic_sampling/resamples": draws - 1,
+    }
+  rows = np.arange(count)
+  if draws > 1:
+    rows = np.sort(np.argsort(~has_gradient, kind="stable")[:count])
+    batch, has_gradient = make_batch(scored, sampler, config, order[rows])
   if config.row.beta == 0:
     rows = rows[has_gradient]
     batch = select(batch, np.flatnonzero(has_gradient), config.pad_prompts_to_multiple)
@@ -277,7 +283,7 @@ def _generate_and_score(
     )
 
 
-def _gather_all_hosts(scored: Scored, *, draws: int) -> tuple[dict[str, Any], Int[np.ndarray, "P"]]:
+def _gather_all_hosts(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[np.ndarray, "P"]]:
   """Returns the arrays that metrics and the choice of prompts need, and the order of the prompts.
 
   Gathered arrays hold the prompts of one host after another. Prompts are numbered draw after draw,

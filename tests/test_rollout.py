@@ -297,3 +297,39 @@ def test_the_three_stages_are_what_collect_does(params):
   np.testing.assert_array_equal(out.tokens, whole.scored.out.tokens)
   np.testing.assert_array_equal(batch.advantages, whole.batch.advantages)
   np.testing.assert_array_equal(has_gradient, (np.asarray(batch.advantages) != 0).any(-1))
+
+
+def test_resampling_replaces_what_the_update_would_leave_out(params):
+  """All completions truncated and masked: no group has a gradient, whatever its rewards are."""
+  drawn = []
+
+  def draw(number):
+    drawn.append(number)
+    return EXAMPLES
+
+  cut = dataclasses.replace(SAMPLER, completion_length=1)
+  config = rollout.RolloutConfig(4, "grpo", max_resamples=2, mask_truncated=True)
+  scorer = score_in_process(dataclasses.replace(TASK, rewards={"odd": (position, 1.0)}))
+  out = rollout.collect(cut, params, draw, scorer, jax.random.key(1), config)
+  assert not out.scored.out.ended.any()  # the premise
+  assert (out.scored.scores.total.std(-1) > 0).all()
+  assert drawn == [0, 1, 2]
+  assert out.metrics["dynamic_sampling/kept"] == 0
+
+
+def test_groups_of_equal_totals_may_have_a_gradient(params):
+  """GDPO normalizes each reward alone: two that cancel in the sum do not cancel there."""
+  rewards = {
+    "first": (position, 1.0),
+    "second": (lambda **kw: [-2 * r for r in position(**kw)], 0.5),
+  }
+  task = dataclasses.replace(TASK, rewards=rewards)
+  out = collect(params, "gdpo", task=task, reward_weights=(1.0, 0.4), max_resamples=2)
+  assert (np.ptp(out.scored.scores.total, axis=-1) == 0).all()
+  assert out.metrics["dynamic_sampling/resamples"] == 0
+  assert (np.asarray(out.batch.advantages) != 0).any(-1).all()
+
+
+def position(prompts, completions, **columns):
+  """A reward that differs inside each group: the number of the completion."""
+  return [float(i % 4) for i in range(len(completions))]
