@@ -309,8 +309,8 @@ def test_evaluate_command_reads_a_run(runs):
 
 
 def test_the_loop_fits_on_a_screen():
-  """`run` is meant to be pasted into a notebook and changed."""
+  """The loop is meant to be read, pasted into a notebook and changed."""
   lines = Path(train.__file__).read_text().splitlines()
   start = next(i for i, line in enumerate(lines) if line.strip().startswith("for step in range"))
-  end = next(i for i, line in enumerate(lines) if line.strip() == "plots.draw_curve(workdir)")
-  assert end - start <= 40
+  end = next(i for i, line in enumerate(lines) if line.strip() == "out.draw_curve()")
+  assert end - start <= 25
