@@ -115,14 +115,14 @@ def _public_page() -> str:
   """The page of `import grpo_jax`."""
   by_module: dict[str, list[str]] = {}
   for name in grpo_jax.__all__:
-    by_module.setdefault(_home(name), []).append(name)
+    value = getattr(grpo_jax, name)
+    if not (inspect.ismodule(value) or isinstance(value, str)):
+      by_module.setdefault(_home(name), []).append(name)
   text = ["# `import grpo_jax`", _summary(grpo_jax), ""]
   for home, names in sorted(by_module.items()):
     text += [f"## {_title(home)}", ""]
     for name in names:
       value = getattr(grpo_jax, name)
-      if inspect.ismodule(value) or isinstance(value, str):
-        continue
       if isinstance(value, dict):
         text += _rst(f".. py:data:: grpo_jax.{name}", "   :type: dict") + _table(value)
       elif inspect.isclass(value):
@@ -212,4 +212,6 @@ def _summary(module: ModuleType) -> str:
 
 
 def _title(module: str) -> str:
-  return f"{module.rpartition('.')[2].replace('_', ' ').capitalize()}: `{module}`"
+  name = module.rpartition(".")[2]
+  words = {"kl": "KL", "logprobs": "Log-probabilities"}
+  return f"{words.get(name, name.replace('_', ' ').capitalize())}: `{module}`"

@@ -1,4 +1,4 @@
-"""The README's code is run: the pure functions, and a task of one's own from the files it shows."""
+"""The README's code runs, its tables name what exists, and its links lead somewhere."""
 
 import os
 import re
@@ -6,32 +6,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path("README.md").read_text(encoding="utf-8")
+import grpo_jax
+from grpo_jax.models.io.families import FAMILIES
+from grpo_jax.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
+def blocks(language: str) -> list[str]:
+  """Returns the code blocks of a language."""
   return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def named(file):
-  """The block that follows the line naming `file`."""
+def block_of(file: str) -> str:
+  """Returns the block that follows the paragraph beginning with the name of `file`."""
   pattern = rf"^`{re.escape(file)}`[^`]*?(?:`[^`\n]*`[^`]*?)*:\n\n```\w*\n(.*?)```"
   return re.search(pattern, README, re.DOTALL | re.MULTILINE).group(1)
 
 
+def section(title: str) -> str:
+  """Returns the text under a heading of the second level."""
+  return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE).group(1)
+
+
 def test_the_pure_functions_example_runs():
-  example = next(block for block in blocks("python") if "import grpo_jax" in block)
+  example = next(block for block in blocks("python") if "import jax, jax.numpy" in block)
   scope = {}
   exec(example, scope)
   assert scope["loss"].shape == ()
   assert scope["gradient"].shape == (2, 4, 6, 5)
   assert bool((scope["gradient"][~scope["mask"]] == 0).all())
+  assert bool((scope["gradient"][0][scope["mask"][0]] != 0).all())
+  assert bool((scope["gradient"][1] == 0).all())  # its rewards are all equal
 
 
 def test_the_task_of_ones_own_runs(tmp_path):
   for file in ("questions.jsonl", "reward.py", "my_task.py"):
-    (tmp_path / file).write_text(named(file), encoding="utf-8")
-  environment = dict(os.environ, XLA_FLAGS="", PYTHONPATH=str(Path.cwd()))
+    (tmp_path / file).write_text(block_of(file), encoding="utf-8")
+  environment = dict(os.environ, XLA_FLAGS="", PYTHONPATH=str(ROOT))
   command = re.search(r"python -m grpo_jax\.train --config my_task\.py[^\n`]*", README).group(0)
   command = command.replace("python ", f"{sys.executable} ", 1)
   small = "--config.model.source=random:tiny --config.steps=2 --config.rollout.completion_length=4"
@@ -47,14 +60,46 @@ def test_the_task_of_ones_own_runs(tmp_path):
   assert "after 2 steps" in done.stdout
 
 
-def test_the_file_tree_names_every_module():
-  for file in Path("grpo_jax").rglob("*.py"):
-    if file.name != "__init__.py":
-      assert file.name in README, f"{file} is missing from the README's tree"
-  for file in Path("experiments").glob("*.py"):
-    assert file.name in README, f"{file} is missing from the README"
+def test_the_table_of_algorithms_has_every_row_with_its_paper():
+  rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section("Algorithms"), re.MULTILINE))
+  assert list(rows) == list(grpo_jax.ALGORITHMS)
+  for name, paper in rows.items():
+    assert paper.strip() in grpo_jax.ALGORITHMS[name].source, name
+
+
+def test_the_table_of_models_and_tasks_is_complete():
+  table = section("Models, tasks, rewards").lower()
+  for family in FAMILIES:
+    name = family.removesuffix("_text").replace("gemma", "gemma ")
+    assert name in table, family
+  for task in set(TASKS) - {"letters", "table"}:  # a smoke test; jsonl and parquet by another name
+    assert f"`{task}`" in table, task
+
+
+def test_the_tree_names_every_folder_of_the_package():
+  tree = re.search(r"```\n(.*?)```", section("Where things are"), re.DOTALL).group(1)
+  folders = {path.parent.name for path in (ROOT / "grpo_jax").glob("*/__init__.py")}
+  indented = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
+  assert indented == folders
+  for name in re.findall(r"^(\w+)/|(?<= )(\w+)/", tree, re.MULTILINE):
+    path = "".join(name)
+    assert (ROOT / path).is_dir() or (ROOT / "grpo_jax" / path).is_dir(), path
+
+
+def test_commands_name_modules_and_files_that_exist():
+  for module in re.findall(r"python -m ((?:grpo_jax|benchmarks)[\w.]*)", README):
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+  for target in re.findall(r"make ([a-z-]+)", README):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_links_lead_somewhere():
   for target in re.findall(r"\]\(([^)#]+)\)", README):
-    assert target.startswith("http") or Path(target).exists(), target
+    assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_it_is_read_in_four_minutes():
+  prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+  assert len(prose.split()) < 1000
