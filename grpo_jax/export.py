@@ -147,7 +147,7 @@ def read_trained(workdir: str | Path, step: int | None = None) -> tuple[int, Any
 def _whole(folder: Path, steps: list[int]) -> int:
   """The first of the steps whose checkpoint is not damaged; says which are."""
   for step in steps:
-    wrong = checkpoint.damage(folder / str(step))
+    wrong = checkpoint.find_damage(folder / str(step))
     if not wrong:
       return step
     print(f"warning: checkpoint {step} is damaged: {wrong[0]}; it is left out", file=sys.stderr)

@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
       raise
     reason = str(error)
     if not isinstance(error, checkpoint.SaveError):
-      reason = f"the file system is full ({error}); {workdirs.room(arguments.workdir)}"
+      reason = f"the file system is full ({error}); {workdirs.free_space(arguments.workdir)}"
     print(f"error: {reason}. Make room; then the same command continues", file=sys.stderr)
     return NOT_WRITTEN
   if not first:

@@ -253,3 +253,11 @@ def test_a_function_without_a_place_in_a_file_is_refused(function):
 def test_none_is_a_choice_on_the_command_line():
   c = override(default_config(), ["--config.algorithm.kl=none"])
   assert c.algorithm.kl == "none"
+
+
+def test_a_saved_config_without_a_newer_field_gets_its_default():
+  saved = {"seed": 4, "rollout": {"stop": ["x"]}, "task": {"settings": {"eval_size": 3}}}
+  config = from_saved(saved)
+  assert (config.seed, config.task.settings.eval_size, config.train.max_skipped) == (4, 3, 5)
+  assert config.rollout.group_size == default_config().rollout.group_size
+  assert list(config.rollout.stop) == ["x"]

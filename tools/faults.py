@@ -181,7 +181,7 @@ class Faults:
         assert words in said, said
       saved = checkpoints(workdir)
       assert saved, "no checkpoint is left"
-      assert not any(checkpoint.damage(workdir / "checkpoints" / str(step)) for step in saved)
+      assert not any(checkpoint.find_damage(workdir / "checkpoints" / str(step)) for step in saved)
       room()
       return f"exit code 74 with checkpoint {saved[-1]} intact; {self.finish(workdir)}"
 

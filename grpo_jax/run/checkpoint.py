@@ -1,8 +1,8 @@
-"""Checkpoints: parameters, optimizer state, a moving reference and the number of updates.
+"""Saves and restores checkpoints: parameters, optimizer state, moving reference, update count.
 
-That is everything: data order and random streams are functions of (seed, step). A checkpoint is
-written to a folder of another name, which gets the digests of its files last and is then renamed:
-a kill leaves all of it or nothing, and damage that comes later is found before it is read.
+Nothing else is needed: data order and random streams are functions of (seed, step). A checkpoint is
+written to a folder with a temporary name; the digests of its files come last, then the folder is
+renamed. A kill leaves a complete checkpoint or none, and later damage is found before it is read.
 """
 
 import contextlib
@@ -23,108 +23,126 @@ from grpo_jax.learning.step import TrainState
 from grpo_jax.run import workdir as workdirs
 
 DIGESTS = "sha256.json"
-DAMAGED = "damaged"  # the folder of a work directory that damaged checkpoints are moved to
-# Orbax writes the time of the rename into it, after the digests; nothing is read from it.
+DAMAGED = "damaged"  # folder of a work directory that damaged checkpoints are moved to
+# Files without a digest. Orbax writes the time of the rename into the second one, after the
+# digests; nothing is read from it.
 _UNCHECKED = (DIGESTS, "_CHECKPOINT_METADATA")
 
 
 class SaveError(OSError):
-  """A checkpoint could not be written; those before it are intact."""
+  """Reports that a checkpoint could not be written; earlier checkpoints are intact."""
 
 
 class Checkpoints:
-  """The checkpoints of one work directory, written in the background, the newest `keep` kept.
+  """Writes the checkpoints of one work directory in the background and restores them.
+
+  Use it as a context manager, or call `close`.
 
   Args:
-    read_only: change nothing in the directory: for readers beside a run that writes.
+    workdir: the work directory.
+    keep: number of checkpoints to keep, the newest ones.
+    read_only: change nothing in the directory, for readers beside a run that writes.
   """
 
   def __init__(self, workdir: str | Path, keep: int, read_only: bool = False) -> None:
     self._folder, self._read_only = folder(workdir), read_only
-    self._saving: int | None = None  # the step being written
-    self._bytes = 0  # of a checkpoint
+    self._saving: int | None = None  # step of the checkpoint that is being written
+    self._bytes = 0  # size of a checkpoint
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=not read_only,
       cleanup_tmp_directories=not read_only,
       enable_async_checkpointing=True,
       async_options=ocp.AsyncOptions(
-        post_finalization_callback=self._before_the_rename,
-        # If that fails in the background, the process cannot end for minutes.
+        post_finalization_callback=self._before_rename,
+        # orbax: if this fails in the background, the process cannot end for minutes.
         create_directories_asynchronously=False,
       ),
     )
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def latest(self) -> int | None:
-    """Steps finished in the newest checkpoint, damaged or not; None if there is none."""
+    """Returns the step of the newest checkpoint, damaged or not; None if there is none."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState) -> None:
-    """Starts saving; returns once the arrays are copied to the host.
+    """Starts saving the state after `step` steps; returns once the arrays are copied to the host.
 
-    Errors: SaveError, also for an earlier one that failed meanwhile.
+    Raises:
+      SaveError: this checkpoint, or an earlier one in the background, could not be written.
     """
-    with self._explained():
+    with self._explain_errors():
       self._manager.wait_until_finished()
       self._saving, tree = step, state.to_dict()
       self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
       self._manager.save(step, args=ocp.args.StandardSave(tree))
 
   def check(self) -> None:
-    """Raises SaveError if what was written in the background has failed; waits for nothing."""
-    with self._explained():
+    """Checks for errors in the background without waiting.
+
+    Raises:
+      SaveError: the last checkpoint could not be written.
+    """
+    with self._explain_errors():
       if not self._manager.is_saving_in_progress():
         self._manager.wait_until_finished()
 
   def restore(self, step: int, like: TrainState) -> TrainState:
-    """The state after `step` steps, with the shapes, dtypes and layout of `like`."""
-    wanted = like.to_dict()
-    if not self._holds(step, "history"):  # older than skipped updates: as if none had been seen
-      wanted.pop("history", None)
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+    """Reads the state after `step` steps, with the shapes, dtypes and shardings of `like`."""
+    tree = like.to_dict()
+    if not self._has_field(step, "history"):  # saved by a version without skipped updates
+      tree.pop("history", None)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
     tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
     state = TrainState.from_dict(tree)
     if state.history is None:
       state = dataclasses.replace(state, history=like.history)
     return state
 
-  def _holds(self, step: int, name: str) -> bool:
+  def _has_field(self, step: int, name: str) -> bool:
     with ocp.StandardCheckpointer() as reader:
-      found = reader.metadata(self._manager.directory / str(step) / "default").item_metadata
-    return name in found
+      metadata = reader.metadata(self._manager.directory / str(step) / "default").item_metadata
+    return name in metadata
 
-  def resume(self, like: TrainState, tell: Callable[[str], object]) -> tuple[int, TrainState]:
-    """(steps finished, state) of the newest checkpoint without damage; (0, like) if there is none.
+  def resume(self, like: TrainState, log: Callable[[str], object]) -> tuple[int, TrainState]:
+    """Restores the newest checkpoint without damage.
 
-    Damaged ones after it are moved to `damaged/`, as those steps are run and saved again, and
-    `tell` gets a line about each. A checkpoint without digests (of an earlier version) counts as
-    damaged if it cannot be read. Many hosts check one part of the files each, and all have to call.
+    Newer, damaged checkpoints are moved to `damaged/`: their steps are run and saved again. A
+    checkpoint without digests (from an earlier version) counts as damaged if it cannot be read. All
+    hosts have to call this; each checks its share of the files.
 
-    Errors: WorkdirError if all checkpoints are damaged; nothing is moved then.
+    Args:
+      like: state with the shapes, dtypes and shardings to restore to.
+      log: called with a line about each damaged checkpoint.
+
+    Returns:
+      (number of finished steps, state); (0, like) if there is no checkpoint.
+
+    Raises:
+      WorkdirError: all checkpoints are damaged. None is moved.
     """
-    found: dict[int, str] = {}
+    damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      wrong = damage(self._folder / str(step), *hosts.own_shard())
-      state, first = None, next(iter(hosts.gathered_json(wrong or [])), "")
-      if not first:
+      problems = find_damage(self._folder / str(step), *hosts.own_shard())
+      state, problem = None, next(iter(hosts.gathered_json(problems or [])), "")
+      if not problem:
         try:
           state = self.restore(step, like)
         except Exception as error:
-          if wrong is not None or jax.process_count() > 1:
+          if problems is not None or jax.process_count() > 1:
             raise
-          first = f"it has no {DIGESTS} and cannot be read: {type(error).__name__}"
+          problem = f"it has no {DIGESTS} and cannot be read: {type(error).__name__}"
       if state is None:
-        found[step] = first
+        damaged[step] = problem
         continue
-      for bad, why in found.items():
-        tell(f"checkpoint {bad} is damaged: {why}; {self._set_aside(bad)}")
-      if found:
-        tell(f"continuing from checkpoint {step}, the newest that is whole")
+      for other, problem in damaged.items():
+        log(f"checkpoint {other} is damaged: {problem}; {self._set_aside(other)}")
+      if damaged:
+        log(f"continuing from checkpoint {step}, the newest without damage")
         self._manager.reload()
       return step, state
-    if found:
-      lines = "".join(f"\n  - {step}: {why}" for step, why in found.items())
+    if damaged:
+      lines = "".join(f"\n  - {step}: {problem}" for step, problem in damaged.items())
       raise workdirs.WorkdirError(
         f"every checkpoint in {self._folder} is damaged, and nothing was changed:{lines}\nPut "
         "back a copy of one of them, or start again with a new --workdir"
@@ -132,8 +150,12 @@ class Checkpoints:
     return 0, like
 
   def close(self) -> None:
-    """Waits for what is still being written. Errors: SaveError."""
-    with self._explained():
+    """Waits until the last checkpoint is written.
+
+    Raises:
+      SaveError: it could not be written.
+    """
+    with self._explain_errors():
       self._manager.close()
 
   def __enter__(self) -> "Checkpoints":
@@ -142,8 +164,8 @@ class Checkpoints:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _before_the_rename(self) -> None:
-    """Called by orbax when all files of a checkpoint are written, before it gets its name."""
+  def _before_rename(self) -> None:
+    """Adds the digests; orbax calls this when all files are written, before it renames the folder."""
     if hosts.is_first():
       names = (str(self._saving), f"{self._saving}.")
       for path in self._folder.iterdir():
@@ -151,9 +173,9 @@ class Checkpoints:
           write_digests(path)
 
   def _set_aside(self, step: int) -> str:
-    """Moves a checkpoint out of the way; what was done, in words."""
+    """Moves a checkpoint to `damaged/`, if that is allowed; returns a phrase about it."""
     if self._read_only:
-      return "it is left out"
+      return "it is skipped"
     target = self._folder.parent / DAMAGED / str(step)
     if hosts.is_first():
       number = 1
@@ -162,23 +184,25 @@ class Checkpoints:
         target = target.with_name(f"{step}-{number}")
       target.parent.mkdir(exist_ok=True)
       os.rename(self._folder / str(step), target)
-    hosts.exchange()  # the others list the folder once it is gone
+    hosts.exchange()  # the other hosts list the folder only after the rename
     return f"it is kept in {target.parent}"
 
   @contextlib.contextmanager
-  def _explained(self) -> Iterator[None]:
+  def _explain_errors(self) -> Iterator[None]:
+    """Turns any error of the body into a `SaveError` with its reason and the free space."""
     try:
       yield
     except Exception as error:
       reason = "the file system is full" if workdirs.is_full(error) else first_line(error)
       raise SaveError(
         f"the checkpoint of step {self._saving} could not be saved: {reason}. It takes up to "
-        f"{self._bytes / 2**20:.1f} MiB; {workdirs.room(self._folder)}. Those before it are intact"
+        f"{self._bytes / 2**20:.1f} MiB; {workdirs.free_space(self._folder)}. Earlier checkpoints "
+        "are intact"
       ) from error
 
 
 def folder(workdir: str | Path) -> Path:
-  """Where the checkpoints of a work directory are (absolute, as orbax wants it)."""
+  """Returns the folder of a work directory's checkpoints, absolute, as orbax requires."""
   return Path(workdir).resolve() / "checkpoints"
 
 
@@ -186,7 +210,7 @@ def folder(workdir: str | Path) -> Path:
 
 
 def write_digests(checkpoint: Path) -> None:
-  """Puts size and SHA-256 of every file of a checkpoint beside them."""
+  """Writes the size and the SHA-256 of every file of a checkpoint to `sha256.json` in it."""
   files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
   files = [path for path in files if path.name not in _UNCHECKED]
   with ThreadPoolExecutor() as pool:
@@ -194,21 +218,26 @@ def write_digests(checkpoint: Path) -> None:
   workdirs.write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=1) + "\n")
 
 
-def damage(checkpoint: Path, block: int = 0, blocks: int = 1) -> list[str] | None:
-  """What differs from the digests of a checkpoint, in words; None where it has no digests.
+def find_damage(checkpoint: Path, shard: int = 0, shards: int = 1) -> list[str] | None:
+  """Compares the files of a checkpoint with its digests.
 
-  With `blocks`, only every file `block` modulo `blocks` is read.
+  Args:
+    checkpoint: the folder.
+    shard, shards: read only every file whose number is `shard` modulo `shards`.
+
+  Returns:
+    A phrase for each file that differs; None if the checkpoint has no digests.
   """
   if not (checkpoint / DIGESTS).is_file():
     return None
   try:
-    wanted = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-    mine = sorted((name, *digest) for name, digest in wanted.items())[block::blocks]
+    digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
+    rows = sorted((name, *digest) for name, digest in digests.items())[shard::shards]
   except (ValueError, TypeError, AttributeError, OSError) as error:
     return [f"{DIGESTS} cannot be read ({first_line(error)})"]
   with ThreadPoolExecutor() as pool:
-    found = pool.map(lambda row: _difference(checkpoint / row[0], *row[1:]), mine)
-  return [f"{row[0]} {text}" for row, text in zip(mine, found) if text]
+    differences = pool.map(lambda row: _difference(checkpoint / row[0], *row[1:]), rows)
+  return [f"{row[0]} {difference}" for row, difference in zip(rows, differences) if difference]
 
 
 def _digest(path: Path) -> tuple[int, str]:
@@ -217,7 +246,7 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def _difference(path: Path, size: int, digest: str) -> str:
-  """How a file differs from what it was; empty if it does not."""
+  """Returns a phrase about how a file differs from its digest; empty if it does not."""
   try:
     if path.stat().st_size != size:
       return f"has {path.stat().st_size} bytes instead of {size}"

@@ -1,7 +1,7 @@
-"""The compilation cache of a run, and a count of what it could not give.
+"""Keeps compiled programs on disk, and counts those that had to be compiled.
 
-Compiling takes minutes for a large model. With a cache on disk a run that is continued, or another
-one of the same shapes beside it, reads its programs instead.
+Compiling takes minutes for a large model. With a cache on disk, a continued run reads its programs
+instead, and so does another run with the same shapes beside it.
 """
 
 import time
@@ -14,18 +14,22 @@ FOLDER = "compilation_cache"  # beside the work directory
 
 
 def use_cache(setting: str, workdir: str | Path) -> Path | None:
-  """Turns the cache on for this process; the folder it is in, None where it is off.
+  """Turns on the compilation cache for this process.
 
   Args:
-    setting: `auto` (one that jax is told of already, as by JAX_COMPILATION_CACHE_DIR, else
-      `FOLDER` beside the work directory), `off`, or a folder.
+    setting: `off`, a folder, or `auto`: the cache that JAX is already configured with, by
+      JAX_COMPILATION_CACHE_DIR for instance, else `FOLDER` beside the work directory.
+    workdir: the work directory of the run.
+
+  Returns:
+    The folder of the cache; None if it is off.
   """
   if setting == "off":
     jax.config.update("jax_enable_compilation_cache", False)
     return None
-  known = jax.config.jax_compilation_cache_dir
-  if setting == "auto" and known:
-    return Path(known)
+  configured = jax.config.jax_compilation_cache_dir
+  if setting == "auto" and configured:
+    return Path(configured)
   folder = Path(workdir).absolute().parent / FOLDER if setting == "auto" else Path(setting)
   jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
   # Small programs too: there are many, and without them a continued run still compiles.
@@ -35,39 +39,45 @@ def use_cache(setting: str, workdir: str | Path) -> Path | None:
 
 
 class Watch:
-  """Counts programs and the seconds that getting them took, from when it is made until `report`."""
+  """Counts compiled programs and compilation time, from its creation to the first `report`.
+
+  Attributes:
+    programs: number of programs, compiled or read from the cache.
+    cached: number of programs read from the cache.
+    seconds: time in seconds spent on compiling or reading them.
+  """
 
   def __init__(self) -> None:
-    self._began = time.monotonic()
+    self._start = time.monotonic()
     self.programs, self.cached, self.seconds = 0, 0, 0.0
     self._open = True
-    jax.monitoring.register_event_listener(self._event)
-    jax.monitoring.register_event_duration_secs_listener(self._duration)
+    jax.monitoring.register_event_listener(self._on_event)
+    jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
-  def _event(self, name: str, **_: object) -> None:
+  def _on_event(self, name: str, **_: object) -> None:
     self.cached += name == "/jax/compilation_cache/cache_hits"
 
-  def _duration(self, name: str, seconds: float, **_: object) -> None:
+  def _on_duration(self, name: str, seconds: float, **_: object) -> None:
     if name == "/jax/core/compile/backend_compile_duration":
       self.programs += 1
       self.seconds += seconds
 
-  def report(self, say: Callable[[str], None]) -> None:
-    """Says once how long it took until here, and closes."""
+  def report(self, log: Callable[[str], None]) -> None:
+    """Logs a line with the counts and the time since creation, then closes; only the first call."""
     if self._open:
-      say(
-        f"first step after {time.monotonic() - self._began:.1f} s: {self.programs} programs in "
+      log(
+        f"first step after {time.monotonic() - self._start:.1f} s: {self.programs} programs in "
         f"{self.seconds:.1f} s, {self.programs - self.cached} of them compiled, "
         f"{self.cached} from the cache"
       )
     self.close()
 
   def close(self) -> None:
-    """Stops counting; a second call does nothing."""
+    """Stops counting. A second call does nothing."""
     if self._open:
       self._open = False
-      jax.monitoring.unregister_event_listener(self._event)
-      jax.monitoring.unregister_event_duration_listener(self._duration)
+      jax.monitoring.unregister_event_listener(self._on_event)
+      jax.monitoring.unregister_event_duration_listener(self._on_duration)
 
   def __enter__(self) -> "Watch":
     return self

@@ -1,4 +1,4 @@
-"""How a run looks while it runs: a bar in a terminal, one line per step anywhere else."""
+"""Shows a run while it runs: a progress bar in a terminal, one line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What the bar and the lines show: metric, label, format.
-SHOWN = (
+# Metrics in the bar and in the lines: (name, label, format).
+COLUMNS = (
   ("reward", "reward", "{:.3f}"),
   ("accuracy", "accuracy", "{:.3f}"),
   ("entropy", "entropy", "{:.3f}"),
@@ -18,7 +18,12 @@ SHOWN = (
 
 
 class Progress:
-  """A progress bar in a terminal, and one line per step where the output is not one."""
+  """Draws a progress bar if the output is a terminal, else prints one line per step.
+
+  Args:
+    total_steps: number of steps of the whole run.
+    start_step: first step that this process runs.
+  """
 
   def __init__(self, total_steps: int, start_step: int = 0) -> None:
     self.total_steps = total_steps
@@ -39,48 +44,54 @@ class Progress:
       MofNCompleteColumn(),
       BarColumn(bar_width=24),
       TimeRemainingColumn(compact=True),
-      TextColumn("{task.fields[shown]}", markup=False),
+      TextColumn("{task.fields[columns]}", markup=False),
     )
     self._bar.start()
-    self._row = self._bar.add_task("train", total=total_steps, completed=start_step, shown="")
+    self._task = self._bar.add_task("train", total=total_steps, completed=start_step, columns="")
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Show the metrics of a finished step; evaluations (`eval/...`) on their own line."""
+    """Shows the metrics of a finished step; those of an evaluation (`eval/...`) on their own line.
+
+    Args:
+      step: number of the step, from 0.
+      metrics: by name, NaN where a metric has no value. `step` is ignored.
+    """
     metrics = {name: value for name, value in metrics.items() if name != "step"}
-    evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-    if evaluated:
-      values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(evaluated.items()))
+    evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    if evaluation:
+      values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(evaluation.items()))
       self.print(f"step {step}: {values}")
-    if len(evaluated) == len(metrics):
+    if len(evaluation) == len(metrics):
       return
-    shown = "  ".join(
-      f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics
+    columns = "  ".join(
+      f"{label} {form.format(metrics[name])}" for name, label, form in COLUMNS if name in metrics
     )
     if self._bar:
-      self._bar.update(self._row, completed=step + 1, shown=shown)
+      self._bar.update(self._task, completed=step + 1, columns=columns)
       return
-    done = step + 1 - self._start_step
-    left = (time.monotonic() - self._start_time) / max(done, 1) * (self.total_steps - step - 1)
-    print(f"step {step + 1:>4}/{self.total_steps}  {shown}  {_minutes(left)} left", flush=True)
+    done, remaining = step + 1 - self._start_step, self.total_steps - step - 1
+    left = (time.monotonic() - self._start_time) / max(done, 1) * remaining
+    print(f"step {step + 1:>4}/{self.total_steps}  {columns}  {_minutes(left)} left", flush=True)
 
   def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-    """One line a sample: its reward, the end of its prompt, and the completion."""
+    """Prints one line per sample: its reward, the end of its prompt, and the completion."""
     for sample in samples:
       prompt, reward = sample["prompt"], sample.get("reward")
       text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
       scored = reward is not None and not math.isnan(reward)
-      given = f"{reward:6.2f}" if scored else "  none"
+      score = f"{reward:6.2f}" if scored else "  none"
       last_line = text.rstrip().rpartition("\n")[2][-60:]
-      self.print(f"  {given} | {last_line} -> {sample['completion']!r:.120}")
+      self.print(f"  {score} | {last_line} -> {sample['completion']!r:.120}")
 
   def print(self, text: str) -> None:
-    """Print a line above the bar, as it is: a completion may look like the bar's own markup."""
+    """Prints text above the bar, without markup: a completion may look like rich's own."""
     if self._bar:
       self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
       print(text, flush=True)
 
   def close(self) -> None:
+    """Ends the progress bar. A second call does nothing."""
     if self._bar:
       self._bar.stop()
 

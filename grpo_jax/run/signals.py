@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM end a run after the step it is in."""
+"""Stops a run after the current step on Ctrl-C or SIGTERM."""
 
 import contextlib
 import signal
+from types import FrameType
 from typing import Any
 
 from grpo_jax.distributed.hosts import any_host
@@ -10,47 +11,67 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Stopped(KeyboardInterrupt):
-  """The run was stopped by a signal, after a step that is saved."""
+  """Reports that the run was stopped after a step that is saved.
+
+  Args:
+    text: message for the user.
+    number: number of the signal.
+
+  Attributes:
+    exit_code: 128 + number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM.
+  """
 
   def __init__(self, text: str, number: int) -> None:
     super().__init__(text)
-    self.exit_code = 128 + number  # as shells have it: 130 after Ctrl-C, 143 after SIGTERM
+    self.exit_code = 128 + number
 
 
 class Signals:
-  """Turns Ctrl-C and SIGTERM (preemption) into a request to stop after the step.
+  """Turns Ctrl-C and SIGTERM (preemption) into a request to stop after the current step.
 
-  The second Ctrl-C stops at once; schedulers that send SIGTERM twice mean the same by both.
+  A second Ctrl-C stops at once. A second SIGTERM does not: schedulers may send several. Outside the
+  main thread nothing changes, since only the main thread may set signal handlers.
   """
 
   def __init__(self) -> None:
-    self._got = 0
-    self._before: dict[int, Any] = {}
+    self._received = 0
+    self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> "Signals":
-    with contextlib.suppress(ValueError):  # not in the main thread: somebody else's business
+    with contextlib.suppress(ValueError):  # raised outside the main thread
       for number in _NAMES:
-        self._before[number] = signal.signal(number, self._note)
+        self._previous[number] = signal.signal(number, self._handle)
     return self
 
   def of_any_host(self) -> int:
-    """The signal that this or another host got, the same number on all; 0 is none."""
-    if not any_host(self._got > 0):
+    """Returns the signal that any host received, the same number on all hosts; 0 if there is none.
+
+    All hosts have to call it. SIGTERM takes precedence over Ctrl-C.
+    """
+    if not any_host(self._received > 0):
       return 0
-    return signal.SIGTERM if any_host(self._got == signal.SIGTERM) else signal.SIGINT
+    return signal.SIGTERM if any_host(self._received == signal.SIGTERM) else signal.SIGINT
 
   def check(self, steps: int, number: int) -> None:
-    """Raises Stopped after `steps` saved steps if there was a signal; 0 is none."""
+    """Raises an error if there was a signal: call it after a step that is saved.
+
+    Args:
+      steps: number of saved steps.
+      number: number of the signal, from `of_any_host`; 0 is none.
+
+    Raises:
+      Stopped: `number` is not 0.
+    """
     if number:
       raise Stopped(f"stopped after step {steps}, which is saved", number)
 
-  def _note(self, number: int, _: object) -> None:
+  def _handle(self, number: int, _: FrameType | None) -> None:
     if number == signal.SIGINT:
       signal.signal(signal.SIGINT, signal.default_int_handler)
-    self._got = max(self._got, int(number))
+    self._received = max(self._received, int(number))
     again = " (again: stop at once)" if number == signal.SIGINT else ""
     print(f"\n{_NAMES[number]}: finishing this step, then saving{again}", flush=True)
 
   def __exit__(self, *_: object) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._previous.items():
       signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A work directory: one run at a time, its config, and files that appear whole or not at all."""
+"""Guards a work directory: one run at a time, its config, and files without partial writes."""
 
 import contextlib
 import errno
@@ -15,24 +15,26 @@ from typing import Any
 
 CONFIG = "config.json"
 LOCK = "lock"
-# What a full file system, a used-up quota and a limit on the size of files say.
+# Error numbers of a full file system, an exhausted quota, and a limit on the size of files.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class WorkdirError(ValueError):
-  """A work directory cannot be used as it is; the text says what to do."""
+  """Reports that a work directory cannot be used as it is; the message says what to do."""
 
 
 @contextlib.contextmanager
 def lock(workdir: str | Path) -> Iterator[None]:
-  """Keeps other runs out of a work directory, which is made if it is missing.
+  """Keeps other runs out of a work directory; makes it if it is missing.
 
-  The operating system holds the lock and drops it when this process ends, however it ends, so none
-  is ever left behind. Network file systems that have locks (NFS, Lustre mounted with `flock`) hold
-  it between machines; that of a machine that died is dropped when the server gives it up, for NFS
-  after about 90 s. Without locks there is a warning: nothing keeps a second run out.
+  The operating system holds the lock and releases it when this process ends, however it ends, so
+  that no stale lock can be left behind. Network file systems with locks (NFS, and Lustre mounted
+  with `flock`) hold it across machines. The lock of a machine that died is released when the server
+  gives up on it: for NFS, after about 90 s. A file system without locks gives a warning: a second
+  run is not kept out there.
 
-  Errors: WorkdirError, with the process that has it, and nothing changed in the directory.
+  Raises:
+    WorkdirError: another run uses the directory. The message names its process; no file changes.
   """
   path = Path(workdir) / LOCK
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def lock(workdir: str | Path) -> Iterator[None]:
       ) from None
     except OSError as error:
       warnings.warn(
-        f"{workdir} is on a file system without locks ({error.strerror}): take care that no second "
+        f"{workdir} is on a file system without locks ({error.strerror}): make sure that no second "
         "run uses it", RuntimeWarning, stacklevel=3,
       )  # fmt: skip
     file.truncate(0)
@@ -58,24 +60,28 @@ def lock(workdir: str | Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-  """Write a file so that a kill at any moment leaves the old one or the new one, never a part."""
-  part = path.with_name(f".{path.name}.part")
-  with part.open("w", encoding="utf-8") as file:
+  """Writes a file atomically: a kill leaves either the old content or the new one."""
+  partial = path.with_name(f".{path.name}.part")
+  with partial.open("w", encoding="utf-8") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-  os.replace(part, path)
+  os.replace(partial, path)
 
 
 def write_config(workdir: str | Path, config: dict[str, Any]) -> None:
-  """Puts the config of the run beside its checkpoints."""
+  """Writes the config of the run to `config.json`."""
   write_whole(Path(workdir) / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_config(workdir: str | Path) -> dict[str, Any] | None:
-  """The config that the work directory was started with; None in a new one.
+  """Reads the config that the run in a work directory was started with.
 
-  Errors: WorkdirError where the file is not a config.
+  Returns:
+    The fields as they were saved, or None if there is no config yet.
+
+  Raises:
+    WorkdirError: the file is not a config.
   """
   path = Path(workdir) / CONFIG
   if not path.is_file():
@@ -87,29 +93,30 @@ def read_config(workdir: str | Path) -> dict[str, Any] | None:
     return config
   except ValueError as error:
     raise WorkdirError(
-      f"{path} is damaged ({error}), so it is not known what this run was started with. Put a copy "
-      "of it back; or remove it, and the next command's config is taken for the run's"
+      f"{path} is damaged ({error}), so the config that this run was started with is unknown. Put "
+      "a copy of it back; or remove it, and the config of the next command becomes the run's"
     ) from error
 
 
 def is_full(error: BaseException) -> bool:
-  """Whether an error, or what led to it, is that there is no room for a file."""
-  texts = [os.strerror(number) for number in FULL]
-  seen: BaseException | None = error
-  while seen is not None:
-    if getattr(seen, "errno", None) in FULL or any(text in str(seen) for text in texts):
+  """Tells whether an error, or one that it arose from, means that the file system is full."""
+  messages = [os.strerror(number) for number in FULL]
+  cause: BaseException | None = error
+  while cause is not None:
+    if getattr(cause, "errno", None) in FULL or any(text in str(cause) for text in messages):
       return True
-    seen = seen.__cause__ or seen.__context__
+    cause = cause.__cause__ or cause.__context__
   return False
 
 
-def room(path: str | Path) -> str:
-  """How much is free where a path is, in words.
+def free_space(path: str | Path) -> str:
+  """Returns a phrase with the free space, in MiB, of the file system that a path is on.
 
-  >>> room("/").endswith("free on the file system at /")
-  True
+  Example:
+    >>> free_space("/").endswith("free on the file system at /")
+    True
   """
-  place = Path(path).resolve()
-  while not place.exists() or not os.path.ismount(place):
-    place = place.parent
-  return f"{shutil.disk_usage(place).free / 2**20:.1f} MiB are free on the file system at {place}"
+  mount = Path(path).resolve()
+  while not mount.exists() or not os.path.ismount(mount):
+    mount = mount.parent
+  return f"{shutil.disk_usage(mount).free / 2**20:.1f} MiB are free on the file system at {mount}"

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and what is done about it."""
+"""Tests that damaged checkpoints are found and skipped, and that nothing is lost over it."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from grpo_jax.run import checkpoint, workdir
 
 
 def state_after(step):
-  """Some state that differs from step to step, of two arrays and a scalar."""
+  """A state of two arrays and a scalar that differs from step to step."""
   params = {"w": jnp.arange(600.0).reshape(20, 30) + step, "b": jnp.full((4,), 0.5 * step)}
   opt_state = optax.adam(0.1).init(params)
   return TrainState(jnp.int32(step), params, jax.tree.map(lambda a: a + step, opt_state))
@@ -42,39 +42,39 @@ def data_file(run, step):
   return max(files, key=lambda path: path.stat().st_size)
 
 
-def flip(path):
+def flip_a_bit(path):
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
   path.write_bytes(content)
 
 
-def cut(path):
+def truncate(path):
   path.write_bytes(path.read_bytes()[:-7])
 
 
-def resumed(run, **options):
-  """(step, state, the lines told)."""
+def resume(run, **options):
+  """(step, state, the lines that were logged)."""
   lines = []
   with checkpoint.Checkpoints(run, keep=3, **options) as checkpoints:
     return *checkpoints.resume(state_after(0), lines.append), lines
 
 
-def same(a, b):
+def equal(a, b):
   return all(
     np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )
 
 
-def everything(run):
+def contents(run):
   return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_checkpoint_has_the_digests_of_its_files_and_comes_back(run):
-  before = everything(run)
-  step, state, lines = resumed(run)
+def test_a_checkpoint_holds_the_digests_of_its_files_and_is_restored(run):
+  before = contents(run)
+  step, state, lines = resume(run)
   assert (step, lines) == (3, [])
-  assert same(state, state_after(3))
-  assert everything(run) == before
+  assert equal(state, state_after(3))
+  assert contents(run) == before
   folder = run / "checkpoints" / "3"
   digests = json.loads((folder / checkpoint.DIGESTS).read_text())
   name = str(data_file(run, 3).relative_to(folder))
@@ -87,97 +87,97 @@ def test_a_checkpoint_has_the_digests_of_its_files_and_comes_back(run):
 @pytest.mark.parametrize(
   ("harm", "message"),
   [
-    (flip, " has other contents than were written"),
-    (cut, " bytes instead of "),
+    (flip_a_bit, " has other contents than were written"),
+    (truncate, " bytes instead of "),
     (lambda path: path.unlink(), " is missing"),
   ],
 )
-def test_the_previous_good_one_is_used_and_it_is_said(run, harm, message):
+def test_the_newest_checkpoint_without_damage_is_used(run, harm, message):
   name = data_file(run, 3).name
   harm(data_file(run, 3))
-  flip(data_file(run, 2))
+  flip_a_bit(data_file(run, 2))
   damaged = data_file(run, 2).read_bytes()
-  step, state, lines = resumed(run)
+  step, state, lines = resume(run)
   assert step == 1
-  assert same(state, state_after(1))
+  assert equal(state, state_after(1))
   assert lines[0].startswith("checkpoint 3 is damaged: default/ocdbt.process_0/d/" + name)
   assert message in lines[0]
   assert lines[0].endswith(f"it is kept in {run / 'damaged'}")
   assert lines[1].startswith("checkpoint 2 is damaged: ")
-  assert lines[2] == "continuing from checkpoint 1, the newest that is whole"
-  # They are not in the way of those steps, and are not deleted.
+  assert lines[2] == "continuing from checkpoint 1, the newest without damage"
+  # The damaged ones are kept, and do not block saving these steps again.
   with checkpoint.Checkpoints(run, keep=3) as checkpoints:
     checkpoints.save(2, state_after(2))
-  assert same(resumed(run)[1], state_after(2))
+  assert equal(resume(run)[1], state_after(2))
   assert sorted(path.name for path in (run / "damaged").iterdir()) == ["2", "3"]
-  flip(data_file(run, 2))
-  assert resumed(run)[0] == 1
+  flip_a_bit(data_file(run, 2))
+  assert resume(run)[0] == 1
   assert sorted(path.name for path in (run / "damaged").iterdir()) == ["2", "2-2", "3"]
-  kept = next((run / "damaged" / "2").rglob("ocdbt.process_0/d")).iterdir()
-  assert damaged in [path.read_bytes() for path in kept]
+  files = next((run / "damaged" / "2").rglob("ocdbt.process_0/d")).iterdir()
+  assert damaged in [path.read_bytes() for path in files]
 
 
-def test_no_good_one_is_an_error_and_nothing_is_touched(run):
+def test_damage_to_all_checkpoints_is_an_error_and_nothing_is_changed(run):
   for step in (1, 2, 3):
-    flip(data_file(run, step))
-  before = everything(run)
+    flip_a_bit(data_file(run, step))
+  before = contents(run)
   with pytest.raises(workdir.WorkdirError) as caught:
-    resumed(run)
+    resume(run)
   text = str(caught.value)
   assert f"every checkpoint in {run / 'checkpoints'} is damaged" in text
   assert "- 1: default/" in text
   assert "- 3: default/" in text
   assert "Put back a copy of one of them" in text
-  assert everything(run) == before
+  assert contents(run) == before
 
 
-def test_without_digests_a_checkpoint_counts_if_it_can_be_read(run):
+def test_a_checkpoint_without_digests_is_used_if_it_can_be_read(run):
   (run / "checkpoints" / "3" / checkpoint.DIGESTS).unlink()
-  assert checkpoint.damage(run / "checkpoints" / "3") is None
-  assert resumed(run)[0] == 3
+  assert checkpoint.find_damage(run / "checkpoints" / "3") is None
+  assert resume(run)[0] == 3
   (run / "checkpoints" / "3" / "default" / "_METADATA").write_text("{")
-  step, state, lines = resumed(run)
+  step, state, lines = resume(run)
   assert step == 2
-  assert same(state, state_after(2))
+  assert equal(state, state_after(2))
   assert f"it has no {checkpoint.DIGESTS} and cannot be read" in lines[0]
 
 
-def test_damaged_digests_are_damage(run):
-  cut(run / "checkpoints" / "3" / checkpoint.DIGESTS)
-  step, _, lines = resumed(run)
+def test_damaged_digests_count_as_damage(run):
+  truncate(run / "checkpoints" / "3" / checkpoint.DIGESTS)
+  step, _, lines = resume(run)
   assert step == 2
   assert f"{checkpoint.DIGESTS} cannot be read" in lines[0]
 
 
-def test_each_of_several_hosts_reads_its_share(run):
+def test_each_of_several_hosts_checks_its_share_of_the_files(run):
   folder = run / "checkpoints" / "3"
-  flip(data_file(run, 3))
-  found = [checkpoint.damage(folder, host, 3) for host in range(3)]
-  assert sorted(map(len, found)) == [0, 0, 1]
-  assert checkpoint.damage(folder) == [text for part in found for text in part]
+  flip_a_bit(data_file(run, 3))
+  problems = [checkpoint.find_damage(folder, host, 3) for host in range(3)]
+  assert sorted(map(len, problems)) == [0, 0, 1]
+  assert checkpoint.find_damage(folder) == [text for part in problems for text in part]
 
 
 def test_readers_change_nothing(run):
-  flip(data_file(run, 3))
-  (run / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()  # a run beside is writing it
-  before = everything(run)
-  step, _, lines = resumed(run, read_only=True)
+  flip_a_bit(data_file(run, 3))
+  (run / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()  # another process is writing it
+  before = contents(run)
+  step, _, lines = resume(run, read_only=True)
   assert step == 2
-  assert lines[0].endswith("it is left out")
-  assert everything(run) == before
+  assert lines[0].endswith("it is skipped")
+  assert contents(run) == before
   assert (run / "checkpoints" / "4.orbax-checkpoint-tmp").is_dir()
-  assert resumed(run)[0] == 2
+  assert resume(run)[0] == 2
   assert not (run / "checkpoints" / "4.orbax-checkpoint-tmp").exists()
 
 
-def test_none_at_all_is_a_start(tmp_path):
-  step, state, lines = resumed(tmp_path)
+def test_a_run_without_checkpoints_starts_at_step_0(tmp_path):
+  step, state, lines = resume(tmp_path)
   assert (step, lines) == (0, [])
-  assert same(state, state_after(0))
+  assert equal(state, state_after(0))
 
 
 def test_a_save_that_fails_is_explained(run):
-  """Here, because a file stands where the folder of the checkpoints was."""
+  """It fails because a file takes the place of the checkpoints' folder."""
   checkpoints = checkpoint.Checkpoints(run, keep=3)
   (run / "checkpoints").rename(run / "elsewhere")
   (run / "checkpoints").write_text("")

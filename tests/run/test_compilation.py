@@ -1,4 +1,4 @@
-"""The compilation cache: where it is, and that a continued run compiles nothing anew."""
+"""Tests where the compilation cache is, and that a continued run reads all programs from it."""
 
 import os
 import re
@@ -9,7 +9,6 @@ import sys
 import jax
 import pytest
 
-from grpo_jax.config import default_config, from_saved
 from grpo_jax.run import compilation
 
 SETTINGS = (
@@ -21,15 +20,15 @@ SETTINGS = (
 
 
 @pytest.fixture
-def untouched():
-  """jax's settings as they were, after the test."""
+def restored_settings():
+  """Puts JAX's settings back after the test."""
   before = {name: getattr(jax.config, name) for name in SETTINGS}
   yield
   for name, value in before.items():
     jax.config.update(name, value)
 
 
-def test_where_the_cache_is(untouched, tmp_path):
+def test_the_cache_is_where_the_setting_says(restored_settings, tmp_path):
   jax.config.update("jax_compilation_cache_dir", None)
   work = tmp_path / "runs" / "a"
   assert compilation.use_cache("auto", work) == tmp_path / "runs" / "compilation_cache"
@@ -44,27 +43,20 @@ def test_where_the_cache_is(untouched, tmp_path):
   assert not jax.config.jax_enable_compilation_cache
 
 
-def test_a_watch_counts_until_the_first_step():
-  said = []
+def test_a_watch_counts_until_its_first_report():
+  lines = []
   with compilation.Watch() as watch:
     jax.jit(lambda x: x * 3 + watch.programs)(1.0)
-    watch.report(said.append)
+    watch.report(lines.append)
     jax.jit(lambda x: x * 5 - 1)(1.0)
-    watch.report(said.append)
-  assert len(said) == 1
-  assert re.search(r"after \d+\.\d s: [1-9]\d* programs", said[0])
+    watch.report(lines.append)
+  assert len(lines) == 1
+  assert re.search(r"after \d+\.\d s: [1-9]\d* programs", lines[0])
+  assert f": {watch.programs} programs" in lines[0]  # the last `jit` came after the report
 
 
-def test_a_config_from_before_a_field_gets_its_default():
-  saved = {"seed": 4, "rollout": {"stop": ["x"]}, "task": {"settings": {"eval_size": 3}}}
-  config = from_saved(saved)
-  assert (config.seed, config.task.settings.eval_size, config.train.max_skipped) == (4, 3, 5)
-  assert config.rollout.group_size == default_config().rollout.group_size
-  assert list(config.rollout.stop) == ["x"]
-
-
-def test_a_continued_run_compiles_nothing_anew(tmp_path):
-  """Four steps; two of them are taken away and run again, by another process."""
+def test_a_continued_run_compiles_nothing(tmp_path):
+  """Runs four steps, removes two of the checkpoints, and runs these steps in another process."""
   environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
   environment = {k: v for k, v in environment.items() if not k.startswith("JAX_PERSISTENT")}
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -77,12 +69,12 @@ def test_a_continued_run_compiles_nothing_anew(tmp_path):
   def train():
     command = [sys.executable, "-m", "grpo_jax.train", "--config", "experiments/tiny.py"]
     command += ["--workdir", str(work), *(f"--config.{option}" for option in options)]
-    done = subprocess.run(
+    completed = subprocess.run(
       command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert done.returncode == 0, done.stdout
-    counts = re.search(r"(\d+) of them compiled, (\d+) from the cache", done.stdout)
-    # Beside each entry jax keeps a file with the time it was last read.
+    assert completed.returncode == 0, completed.stdout
+    counts = re.search(r"(\d+) of them compiled, (\d+) from the cache", completed.stdout)
+    # Beside each entry, JAX keeps a file with the time of its last use.
     return [int(n) for n in counts.groups()], {p.name for p in cache.glob("*-cache")}
 
   (compiled, cached), entries = train()

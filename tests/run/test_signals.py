@@ -51,6 +51,14 @@ def test_outside_the_main_thread_signals_are_left_alone():
   assert stops == [(0, before)]
 
 
+def test_a_check_raises_only_after_a_signal():
+  signals = Signals()
+  signals.check(3, 0)
+  with pytest.raises(Stopped, match="stopped after step 3, which is saved") as caught:
+    signals.check(3, signal.SIGTERM)
+  assert caught.value.exit_code == 143
+
+
 def test_stopped_carries_the_exit_code_of_shells():
   assert Stopped("x", signal.SIGINT).exit_code == 130
   assert Stopped("x", signal.SIGTERM).exit_code == 143

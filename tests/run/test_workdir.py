@@ -1,4 +1,4 @@
-"""Work directories: one run at a time, a config that is whole or explained, full disks."""
+"""Tests that a work directory serves one run at a time, and that damage to it is explained."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from grpo_jax.run import workdir
 
-HOLD = """
+HOLD_LOCK = """
 import sys, time
 from grpo_jax.run import workdir
 with workdir.lock(sys.argv[1]):
@@ -20,9 +20,9 @@ with workdir.lock(sys.argv[1]):
 """
 
 
-def test_one_run_at_a_time_and_a_kill_leaves_nothing_behind(tmp_path):
+def test_one_run_at_a_time_and_a_kill_releases_the_lock(tmp_path):
   folder = tmp_path / "new"
-  command = [sys.executable, "-c", HOLD, str(folder)]
+  command = [sys.executable, "-c", HOLD_LOCK, str(folder)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
     try:
       assert other.stdout.readline() == "held\n"
@@ -50,7 +50,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
       pass
 
 
-def test_a_config_comes_back_and_no_part_of_a_file_is_left(tmp_path):
+def test_a_config_is_read_back_and_no_partial_file_is_left(tmp_path):
   assert workdir.read_config(tmp_path) is None
   for config in ({"a": 1, "b": {"c": [1, None]}}, {"a": 2}):
     workdir.write_config(tmp_path, config)
@@ -67,21 +67,24 @@ def test_a_damaged_config_is_explained(tmp_path, text):
   assert "Put a copy of it back; or remove it" in str(caught.value)
 
 
-def test_what_a_full_disk_looks_like(tmp_path):
+def test_a_full_file_system_is_recognized():
   assert workdir.is_full(OSError(errno.ENOSPC, "x"))
   assert workdir.is_full(OSError(errno.EDQUOT, "x"))
   assert workdir.is_full(ValueError("writing failed: No space left on device [source a.cc:1]"))
   assert not workdir.is_full(OSError(errno.ENOENT, "x"))
-  later = ValueError("y")
-  later.__cause__ = OSError(errno.ENOSPC, "x")
-  assert workdir.is_full(later)
-  free, _, rest = workdir.room(tmp_path / "not" / "there").partition(" MiB are free on ")
+  outer = ValueError("y")
+  outer.__cause__ = OSError(errno.ENOSPC, "x")
+  assert workdir.is_full(outer)
+
+
+def test_free_space_is_that_of_the_file_system_of_a_path(tmp_path):
+  free, _, rest = workdir.free_space(tmp_path / "not" / "there").partition(" MiB are free on ")
   assert float(free) >= 0
   assert Path(rest.removeprefix("the file system at ")).is_mount()
 
 
-def test_a_file_is_replaced_whole(tmp_path):
-  """What a reader has open stays what it was."""
+def test_a_file_is_replaced_atomically(tmp_path):
+  """A reader that has the file open still sees the old content."""
   path = tmp_path / "x.json"
   workdir.write_whole(path, json.dumps([1]))
   with path.open() as reader:
