@@ -184,12 +184,18 @@ def build(config: ConfigDict) -> Run:
   problems = configs.check(c, jax.device_count())
 
   attempt = partial(configs.attempt, problems)
-  algorithm = attempt(lambda: make_algorithm(c.algorithm))
-  task = attempt(lambda: tasks.make_task(c.task.name, **c.task.settings.to_dict()))
-  weights = attempt(lambda: open_weights(c.model.source, seed=c.seed))
-  tokenizer = attempt(lambda: tokens.load_tokenizer(c.model.source)) if weights else None
+  algorithm = attempt(lambda: make_algorithm(c.algorithm), "algorithm")
+  task = attempt(
+    lambda: tasks.make_task(c.task.name, **c.task.settings.to_dict()), f"task {c.task.name!r}"
+  )
+  weights = attempt(lambda: open_weights(c.model.source, seed=c.seed), f"model {c.model.source!r}")
+  tokenizer = weights and attempt(
+    lambda: tokens.load_tokenizer(c.model.source), f"the tokenizer of {c.model.source!r}"
+  )
   if c.reward_model.source:
-    learned = attempt(lambda: RewardModel.load(c.reward_model.source))
+    learned = attempt(
+      lambda: RewardModel.load(c.reward_model.source), f"reward model {c.reward_model.source!r}"
+    )
     if task and learned:
       rewards = {**task.rewards, LEARNED: (learned, c.reward_model.weight)}
       task = dataclasses.replace(task, rewards=rewards)
@@ -197,7 +203,9 @@ def build(config: ConfigDict) -> Run:
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
 
-  task, prompt_length = attempt(lambda: _fit_task(c.rollout, task, tokenizer)) or (task, 1)
+  task, prompt_length = attempt(
+    lambda: _fit_task(c.rollout, task, tokenizer), "the prompts of the task"
+  ) or (task, 1)
   problems += _misfits(c, weights.config, task, tokenizer, algorithm, prompt_length)
   if problems:
     raise configs.ConfigError(problems)
@@ -315,7 +323,9 @@ def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Arr
   """Returns `lora.init` for this model, None without adapters; ValueError for a misfit."""
   if settings.rank == 0:
     return None
-  make = partial(lora.init, shapes=weights.shapes, pattern=settings.targets, rank=settings.rank)
+  make = partial(
+    lora.init, shapes=weights.shapes, pattern=lora.as_pattern(settings.targets), rank=settings.rank
+  )
   jax.eval_shape(make, jax.random.key(0))
   return make
 

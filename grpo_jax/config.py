@@ -8,16 +8,72 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-ATTENTION = ("auto", "tiled", "splash", "cudnn")  # values of model.attention
+# Fields that hold one of a few words.
+VALUES = {
+  "model.dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "dots", "layers"),
+  "model.attention": ("auto", "tiled", "splash", "cudnn"),
+  "rollout.overlong": ("error", "drop"),
+  "optimizer.schedule": ("constant", "linear", "cosine"),
+  "train.reduction": ("fast", "deterministic"),
+}
+LARGEST = 2**31 - 1  # of any number without a limit of its own: what int32 holds
+STOP_LENGTH = 200  # characters of a stop string
+_WEEKS = 10**7  # seconds: no wait is longer than 16 weeks
+# Smallest and largest value of a number, and the words for the error.
+RANGES: dict[str, tuple[float, float, str]] = {
+  "seed": (0, 2**32 - 1, "at least 0"),
+  "steps": (1, LARGEST, "at least 1"),
+  "lora.rank": (0, LARGEST, "at least 0"),
+  "lora.alpha": (0, LARGEST, "above 0"),
+  "rollout.prompts_per_step": (1, LARGEST, "at least 1"),
+  "rollout.group_size": (2, LARGEST, "at least 2: a group of one has no variance"),
+  "rollout.prompt_length": (0, LARGEST, "at least 0 tokens"),
+  "rollout.completion_length": (1, LARGEST, "at least 1"),
+  "rollout.temperature": (0, LARGEST, "above 0 (evaluation is always greedy)"),
+  "rollout.max_resamples": (0, LARGEST, "at least 0"),
+  "rewards.workers": (0, 1024, "at least 0"),
+  "rewards.timeout": (0, _WEEKS, "above 0 seconds"),
+  "reference.sync_every": (0, LARGEST, "at least 0"),
+  "reference.sync_share": (0, 1, "above 0 and at most 1"),
+  "algorithm.beta": (0, LARGEST, "at least 0"),
+  "algorithm.clip_low": (0, 1, "between 0 and 1"),
+  "algorithm.clip_high": (0, LARGEST, "at least 0"),
+  "optimizer.learning_rate": (0, LARGEST, "above 0"),
+  "optimizer.warmup_steps": (0, LARGEST, "at least 0"),
+  "optimizer.final_fraction": (0, 1, "between 0 and 1"),
+  "optimizer.beta1": (0, 1 - 2**-53, "in [0, 1)"),
+  "optimizer.beta2": (0, 1 - 2**-53, "in [0, 1)"),
+  "optimizer.eps": (0, 1, "between 0 and 1"),
+  "optimizer.weight_decay": (0, LARGEST, "at least 0"),
+  "optimizer.clip_norm": (0, LARGEST, "at least 0"),
+  "train.epochs": (1, LARGEST, "at least 1"),
+  "train.mini_batches": (1, LARGEST, "at least 1"),
+  "train.micro_batches": (1, LARGEST, "at least 1"),
+  "train.micro_batch_tokens": (0, LARGEST, "at least 0"),
+  "train.chunks": (1, LARGEST, "at least 1"),
+  "train.max_skipped": (1, LARGEST, "at least 1"),
+  "train.spike": (0, LARGEST, "0 (off) or above 1"),
+  "hosts.heartbeat": (1, _WEEKS, "at least 1 second"),
+  "hosts.wait": (0, _WEEKS, "above 0 seconds"),
+  "eval.every": (0, LARGEST, "at least 0"),
+  "eval.batch_prompts": (1, LARGEST, "at least 1"),
+  "eval.samples": (0, LARGEST, "at least 0"),
+  "checkpoint.every": (1, LARGEST, "at least 1"),
+  "checkpoint.keep": (1, LARGEST, "at least 1"),
+  "log.samples": (0, LARGEST, "at least 0"),
+  "log.samples_every": (0, LARGEST, "at least 0"),
+}
 # Fields that are a name or a function: `algorithm.advantage` and its siblings.
 CHOICES = ("advantage", "ratio", "trust_region", "kl", "correction", "average")
 # Names of before, which saved runs, experiment files and command lines may still hold.
@@ -68,13 +124,21 @@ def _notify(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
-def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
-  """Returns `make()`; where that raises, appends the message to `problems` and returns None."""
+def attempt(problems: list[str], make: Callable[[], Any], what: str = "") -> Any:
+  """Returns `make()`; where that raises, appends the message to `problems` and returns None.
+
+  A user's file can raise anything, and can end the process: all of it becomes a problem.
+
+  Args:
+    what: names what is made, for errors that do not say so themselves.
+  """
   try:
     return make()
   except (ValueError, FileNotFoundError, ImportError) as error:
     problems.append(str(error))
-    return None
+  except (Exception, SystemExit) as error:
+    problems.append(f"{what or 'the config'}: {type(error).__name__}: {error}")
+  return None
 
 
 def default_config() -> ConfigDict:
@@ -96,7 +160,8 @@ def default_config() -> ConfigDict:
   c.lora = Section()  # train low-rank adapters instead of the weights
   c.lora.rank = 0  # 0 = train all weights
   c.lora.alpha = 16.0  # adapters are scaled by alpha / rank
-  c.lora.targets = "q|k|v|o|gate|up|down"  # regular expression: matrices of a layer with adapters
+  # Matrices of a layer with adapters: a regular expression, or a list of names ("q" or "q_proj").
+  c.lora.targets = FieldReference("q|k|v|o|gate|up|down", field_type=object)
 
   c.task = Section()
   c.task.name = "reasoning_gym"  # a key of grpo_jax.tasks.TASKS
@@ -293,54 +358,54 @@ def load_function(text: str) -> Callable:
 
 def check(config: ConfigDict, device_count: int) -> list[str]:
   """Returns everything that is wrong with the numbers of a config; empty if nothing is."""
-  c, problems = config, []
+  c, problems = config, _check_ranges(config)
 
   def need(holds: bool, name: str, allowed: str) -> None:
     if not holds:
-      value = c
-      for part in name.split("."):
-        value = value[part]
-      problems.append(f"{name} is {value!r}, it must be {allowed}")
+      problems.append(f"{name} is {_get(c, name)!r}, it must be {allowed}")
 
-  for name in ("steps", "rollout.prompts_per_step", "rollout.completion_length"):
-    need(_get(c, name) >= 1, name, "at least 1")
-  need(
-    c.rollout.group_size >= 2, "rollout.group_size", "at least 2: a group of one has no variance"
-  )
-  need(c.rollout.temperature > 0, "rollout.temperature", "above 0 (evaluation is always greedy)")
-  need(c.rollout.prompt_length >= 0, "rollout.prompt_length", "at least 0 tokens")
-  need(c.rollout.overlong in ("error", "drop"), "rollout.overlong", "'error' or 'drop'")
-  need(c.model.dtype in ("float32", "bfloat16"), "model.dtype", "'float32' or 'bfloat16'")
-  need(c.model.remat in ("none", "dots", "layers"), "model.remat", "'none', 'dots' or 'layers'")
-  need(c.model.attention in ATTENTION, "model.attention", _one_of(ATTENTION))
-  need(c.optimizer.learning_rate > 0, "optimizer.learning_rate", "above 0")
-  need(c.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0")
-  need(0 <= c.optimizer.final_fraction <= 1, "optimizer.final_fraction", "between 0 and 1")
-  need(0 <= c.optimizer.beta1 < 1, "optimizer.beta1", "in [0, 1)")
-  need(0 <= c.optimizer.beta2 < 1, "optimizer.beta2", "in [0, 1)")
-  for name in ("eps", "weight_decay", "clip_norm"):
-    need(c.optimizer[name] >= 0, f"optimizer.{name}", "at least 0")
-  need(c.optimizer.schedule in ("constant", "linear", "cosine"), "optimizer.schedule",
-       "'constant', 'linear' or 'cosine'")  # fmt: skip
-  for name in ("eval.every", "eval.samples", "log.samples", "log.samples_every"):
-    need(_get(c, name) >= 0, name, "at least 0")
-  for name in ("eval.batch_prompts", "checkpoint.every", "checkpoint.keep",
-               "train.micro_batches", "train.mini_batches", "train.epochs",
-               "train.max_skipped", "train.chunks"):  # fmt: skip
-    need(_get(c, name) >= 1, name, "at least 1")
-  for name in ("rollout.max_resamples", "rewards.workers", "reference.sync_every", "lora.rank",
-               "train.micro_batch_tokens"):  # fmt: skip
-    need(_get(c, name) >= 0, name, "at least 0")
-  need(
-    c.train.reduction in ("fast", "deterministic"), "train.reduction", "'fast' or 'deterministic'"
-  )
+  for name, allowed in VALUES.items():
+    need(_get(c, name) in allowed, name, _one_of(allowed))
   need(c.train.spike == 0 or c.train.spike > 1, "train.spike", "0 (off) or above 1")
-  need(c.hosts.heartbeat >= 1, "hosts.heartbeat", "at least 1 second")
-  need(c.hosts.wait > 0, "hosts.wait", "above 0 seconds")
-  need(c.rewards.timeout > 0, "rewards.timeout", "above 0 seconds")
-  need(c.lora.alpha > 0, "lora.alpha", "above 0")
-  need(0 < c.reference.sync_share <= 1, "reference.sync_share", "above 0 and at most 1")
-  return problems + _check_division(c, device_count)
+  strings = all(isinstance(text, str) and 0 < len(text) <= STOP_LENGTH for text in c.rollout.stop)
+  need(strings, "rollout.stop", f"strings of 1 to {STOP_LENGTH} characters")
+  ids = all(type(number) is int and number >= 0 for number in c.rollout.stop_ids)
+  need(ids, "rollout.stop_ids", "token ids: integers of at least 0")
+  targets = c.lora.targets
+  names = isinstance(targets, str) or (
+    isinstance(targets, list | tuple) and all(isinstance(name, str) for name in targets)
+  )
+  need(names, "lora.targets", "a regular expression, or a list of names of matrices")
+  for name in CHOICES:
+    choice = c.algorithm[name]
+    need(choice is None or isinstance(choice, str) or callable(choice), f"algorithm.{name}",
+         "a name, a function or 'file.py:function'")  # fmt: skip
+  if problems:
+    return problems
+  return _check_division(c, device_count)
+
+
+def _check_ranges(c: ConfigDict) -> list[str]:
+  """Checks that every number is finite, and within the limits of `RANGES`."""
+  problems = []
+  for name, value in _numbers(c):
+    low, high, text = RANGES.get(name, (-LARGEST, LARGEST, ""))
+    above = value > low if text.startswith("above") else value >= low
+    if not (math.isfinite(value) and above and value <= min(high, LARGEST)):
+      limit = f" and at most {high:,}" if math.isfinite(value) and value > high else ""
+      allowed = f"{text or 'a finite number'}{limit}"
+      problems.append(f"{name} is {value!r}, it must be {allowed}")
+  return problems
+
+
+def _numbers(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, float]]:
+  """Yields the name and value of every numeric field; the settings of a task are its own."""
+  for name, value in c.items():
+    if isinstance(value, ConfigDict):
+      if f"{prefix}{name}" != "task.settings":
+        yield from _numbers(value, f"{prefix}{name}.")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      yield f"{prefix}{name}", value
 
 
 def _one_of(names: tuple[str, ...]) -> str:
@@ -454,7 +519,7 @@ def _get_config(path: str) -> ConfigDict:
     raise ConfigError([f"no config {problems[0].removeprefix('no ')}"])
   try:
     config = _run_file(path).get_config()
-  except (AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:
+  except (Exception, SystemExit) as error:
     # ml_collections names the misspelt field and the nearest real one.
     raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from error
   if not isinstance(config, ConfigDict):
@@ -490,27 +555,30 @@ def _apply(config: ConfigDict, override: str) -> None:
     raise ValueError(f"{name} is a group of fields: {', '.join(sorted(node[last].keys()))}")
   # A choice of an algorithm is text, even "none".
   is_choice = parents == ["algorithm"] and last in CHOICES
-  value = text if is_choice else _parse(text, node[last], node.get_type(last))
   try:
-    node[last] = value
-  except TypeError as error:
-    raise ValueError(f"{name}={text!r}: expected {node.get_type(last).__name__}: {error}") from None
+    node[last] = text if is_choice else _parse(text, node[last], node.get_type(last))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{name}={text}: {error}") from None
 
 
 def _parse(text: str, current: Any, kind: type) -> Any:
   """Returns `text` as the type of the field; ValueError where that is impossible."""
-  if kind is str:
-    return text
   try:
     value = ast.literal_eval(
       {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
     )
-  except (ValueError, SyntaxError):
-    value = text
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    value = _unescaped(text) if kind is tuple else text
+  if kind is str:
+    if isinstance(value, list | tuple | dict | set):
+      raise ValueError(f"that is a {type(value).__name__}, the field holds text")
+    return text
   if kind is tuple:
+    if isinstance(value, dict | set):
+      raise ValueError(f"that is a {type(value).__name__}, the field holds a list")
     return tuple(value) if isinstance(value, list | tuple) else (value,)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    return _as_float(value)
   if kind is bool and not isinstance(value, bool):
     raise ValueError(f"{text!r} is not a bool; write true or false")
   if (
@@ -520,3 +588,15 @@ def _parse(text: str, current: Any, kind: type) -> Any:
   ):
     raise ValueError(f"{text!r} is not of type {kind.__name__}")
   return value
+
+
+def _as_float(value: int) -> float:
+  try:
+    return float(value)
+  except OverflowError:
+    return math.inf  # refused by `check`, with the name of the field
+
+
+def _unescaped(text: str) -> str:
+  r"""Returns text with `\n` and `\t` as the characters they name, as in a Python string."""
+  return text.replace("\\n", "\n").replace("\\t", "\t")

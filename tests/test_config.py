@@ -22,6 +22,8 @@ from grpo_jax.config import (
   override,
   to_saved,
 )
+from grpo_jax.models import lora
+from grpo_jax.models.load import open_weights
 
 TINY = "experiments/tiny.py"
 
@@ -261,3 +263,83 @@ def test_a_saved_config_without_a_newer_field_gets_its_default():
   assert (config.seed, config.task.settings.eval_size, config.train.max_skipped) == (4, 3, 5)
   assert config.rollout.group_size == default_config().rollout.group_size
   assert list(config.rollout.stop) == ["x"]
+
+
+# --- values of the wrong type, and numbers that are not finite ------------------------------------
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    "optimizer.learning_rate=1e400", "optimizer.learning_rate=nan", "optimizer.eps=1e400",
+    "optimizer.eps=-1e-8", "optimizer.weight_decay=1e400", "optimizer.beta1=nan",
+    "rollout.temperature=1e400", "rollout.temperature=1" + 400 * "0", "algorithm.clip_low=2.0",
+    "algorithm.beta=-1.0", "algorithm.tau_positive=nan", "rewards.timeout=1e400", "seed=-1",
+    "seed=4294967296", "seed=1180591620717411303424", "optimizer.warmup_steps=1000000000000",
+    "rollout.stop=5", "rollout.stop=true", "rollout.stop=(1,)", "rollout.stop=('',)",
+    "rollout.stop=" + 2000 * "x", "rollout.stop_ids=a", "rollout.stop_ids=1.0",
+    "rollout.stop_ids=None", "rollout.stop_ids=(-1,)", "lora.targets=5", "lora.targets=[1]",
+    "algorithm.advantage=", "reward_model.weight=inf",
+  ],
+)  # fmt: skip
+def test_a_number_or_type_that_cannot_be_is_refused_by_name(change):
+  name, _, text = change.partition("=")
+  section, _, field = name.rpartition(".")
+  if text in ("nan", "inf", ""):  # from an experiment file
+    c = default_config()
+    c[section][field] = float(text) if text else 3
+  else:
+    c = override(default_config(), [f"--config.{change}"])
+  problems = check(c, 1)
+  assert len(problems) == 1, problems
+  assert problems[0].startswith(f"{name} is ")
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ("steps=four", "'four' is not of type int"),
+    ("model.source=['a']", "that is a list, the field holds text"),
+    ("model.dtype={'a': 1}", "that is a dict, the field holds text"),
+    ("rollout.stop={'a'}", "that is a set, the field holds a list"),
+  ],
+)
+def test_a_value_of_another_type_is_refused_by_name(change, words):
+  with pytest.raises(ConfigError) as caught:
+    override(default_config(), [f"--config.{change}"])
+  (problem,) = caught.value.problems
+  assert problem == f"{change}: {words}"
+
+
+def test_stop_strings_on_the_command_line_may_name_a_line_break():
+  for text in (r"rollout.stop=\n", "rollout.stop=['\\n']", "rollout.stop=\n"):
+    assert override(default_config(), [f"--config.{text}"]).rollout.stop == ("\n",)
+
+
+@pytest.mark.parametrize(
+  ("text", "trained"),
+  [
+    ("['down_proj']", ("down",)), ("['q_proj','v_proj']", ("q", "v")), ("('q', 'k')", ("q", "k")),
+    ("q_proj|v_proj", ("q", "v")), ("(gate|up)_proj", ("gate", "up")), ("[qk]", ("q", "k")),
+  ],
+)  # fmt: skip
+def test_lora_targets_train_the_matrices_they_name(text, trained):
+  shapes = open_weights("random:tiny").shapes
+  c = override(default_config(), [f"--config.lora.targets={text}"])
+  assert lora.targets(shapes, lora.as_pattern(c.lora.targets)) == trained
+
+
+@pytest.mark.parametrize("text", ["['down_proj']", "q,v", '["q"]'])
+def test_text_that_looks_like_a_list_of_targets_is_refused(text):
+  c = default_config()
+  c.lora.targets, c.lora.rank = text, 2
+  with pytest.raises(ConfigError, match="looks like a list"):
+    build(c)
+
+
+@pytest.mark.parametrize("body", ["raise KeyError('x')", "import sys; sys.exit(3)", "1 / 0"])
+def test_whatever_an_experiment_file_raises_names_the_file(tmp_path, body):
+  file = tmp_path / "bad.py"
+  file.write_text(f"def get_config():\n  {body}\n")
+  with pytest.raises(ConfigError, match=r"bad\.py: (KeyError|SystemExit|ZeroDivisionError)"):
+    load(str(file))
