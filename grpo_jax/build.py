@@ -31,7 +31,7 @@ from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.io.weights import Weights
-from grpo_jax.models.kernels import KERNELS, each_layer, where_long
+from grpo_jax.models.kernels import KERNELS, by_layer, for_long_rows
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
 from grpo_jax.reward_model import RewardModel
@@ -277,12 +277,12 @@ def attention_of(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Callable[...,
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
     if kernel is None or c.train.reduction == "deterministic" or _lacks(kernel, c, shape, platform):
       return tiled_attention
-    return where_long(each_layer(meshes.over_mesh(mesh, KERNELS[kernel])))
+    return for_long_rows(by_layer(meshes.over_mesh(mesh, KERNELS[kernel])))
   if choice == "tiled":
     return tiled_attention
   if reason := _lacks(choice, c, shape, platform):
     raise ValueError(f"model.attention is {choice!r}, {reason}; set it to 'auto' or 'tiled'")
-  return each_layer(meshes.over_mesh(mesh, KERNELS[choice]))
+  return by_layer(meshes.over_mesh(mesh, KERNELS[choice]))
 
 
 def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str:

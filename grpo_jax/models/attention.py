@@ -1,36 +1,40 @@
-"""Attention in which the completions of a group read the keys of their one prompt.
+"""Computes attention in which the completions of a group share the keys of their one prompt.
 
-`tiled_attention` is the plain implementation, which runs everywhere; `kernels.py` has those for TPUs and
-GPUs. Axes: P prompts, G completions per prompt, S queries, N prompt tokens, T' tokens of a
-completion, H query heads, K key-value heads, d head width.
+`tiled_attention` is the plain implementation and runs everywhere; `kernels.py` holds those for TPUs
+and GPUs. Axes: P prompts, G completions per prompt, S queries, N prompt tokens, T' tokens of a
+completion, H query heads, K key-value heads, d head size.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, DTypeLike, Float, Int
 
 from grpo_jax.core.checks import Array
 
 KeysValues = tuple[Array, Array]
 
-# Scores of one head and sequence, queries x keys: up to how many they are computed all at once, and
-# how many at a time where there are more.
-AT_ONCE, BLOCK = 2**22, 2**19
-MASKED = -1e30  # finite, so that a query without any visible key gives numbers, not NaN
-EVERYTHING = 2**30  # the window of a layer that sees all tokens
+# Number of scores (queries x keys) of one head of one sequence: up to UNTILED_SCORES are computed
+# at once; longer sequences are cut into tiles of queries with about TILE_SCORES scores each.
+UNTILED_SCORES, TILE_SCORES = 2**22, 2**19
+MASKED = -1e30  # finite, so that a query without any visible key gives numbers instead of NaN
+UNLIMITED = 2**30  # window of a layer that sees all tokens
 
 
 def prompt_positions(mask: Bool[Array, "P N"]) -> Int[Array, "P N"]:
-  """Position of each real prompt token, counted from 0 whatever the padding."""
+  """Returns the position of each prompt token, counted from the first token that is not padding.
+
+  Example:
+    >>> prompt_positions(jnp.array([[False, True, True]])).tolist()
+    [[0, 0, 1]]
+  """
   return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
-def window_of(local: Array | bool | None, window: int) -> Int[Array, ""] | None:
-  """What `near` takes in a layer that is `local` or not; None where a model has no local layers."""
-  return None if local is None else jnp.where(local, window, EVERYTHING)
+def layer_window(local: Array | bool | None, window: int) -> Int[Array, ""] | None:
+  """Returns the window of a layer for `within_window`; None for a model without local layers."""
+  return None if local is None else jnp.where(local, window, UNLIMITED)
 
 
 def tiled_attention(
@@ -45,42 +49,45 @@ def tiled_attention(
   scale: float,
   softcap: float | None = None,
 ) -> Float[Array, "P S H d"]:
-  """Attention of whole rows: a prompt, then its completions one after another, S = N + G T'.
+  """Computes attention over whole rows: a prompt followed by its completions, S = N + G T'.
 
-  A prompt is left-padded and sees itself causally. A completion sees the whole prompt and itself
-  causally, none of the others. What padding sees is of no meaning, and nothing else sees padding.
-  All scores at once, or in blocks of queries where there are many (`over_queries`).
+  A prompt is left-padded and attends to itself causally. A completion attends to the whole prompt
+  and to itself causally, but not to the other completions. Outputs at padding positions are
+  undefined; no real token attends to padding. Long rows are cut into tiles of queries.
 
   Args:
-    local: whether this layer is one with a window, which may be known at run time only.
-    group: G; 0 for prompts alone.
-    window: of local layers: a query sees the last so many real tokens, itself included.
-    scale, softcap: as in `group_attention`.
+    local: whether this layer is local, possibly known at run time only; None for a model without
+      local layers.
+    group: completions per prompt, G; 0 if the rows are prompts only.
+    window: number of real tokens that a query of a local layer sees, including itself.
+    scale: factor on `q · k`.
+    softcap: soft cap of the scores, as in `group_attention`.
   """
-  n, last = prompt_mask.shape[1], window_of(local, window)
+  n, window_here = prompt_mask.shape[1], layer_window(local, window)
   options = {"scale": scale, "softcap": softcap}
-  slots = jnp.arange(n)
+  prompt_slots = jnp.arange(n)
 
-  def of_prompt(q, at):
-    visible = near(at[:, None] >= slots, at, slots, last) & prompt_mask[:, None, :]
+  def attend_prompt(q, index):
+    causal = within_window(index[:, None] >= prompt_slots, index, prompt_slots, window_here)
+    visible = causal & prompt_mask[:, None, :]
     own = k[:, None, :n], v[:, None, :n]
     return group_attention(q, own, visible[:, None, None, None], **options)
 
-  first = over_queries(of_prompt, q[:, None, :n], n)[:, 0]
+  of_prompt = tile_queries(attend_prompt, q[:, None, :n], n)[:, 0]
   if q.shape[1] == n:
-    return first
+    return of_prompt
   length = (q.shape[1] - n) // group
-  index, start = jnp.arange(length), prompt_mask.sum(-1)[:, None]
-  in_prompt = prompt_positions(prompt_mask)
+  slots, start = jnp.arange(length), prompt_mask.sum(-1)[:, None]
+  positions = prompt_positions(prompt_mask)
   own_q, *own = (x[:, n:].reshape(x.shape[0], group, length, *x.shape[2:]) for x in (q, k, v))
 
-  def of_completions(q, at):
-    causal = near(at[:, None] >= index, at, index, last)
-    seen = near(prompt_mask[:, None], start + at, in_prompt, last)
-    return group_attention(q, tuple(own), causal, (k[:, :n], v[:, :n]), seen, **options)
+  def attend_completions(q, index):
+    causal = within_window(index[:, None] >= slots, index, slots, window_here)
+    visible = within_window(prompt_mask[:, None], start + index, positions, window_here)
+    return group_attention(q, tuple(own), causal, (k[:, :n], v[:, :n]), visible, **options)
 
-  mixed = over_queries(of_completions, own_q, n + length)
-  return jnp.concatenate([first, mixed.reshape(q[:, n:].shape)], axis=1)
+  of_completions = tile_queries(attend_completions, own_q, n + length)
+  return jnp.concatenate([of_prompt, of_completions.reshape(q[:, n:].shape)], axis=1)
 
 
 def group_attention(
@@ -93,15 +100,21 @@ def group_attention(
   scale: float,
   softcap: float | None = None,
 ) -> Float[Array, "P G S H d"]:
-  """Attention of each sequence to its own keys [P, G, S', K, d] and to its prompt's [P, N, K, d].
+  """Computes attention of each sequence to its own keys [P, G, S', K, d] and its prompt's keys.
 
-  One softmax over both sources. The prompt's keys are read by all G sequences and never repeated.
+  One softmax runs over both sources. All G sequences read the prompt's keys [P, N, K, d], which are
+  never repeated.
 
   Args:
+    own: keys and values of the sequences.
     own_mask: true where a query sees one of its own keys; broadcastable to [S, S'].
-    prefix, prefix_mask: keys and values of the prompt, and which of its tokens a query sees.
-    scale: of `q · k`.
-    softcap: `scores = softcap * tanh(scores / softcap)`, as Gemma 2 does; None = not capped.
+    prefix: keys and values of the prompts; None if there are none.
+    prefix_mask: true where a query sees a prompt token.
+    scale: factor on `q · k`.
+    softcap: scores become `softcap * tanh(scores / softcap)`; None disables it.
+
+  References:
+    Gemma Team 2024, Gemma 2, arXiv 2408.00118, section 2 (soft cap).
   """
   k, v = own
   prompts, group, length, heads, dim = q.shape
@@ -111,36 +124,40 @@ def group_attention(
     weights = jax.nn.softmax(to_own, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("pgkrts,pgskd->pgtkrd", weights, v)
   else:
-    seen = prefix_mask[:, None, None, None]
-    to_prefix = _scores("pgtkrd,pnkd->pgkrtn", q, prefix[0], seen, softcap)
-    to_prefix, to_own = _weights(to_prefix, to_own, v.dtype)
+    visible = prefix_mask[:, None, None, None]
+    to_prefix = _scores("pgtkrd,pnkd->pgkrtn", q, prefix[0], visible, softcap)
+    to_prefix, to_own = _joint_softmax(to_prefix, to_own, v.dtype)
     mixed = jnp.einsum("pgkrtn,pnkd->pgtkrd", to_prefix, prefix[1])
     mixed += jnp.einsum("pgkrts,pgskd->pgtkrd", to_own, v)
   return mixed.reshape(prompts, group, length, heads, dim)
 
 
-def over_queries(
+def tile_queries(
   attend: Callable[[Array, Array], Array], q: Float[Array, "P G S H d"], keys: int
 ) -> Float[Array, "P G S H d"]:
-  """`attend(q, arange(S))`, for long sequences in blocks of queries, each of which sees all keys.
+  """Computes `attend(q, arange(S))`, for long sequences one tile of queries at a time.
 
-  The backward pass recomputes a block's scores, so that memory grows with queries + keys and not
-  with their product (Rabe and Staats 2021, arXiv 2112.05682, with whole rows of scores).
+  Each tile sees all keys. The backward pass recomputes the scores of a tile, so that memory grows
+  with queries + keys instead of with their product.
 
   Args:
-    attend: queries [P, G, B, H, d] and their numbers [B] -> what they see, [P, G, B, H, d].
-    keys: how many keys a query meets.
+    attend: maps queries [P, G, B, H, d] and their indices [B] to attention outputs [P, G, B, H, d].
+    q: all queries.
+    keys: number of keys that a query meets.
+
+  References:
+    Rabe and Staats 2021, arXiv 2112.05682; here with whole rows of scores.
   """
   length = q.shape[2]
-  if length * keys <= AT_ONCE:
+  if length * keys <= UNTILED_SCORES:
     return attend(q, jnp.arange(length))
-  size = max(BLOCK // keys, 1)
+  size = max(TILE_SCORES // keys, 1)
   count = -(-length // size)
-  whole = jnp.pad(q, [(0, 0), (0, 0), (0, count * size - length), (0, 0), (0, 0)])
-  blocks = jnp.moveaxis(whole.reshape(*q.shape[:2], count, size, *q.shape[3:]), 2, 0)
-  numbers = jnp.minimum(jnp.arange(count * size), length - 1).reshape(count, size)
-  mixed = jax.lax.map(jax.checkpoint(lambda block: attend(*block)), (blocks, numbers))
-  return jnp.moveaxis(mixed, 0, 2).reshape(whole.shape)[:, :, :length]
+  padded = jnp.pad(q, [(0, 0), (0, 0), (0, count * size - length), (0, 0), (0, 0)])
+  tiles = jnp.moveaxis(padded.reshape(*q.shape[:2], count, size, *q.shape[3:]), 2, 0)
+  indices = jnp.minimum(jnp.arange(count * size), length - 1).reshape(count, size)
+  mixed = jax.lax.map(jax.checkpoint(lambda tile: attend(*tile)), (tiles, indices))
+  return jnp.moveaxis(mixed, 0, 2).reshape(padded.shape)[:, :, :length]
 
 
 def cached_attention(
@@ -153,15 +170,19 @@ def cached_attention(
   scale: float,
   softcap: float | None = None,
 ) -> Float[Array, "P G H d"]:
-  """`group_attention` of one query, keys and values as they are kept while decoding.
+  """Computes `group_attention` of one query per sequence, with the cache layout of decoding.
 
-  They lie as the products read them, so that nothing of their size is copied: heads before tokens,
-  and one axis R = P·G for the completions of all prompts.
+  Keys and values are stored in the order in which the matrix products read them, so that nothing of
+  their size is copied: heads before tokens, and one axis R = P·G for all completions.
 
   Args:
-    own: keys [R, K, d, T] and values [R, K, T, d] of completions.
-    own_mask: [T] or broadcastable, true where a query sees one of its own keys.
-    prefix: [P, K, N, d], of prompts.
+    q: one query per sequence.
+    own: keys [R, K, d, T] and values [R, K, T, d] of the completions.
+    own_mask: true where a query sees one of its own keys, [T] or broadcastable.
+    prefix: keys and values [P, K, N, d] of the prompts.
+    prefix_mask: true where a query sees a prompt token.
+    scale: factor on `q · k`.
+    softcap: soft cap of the scores, as in `group_attention`.
   """
   prompts, group, heads, dim = q.shape
   kv_heads = own[0].shape[1]
@@ -171,14 +192,14 @@ def cached_attention(
     x = x.reshape(prompts, group, *x.shape[1:]).swapaxes(1, 2)
     return x.reshape(prompts, kv_heads, -1, *x.shape[4:])
 
-  def by_row(x):  # and back
+  def by_row(x):  # [P, K, G r, ...] -> [R, K, r, ...]
     x = x.reshape(prompts, kv_heads, group, -1, *x.shape[3:]).swapaxes(1, 2)
     return x.reshape(prompts * group, *x.shape[2:])
 
   rows = q.reshape(-1, *q.shape[2:])
   to_prefix = _scores("pkqd,pknd->pkqn", by_prompt(rows), prefix[0], prefix_mask[:, None], softcap)
   to_own = _scores("akrd,akdt->akrt", rows, own[0], own_mask, softcap)
-  # One softmax over both, without putting them together.
+  # One softmax over both sources, without concatenating them.
   top = jnp.maximum(by_row(to_prefix.max(-1)), to_own.max(-1))
   to_prefix = jnp.exp(to_prefix - by_prompt(top)[..., None])
   to_own = jnp.exp(to_own - top[..., None])
@@ -189,31 +210,38 @@ def cached_attention(
 
 
 def _scores(equation: str, q: Array, keys: Array, mask: Array, softcap: float | None) -> Array:
-  """Scores in float32 or wider, `MASKED` where a query does not see a key."""
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  values = jnp.einsum(equation, q, keys, preferred_element_type=wide)
+  """Returns scores in float32 or wider, `MASKED` where a query does not see a key."""
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  scores = jnp.einsum(equation, q, keys, preferred_element_type=dtype)
   if softcap is not None:
-    values = softcap * jnp.tanh(values / softcap)
-  return jnp.where(mask, values, MASKED)
+    scores = softcap * jnp.tanh(scores / softcap)
+  return jnp.where(mask, scores, MASKED)
 
 
-def _weights(to_prefix: Array, to_own: Array, dtype: Any) -> list[Array]:
-  """One softmax over scores of both sources, in its two parts."""
+def _joint_softmax(to_prefix: Array, to_own: Array, dtype: DTypeLike) -> list[Array]:
+  """Returns one softmax over the scores of both sources, split into its two parts."""
   weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
   return jnp.split(weights.astype(dtype), [to_prefix.shape[-1]], axis=-1)
 
 
-def near(
+def within_window(
   mask: Bool[Array, "..."],
   queries: Int[Array, "... q"],
   keys: Int[Array, "... k"],
   window: Int[Array, ""] | None,
 ) -> Bool[Array, "..."]:
-  """`mask`, and with a window only where a key is among the last `window` tokens of its query.
+  """Restricts `mask` to the last `window` tokens before each query, including the query itself.
 
   Args:
-    mask: broadcastable to [..., q, k].
-    queries, keys: their positions; a query is itself the last token of its window.
+    mask: true where a query sees a key; broadcastable to [..., q, k].
+    queries: positions of the queries.
+    keys: positions of the keys.
+    window: window size in tokens; None returns `mask` unchanged.
+
+  Example:
+    >>> index = jnp.arange(3)
+    >>> within_window(index[:, None] >= index, index, index, 2).astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
   """
   if window is None:
     return mask

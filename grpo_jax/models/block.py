@@ -1,12 +1,12 @@
 """Defines one transformer layer (Block), the only flax module of this project.
 
-What differs between the families is a field of ModelConfig. Axes: P prompts, S tokens, D width,
-H query heads, K key-value heads, Dh head width.
+Fields of ModelConfig say what differs between model families. Axes: P prompts, S tokens, D hidden
+size, H query heads, K key-value heads, Dh head size.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -17,24 +17,44 @@ from grpo_jax.core.checks import Array
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.rope import Rotation, rotate
 
-# q [P, S, H, Dh], k and v [P, S, K, Dh] -> mixed values [P, S, H, Dh], and whatever to keep.
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Output = TypeVar("Output")
+# Maps q [P, S, H, Dh], k and v [P, S, K, Dh] to attention outputs [P, S, H, Dh] and another value.
+Attend = Callable[[Array, Array, Array], tuple[Array, Output]]
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
 
 class Block(nn.Module):
-  """One layer: attention and a gated MLP, each behind an RMS norm, each added to its input.
+  """Computes one layer: attention and a gated MLP, each after an RMS norm and with a residual.
 
-  A projection whose parameters come with a low-rank pair `<name>_lora_a` [in, r] and
-  `<name>_lora_b` [r, out] adds `lora_scale * (h @ a) @ b` (Hu et al. 2021, arXiv 2106.09685).
+  A projection whose parameters include a low-rank pair `<name>_lora_a` [in, r] and
+  `<name>_lora_b` [r, out] adds `lora_scale * (h @ a) @ b`.
+
+  Attributes:
+    config: shape and family of the model.
+    lora_scale: factor on the product of a low-rank pair, alpha / rank.
+
+  References:
+    Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1.
   """
 
   config: ModelConfig
   lora_scale: float = 1.0
 
   @nn.compact
-  def __call__(self, x: Array, by: Rotation, attend: Attend) -> tuple[Array, Any]:
+  def __call__(
+    self, x: Float[Array, "P S D"], rotation: Rotation, attend: Attend[Output]
+  ) -> tuple[Float[Array, "P S D"], Output]:
+    """Applies the layer.
+
+    Args:
+      x: hidden states.
+      rotation: rotary embedding of the tokens' positions.
+      attend: computes attention from rotated queries, rotated keys and values.
+
+    Returns:
+      New hidden states, and the second value of `attend`.
+    """
     c = self.config
     h = self.norm(x, "attn_norm")
     q, k, v = (
@@ -43,17 +63,18 @@ class Block(nn.Module):
     )
     if c.qk_norm:
       q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
-    mixed, kept = attend(rotate(q, by), rotate(k, by), v)
+    mixed, output = attend(rotate(q, rotation), rotate(k, rotation), v)
     h = self.project(mixed.reshape(*h.shape[:-1], c.heads * c.head_dim), "o", c.width)
     x = x + (self.norm(h, "attn_post_norm") if c.post_norm else h)
     h = self.norm(x, "mlp_norm")
     gated = ACTIVATIONS[c.activation](self.project(h, "gate", c.mlp)) * self.project(h, "up", c.mlp)
     h = self.project(gated, "down", c.width)
-    return x + (self.norm(h, "mlp_post_norm") if c.post_norm else h), kept
+    return x + (self.norm(h, "mlp_post_norm") if c.post_norm else h), output
 
-  def project(self, h: Array, name: str, size: int) -> Array:
+  def project(self, h: Float[Array, "... I"], name: str, size: int) -> Float[Array, "... O"]:
+    """Multiplies by the weight `name`, and adds its bias and its low-rank pair if it has them."""
     init = nn.initializers.normal(h.shape[-1] ** -0.5)
-    out = product(h, self.param(name, init, (h.shape[-1], size)).astype(h.dtype))
+    out = matmul(h, self.param(name, init, (h.shape[-1], size)).astype(h.dtype))
     if name in self.config.biases:
       out = out + self.param(f"{name}_bias", nn.initializers.zeros, (size,)).astype(h.dtype)
     if self.has_variable("params", f"{name}_lora_a"):
@@ -61,45 +82,61 @@ class Block(nn.Module):
       out = out + (h @ a) @ b * self.lora_scale
     return out
 
-  def norm(self, h: Array, name: str) -> Array:
+  def norm(self, h: Float[Array, "... I"], name: str) -> Float[Array, "... I"]:
+    """Applies the RMS norm whose weight is `name`."""
     c = self.config
     weight = self.param(name, nn.initializers.constant(1 - c.norm_offset), (h.shape[-1],))
     return rms_norm(h, weight, c.norm_eps, c.norm_offset)
 
 
 @jax.custom_vjp
-def product(h: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Array, "... O"]:
-  """`h @ weight`, whose backward pass transposes what is narrow. No forward-mode derivatives.
+def matmul(h: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Array, "... O"]:
+  """Computes `h @ weight`; its backward pass transposes the narrower factor.
 
-  Of the two ways to contract over all rows, `h.T @ dy` and `(dy.T @ h).T`, XLA's CPU backend
-  copies a transpose of the first factor, computing what made it once more. That factor should be
-  the narrower one: for an MLP's activations the copy costs as much as the product.
+  Forward-mode derivatives are not defined.
+
+  Example:
+    >>> matmul(jnp.ones((1, 2)), jnp.array([[1.0], [2.0]])).tolist()
+    [[3.0]]
   """
   return h @ weight
 
 
-def _product_forward(h: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+def _matmul_forward(h: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
   return h @ weight, (h, weight)
 
 
-def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
   h, weight = saved
   rows = tuple(range(h.ndim - 1))
 
   def over_rows(a: Array, b: Array) -> Array:
     return jax.lax.dot_general(a, b, ((rows, rows), ((), ())))
 
+  # XLA:CPU: contracting over all rows copies a transpose of the first factor and recomputes what
+  # produced it. `h.T @ dy` and `(dy.T @ h).T` are equal, so put the narrower factor first: for the
+  # activations of an MLP the copy costs as much as the product.
   narrow_in = weight.shape[0] <= weight.shape[1]
   return dy @ weight.T, over_rows(h, dy) if narrow_in else over_rows(dy, h).T
 
 
-product.defvjp(_product_forward, _product_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def rms_norm(
   x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, offset: float = 0.0
 ) -> Float[Array, "... D"]:
-  """`x / sqrt(mean(x^2) + eps) * (offset + weight)`, computed in float32, in the dtype of `x`."""
+  """Returns `x / sqrt(mean(x^2) + eps) * (offset + weight)` in the dtype of `x`.
+
+  Computed in float32 or wider.
+
+  References:
+    Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+
+  Example:
+    >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0).round(4).tolist()
+    [0.8485, 1.1314]
+  """
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
   return (wide * scale * (offset + weight.astype(wide.dtype))).astype(x.dtype)

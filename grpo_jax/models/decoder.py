@@ -1,12 +1,12 @@
-"""A decoder-only transformer in which a prompt is computed once for its whole group.
+"""Implements a decoder-only transformer in which a prompt is computed once for its whole group.
 
-One decoder for Llama, Qwen 2 and 3, Mistral and Gemma 2 and 3: what differs between them is a field
-of ModelConfig. Parameters are a plain dict; the layers are stacked on a leading axis L and scanned.
-A model whose layers were unstacked into a tuple (`unstack`) runs them as straight-line code, which
-the CPU backend decodes with about twice as fast. The layout of the tree decides; there is no flag.
+One decoder serves Llama, Mistral, Qwen 2 and 3, and Gemma 2 and 3: fields of ModelConfig say what
+differs between them. Parameters are a plain dict whose layers are stacked on a leading axis L and
+scanned. If the layers were unstacked into a tuple (`unstack`), they run as straight-line code
+instead. The layout of the tree decides; there is no flag.
 
-Axes: P prompts, G completions per prompt, N prompt tokens, T completion tokens, D width,
-H query heads, K key-value heads, Dh head width, F MLP width, V vocabulary, L layers.
+Axes: P prompts, G completions per prompt, N prompt tokens, T completion tokens, D hidden size,
+H query heads, K key-value heads, Dh head size, F hidden size of the MLP, V vocabulary, L layers.
 """
 
 import dataclasses
@@ -16,24 +16,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, DTypeLike, Float, Int
 
 from grpo_jax.core.checks import Array, lookup
 from grpo_jax.models.attention import (
   cached_attention,
-  near,
+  layer_window,
   prompt_positions,
   tiled_attention,
-  window_of,
+  within_window,
 )
 from grpo_jax.models.block import Block, rms_norm
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.protocol import Cache, Params
 from grpo_jax.models.rope import frequencies, rotation
 
-Params = dict[str, Any]
-LANES = 16  # float32 numbers in the widest vector of a CPU
-# What the backward pass finds of a layer, the rest it computes again: everything; products with
-# weights (norms, activations and attention are cheap); its input. None = no recomputation.
+LANES = 16  # float32 numbers in the widest vector register of a CPU
+# What the forward pass of a layer saves for its backward pass, which recomputes the rest:
+# everything (None, no recomputation); the products with weights, since norms, activations and
+# attention are cheap to recompute; or only the layer's input.
 REMAT = {
   "none": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -42,32 +43,45 @@ REMAT = {
 
 
 def unstack(params: Params) -> Params:
-  """The same parameters with `layers` as a tuple of L trees: the layout for decoding."""
+  """Returns the same parameters with `layers` as a tuple of L trees, the layout for decoding.
+
+  XLA:CPU: straight-line code decodes about twice as fast as a scan over stacked layers.
+
+  Example:
+    >>> params = {"embed": jnp.zeros((5, 4)), "layers": {"q": jnp.zeros((3, 4, 4))}}
+    >>> [layer["q"].shape for layer in unstack(params)["layers"]]
+    [(4, 4), (4, 4), (4, 4)]
+  """
   layers = params["layers"]
   count = jax.tree.leaves(layers)[0].shape[0]
   return params | {"layers": tuple(jax.tree.map(lambda a: a[i], layers) for i in range(count))}  # noqa: B023
 
 
-def _over_layers(body: Callable, carry: Any, layers: Any, local: Any, per_layer: Any) -> tuple:
-  """`lax.scan` over stacked layers; straight-line code over a tuple of them.
+def _run_layers(body: Callable, carry: Any, layers: Params, local: Any, per_layer: Any) -> tuple:
+  """Runs `lax.scan` over stacked layers, or straight-line code over a tuple of them.
 
-  `body(carry, (layer, one of local, one of per_layer, number)) -> (carry, kept)`.
+  Args:
+    body: maps `carry` and (layer, its entry of `local`, its entry of `per_layer`, layer index) to
+      (new carry, output of the layer).
+
+  Returns:
+    The last carry, and the outputs of the layers: stacked, or a tuple.
   """
   if not isinstance(layers, tuple):
-    numbers = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
-    return jax.lax.scan(body, carry, (layers, local, per_layer, numbers))
-  kept = []
+    indices = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+    return jax.lax.scan(body, carry, (layers, local, per_layer, indices))
+  outputs = []
   for i, layer in enumerate(layers):
-    one = (each if each is None else each[i] for each in (local, per_layer))
-    carry, keep = body(carry, (layer, *one, i))
-    kept.append(keep)
-  return carry, tuple(kept)
+    entries = (each if each is None else each[i] for each in (local, per_layer))
+    carry, output = body(carry, (layer, *entries, i))
+    outputs.append(output)
+  return carry, tuple(outputs)
 
 
 def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tuple, tuple]:
-  """The cache with token `index` of one layer in it, and what that layer holds.
+  """Writes token `index` of one layer; returns the cache, and this layer's keys and values.
 
-  Keys lie as [R, K, Dh, T], which is what the CPU backend's product for scores reads in order.
+  XLA:CPU: keys are stored as [R, K, Dh, T], the order in which the product for scores reads them.
   """
   keys, values = cache[layer]
   own = (
@@ -78,13 +92,14 @@ def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tu
 
 
 def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tuple[tuple, tuple]:
-  """`_write_layer` where all layers are one array, which is changed in place, not copied.
+  """Does the same as `_write_layer` for a cache in which all layers are one array.
 
-  Keys lie as [L, R, K, T, Dh]: what is written for a token lies together.
+  The array is updated in place. Keys are stored as [L, R, K, T, Dh], so that the values written for
+  one token are contiguous.
   """
-  place = (layer, 0, 0, index, 0)
+  start = (layer, 0, 0, index, 0)
   cache = tuple(
-    jax.lax.dynamic_update_slice(old, x[None, ..., None, :], place) for old, x in zip(cache, new)
+    jax.lax.dynamic_update_slice(old, x[None, ..., None, :], start) for old, x in zip(cache, new)
   )
   keys, values = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
   return cache, (keys.swapaxes(-1, -2), values)
@@ -92,22 +107,35 @@ def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-  """The functions of one model; parameters are always an argument.
+  """Implements the `Model` protocol; parameters are always an argument.
 
   Attributes:
-    config: its shape.
-    dtype: dtype of activations; parameters keep their own and are cast where they are used.
-    remat: what the backward pass recomputes instead of keeping it, a key of `REMAT`.
-    lora_scale: what the product of a low-rank pair is multiplied by, alpha / rank.
-    place: `(kind, array) -> array`, told how it lies: the residual stream between layers
-      ("hidden"), and the embedding or head where it is used ("table"). See `sharding.placer`.
-    vocab_shards: blocks of the vocabulary that devices hold the head in, `sharding.vocab_shards`.
-    prompt_shards: blocks of the prompts that devices hold, `mesh.prompt_shards`.
-    attention: of whole rows, as `attention.tiled_attention` says it; `build.attention_of` chooses it.
+    config: shape and family of the model.
+    dtype: dtype of activations. Parameters keep their own and are cast where they are used.
+    remat: what the backward pass recomputes, a key of `REMAT`.
+    lora_scale: factor on the product of a low-rank pair, alpha / rank.
+    place: maps (kind, array) to the array with a sharding constraint. Called with the residual
+      stream between layers ("hidden") and with the embedding or head where it is used ("table");
+      see `mesh.placer`.
+    vocab_shards: number of shards along V in which the devices hold the head; see
+      `mesh.vocab_shards`.
+    prompt_shards: number of shards along P in which the devices hold a batch; see
+      `mesh.prompt_shards`.
+    attention: computes attention over whole rows, with the signature of
+      `attention.tiled_attention`; `build.attention_of` chooses it.
+
+  Example:
+    >>> model = Decoder(ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1,
+    ...                             head_dim=2, mlp=6))
+    >>> params = model.init(jax.random.key(0))
+    >>> prompts, completions = jnp.ones((1, 3), int), jnp.ones((1, 2, 5), int)
+    >>> hidden = model.score(params, prompts, prompts > 0, completions)
+    >>> (hidden @ model.head(params)).shape  # [P, G, T, V]
+    (1, 2, 5, 8)
   """
 
   config: ModelConfig
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   remat: str = "none"
   lora_scale: float = 1.0
   place: Callable[[str, Array], Array] = lambda kind, array: array
@@ -116,14 +144,14 @@ class Decoder:
   attention: Callable[..., Array] = tiled_attention
 
   def init(self, key: Array) -> Params:
-    """Random float32 parameters."""
+    """Returns random float32 parameters, layers stacked."""
     c = self.config
     block_key, embed_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, c.width))
-    still = (jnp.zeros((1, 1, c.head_dim // 2)),) * 2
+    unrotated = (jnp.zeros((1, 1, c.head_dim // 2)),) * 2
 
     def init_layer(key):
-      return Block(c).init(key, x, still, lambda q, k, v: (q, None))["params"]
+      return Block(c).init(key, x, unrotated, lambda q, k, v: (q, None))["params"]
 
     params = {
       "embed": jax.random.normal(embed_key, (c.vocab_size, c.width)) * c.width**-0.5,
@@ -137,29 +165,38 @@ class Decoder:
     return params
 
   def head(self, params: Params) -> Float[Array, "D V"]:
-    """The output projection: logits are `hidden @ head`, capped by `config.softcap`."""
+    """Returns the output projection: logits are `hidden @ head`, capped by `config.softcap`."""
     return self.place("table", params["embed" if self.config.tied else "head"]).T
 
   def _layers(
     self,
     params: Params,
-    tokens: Array,
-    positions: Array,
+    tokens: Int[Array, "P S"],
+    positions: Int[Array, "P S"],
     attend: Callable,
     per_layer: Any = None,
-    cache: Any = None,
+    cache: Cache = None,
     policy: Callable | None = None,
-  ) -> tuple[Array, Any, Any]:
-    """Final hidden states [P, S, D] of tokens [P, S], what attention keeps, and the new cache.
+  ) -> tuple[Float[Array, "P S D"], Any, Cache]:
+    """Runs all layers and the final norm.
 
-    `attend(q, k, v, local, one of per_layer, cache, layer) -> mixed, (cache, kept)`: the cache
-    goes from layer to layer. `local` says whether the layer has a window; None where none has.
-    `policy` says what a backward pass finds of a layer.
+    Args:
+      tokens: input tokens.
+      positions: position of each token in its own sequence.
+      attend: maps (q, k, v, local, entry of per_layer, cache, layer index) to
+        (attention outputs, (cache, output)). `local` says whether the layer is local; it is None
+        for a model without local layers. The cache is passed from layer to layer.
+      per_layer: a tree with one entry per layer.
+      cache: the cache given to the first layer.
+      policy: what a layer saves for its backward pass, a value of `REMAT`.
+
+    Returns:
+      Final hidden states, the outputs of `attend` for all layers, and the new cache.
     """
     c = self.config
     scaling = c.rope_scaling
-    turn = frequencies(c.head_dim, c.rope_theta, scaling)
-    by = rotation(positions, turn, scaling.amplitude if scaling else 1.0)
+    amplitude = scaling.amplitude if scaling else 1.0
+    by = rotation(positions, frequencies(c.head_dim, c.rope_theta, scaling), amplitude)
     local = np.array(c.local_layers) if c.local_layers else None
     if local is not None and c.local_rope_theta is not None:
       local_by = rotation(positions, frequencies(c.head_dim, c.local_rope_theta))
@@ -167,55 +204,69 @@ class Decoder:
       local_by = by
 
     def body(carry, inputs):
-      (x, cache), (layer, is_local, extra, number) = carry, inputs
+      (x, cache), (layer, is_local, entry, index) = carry, inputs
       x = self.place("hidden", x)
-      turned = by
+      layer_by = by
       if is_local is not None:
-        turned = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_by, by)
+        layer_by = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_by, by)
       block = Block(c, self.lora_scale)
-      x, (cache, keep) = block.apply(
-        {"params": layer}, x, turned, lambda *qkv: attend(*qkv, is_local, extra, cache, number)
+      x, (cache, output) = block.apply(
+        {"params": layer}, x, layer_by, lambda *qkv: attend(*qkv, is_local, entry, cache, index)
       )
-      return (self.place("hidden", x), cache), keep
+      return (self.place("hidden", x), cache), output
 
     if policy is not None:
       body = jax.checkpoint(body, policy=policy)
     table = self.place("table", params["embed"])
     x = table[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
-    (x, cache), kept = _over_layers(body, (x, cache), params["layers"], local, per_layer)
-    return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), kept, cache
+    (x, cache), outputs = _run_layers(body, (x, cache), params["layers"], local, per_layer)
+    return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), outputs, cache
 
   @property
-  def _scores(self) -> dict[str, Any]:
-    """What the config says about scores."""
+  def _score_options(self) -> dict[str, float | None]:
+    """Returns the scale and the soft cap of attention scores."""
     c = self.config
     scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
     return {"scale": scale, "softcap": c.attn_softcap}
 
   def prefill(
     self, params: Params, tokens: Int[Array, "P N"], mask: Bool[Array, "P N"]
-  ) -> tuple[Float[Array, "P D"], Any]:
-    """Hidden state of each prompt's last token (prompts are left-padded), and its keys/values.
+  ) -> tuple[Float[Array, "P D"], Cache]:
+    """Returns the hidden state of each prompt's last token, and the keys and values of all tokens.
 
-    These are 2 x [P, K, N, Dh] per layer: for each head, what `decode` reads lies together.
+    The cache is 2 x [P, K, N, Dh] per layer: the values that `decode` reads for a head are
+    contiguous.
+
+    Args:
+      params: parameters, layers stacked or unstacked.
+      tokens: left-padded prompts.
+      mask: true on prompt tokens, false on padding.
     """
 
     def attend(q, k, v, local, *_):
-      kept = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-      mixed = self.attention(q, k, v, mask, local, window=self.config.window, **self._scores)
-      return mixed, (None, kept)
+      prefix = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+      options = {"window": self.config.window, **self._score_options}
+      return self.attention(q, k, v, mask, local, **options), (None, prefix)
 
     hidden, prefix, _ = self._layers(params, tokens, prompt_positions(mask), attend)
     return hidden[:, -1], prefix
 
-  def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Any:
-    """Room for the keys and values of `length` completion tokens of R = prompts · group rows.
+  def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Cache:
+    """Returns zeros for the keys and values of `length` completion tokens.
 
-    [R, K, Dh, T] and [R, K, T, Dh] for each layer where the layers are a tuple, T rounded up to
-    what vectors hold; else 2 x [L, R, K, T, Dh]. The rows are one axis, since the CPU backend
-    copies a cache whose axes it merges or splits in the loop that changes it.
+    For R = prompts · group rows: [R, K, Dh, T] and [R, K, T, Dh] per layer if the layers are a
+    tuple, with T rounded up to the width of a vector register; 2 x [L, R, K, T, Dh] if they are
+    stacked.
+
+    Args:
+      params: parameters, of which only the layout is read.
+      prompts: number of prompts, P.
+      group: completions per prompt, G.
+      length: completion tokens, T.
     """
     c = self.config
+    # XLA:CPU: a cache whose axes are merged or split inside the decode loop is copied at every
+    # step, so prompts and completions are one axis.
     rows = (prompts * group, c.kv_heads)
     if isinstance(params["layers"], tuple):
       length = -(-length // LANES) * LANES
@@ -229,24 +280,34 @@ class Decoder:
     params: Params,
     tokens: Int[Array, "P G"],
     index: Int[Array, ""],
-    prefix: Any,
+    prefix: Cache,
     prompt_mask: Bool[Array, "P N"],
-    cache: Any,
-  ) -> tuple[Float[Array, "P G D"], Any]:
-    """Hidden states after completion token number `index` of every sequence, and the new cache."""
-    position = prompt_mask.sum(-1)[:, None] + index
-    in_prompt = prompt_positions(prompt_mask)
+    cache: Cache,
+  ) -> tuple[Float[Array, "P G D"], Cache]:
+    """Returns the hidden states after completion token number `index`, and the new cache.
 
+    Args:
+      params: parameters, layers stacked or unstacked.
+      tokens: the token of each completion.
+      index: number of tokens before it, the same for all completions.
+      prefix: the prompts' cache, from `prefill`.
+      prompt_mask: true on prompt tokens, false on padding.
+      cache: the completions' cache, from `empty_cache` or the step before.
+    """
+    position = prompt_mask.sum(-1)[:, None] + index
+    prefix_positions = prompt_positions(prompt_mask)
     write = _write_layer if isinstance(params["layers"], tuple) else _write_stacked
 
-    def attend(q, k, v, local, shared, cache, number):
-      window = window_of(local, self.config.window)
+    def attend(q, k, v, local, shared, cache, layer):
+      window = layer_window(local, self.config.window)
       new = tuple(x.reshape(-1, *x.shape[2:]) for x in (k, v))
-      cache, (keys, values) = write(cache, number, index, new)
+      cache, (keys, values) = write(cache, layer, index, new)
       slots = jnp.arange(values.shape[2])
-      written = near(slots <= index, index[None], slots, window)
-      seen = near(prompt_mask[:, None], position, in_prompt, window)
-      mixed = cached_attention(q, (keys, values), written, shared, seen, **self._scores)
+      own_mask = within_window(slots <= index, index[None], slots, window)
+      prefix_mask = within_window(prompt_mask[:, None], position, prefix_positions, window)
+      mixed = cached_attention(
+        q, (keys, values), own_mask, shared, prefix_mask, **self._score_options
+      )
       return mixed, (cache, None)
 
     positions = jnp.broadcast_to(position, tokens.shape)
@@ -260,21 +321,28 @@ class Decoder:
     prompt_mask: Bool[Array, "P N"],
     completions: Int[Array, "P G T"],
   ) -> Float[Array, "P G T D"]:
-    """Hidden states that predict each completion token: `hidden[p, g, t]` predicts token t.
+    """Returns the hidden states that predict completion tokens: `hidden[p, g, t]` predicts token t.
 
-    One row per prompt, `N + G (T - 1)` tokens long: the prompt stands once in front of its
-    completions, and gradients of all of them flow into the one computation of the prompt. The
-    first token of every completion is predicted by the prompt's last hidden state, the last
-    token predicts nothing and is not an input.
+    Each prompt is one row of `N + G (T - 1)` tokens: the prompt once, followed by its completions.
+    The gradients of all completions flow into the one computation of the prompt. The prompt's last
+    hidden state predicts the first token of every completion. The last token of a completion
+    predicts nothing and is not an input.
+
+    Args:
+      params: parameters, layers stacked or unstacked.
+      prompts: left-padded prompts.
+      prompt_mask: true on prompt tokens, false on padding.
+      completions: right-padded completions.
+
+    Raises:
+      ValueError: `remat` is not a key of `REMAT`.
     """
     policy = lookup("remat", REMAT, self.remat)
     count, n = prompts.shape
     group, length = completions.shape[1], completions.shape[2] - 1
-    index = jnp.arange(length)
     in_prompt = prompt_positions(prompt_mask)
-    start = prompt_mask.sum(-1)[:, None]
-
-    options = {"group": group, "window": self.config.window, **self._scores}
+    in_completion = prompt_mask.sum(-1)[:, None] + jnp.arange(length)
+    options = {"group": group, "window": self.config.window, **self._score_options}
 
     def attend(q, k, v, local, *_):
       return self.attention(q, k, v, prompt_mask, local, **options), (None, None)
@@ -286,7 +354,7 @@ class Decoder:
       return x.reshape(count, group * length, *x.shape[3:])
 
     tokens = jnp.concatenate([prompts, flat(completions[..., :length])], axis=1)
-    positions = jnp.concatenate([in_prompt, jnp.tile(start + index, (1, group))], axis=1)
+    positions = jnp.concatenate([in_prompt, jnp.tile(in_completion, (1, group))], axis=1)
     hidden, _, _ = self._layers(params, tokens, positions, attend, policy=policy)
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
     return jnp.concatenate([first, grouped(hidden)], axis=2)

@@ -1,14 +1,15 @@
-"""Attention of whole rows by kernels that never write scores to main memory.
+"""Computes attention over whole rows with kernels that never write scores to main memory.
 
-Each takes and returns what `attention.tiled_attention` does, but for `window`, which is a number or None
-here: `each_layer` chooses between the two. Axes: P prompts, S = N + G T' tokens of a row, N of its
-prompt, T' of each of its G completions, H query heads, K key-value heads, d head width.
+Each kernel has the signature of `attention.tiled_attention`, except that `window` is a number or
+None and there is no `local`: `by_layer` adapts a kernel to `Decoder.attention`. Axes: P prompts,
+S = N + G T' tokens of a row, N prompt tokens, T' tokens of each of its G completions, H query
+heads, K key-value heads, d head size. "Blocks" in the names of Pallas are tiles here.
 """
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,32 +20,39 @@ from jaxtyping import Bool, Float
 from grpo_jax.core.checks import Array
 from grpo_jax.models.attention import tiled_attention
 
-LANES = 128  # of a TPU: head widths are multiples of it
-# Queries and keys that splash attention works on at a time: what costs least if going on to the
-# next block takes as long as so many pairs of them do. That is what a third of a microsecond is
-# worth on a TPU v5e; it was not measured here.
-SPLASH_BLOCKS, STEP = (512, 256, 128), 2**17
-# Scores of one head and sequence from which on `where_long` takes a kernel.
-LARGE = 2**18
+LANES = 128  # lanes of a TPU vector register; head sizes are padded to a multiple of it
+# Tile sizes of splash attention in queries and keys, and the cost of starting one more tile, in
+# query-key pairs: the size with the lowest total cost is used. 2**17 pairs are about a third of a
+# microsecond on a TPU v5e; this was estimated, not measured.
+SPLASH_TILES, TILE_COST = (512, 256, 128), 2**17
+# Number of scores of one head of one sequence from which `for_long_rows` uses a kernel.
+MIN_SCORES = 2**18
 
 
 # --- splash attention -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Tree(pallas.Mask):
-  """Who sees whom in a row of `prompt + group * length` slots, asked for a block at a time.
+class TreeMask(pallas.Mask):
+  """Masks attention in a row of `prompt + group * length` slots; computed one tile at a time.
 
-  A completion sees the prompt and itself causally; with a window, the last `window` slots on the
-  way from it to the prompt's first, whatever number the completion has.
+  A completion sees the prompt and itself causally. With a window, it sees the last `window` slots
+  of its own path: the prompt followed by the completion itself, whatever the completion's index.
 
-  >>> Tree(prompt=2, length=2, group=2)[:, :].astype(int)
-  array([[1, 0, 0, 0, 0, 0],
-         [1, 1, 0, 0, 0, 0],
-         [1, 1, 1, 0, 0, 0],
-         [1, 1, 1, 1, 0, 0],
-         [1, 1, 0, 0, 1, 0],
-         [1, 1, 0, 0, 1, 1]])
+  Attributes:
+    prompt: slots of the prompt.
+    length: slots of each completion.
+    group: completions per prompt, G.
+    window: window size in slots; None means unlimited.
+
+  Example:
+    >>> TreeMask(prompt=2, length=2, group=2)[:, :].astype(int)
+    array([[1, 0, 0, 0, 0, 0],
+           [1, 1, 0, 0, 0, 0],
+           [1, 1, 1, 0, 0, 0],
+           [1, 1, 1, 1, 0, 0],
+           [1, 1, 0, 0, 1, 0],
+           [1, 1, 0, 0, 1, 1]])
   """
 
   prompt: int
@@ -54,40 +62,48 @@ class Tree(pallas.Mask):
 
   @property
   def shape(self) -> tuple[int, int]:
+    """Returns the number of queries and of keys."""
     return (self.prompt + self.group * self.length,) * 2
 
   def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-    rows, columns = (np.arange(*one.indices(self.shape[0]), dtype=np.int32) for one in index)
-    (to, i), (of, j) = self._place(rows), self._place(columns)
-    if (to[0], of[0]) == (to[-1], of[-1]):  # of two parts: the whole block is often alike
-      near, far = i[0] - j[-1], i[-1] - j[0]
-      if of[0] not in (0, to[0]) or far < 0 or near >= self._window:
-        return _all(False, (rows.size, columns.size))
-      if near >= 0 and far < self._window:
-        return _all(True, (rows.size, columns.size))
+    queries, keys = (np.arange(*part.indices(self.shape[0]), dtype=np.int32) for part in index)
+    (query_part, i), (key_part, j) = self._locate(queries), self._locate(keys)
+    shape = queries.size, keys.size
+    # Within one part of the row each, all pairs of a tile are often masked alike.
+    if (query_part[0], key_part[0]) == (query_part[-1], key_part[-1]):
+      nearest, farthest = i[0] - j[-1], i[-1] - j[0]
+      if key_part[0] not in (0, query_part[0]) or farthest < 0 or nearest >= self._window:
+        return _constant(False, shape)
+      if nearest >= 0 and farthest < self._window:
+        return _constant(True, shape)
     distance = i[:, None] - j
-    seen = (of == 0) | (of == to[:, None])
-    return seen & (distance >= 0) & (distance < self._window)
+    same_path = (key_part == 0) | (key_part == query_part[:, None])
+    return same_path & (distance >= 0) & (distance < self._window)
 
   @property
   def _window(self) -> int:
     return self.shape[0] if self.window is None else self.window
 
-  def _place(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Its completion, counted from 1, or 0 in the prompt; and slots between it and the first."""
-    part, within = np.divmod(slots - self.prompt, max(self.length, 1))
-    inside = slots < self.prompt
-    return np.where(inside, 0, part + 1), np.where(inside, slots, self.prompt + within)
+  def _locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each slot its part (0: prompt, 1..G: completion) and its position in the path."""
+    completion, offset = np.divmod(slots - self.prompt, max(self.length, 1))
+    in_prompt = slots < self.prompt
+    part = np.where(in_prompt, 0, completion + 1)
+    return part, np.where(in_prompt, slots, self.prompt + offset)
 
-  def blocks(self, size: int) -> int:
-    """Blocks of `size` x `size` with anything to see; prompt and length are multiples of it."""
+  def count_tiles(self, size: int) -> int:
+    """Returns the number of `size` x `size` tiles with at least one visible pair.
+
+    Args:
+      size: side of a tile in slots; divides `prompt` and `length`.
+    """
     window = None if self.window is None else (self.window + size - 2) // size + 1
-    inner = Tree(self.prompt // size, self.length // size, self.group, window)
-    return int(inner[:, :].sum())
+    coarse = TreeMask(self.prompt // size, self.length // size, self.group, window)
+    return int(coarse[:, :].sum())
 
 
 @lru_cache(maxsize=8)
-def _all(value: bool, shape: tuple[int, int]) -> np.ndarray:
+def _constant(value: bool, shape: tuple[int, int]) -> np.ndarray:
   return np.full(shape, value)
 
 
@@ -103,41 +119,48 @@ def splash(
   softcap: float | None = None,
   interpret: bool = False,
 ) -> Float[Array, "P S H d"]:
-  """Splash attention, JAX's kernel for TPUs, of the tree that a prompt and its completions are.
+  """Computes `tiled_attention` with splash attention, JAX's kernel for TPUs.
 
-  Prompts are padded on the left and completions on the right until each begins with a block. All
-  blocks of the same kind are then alike: the kernel holds one mask for the diagonal (and two for a
-  window's edge), and never looks at blocks of other completions. Padding in front of a prompt is a
-  segment of its own, padding behind a completion comes too late to be seen. Distances in slots
-  are distances in tokens: what lies between a real token and a later one is real.
+  Prompts are padded on the left and completions on the right, so that each starts at a tile. Tiles
+  of one kind are then identical: the kernel stores one mask for the diagonal (and two for the edge
+  of a window) and skips the tiles of other completions. Padding before a prompt is a segment of its
+  own; padding after a completion is later than every real token of it. Distances in slots equal
+  distances in tokens, because all slots between two real tokens of a path are real.
 
   Args:
-    window: a query sees the last so many tokens, itself included; None = all.
-    interpret: runs it without a TPU, slowly, for tests.
+    group: completions per prompt, G; 0 if the rows are prompts only.
+    window: number of real tokens that a query sees, including itself; None means unlimited.
+    scale: factor on `q · k`.
+    softcap: soft cap of the scores, as in `group_attention`.
+    interpret: run in Pallas's interpreter, slowly and without a TPU; for tests.
   """
   prompts, slots, heads, dim = q.shape
   n = prompt_mask.shape[1]
   length = (slots - n) // group if group else 0
   group = group if length else 0
-  trees = {size: Tree(_up(n, size), _up(length, size), group, window) for size in SPLASH_BLOCKS}
-  block = min(trees, key=lambda size: trees[size].blocks(size) * (size**2 + STEP))
-  tree = trees[block]
-  front, behind, wide = tree.prompt - n, tree.length - length, _up(dim, LANES) - dim
+  masks = {
+    size: TreeMask(_round_up(n, size), _round_up(length, size), group, window)
+    for size in SPLASH_TILES
+  }
+  tile = min(masks, key=lambda size: masks[size].count_tiles(size) * (size**2 + TILE_COST))
+  mask = masks[tile]
+  pad_prompt, pad_completion = mask.prompt - n, mask.length - length
+  pad_dim = _round_up(dim, LANES) - dim
 
-  def lay(x: Array) -> Array:  # [P, S, H, d] -> [P, H, padded slots, padded width]
-    parts = [jnp.pad(x[:, :n], [(0, 0), (front, 0), (0, 0), (0, wide)])]
+  def pad(x: Array) -> Array:  # [P, S, H, d] -> [P, H, padded slots, padded head size]
+    parts = [jnp.pad(x[:, :n], [(0, 0), (pad_prompt, 0), (0, 0), (0, pad_dim)])]
     if group:
       own = x[:, n:].reshape(prompts, group, length, *x.shape[2:])
-      own = jnp.pad(own, [(0, 0), (0, 0), (0, behind), (0, 0), (0, wide)])
-      parts.append(own.reshape(prompts, group * tree.length, *own.shape[3:]))
+      own = jnp.pad(own, [(0, 0), (0, 0), (0, pad_completion), (0, 0), (0, pad_dim)])
+      parts.append(own.reshape(prompts, group * mask.length, *own.shape[3:]))
     return jnp.concatenate(parts, axis=1).swapaxes(1, 2)
 
-  real = jnp.pad(prompt_mask, [(0, 0), (front, 0)])
-  rest = jnp.ones((prompts, group * tree.length), bool)
-  segments = jnp.concatenate([real, rest], axis=1).astype(jnp.int32)
+  real = jnp.pad(prompt_mask, [(0, 0), (pad_prompt, 0)])
+  completions = jnp.ones((prompts, group * mask.length), bool)
+  segments = jnp.concatenate([real, completions], axis=1).astype(jnp.int32)
   kernel = pallas.make_splash_mha(
-    mask=pallas.MultiHeadMask((tree,) * heads),
-    block_sizes=pallas.BlockSizes(*(block,) * 8),
+    mask=pallas.MultiHeadMask((mask,) * heads),
+    block_sizes=pallas.BlockSizes(*(tile,) * 8),
     head_shards=1,
     q_seq_shards=1,
     attn_logits_soft_cap=softcap,
@@ -147,26 +170,29 @@ def splash(
   def attend(q, k, v, segments):
     return kernel(q, k, v, pallas.SegmentIds(segments, segments))
 
-  met, width = tree.blocks(block) * block * prompts * heads, dim + wide
-  with work(operations=2 * met * block * width, rereads=2 * met * width * q.dtype.itemsize):
-    mixed = jax.vmap(attend)(lay(q * scale), lay(k), lay(v), segments)
+  rows, size = mask.count_tiles(tile) * tile * prompts * heads, dim + pad_dim
+  with cost_scope(operations=2 * rows * tile * size, rereads=2 * rows * size * q.dtype.itemsize):
+    mixed = jax.vmap(attend)(pad(q * scale), pad(k), pad(v), segments)
   mixed = mixed.swapaxes(1, 2)[..., :dim]
-  own = mixed[:, tree.prompt :].reshape(prompts, group, tree.length, heads, dim)
+  own = mixed[:, mask.prompt :].reshape(prompts, group, mask.length, heads, dim)
   own = own[:, :, :length].reshape(prompts, group * length, heads, dim)
-  return jnp.concatenate([mixed[:, front : tree.prompt], own], axis=1)
+  return jnp.concatenate([mixed[:, pad_prompt : mask.prompt], own], axis=1)
 
 
-def _up(size: int, unit: int) -> int:
-  """The next multiple of `unit`."""
+def _round_up(size: int, unit: int) -> int:
+  """Returns `size` rounded up to a multiple of `unit`."""
   return -(-size // unit) * unit
 
 
-def work(*, operations: int, rereads: int = 0) -> Any:
-  """A scope whose name says what the kernels called in it do: `costs.py` cannot see inside them.
+def cost_scope(*, operations: int, rereads: int = 0) -> AbstractContextManager:
+  """Returns a named scope that states the cost of the kernels called in it.
+
+  `plan.flops.kernel_cost` reads the name back: neither XLA's cost analysis nor `plan` can see into
+  a kernel.
 
   Args:
-    operations: of one matrix product over all pairs of a query and a key that a kernel looks at.
-    rereads: bytes of operands that a kernel reads, over and over, while it does all products.
+    operations: FLOPs of one matrix product over all query-key pairs that the kernel visits.
+    rereads: bytes of operands that the kernel reads repeatedly during all its products.
   """
   return jax.named_scope(f"kernel_{operations}_ops_{rereads}_bytes")
 
@@ -186,18 +212,25 @@ def cudnn(
   softcap: float | None = None,
   implementation: str = "cudnn",
 ) -> Float[Array, "P S H d"]:
-  """Flash attention of cuDNN, which knows causal rows and, in linear memory, no trees.
+  """Computes `tiled_attention` with the flash attention of cuDNN.
 
-  So a row here is a completion behind its prompt, with the padding turned around to the end, where
-  it is later than all that could see it. That repeats the attention of a prompt to itself for each
-  of its completions, and its keys; memory stays linear in tokens, and the products with weights
-  still compute a prompt once. Two sources merged by their log-sum-exp would repeat nothing, but the
-  gradient of the log-sum-exp that `jax.nn.dot_product_attention` returns is dropped.
+  In linear memory cuDNN supports causal rows but not trees. A row is therefore one completion after
+  its prompt, rotated so that the padding comes last, where it is later than every real token. This
+  repeats the prompt's keys and its attention to itself for each completion. Memory stays linear in
+  tokens, and the products with weights still compute a prompt once. Merging two sources by their
+  log-sum-exp would repeat nothing, but `jax.nn.dot_product_attention` drops the gradient of the
+  log-sum-exp that it returns.
 
   Args:
-    window: a query sees the last so many tokens, itself included; None = all.
+    group: completions per prompt, G; 0 if the rows are prompts only.
+    window: number of real tokens that a query sees, including itself; None means unlimited.
+    scale: factor on `q · k`.
     softcap: must be None.
-    implementation: of `jax.nn.dot_product_attention`; "xla" runs everywhere, for tests.
+    implementation: `implementation` of `jax.nn.dot_product_attention`; "xla" runs everywhere, for
+      tests.
+
+  Raises:
+    ValueError: `softcap` is given.
   """
   if softcap is not None:
     raise ValueError(f"softcap is {softcap}: cuDNN cannot cap scores; use attention 'tiled'")
@@ -205,62 +238,65 @@ def cudnn(
   n = prompt_mask.shape[1]
   length = (slots - n) // group if group else 0
   group = group if length else 1
-  total, padding = _up(n + length, 2), n - prompt_mask.sum(-1)  # gradients want even lengths
-  slot = jnp.arange(total)
-  turn = (slot + padding[:, None]) % total  # where each slot of a turned row comes from
-  back = (slot - padding[:, None]) % total
+  total = _round_up(n + length, 2)  # cuDNN: gradients need an even length
+  padding = n - prompt_mask.sum(-1)
+  index = jnp.arange(total)
+  forth = (index + padding[:, None]) % total  # the slot that each slot of a rotated row comes from
+  back = (index - padding[:, None]) % total
 
   @jax.vmap
-  def turned(rows: Array, order: Array) -> Array:  # [P, G, N + T', ...], [P, N + T']
+  def take(rows: Array, order: Array) -> Array:  # [P, G, N + T', ...], [P, N + T']
     return rows.at[:, order].get(unique_indices=True, mode="promise_in_bounds")
 
-  def lay(x: Array) -> Array:  # [P, S, H, d] -> [P G, N + T', H, d]
+  def to_rows(x: Array) -> Array:  # [P, S, H, d] -> [P G, N + T', H, d]
     rest = x.shape[2:]
-    first = jnp.broadcast_to(x[:, None, :n], (prompts, group, n, *rest))
-    rows = jnp.concatenate([first, x[:, n:].reshape(prompts, group, length, *rest)], axis=2)
+    repeated = jnp.broadcast_to(x[:, None, :n], (prompts, group, n, *rest))
+    rows = jnp.concatenate([repeated, x[:, n:].reshape(prompts, group, length, *rest)], axis=2)
     rows = jnp.pad(rows, [(0, 0), (0, 0), (0, total - n - length), (0, 0), (0, 0)])
-    return turned(rows, turn).reshape(-1, total, *rest)
+    return take(rows, forth).reshape(-1, total, *rest)
 
-  met = sum(min(i + 1, window or total) for i in range(total))
-  with work(operations=2 * met * prompts * group * heads * dim):
+  pairs = sum(min(i + 1, window or total) for i in range(total))
+  with cost_scope(operations=2 * pairs * prompts * group * heads * dim):
     mixed = jax.nn.dot_product_attention(
-      lay(q), lay(k), lay(v),
+      to_rows(q), to_rows(k), to_rows(v),
       scale=scale,
       is_causal=True,
       local_window_size=None if window is None else (window - 1, 0),
       implementation=implementation,
     )  # fmt: skip
-  mixed = turned(mixed.reshape(prompts, group, total, heads, dim), back)
+  mixed = take(mixed.reshape(prompts, group, total, heads, dim), back)
   own = mixed[:, :, n : n + length].reshape(prompts, slots - n, heads, dim)
   return jnp.concatenate([mixed[:, 0, :n], own], axis=1)
 
 
-# --- which ----------------------------------------------------------------------------------------
+# --- the choice of a kernel -----------------------------------------------------------------------
 
 KERNELS: dict[str, Callable[..., Array]] = {"splash": splash, "cudnn": cudnn}
 
 
-def each_layer(kernel: Callable[..., Array]) -> Callable[..., Array]:
-  """A kernel for `Decoder.attention`: with its window in local layers, without in the others."""
+def by_layer(kernel: Callable[..., Array]) -> Callable[..., Array]:
+  """Adapts a kernel to `Decoder.attention`: it gets the window in local layers only."""
 
   def attend(q, k, v, prompt_mask, local=None, *, window=0, **options):
-    everywhere, near = partial(kernel, **options), partial(kernel, window=window, **options)
+    unlimited, windowed = partial(kernel, **options), partial(kernel, window=window, **options)
     if local is None or isinstance(local, bool | np.bool_):
-      return (near if local else everywhere)(q, k, v, prompt_mask)
-    return jax.lax.cond(local, near, everywhere, q, k, v, prompt_mask)
+      return (windowed if local else unlimited)(q, k, v, prompt_mask)
+    return jax.lax.cond(local, windowed, unlimited, q, k, v, prompt_mask)
 
   return attend
 
 
-def where_long(kernel: Callable[..., Array]) -> Callable[..., Array]:
-  """`kernel` where `tiled_attention` would make `LARGE` scores or more for one head and sequence."""
+def for_long_rows(kernel: Callable[..., Array]) -> Callable[..., Array]:
+  """Uses `kernel` for rows with at least `MIN_SCORES` scores, `tiled_attention` for shorter ones.
+
+  Scores are counted for one head of one sequence, a prompt or a completion.
+  """
 
   def attend(q, k, v, prompt_mask, *args, group=0, **options):
     n = prompt_mask.shape[1]
     length = (q.shape[1] - n) // group if group else 0
-    long = max(n * n, length * (n + length)) >= LARGE
-    return (kernel if long else tiled_attention)(
-      q, k, v, prompt_mask, *args, group=group, **options
-    )
+    is_long = max(n * n, length * (n + length)) >= MIN_SCORES
+    attention = kernel if is_long else tiled_attention
+    return attention(q, k, v, prompt_mask, *args, group=group, **options)
 
   return attend

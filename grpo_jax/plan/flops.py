@@ -33,7 +33,7 @@ def kernel_cost(scope: str) -> tuple[float, float] | None:
   """Returns (FLOPs, bytes read repeatedly) of an attention kernel; None for any other call.
 
   A compiled kernel does not state its cost. The named scope around its call does: see
-  `models.kernels`.
+  `models.kernels.cost_scope`.
 
   >>> kernel_cost("jit(step)/transpose(jvp(kernel_100_ops_7_bytes))/splash_mha_dq_no_residuals")
   (300.0, 7.0)

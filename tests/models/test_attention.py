@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import attention
-from grpo_jax.models.attention import group_attention, near, over_queries
+from grpo_jax.models.attention import group_attention, tile_queries, within_window
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 
@@ -44,19 +44,19 @@ def group(q, k, v, prefix_k, prefix_v, softcap, window):
   in_prompt = jnp.maximum(jnp.cumsum(PROMPT_MASK, -1) - 1, 0)
 
   def attend(q, at):
-    own_mask = near(at[:, None] >= slots, at, slots, window)
-    seen = near(jnp.asarray(PROMPT_MASK)[:, None], count + at, in_prompt, window)
+    own_mask = within_window(at[:, None] >= slots, at, slots, window)
+    seen = within_window(jnp.asarray(PROMPT_MASK)[:, None], count + at, in_prompt, window)
     return group_attention(
       q, (k, v), own_mask, (prefix_k, prefix_v), seen, scale=D**-0.5, softcap=softcap
     )
 
-  return over_queries(attend, q, N + S)
+  return tile_queries(attend, q, N + S)
 
 
 def tiled_attention(monkeypatch, size, keys):
   """Blocks of `size` queries that see `keys` keys each, however short the sequence."""
-  monkeypatch.setattr(attention, "AT_ONCE", 1)
-  monkeypatch.setattr(attention, "BLOCK", size * keys)
+  monkeypatch.setattr(attention, "UNTILED_SCORES", 1)
+  monkeypatch.setattr(attention, "TILE_SCORES", size * keys)
 
 
 @pytest.mark.parametrize("size", [None, 3])  # of seven queries: three, three and one
@@ -115,15 +115,15 @@ def test_memory_grows_with_the_length_and_not_its_square(monkeypatch):
       def attend(q, at):
         return group_attention(q, (k, v), at[:, None] >= slots, scale=1.0)
 
-      return jnp.sum(jnp.sin(over_queries(attend, q, length)))
+      return jnp.sum(jnp.sin(tile_queries(attend, q, length)))
 
     shape = jax.ShapeDtypeStruct((1, 1, length, 1, 4), jnp.float32)
     program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
     return program.memory_analysis().temp_size_in_bytes
 
   assert temporaries(1024) > 1024**2 * 4  # all at once
-  monkeypatch.setattr(attention, "AT_ONCE", 512**2)
-  monkeypatch.setattr(attention, "BLOCK", 2**14)
+  monkeypatch.setattr(attention, "UNTILED_SCORES", 512**2)
+  monkeypatch.setattr(attention, "TILE_SCORES", 2**14)
   short, long = temporaries(1024), temporaries(2048)
   assert long < 2048**2 * 4 / 8
   assert long < 2.5 * short

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.block import product
+from grpo_jax.models.block import matmul
 
 SIZES = {"widens": (4, 10), "narrows": (10, 4), "square": (6, 6)}
 
@@ -25,7 +25,7 @@ def pulled_back(function, h, weight, dy):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_gradients_are_those_of_a_matrix_product(sizes, dtype):
   h, weight, dy = operands(sizes, dtype)
-  got = pulled_back(product, h, weight, dy)
+  got = pulled_back(matmul, h, weight, dy)
   # by definition, in float64; what is rounded to bfloat16 has 8 bits
   wide = [np.asarray(one, np.float64) for one in (h, weight, dy)]
   wanted = (
@@ -49,16 +49,16 @@ def test_it_can_be_recomputed_and_mapped(policy):
 
     return jax.grad(jax.checkpoint(loss, policy=policy), (0, 1))
 
-  got = jax.vmap(twice(product), (0, None))(h, weight)
+  got = jax.vmap(twice(matmul), (0, None))(h, weight)
   want = jax.vmap(twice(jnp.matmul), (0, None))(h, weight)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_the_narrower_factor_is_the_one_that_is_transposed(sizes):
-  """The product over all rows takes the wider factor as it lies: it stands on the right."""
+  """The matmul over all rows takes the wider factor as it lies: it stands on the right."""
   h, weight, dy = operands(sizes)
-  program = jax.make_jaxpr(lambda h, w, dy: jax.vjp(product, h, w)[1](dy))(h, weight, dy)
+  program = jax.make_jaxpr(lambda h, w, dy: jax.vjp(matmul, h, w)[1](dy))(h, weight, dy)
   (over_rows,) = (
     equation
     for equation in program.eqns

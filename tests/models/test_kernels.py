@@ -19,7 +19,7 @@ from grpo_jax.models import kernels
 from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
-from grpo_jax.models.kernels import Tree, cudnn, each_layer, splash, where_long
+from grpo_jax.models.kernels import TreeMask, by_layer, cudnn, for_long_rows, splash
 from grpo_jax.plan import flops
 from grpo_jax.plan.cost import Counter
 
@@ -144,7 +144,7 @@ def plain(case):
 @pytest.mark.parametrize(("name", "case"), RUNS)
 def test_a_kernel_is_what_the_definition_says_with_the_gradients_of_blocks(name, case, monkeypatch):
   case = CASES[case]
-  monkeypatch.setattr(kernels, "SPLASH_BLOCKS", case.blocks)
+  monkeypatch.setattr(kernels, "SPLASH_TILES", case.blocks)
   arrays = case.arrays()
   attend = partial(IN_PLACE[name], window=case.window, **case.options)
   mixed, *gradients = values_and_gradients(case, attend, arrays)
@@ -176,7 +176,7 @@ def test_padding_is_not_seen(name):
 @pytest.mark.parametrize("window", [None, 1, 5, 7, 8, 9, 100])
 def test_a_tree_block_by_block(window):
   """Any part of it is that part of the whole, and blocks with something to see are counted."""
-  tree, size = Tree(prompt=8, length=12, group=3, window=window), 4
+  tree, size = TreeMask(prompt=8, length=12, group=3, window=window), 4
   whole = tree[:, :]
   case = Case(group=3, length=12, prompt=8, window=window, padding=(0,))
   for slot, row in enumerate(whole):
@@ -186,12 +186,12 @@ def test_a_tree_block_by_block(window):
   np.testing.assert_array_equal(
     np.block([[blocks[i, j] for j in range(11)] for i in range(11)]), whole
   )
-  assert tree.blocks(size) == sum(block.any() for block in blocks.values())
+  assert tree.count_tiles(size) == sum(block.any() for block in blocks.values())
 
 
 def test_blocks_that_are_not_full_are_all_the_same():
   """However many completions: what the kernel has to hold and to read of the mask."""
-  tree, cuts = Tree(prompt=8, length=12, group=3), [slice(i, i + 4) for i in range(0, 44, 4)]
+  tree, cuts = TreeMask(prompt=8, length=12, group=3), [slice(i, i + 4) for i in range(0, 44, 4)]
   blocks = [tree[a, b] for a in cuts for b in cuts]
   assert len({block.tobytes() for block in blocks if block.any() and not block.all()}) == 1
 
@@ -255,7 +255,7 @@ def test_a_model_with_a_kernel_is_the_same_model(name, remat):
 
     return jax.jit(everything, compiler_options=QUICK)(params)
 
-  got, want = compute(attention=each_layer(IN_PLACE[name])), compute()
+  got, want = compute(attention=by_layer(IN_PLACE[name])), compute()
   for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
@@ -268,7 +268,7 @@ def test_layers_apart_know_whether_they_have_a_window():
     seen.append(window)
     return q
 
-  model, tokens = Decoder(MODEL, attention=each_layer(note)), jnp.zeros((1, 3), jnp.int32)
+  model, tokens = Decoder(MODEL, attention=by_layer(note)), jnp.zeros((1, 3), jnp.int32)
 
   def prefill(key):
     return model.prefill(unstack(model.init(key)), tokens, tokens == 0)
@@ -343,11 +343,11 @@ def test_auto_is_the_kernel_of_the_platform_where_it_can_run(monkeypatch):
 
 
 def test_auto_leaves_short_rows_to_blocks_and_a_named_kernel_does_not(monkeypatch):
-  side = math.isqrt(kernels.LARGE)
+  side = math.isqrt(kernels.MIN_SCORES)
   assert chosen(monkeypatch, "tpu", slots=side - 1) == "tiled"
   assert chosen(monkeypatch, "tpu", slots=side) == "splash"
   assert chosen(monkeypatch, "tpu", slots=8, model__attention="splash") == "splash"
-  mixed = where_long(lambda *a, **o: "kernel")
+  mixed = for_long_rows(lambda *a, **o: "kernel")
   q = jax.ShapeDtypeStruct((1, 8 + 3 * side, 4, 4), jnp.float32)  # each of three sees 8 + side
   assert mixed(q, q, q, jax.ShapeDtypeStruct((1, 8), bool), group=3) == "kernel"
   assert mixed(q, q, q, jax.ShapeDtypeStruct((1, 8), bool), group=3 * side // 8) == "tiled"
@@ -383,7 +383,7 @@ def test_a_config_names_the_field():
 
 def test_the_operations_of_a_kernel_are_those_of_the_blocks_it_looks_at(monkeypatch):
   """Of 6 blocks a side, prompt and two completions of two blocks each: 3 + 2 * (4 + 3) are met."""
-  monkeypatch.setattr(kernels, "SPLASH_BLOCKS", (128,))
+  monkeypatch.setattr(kernels, "SPLASH_TILES", (128,))
   case = CASES["many blocks"]
   attend = partial(splash, interpret=True, **case.options)
   one = 2 * 2 * 2 * (3 + 2 * (4 + 3)) * 128 * 128 * 128  # P, H, multiply-adds; heads are 128 wide
