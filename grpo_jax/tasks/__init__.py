@@ -1,12 +1,11 @@
-"""Tasks by name. A new task is a new file here that returns a `Task`, and one row in `TASKS`."""
+"""Lists the tasks by name. A new task is a new file here that returns a `Task`, and a row below."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-from grpo_jax.tasks.base import Example, RewardFunction, Task, unknown
+from grpo_jax.tasks.base import Example, RewardFunction, Task, check_settings, unknown_name
 from grpo_jax.tasks.countdown import countdown_task
 from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.letters import letters_task
@@ -31,7 +30,7 @@ TASKS: dict[str, Callable[..., Task]] = {
   "reasoning_gym": reasoning_gym_task,
   "gsm8k": gsm8k_task,
   "countdown": countdown_task,
-  "table": table_task,  # JSONL or Parquet, by the ending of the file's name
+  "table": table_task,  # JSONL or Parquet, by the file's extension
   "jsonl": table_task,
   "parquet": table_task,
   "letters": letters_task,
@@ -39,22 +38,18 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def make_task(name: str, **settings: Any) -> Task:
-  """The task called `name`, built with its own settings.
+  """Builds the task called `name` with its own settings.
 
-  Raises ValueError for an unknown name or setting (listing the known ones) and for a setting that
-  the task cannot do without.
+  Raises:
+    ValueError: the task or a setting is unknown (the message lists the valid names), or a required
+      setting is missing.
 
-  >>> make_task("reasoning_gym", dataset="chain_sun")
-  Traceback (most recent call last):
-  ValueError: unknown reasoning-gym dataset 'chain_sun': did you mean 'chain_sum'...
+  Example:
+    >>> make_task("reasoning_gym", dataset="chain_sun")
+    Traceback (most recent call last):
+    ValueError: unknown reasoning-gym dataset 'chain_sun': did you mean 'chain_sum'...
   """
   if name not in TASKS:
-    raise unknown("task", name, TASKS)
-  parameters = inspect.signature(TASKS[name]).parameters
-  for setting in settings:
-    if setting not in parameters:
-      raise unknown(f"setting of task {name!r}", setting, parameters)
-  for setting, parameter in parameters.items():
-    if parameter.default is parameter.empty and setting not in settings:
-      raise ValueError(f"task {name!r} needs the setting {setting!r}, which was not given")
+    raise unknown_name("task", name, TASKS)
+  check_settings(f"task {name!r}", TASKS[name], settings)
   return TASKS[name](**settings)

@@ -1,32 +1,40 @@
-"""What a task is.
+"""Defines a task: where its examples come from, how a prompt looks and how an answer is scored.
 
-A task is where examples come from, how the prompt looks, and how an answer is scored. Everything
-here is plain Python on the host; the device is never touched.
+A task is plain Python on the host and never touches the device.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-Prompt = str | list[dict[str, str]]
-RewardFunction = Callable[..., Any]
-"""Called by keyword, `f(prompts=..., completions=..., **columns) -> list[float | None]`."""
-StepRewards = Callable[..., Sequence[Sequence[tuple[int, float]]]]
-"""Called in the same way; for each completion the (end, reward) of its steps, in order.
-
-The end of a step is the number of characters of the completion up to and including it.
-"""
+# Text, or chat messages such as {"role": "user", "content": "..."}.
+Prompt: TypeAlias = str | list[dict[str, str]]
+# Column name -> one value per prompt. A value may be anything that the task's data holds.
+Columns: TypeAlias = Mapping[str, Sequence[Any]]
+# `f(prompts=..., completions=..., **columns) -> list[float | None]`; it may be async.
+RewardFunction: TypeAlias = Callable[
+  ..., Sequence[float | None] | Awaitable[Sequence[float | None]]
+]
+# Name -> (function, weight).
+Rewards: TypeAlias = Mapping[str, tuple[RewardFunction, float]]
+# Called in the same way. Returns the steps of each completion, in order, as (end, reward); `end` is
+# the number of characters of the completion up to and including the step.
+StepRewards: TypeAlias = Callable[..., Sequence[Sequence[tuple[int, float]]]]
 
 
 @dataclass(frozen=True)
 class Example:
-  """One problem: its prompt (text or chat messages), what the rewards need, and its identity.
+  """One problem.
 
-  `key` says which problem this is, whatever the wording around it (for a sum, `"3 + 4"`): no key is
-  in both the training and the evaluation split.
+  Attributes:
+    prompt: text, or chat messages.
+    columns: what the reward functions need to know, such as the right answer, by name.
+    key: identifies the problem, independent of its wording (`"3 + 4"` for a sum). No key is in both
+      the training and the evaluation split.
   """
 
   prompt: Prompt
@@ -36,43 +44,81 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-  """Examples by split ("train", "eval"), weighted rewards, and what counts as a right answer.
+  """Examples, and how the completions of their prompts are scored.
 
-  `rewards` maps a name to (function, weight). `accuracy` is a function of the same form that gives
-  1.0 exactly when the answer is right. Generation ends where a string of `stop` appears.
-  `answer` finds the answer in a completion (None = there is none): evaluation takes the majority
-  over them. `step_rewards` rewards the steps of a completion, for algorithms that use that.
+  Attributes:
+    name: appears in messages.
+    splits: examples by split, "train" and "eval".
+    rewards: name -> (function, weight).
+    accuracy: a reward function that returns exactly 1.0 for a correct answer.
+    stop: strings that end the generation.
+    answer: extracts the answer from a completion, None if there is none. Evaluation takes a
+      majority vote over these answers.
+    step_rewards: rewards the steps of a completion, for algorithms with process rewards.
   """
 
   name: str
   splits: Mapping[str, Sequence[Example]]
-  rewards: Mapping[str, tuple[RewardFunction, float]]
+  rewards: Rewards
   accuracy: RewardFunction
   stop: tuple[str, ...] = ()
   answer: Callable[[str], Hashable | None] | None = None
   step_rewards: StepRewards | None = None
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
-  """The error for a name that is not in a table: the close matches first, then what there is.
+def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:
+  """Returns the error for a name that is not in a table, with close matches and all valid names.
 
-  A long table is listed only when nothing in it comes close.
+  A table of more than 40 names is listed only if it has no close match.
 
-  >>> print(unknown("reward", "exactt", ["exact", "score"]))
-  unknown reward 'exactt': did you mean 'exact'? Known (2): exact, score
+  Args:
+    kind: what the name stands for, such as "reward".
+    name: the unknown name.
+    names: the valid names.
+
+  Example:
+    >>> print(unknown_name("reward", "exactt", ["exact", "score"]))
+    unknown reward 'exactt': did you mean 'exact'? Known (2): exact, score
   """
-  names = sorted(known)
+  names = sorted(names)
   close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
   hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "."
   if close and len(names) > 40:
-    return ValueError(f"unknown {what} {name!r}{hint} ({len(names)} are known)")
-  return ValueError(f"unknown {what} {name!r}{hint} Known ({len(names)}): {', '.join(names)}")
+    return ValueError(f"unknown {kind} {name!r}{hint} ({len(names)} are known)")
+  return ValueError(f"unknown {kind} {name!r}{hint} Known ({len(names)}): {', '.join(names)}")
+
+
+def check_settings(kind: str, function: Callable[..., object], settings: Iterable[str]) -> None:
+  """Raises ValueError unless `function` takes these keyword arguments and needs no others.
+
+  Args:
+    kind: what has the settings, for the message, such as "task 'letters'".
+    function: is called with the settings later.
+    settings: names of the settings.
+
+  Example:
+    >>> check_settings("task 'plus'", lambda a, b=1: a + b, ["b"])
+    Traceback (most recent call last):
+    ValueError: task 'plus' needs the setting 'a', which was not given
+  """
+  parameters = inspect.signature(function).parameters
+  for name in settings:
+    if name not in parameters:
+      raise unknown_name(f"setting of {kind}", name, parameters)
+  for name, parameter in parameters.items():
+    if parameter.default is parameter.empty and name not in settings:
+      raise ValueError(f"{kind} needs the setting {name!r}, which was not given")
+
+
+_MOVED_TO_SCORING = (
+  "RewardError", "check_batch", "check_signature", "score", "weighted_sum",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-  """Finds what moved to `rewards/scoring.py` under its old name here."""
+  """Returns a name that has moved to `rewards/scoring.py`, so that old imports keep working."""
   from grpo_jax.tasks.rewards import scoring
 
-  if name in ("RewardError", "check_batch", "check_signature", "score", "shown", "weighted_sum"):
+  if name in _MOVED_TO_SCORING:
     return getattr(scoring, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

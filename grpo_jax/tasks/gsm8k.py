@@ -1,9 +1,11 @@
-"""GSM8K, grade-school mathematics in words, through tensorflow-datasets (without TensorFlow).
+"""GSM8K: grade-school math word problems, read through tensorflow-datasets without TensorFlow.
 
-7,473 problems to train on and 1,319 to evaluate on (Cobbe et al. 2021, arXiv 2110.14168). They are
-prepared once, as ArrayRecord files with random access: from `train.jsonl` and `test.jsonl` where
-`jsonl` names their folder, else downloaded by tensorflow-datasets. Later runs read what was
-prepared.
+There are 7,473 training and 1,319 test problems. They are prepared once, as ArrayRecord files with
+random access: from `train.jsonl` and `test.jsonl` in the folder `jsonl`, or by a download. Later
+runs read the prepared files.
+
+References:
+  Cobbe et al. 2021, arXiv 2110.14168.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from grpo_jax import extras
-from grpo_jax.tasks.base import Example, Prompt, Task, unknown
+from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
 from grpo_jax.tasks.indexed import Indexed, shuffled
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
 from grpo_jax.tasks.table import JsonLines
 
 DATA_DIR = "~/.cache/grpo_jax/tensorflow_datasets"
-VERSION = "1.0.0"  # of the set in tensorflow-datasets
+VERSION = "1.0.0"  # of the data set in tensorflow-datasets
 SPLITS = ("train", "test")
-DIGEST = "jsonl.sha256"  # beside the prepared files: of the lines they were made of
-# How the answer is written: what the prompt asks for, and what a solved example looks like.
+DIGEST = "jsonl.sha256"  # file beside the prepared ones: SHA-256 of their JSON lines
+# Ways to write the answer: name -> (instruction for the prompt, template of a solved example).
 ANSWERS = {
   "boxed": (
     "Solve the problem step by step. Put the final answer, as a number alone, in \\boxed{}.",
@@ -48,6 +50,8 @@ ANSWERS = {
 FORMATS = ("chat", "completion")
 SHOT_LENGTH = 260  # characters of question and solution; a tenth of the problems are that short
 COLUMNS = ("question", "solution", "answer")
+# A row of the prepared set: its text columns as UTF-8 bytes.
+PreparedRow: TypeAlias = Mapping[str, bytes]
 
 
 def gsm8k_task(
@@ -65,38 +69,43 @@ def gsm8k_task(
   stop: Sequence[str] | None = None,
   seed: int = 0,
 ) -> Task:
-  """The published training problems to train on, the test problems to evaluate on.
+  """Builds the task that trains on the training problems and evaluates on the test problems.
 
-  Rewards get the columns `question`, `solution` (the text before "####", without its <<...>>
-  calculator notes) and `answer` (the number after "####", without commas).
+  Reward functions get the columns `question`, `solution` (the text before "####", without the
+  <<...>> calculator annotations) and `answer` (the number after "####", without commas).
 
   Args:
     jsonl: folder with `train.jsonl` and `test.jsonl`, lines of {"question": ..., "answer": ...};
-      used if `data_dir` has not the set yet. None: what is not there is downloaded.
-    data_dir: where the prepared set is kept.
-    format: "chat", messages for a chat template; or "completion", text for a base model, which
-      ends in `Q: ...` and a line `A:`.
-    shots: solved examples shown before each problem, the same for all, short ones of the training
-      problems and then not trained on. None: 4 in "completion", 0 in "chat" (each is a turn).
-    answer: how the answer is to be written, a key of `ANSWERS`. None: "boxed" in "chat", "hash" (as
-      in the data) in "completion".
-    system: text that says what to do: the system message, or the first paragraph. None: the one of
-      `ANSWERS`, but in "completion" with shots, which show it, nothing. "": nothing.
-    reward, weights, accuracy: as in `table_task`; the default asks for the right number.
-    eval_size: problems to evaluate on, the first of a shuffle by `seed`. None: all.
-    stop: strings at which generation ends. None: the blank line or the "Q:" after a solution in
-      "completion", nothing in "chat".
-    seed: which examples are shown, and which are evaluated on.
+      read if `data_dir` does not contain the prepared set. None downloads the set instead.
+    data_dir: folder of the prepared set.
+    format: "chat", messages for a chat template, or "completion", text for a base model that ends
+      in `Q: ...` and a line `A:`.
+    shots: number of solved examples before each problem. All problems have the same ones, short
+      training problems that are then not trained on. None: 4 for "completion", 0 for "chat", where
+      each example is a turn.
+    answer: how the answer is to be written, a key of `ANSWERS`. None: "boxed" for "chat", "hash"
+      (as in the data) for "completion".
+    system: instruction, as the system message or the first paragraph. None: the one in `ANSWERS`,
+      except that "completion" with shots needs no instruction. "": no instruction.
+    reward: as in `table_task`; the default compares the last number of the answer.
+    weights: as in `table_task`.
+    accuracy: as in `table_task`.
+    eval_size: number of evaluation problems, the first of a shuffle by `seed`. None: all.
+    stop: strings that end the generation. None: the blank line or the "Q:" after a solution for
+      "completion", none for "chat".
+    seed: selects the solved examples and the evaluation problems.
 
-  Raises ValueError for a setting or line that is not as described, FileNotFoundError for missing
-  files, and ImportError where tensorflow-datasets is not installed.
+  Raises:
+    ValueError: a setting or a line is invalid.
+    FileNotFoundError: a file is missing, or the download failed.
+    ImportError: tensorflow-datasets is not installed.
   """
   if format not in FORMATS:
-    raise unknown("format", format, FORMATS)
+    raise unknown_name("format", format, FORMATS)
   chat = format == "chat"
   answer = ("boxed" if chat else "hash") if answer is None else answer
   if answer not in ANSWERS:
-    raise unknown("way to write the answer", answer, ANSWERS)
+    raise unknown_name("way to write the answer", answer, ANSWERS)
   shots = (0 if chat else 4) if shots is None else shots
   if shots < 0 or (eval_size is not None and eval_size < 0):
     raise ValueError(f"shots is {shots} and eval_size {eval_size}: neither may be negative")
@@ -105,87 +114,98 @@ def gsm8k_task(
   if stop is None:
     stop = () if chat else ("\n\n",) if shots else ("\nQ:",)
   rewards = weighted(reward, weights)
-  right, vote = accuracy_of(rewards, accuracy)
-  called = {name: function for name, (function, _) in rewards.items()}
-  check_columns({**called, "accuracy": right}, COLUMNS, "gsm8k")
+  accuracy_function, extract_answer = accuracy_of(rewards, accuracy)
+  functions = {name: function for name, (function, _) in rewards.items()}
+  check_columns({**functions, "accuracy": accuracy_function}, COLUMNS, "gsm8k")
 
   train, test = prepared(data_dir, jsonl)
   if eval_size is not None and eval_size > len(test):
     raise ValueError(f"eval_size is {eval_size}, but there are only {len(test)} test problems")
   order = shuffled(len(train), seed)
-  shown = _short(train, order, shots)
-  render = _Render(chat, answer, system, tuple(_row(train, i) for i in shown))
-  held_out = range(len(test)) if eval_size is None else shuffled(len(test), seed)[:eval_size]
+  shot_indices = _short_problems(train, order, shots)
+  render = _Render(chat, answer, system, tuple(_columns(train, i) for i in shot_indices))
+  eval_indices = range(len(test)) if eval_size is None else shuffled(len(test), seed)[:eval_size]
   return Task(
     name="gsm8k",
     splits={
-      "train": Indexed(partial(_example, train, render), sorted(set(order) - set(shown))),
-      "eval": Indexed(partial(_example, test, render), held_out),
+      "train": Indexed(partial(_example, train, render), sorted(set(order) - set(shot_indices))),
+      "eval": Indexed(partial(_example, test, render), eval_indices),
     },
     rewards=rewards,
-    accuracy=right,
+    accuracy=accuracy_function,
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
-    answer=vote,
+    answer=extract_answer,
   )
 
 
 # --- the prepared set -----------------------------------------------------------------------------
 
 
-def prepared(data_dir: str, jsonl: str | None = None) -> tuple[Sequence[Any], Sequence[Any]]:
-  """The rows of "train" and "test" by index, each a dict of bytes; prepared if they are not there.
+def prepared(
+  data_dir: str, jsonl: str | None = None
+) -> tuple[Sequence[PreparedRow], Sequence[PreparedRow]]:
+  """Returns the training and the test rows by index, and prepares them first if necessary.
 
-  Files already in `data_dir` that came from other lines than those in `jsonl` are an error.
+  Raises:
+    ValueError: the files in `data_dir` were prepared from other lines than those in `jsonl`, or
+      cannot be read by index.
+    FileNotFoundError: a file is missing, or the download failed.
+    ImportError: tensorflow-datasets is not installed.
   """
-  # The last two it imports too, but declares one for Linux only and the other for old Pythons.
-  needed = ("tensorflow_datasets", "array_record", "importlib_resources")
-  extras.require("tasks", "the task gsm8k", *needed)
+  # tensorflow-datasets imports the last two as well, but declares one for Linux only and the other
+  # for old versions of Python only.
+  modules = ("tensorflow_datasets", "array_record", "importlib_resources")
+  extras.require("tasks", "the task gsm8k", *modules)
   import tensorflow_datasets as tfds
 
   folder = Path(data_dir).expanduser() / "gsm8k" / VERSION
   if not folder.is_dir():
     _prepare(folder.parents[1], jsonl)
   elif (
-    jsonl is not None and Path(jsonl).is_dir() and _made_of(folder) not in (None, _digest(jsonl))
+    jsonl is not None
+    and Path(jsonl).is_dir()
+    and _digest_of_prepared(folder) not in (None, _digest(jsonl))
   ):
     raise ValueError(
       f"{folder} was prepared from other lines than those in jsonl={jsonl}: set data_dir to "
-      "another folder, or remove that one to prepare it anew"
+      "another folder, or remove that one to prepare it again"
     )
   try:
     train, test = tfds.builder_from_directory(folder).as_data_source(split=["train", "test"])
   except NotImplementedError as error:  # prepared as TFRecord, which has no random access
     raise ValueError(
-      f"{folder} was not prepared as ArrayRecord files, and cannot be read by index: set data_dir "
+      f"{folder} was not prepared as ArrayRecord files and cannot be read by index: set data_dir "
       "to another folder"
     ) from error
   return train, test
 
 
 def _prepare(data_dir: Path, jsonl: str | None) -> None:
-  """Writes `data_dir`/gsm8k/VERSION, as tensorflow-datasets does: all of it or nothing."""
+  """Writes `data_dir`/gsm8k/VERSION as tensorflow-datasets does: all of it or nothing."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.text import gsm8k  # without TensorFlow it is not registered by name
 
   class FromLines(gsm8k.Gsm8k, skip_registration=True):
     name = "gsm8k"
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def _split_generators(
+      self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, enumerate[dict[str, str]]]:
       (self.data_path / DIGEST).write_text(_digest(jsonl))
-      return {split: enumerate(rows) for split, rows in lines.items()}
+      return {split: enumerate(rows) for split, rows in rows_by_split.items()}
 
-  lines = _lines(jsonl) if jsonl is not None else {}
+  rows_by_split = _read_lines(jsonl) if jsonl is not None else {}
   tfds.disable_progress_bar()
-  # A prepared copy in the cloud would be TFRecord files, and asking for it takes a network.
+  # The prepared copy in the cloud consists of TFRecord files, and looking for it needs a network.
   config = tfds.download.DownloadConfig(try_download_gcs=False)
-  kind = FromLines if jsonl is not None else gsm8k.Gsm8k
+  builder_class = FromLines if jsonl is not None else gsm8k.Gsm8k
   try:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-      builder = kind(data_dir=data_dir, file_format="array_record")
+      builder = builder_class(data_dir=data_dir, file_format="array_record")
       builder.download_and_prepare(download_config=config)
   except Exception as error:
     if (data_dir / "gsm8k" / VERSION).is_dir():
-      return  # another process has prepared it meanwhile
+      return  # another process has prepared it in the meantime
     if jsonl is not None:
       raise
     raise FileNotFoundError(
@@ -194,8 +214,8 @@ def _prepare(data_dir: Path, jsonl: str | None) -> None:
     ) from error
 
 
-def _made_of(folder: Path) -> str | None:
-  """Digest of the lines that a prepared set was made of, None where it was downloaded."""
+def _digest_of_prepared(folder: Path) -> str | None:
+  """Returns the digest of the lines that a set was prepared from, None if it was downloaded."""
   return (folder / DIGEST).read_text() if (folder / DIGEST).is_file() else None
 
 
@@ -204,30 +224,31 @@ def _digest(jsonl: str) -> str:
   return hashlib.sha256(b"\0".join(files)).hexdigest()
 
 
-def _lines(jsonl: str) -> dict[str, list[dict[str, str]]]:
-  """Rows of both files with the features that tensorflow-datasets gives GSM8K."""
-  rows: dict[str, list[dict[str, str]]] = {}
-  tested: set[str] = set()
+def _read_lines(jsonl: str) -> dict[str, list[dict[str, str]]]:
+  """Returns the rows of both files, with the features that tensorflow-datasets gives GSM8K."""
+  rows_by_split: dict[str, list[dict[str, str]]] = {}
+  test_keys: set[str] = set()
   for split in reversed(SPLITS):  # test first: no training problem may be one of them
     path = Path(jsonl) / f"{split}.jsonl"
     if not path.is_file():
       raise FileNotFoundError(f"no such file: {path} (looked in {Path.cwd()})")
-    source, rows[split] = JsonLines(str(path)), []
+    source, rows_by_split[split] = JsonLines(str(path)), []
     for i in range(len(source)):
       row = source[i]
       for name in ("question", "answer"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-          raise ValueError(f"{source.where(i)}: {name!r} must be text that is not empty")
+          raise ValueError(f"{source.where(i)}: {name!r} must be non-empty text")
       solution, mark, number = row["answer"].rpartition("####")
       if not mark or not number.strip():
         raise ValueError(f"{source.where(i)}: 'answer' must end in '#### ' and the number")
-      if split == "train" and _key(row["question"]) in tested:
-        raise ValueError(f"{source.where(i)}: this problem is in test.jsonl too; remove the line")
+      if split == "train" and _key(row["question"]) in test_keys:
+        raise ValueError(f"{source.where(i)}: this problem is also in test.jsonl; remove the line")
       if split == "test":
-        tested.add(_key(row["question"]))
-      texts = {"annotation": solution, "short_answer": number.strip()}
-      rows[split].append({name: row[name] for name in ("question", "answer")} | texts)
-  return rows
+        test_keys.add(_key(row["question"]))
+      features = {name: row[name] for name in ("question", "answer")}
+      features |= {"annotation": solution, "short_answer": number.strip()}
+      rows_by_split[split].append(features)
+  return rows_by_split
 
 
 # --- from rows to examples ------------------------------------------------------------------------
@@ -237,8 +258,8 @@ def _key(question: str) -> str:
   return " ".join(question.split())
 
 
-def _row(source: Sequence[Any], i: int) -> dict[str, str]:
-  """The columns of problem i."""
+def _columns(source: Sequence[PreparedRow], i: int) -> dict[str, str]:
+  """Returns the columns of problem i."""
   row = {name: value.decode("utf-8") for name, value in source[i].items()}
   return {
     "question": row["question"].strip(),
@@ -247,26 +268,26 @@ def _row(source: Sequence[Any], i: int) -> dict[str, str]:
   }
 
 
-def _short(source: Sequence[Any], order: Sequence[int], count: int) -> list[int]:
-  """The first `count` problems in that order whose question and solution are short."""
-  found: list[int] = []
+def _short_problems(source: Sequence[PreparedRow], order: Sequence[int], count: int) -> list[int]:
+  """Returns the first `count` problems of `order` whose question and solution are short."""
+  indices: list[int] = []
   for i in order:
-    if len(found) == count:
+    if len(indices) == count:
       break
-    row = _row(source, i)
-    if len(row["question"]) + len(row["solution"]) <= SHOT_LENGTH:
-      found.append(i)
-  if len(found) < count:
+    columns = _columns(source, i)
+    if len(columns["question"]) + len(columns["solution"]) <= SHOT_LENGTH:
+      indices.append(i)
+  if len(indices) < count:
     raise ValueError(
-      f"shots is {count}, but only {len(found)} training problems have at most {SHOT_LENGTH} "
+      f"shots is {count}, but only {len(indices)} training problems have at most {SHOT_LENGTH} "
       "characters: lower it"
     )
-  return found
+  return indices
 
 
 @dataclass(frozen=True)
 class _Render:
-  """Prompts from questions."""
+  """Turns a question into a prompt."""
 
   chat: bool
   answer: str
@@ -276,14 +297,14 @@ class _Render:
   def __call__(self, question: str) -> Prompt:
     replies = [ANSWERS[self.answer][1].format(**shot) for shot in self.shots]
     if not self.chat:
-      asked = [f"Q: {shot['question']}\nA: {reply}" for shot, reply in zip(self.shots, replies)]
-      return "\n\n".join([*filter(None, [self.system]), *asked, f"Q: {question}\nA:"])
+      solved = [f"Q: {shot['question']}\nA: {reply}" for shot, reply in zip(self.shots, replies)]
+      return "\n\n".join([*filter(None, [self.system]), *solved, f"Q: {question}\nA:"])
     turns = [("system", self.system)] if self.system else []
     for shot, reply in zip(self.shots, replies):
       turns += [("user", shot["question"]), ("assistant", reply)]
-    return [{"role": r, "content": text} for r, text in [*turns, ("user", question)]]
+    return [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
 
 
-def _example(source: Sequence[Any], render: _Render, i: int) -> Example:
-  row = _row(source, i)
-  return Example(render(row["question"]), row, _key(row["question"]))
+def _example(source: Sequence[PreparedRow], render: _Render, i: int) -> Example:
+  columns = _columns(source, i)
+  return Example(render(columns["question"]), columns, _key(columns["question"]))

@@ -1,4 +1,4 @@
-"""Sequences whose items are made when asked for: a split without all of its examples in memory."""
+"""Creates the items of a sequence on access, so that a split never holds all of its examples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ T = TypeVar("T")
 
 
 class Indexed(Sequence[T], Generic[T]):
-  """Item i is `make(order[i])`, made anew each time; a slice is such a sequence too.
+  """A sequence whose item i is `make(order[i])`, created at each access. Slices are lazy too.
 
-  `Indexed(split.__getitem__, kept)` is a selection from any other split.
+  `Indexed(split.__getitem__, indices)` selects items of any other sequence.
 
-  >>> squares = Indexed(lambda n: n * n, [3, 1, 2])
-  >>> list(squares), squares[-1], list(squares[:2]), len(squares)
-  ([9, 1, 4], 4, [9, 1], 3)
+  Args:
+    make: index -> item.
+    order: the indices of the items, in order.
+
+  Example:
+    >>> squares = Indexed(lambda n: n * n, [3, 1, 2])
+    >>> list(squares), squares[-1], list(squares[:2]), len(squares)
+    ([9, 1, 4], 4, [9, 1], 3)
   """
 
   def __init__(self, make: Callable[[int], T], order: Sequence[int]) -> None:
@@ -39,9 +44,12 @@ class Indexed(Sequence[T], Generic[T]):
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-  """0 .. count - 1 in an order that depends on the seed alone, on every machine and version.
+  """Returns a permutation of 0 .. count - 1 that depends on the seed alone.
 
-  >>> shuffled(4, seed=0) == shuffled(4, seed=0), sorted(shuffled(4, seed=0))
-  (True, [0, 1, 2, 3])
+  It is the same on every machine and with every version of Python.
+
+  Example:
+    >>> shuffled(4, seed=0) == shuffled(4, seed=0), sorted(shuffled(4, seed=0))
+    (True, [0, 1, 2, 3])
   """
   return sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode()).digest())

@@ -1,7 +1,7 @@
-"""Any dataset of the reasoning-gym library as a task: procedural questions that check themselves.
+"""Turns any dataset of the reasoning-gym library into a task: generated, self-checking problems.
 
-Training and evaluation are split by problem, not by seed: a generator with few distinct problems
-gives the same ones for every seed, and then a rise in accuracy would only show memory.
+Training and evaluation are split by problem, not by seed. A generator with few distinct problems
+repeats them for every seed, and a rise in accuracy would then only show memorization.
 """
 
 from __future__ import annotations
@@ -11,16 +11,33 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from grpo_jax import extras
-from grpo_jax.tasks.base import Example, RewardFunction, Task, unknown
+from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 
 FORMATS = ("completion", "chat")
 REWARDS = ("exact", "score")
-CHUNK = 1000  # problems asked of one generator before it is made anew with another seed
-SUM = re.compile(r"[\d\s.+\-*/()]+")
+CHUNK = 1000  # problems per generator; the next chunk uses another seed
+ARITHMETIC = re.compile(r"[\d\s.+\-*/()]+")
 NUMBER = re.compile(r"(?<![\d.])[+-]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)")
+# A problem as reasoning-gym returns it, with the keys "question", "answer" and "metadata".
+Entry: TypeAlias = dict[str, Any]
+# (solved examples, problem) -> prompt.
+Render: TypeAlias = Callable[[Sequence[Entry], Entry], Prompt]
+
+
+class Dataset(Protocol):
+  """The methods of a reasoning-gym dataset that are used here."""
+
+  def __getitem__(self, index: int) -> Entry:
+    """Returns problem number `index`."""
+
+  def score_answer(self, answer: str, entry: Entry) -> float:
+    """Returns the score of an answer, in [0, 1]."""
+
+
+MakeDataset: TypeAlias = Callable[..., Dataset]  # make(seed=..., size=...)
 
 
 def reasoning_gym_task(
@@ -37,73 +54,90 @@ def reasoning_gym_task(
   system: str | None = None,
   reward: str = "exact",
 ) -> Task:
-  """Distinct problems of a reasoning-gym dataset, or of a weighted mixture of several.
+  """Builds a task from distinct problems of one dataset, or of a weighted mixture of datasets.
 
   Args:
     dataset: a name such as "chain_sum".
-    config: that dataset's own settings, e.g. {"min_digits": 1, "max_digits": 2}.
+    config: the dataset's own settings, e.g. {"min_digits": 1, "max_digits": 2}.
     mixture: instead of both, a list of {"dataset": name, "weight": share, "config": settings}.
-      Each split has the parts in exactly these shares, evenly spread.
-    keep: a regular expression; only problems that match it as a whole are used. It sees the
-      arithmetic of a problem where there is one ("5 - 9"), else the question: r"\\d+ \\+ \\d+"
-      keeps the sums of "chain_sum".
-    train_size, eval_size: numbers of distinct problems; no problem is in both.
-    seed: which problems. A larger train_size only adds problems, and leaves eval as it is.
-    format: "completion", text ending in `5 - 9 =` (or `Q: ... A:` where the problem is not plain
-      arithmetic) that stops at the end of the line; or "chat", messages for a chat template.
-    shots: solved examples shown before each problem, the same for all problems of a part and in
-      neither split. None: 2 in "completion", 0 in "chat" (where each is a turn).
-    system: a system message, in "chat" only.
-    reward: "exact", 1.0 where the dataset's `score_answer` gives 1.0 and else 0.0; or "score", its
-      own value, which in most datasets gives part of the credit to an answer that merely contains
-      the right one. Accuracy is exact in both.
+      Each split contains the datasets in exactly these shares, evenly interleaved.
+    keep: regular expression that a problem must match as a whole. It is applied to the arithmetic
+      of a problem ("5 - 9") if there is any, otherwise to the question: r"\\d+ \\+ \\d+" keeps the
+      sums of "chain_sum".
+    train_size: number of distinct training problems. A larger size only adds problems, and leaves
+      the evaluation split as it is.
+    eval_size: number of distinct evaluation problems; none is a training problem.
+    seed: selects the problems.
+    format: "completion", text that ends in `5 - 9 =` (or `Q: ... A:` if the problem is not plain
+      arithmetic) and is answered on one line, or "chat", messages for a chat template.
+    shots: number of solved examples before each problem. All problems of a dataset have the same
+      ones, which are in neither split. None: 2 for "completion", 0 for "chat", where each example
+      is a turn.
+    system: a system message, for "chat" only.
+    reward: "exact", 1.0 if the dataset's `score_answer` returns 1.0 and otherwise 0.0, or "score",
+      its return value, which in most datasets gives partial credit to an answer that merely
+      contains the right one. Accuracy is exact in both cases.
 
-  Raises ValueError: an unknown name or setting, or fewer distinct problems than asked for.
+  Raises:
+    ValueError: a name or setting is unknown or out of range, or there are fewer distinct problems
+      than requested.
+
+  Example:
+    >>> task = reasoning_gym_task("chain_sum", {"max_terms": 2, "max_digits": 1}, train_size=1,
+    ...                           eval_size=1, shots=0)
+    >>> example = task.splits["train"][0]
+    >>> eval(example.prompt.removesuffix(" =")) == int(example.columns["answer"])
+    True
   """
   if format not in FORMATS:
-    raise unknown("format", format, FORMATS)
+    raise unknown_name("format", format, FORMATS)
   if reward not in REWARDS:
-    raise unknown("reward", reward, REWARDS)
+    raise unknown_name("reward", reward, REWARDS)
   if system is not None and format != "chat":
     raise ValueError("system is a chat message: set format='chat', or leave system out")
   shots = (2 if format == "completion" else 0) if shots is None else shots
-  for name, value, least in (
+  for name, value, minimum in (
     ("train_size", train_size, 1),
     ("eval_size", eval_size, 0),
     ("shots", shots, 0),
   ):
-    if value < least:
-      raise ValueError(f"{name} is {value}: it must be at least {least}")
-  parts, weights = _parts(dataset, config, mixture)
-  render = _chat(system) if format == "chat" else _completion
-  sizes = {"eval": _shares(eval_size, weights), "train": _shares(train_size, weights)}
-  splits = _draw(parts, sizes, shots, seed, render, _pattern(keep))
-  functions = _rewards([part() for _, part in parts], numeric_only=format == "chat")
+    if value < minimum:
+      raise ValueError(f"{name} is {value}: it must be at least {minimum}")
+  parts, weights = _parse_mixture(dataset, config, mixture)
+  render = _chat_renderer(system) if format == "chat" else _render_completion
+  sizes = {"eval": _apportion(eval_size, weights), "train": _apportion(train_size, weights)}
+  splits = _draw_splits(parts, sizes, shots, seed, render, _compile(keep))
+  functions = _reward_functions([make() for _, make in parts], numeric_only=format == "chat")
   return Task(
     name="reasoning_gym:" + "+".join(dict.fromkeys(name for name, _ in parts)),
     splits=splits,
     rewards={reward: (functions[reward], 1.0)},
     accuracy=functions["exact"],
     stop=("\n",) if format == "completion" else (),
-    answer=number_answer if format == "chat" and _numeric(splits) else line_answer,
+    answer=number_answer if format == "chat" and _all_numeric(splits) else line_answer,
   )
 
 
-def extract_number(reply: str) -> str:
-  """The last number after the last "=" of a reply, "" where there is none.
+# --- answers --------------------------------------------------------------------------------------
 
-  >>> extract_number("5 - 9 is negative: 5 - 9 = -4."), extract_number("I counted 1,234 of them")
-  ('-4', '1,234')
+
+def extract_number(reply: str) -> str:
+  """Returns the last number after the last "=" of a reply, "" if there is none.
+
+  Example:
+    >>> extract_number("5 - 9 is negative: 5 - 9 = -4."), extract_number("I counted 1,234 of them")
+    ('-4', '1,234')
   """
   numbers = NUMBER.findall(reply.replace("−", "-").rpartition("=")[2])
   return numbers[-1] if numbers else ""
 
 
 def line_answer(completion: str) -> str | None:
-  """The completion itself, in one way of writing it; None for an empty one.
+  """Returns the completion in a canonical form; None if it is empty.
 
-  >>> line_answer(" 1,005 "), line_answer("red,  blue"), line_answer(" ")
-  ('1005', 'red, blue', None)
+  Example:
+    >>> line_answer(" 1,005 "), line_answer("red,  blue"), line_answer(" ")
+    ('1005', 'red, blue', None)
   """
   text = " ".join(completion.split())
   if len(text) <= 100 and NUMBER.fullmatch(text):
@@ -112,82 +146,118 @@ def line_answer(completion: str) -> str | None:
 
 
 def number_answer(reply: str) -> str | None:
-  """The number that a reply is graded by, None where it has none; see `extract_number`.
+  """Returns the number that a reply is graded by (see `extract_number`), None if there is none.
 
-  >>> number_answer("That is 7 + 5 = 12.0"), number_answer("I do not know.")
-  ('12', None)
+  Example:
+    >>> number_answer("That is 7 + 5 = 12.0"), number_answer("I do not know.")
+    ('12', None)
   """
   return line_answer(extract_number(reply))
 
 
-def _numeric(splits: Mapping[str, Sequence[Example]]) -> bool:
-  """Whether all right answers are numbers."""
+def _all_numeric(splits: Mapping[str, Sequence[Example]]) -> bool:
+  """Returns whether all correct answers are numbers."""
   answers = [example.columns["answer"] for split in splits.values() for example in split]
   return all(isinstance(text, str) and NUMBER.fullmatch(text.strip()) for text in answers)
 
 
-def _parts(
+def _reward_functions(datasets: Sequence[Dataset], numeric_only: bool) -> dict[str, RewardFunction]:
+  """Returns the rewards "score" and "exact" of problems that name their dataset in column `part`.
+
+  Args:
+    datasets: of the mixture, in order.
+    numeric_only: whether a numeric answer is searched for in the reply, which is prose in a chat.
+  """
+
+  def score_one(text: str, part: int, entry: Entry) -> float:
+    answer, gold = text.strip(), entry["answer"]
+    if numeric_only and isinstance(gold, str) and NUMBER.fullmatch(gold.strip()):
+      answer = extract_number(answer)
+    try:
+      return float(datasets[part].score_answer(answer, entry))
+    except Exception:  # a few datasets raise on text they cannot parse, which is a wrong answer
+      return 0.0
+
+  def score(
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    part: Sequence[int],
+    entry: Sequence[Entry],
+    **columns: Any,
+  ) -> list[float]:
+    return [score_one(text, p, e) for text, p, e in zip(completions, part, entry)]
+
+  def exact(**columns: Any) -> list[float]:
+    return [float(value == 1.0) for value in score(**columns)]
+
+  return {"score": score, "exact": exact}
+
+
+# --- datasets and their problems ------------------------------------------------------------------
+
+
+def _parse_mixture(
   dataset: str | None,
   config: Mapping[str, Any] | None,
   mixture: Sequence[Mapping[str, Any]] | None,
-) -> tuple[list[tuple[str, Callable[..., Any]]], list[float]]:
-  """The datasets in use, each as (name, maker of its generator), and their weights."""
+) -> tuple[list[tuple[str, MakeDataset]], list[float]]:
+  """Returns (name, dataset factory) and weight of each dataset of the task."""
   if (dataset is None) == (not mixture):
     raise ValueError("give either dataset (a name) or mixture (a list), and not both")
   if not mixture:
-    return [(dataset, _maker(dataset, config))], [1.0]
+    return [(dataset, _make_factory(dataset, config))], [1.0]
   if config:
     raise ValueError("config goes with dataset: in a mixture each entry has its own config")
   parts, weights = [], []
   for entry in mixture:
     for field in entry:
       if field not in ("dataset", "weight", "config"):
-        raise unknown("field of a mixture entry", field, ("dataset", "weight", "config"))
+        raise unknown_name("field of a mixture entry", field, ("dataset", "weight", "config"))
     if "dataset" not in entry:
       raise ValueError(f"mixture entry {dict(entry)} has no 'dataset'")
     weight = float(entry["weight"]) if "weight" in entry else 1.0
     if not 0 < weight < float("inf"):
       raise ValueError(f"mixture weight of {entry['dataset']} is {weight}: it must be positive")
-    parts.append((entry["dataset"], _maker(entry["dataset"], entry.get("config"))))
+    parts.append((entry["dataset"], _make_factory(entry["dataset"], entry.get("config"))))
     weights.append(weight)
   return parts, weights
 
 
-def _maker(name: str, config: Mapping[str, Any] | None) -> Callable[..., Any]:
-  """`make(seed=, size=)` of a dataset whose name and settings have been checked."""
+def _make_factory(name: str, config: Mapping[str, Any] | None) -> MakeDataset:
+  """Returns `make(seed=, size=)` for a dataset after checking its name and settings."""
   extras.require("tasks", "the task reasoning_gym", "reasoning_gym")
-  from reasoning_gym.factory import DATASETS, create_dataset  # here: it takes most of a second
+  from reasoning_gym.factory import DATASETS, create_dataset  # lazy: takes most of a second
 
-  known = set(DATASETS) - {"composite"}  # that one is `mixture` here
-  if name not in known:
-    raise unknown("reasoning-gym dataset", name, known)
+  names = set(DATASETS) - {"composite"}  # `mixture` replaces that one
+  if name not in names:
+    raise unknown_name("reasoning-gym dataset", name, names)
   settings = dict(config or {})
   fields = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
   for setting in settings:
     if setting in ("seed", "size"):
       raise ValueError(f"config of {name} sets {setting!r}: use train_size, eval_size and seed")
     if setting not in fields:
-      raise unknown(f"setting of {name}", setting, fields)
+      raise unknown_name(f"setting of {name}", setting, fields)
 
-  def make(seed: int = 0, size: int = CHUNK) -> Any:
+  def make(seed: int = 0, size: int = CHUNK) -> Dataset:
     return create_dataset(name, seed=seed, size=size, **settings)
 
   try:
     make()
   except (AssertionError, TypeError, ValueError) as error:
-    raise ValueError(f"reasoning-gym dataset {name} refuses config {settings}: {error}") from error
+    raise ValueError(f"reasoning-gym dataset {name} rejects config {settings}: {error}") from error
   return make
 
 
-def _pattern(keep: str | None) -> re.Pattern[str]:
+def _compile(keep: str | None) -> re.Pattern[str]:
   try:
     return re.compile(".*" if keep is None else keep, re.DOTALL)
   except re.error as error:
     raise ValueError(f"keep is {keep!r}, which is not a regular expression: {error}") from None
 
 
-def _shares(size: int, weights: Sequence[float]) -> list[int]:
-  """`size` split in proportion to the weights, what rounding leaves to the largest remainders."""
+def _apportion(size: int, weights: Sequence[float]) -> list[int]:
+  """Splits `size` in proportion to the weights, by the method of largest remainders."""
   exact = [size * weight / sum(weights) for weight in weights]
   counts = [int(share) for share in exact]
   by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
@@ -196,72 +266,80 @@ def _shares(size: int, weights: Sequence[float]) -> list[int]:
   return counts
 
 
-def _draw(
-  parts: Sequence[tuple[str, Callable[..., Any]]],
+def _draw_splits(
+  parts: Sequence[tuple[str, MakeDataset]],
   sizes: Mapping[str, Sequence[int]],
   shots: int,
   seed: int,
-  render: Callable[..., Any],
+  render: Render,
   keep: re.Pattern[str],
 ) -> dict[str, list[Example]]:
-  """Shots of all parts first, then eval, then train; a problem is used once over all of them."""
+  """Draws the shots of all datasets, then "eval", then "train", without using a problem twice."""
   used: set[str] = set()
-  shown: list[list[dict[str, Any]]] = []
+  shots_of: list[list[Entry]] = []
   splits: dict[str, list[Example]] = {}
-  found = [0] * len(parts)
+  totals = [0] * len(parts)
   for split, counts in {"shots": [shots] * len(parts), **sizes}.items():
-    drawn: list[tuple[float, int, Example]] = []
+    examples: list[tuple[float, int, Example]] = []
     for i, (name, make) in enumerate(parts):
       stream = f"{seed}/{i}/{name}/{split}"
-      entries = list(_distinct(make, stream, counts[i], used, found[i], keep))
-      found[i] += len(entries)
+      entries = list(_distinct_entries(make, stream, counts[i], used, totals[i], keep))
+      totals[i] += len(entries)
       if len(entries) < counts[i]:
-        wanted = shots + sizes["eval"][i] + sizes["train"][i]
+        needed = shots + sizes["eval"][i] + sizes["train"][i]
         others = " besides those in the other parts" if len(parts) > 1 else ""
         raise ValueError(
-          f"{name} with these settings has only {found[i]} distinct problems{others}, and {wanted} "
-          f"are needed ({shots} shots + {sizes['eval'][i]} eval + {sizes['train'][i]} train): "
-          "lower the sizes, or widen its config"
+          f"{name} with these settings has only {totals[i]} distinct problems{others}, "
+          f"and {needed} are needed ({shots} shots + {sizes['eval'][i]} eval + "
+          f"{sizes['train'][i]} train): lower the sizes, or widen its config"
         )
       if split == "shots":
-        shown.append(entries)
+        shots_of.append(entries)
         continue
       for n, entry in enumerate(entries):
         columns = {"question": entry["question"], "answer": entry["answer"]}
         columns |= {"dataset": name, "part": i, "entry": entry}
-        example = Example(render(shown[i], entry), columns, _key(entry))
-        drawn.append(((n + 0.5) / counts[i], i, example))  # its place in its own part, in (0, 1)
+        example = Example(render(shots_of[i], entry), columns, _key(entry))
+        # Sorting by the relative position within the dataset interleaves the datasets evenly.
+        examples.append(((n + 0.5) / counts[i], i, example))
     if split != "shots":
-      splits[split] = [example for *_, example in sorted(drawn, key=lambda item: item[:2])]
+      splits[split] = [example for *_, example in sorted(examples, key=lambda item: item[:2])]
   return splits
 
 
-def _distinct(
-  make: Callable[..., Any],
+def _distinct_entries(
+  make: MakeDataset,
   stream: str,
   count: int,
   used: set[str],
-  found: int,
+  total: int,
   keep: re.Pattern[str],
-) -> Iterator[dict[str, Any]]:
-  """Up to `count` entries whose keys are not in `used`, which they join; fewer if none is left."""
+) -> Iterator[Entry]:
+  """Yields up to `count` new problems and adds their keys to `used`.
+
+  Args:
+    total: number of problems that were drawn from this dataset before.
+  """
   if count == 0:
     return
-  fruitless = 0
+  misses = 0
   for entry in _entries(make, stream):
     key = _key(entry)
-    fruitless += 1
-    if key not in used and keep.fullmatch(_expression(entry) or entry["question"]):
+    misses += 1
+    if key not in used and keep.fullmatch(_arithmetic(entry) or entry["question"]):
       used.add(key)
-      found, count, fruitless = found + 1, count - 1, 0
+      total, count, misses = total + 1, count - 1, 0
       yield entry
-    # One problem of n equally likely ones stays unseen for 10 n draws once in 22,000 times.
-    if count == 0 or fruitless > max(2000, 10 * found):
+    # One of n equally likely problems fails to appear in 10 n draws with probability 1 / 22,000.
+    if count == 0 or misses > max(2000, 10 * total):
       return
 
 
-def _entries(make: Callable[..., Any], stream: str) -> Iterator[dict[str, Any]]:
-  """Endless entries. Seeds are hashed: problem i of seed s is often problem i - 1 of seed s + 1."""
+def _entries(make: MakeDataset, stream: str) -> Iterator[Entry]:
+  """Yields problems without end.
+
+  Seeds are hashed, because problem i of seed s is often problem i - 1 of seed s + 1.
+  """
   chunk = 0
   while True:
     digest = hashlib.sha256(f"{stream}/{chunk}".encode()).digest()
@@ -271,19 +349,19 @@ def _entries(make: Callable[..., Any], stream: str) -> Iterator[dict[str, Any]]:
     chunk += 1
 
 
-def _expression(entry: Mapping[str, Any]) -> str | None:
-  """The arithmetic a question asks for, None where there is none.
+def _arithmetic(entry: Entry) -> str | None:
+  """Returns the arithmetic that a question asks for, None if there is none.
 
-  Not every "expression" is the question: that of `countdown` is its answer.
+  The metadata's "expression" is not always part of the question: in `countdown` it is the answer.
   """
   expression = entry["metadata"].get("expression")
-  plain = isinstance(expression, str) and SUM.fullmatch(expression)
+  plain = isinstance(expression, str) and ARITHMETIC.fullmatch(expression)
   return expression if plain and expression in entry["question"] else None
 
 
-def _key(entry: Mapping[str, Any]) -> str:
-  """Which problem it is: 3 + 4 and 4 + 3 are the same one."""
-  expression = _expression(entry)
+def _key(entry: Entry) -> str:
+  """Returns the identity of a problem. 3 + 4 and 4 + 3 are the same problem."""
+  expression = _arithmetic(entry)
   if expression is None:
     return " ".join(entry["question"].split())
   for sign in ("+", "*"):
@@ -293,23 +371,26 @@ def _key(entry: Mapping[str, Any]) -> str:
   return " ".join(expression.split())
 
 
-def _completion(shots: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> str:
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def _render_completion(shots: Sequence[Entry], entry: Entry) -> str:
   lines = []
   for item in (*shots, entry):
-    expression = _expression(item)
-    asked = f"{expression} =" if expression else f"Q: {item['question']}\nA:"
+    expression = _arithmetic(item)
+    question = f"{expression} =" if expression else f"Q: {item['question']}\nA:"
     if not isinstance(item["answer"], str) or "\n" in item["answer"]:
       raise ValueError(
         f"answers of {item['metadata'].get('source_dataset')} do not fit on one line, as "
         f"format='completion' needs, but are like {item['answer']!r}: set format='chat', shots=0"
       )
     end = "\n" if expression else "\n\n"
-    lines.append(asked if item is entry else f"{asked} {item['answer']}{end}")
+    lines.append(question if item is entry else f"{question} {item['answer']}{end}")
   return "".join(lines)
 
 
-def _chat(system: str | None) -> Callable[..., list[dict[str, str]]]:
-  def render(shots: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]) -> list[dict[str, str]]:
+def _chat_renderer(system: str | None) -> Render:
+  def render(shots: Sequence[Entry], entry: Entry) -> list[dict[str, str]]:
     turns = [("system", system)] if system is not None else []
     for shot in shots:
       if not isinstance(shot["answer"], str):
@@ -319,24 +400,3 @@ def _chat(system: str | None) -> Callable[..., list[dict[str, str]]]:
     return [{"role": role, "content": content} for role, content in turns]
 
   return render
-
-
-def _rewards(scorers: Sequence[Any], numeric_only: bool) -> dict[str, RewardFunction]:
-  """The two rewards. In chat a reply is prose, so a numeric answer is looked for inside it."""
-
-  def one(text: str, part: int, entry: Mapping[str, Any]) -> float:
-    answer, right, scorer = text.strip(), entry["answer"], scorers[part]
-    if numeric_only and isinstance(right, str) and NUMBER.fullmatch(right.strip()):
-      answer = extract_number(answer)
-    try:
-      return float(scorer.score_answer(answer, entry))
-    except Exception:  # a few datasets raise on text they cannot parse, which is a wrong answer
-      return 0.0
-
-  def score(prompts: Any, completions: Any, part: Any, entry: Any, **columns: Any) -> list[float]:
-    return [one(text, p, e) for text, p, e in zip(completions, part, entry)]
-
-  def exact(**columns: Any) -> list[float]:
-    return [float(value == 1.0) for value in score(**columns)]
-
-  return {"score": score, "exact": exact}

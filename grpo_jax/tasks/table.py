@@ -1,10 +1,10 @@
-"""Your own task: a file of JSON lines, or a Parquet file, and a reward.
+"""Builds a task from a user's own data: a JSONL or Parquet file, and a reward function.
 
     {"prompt": "Name a prime between 20 and 28.", "answer": 23}
     {"prompt": [{"role": "user", "content": "And between 30 and 36?"}], "answer": 31}
 
-Each row has a prompt (text, or chat messages); its other columns reach the reward function under
-their own names, one value per completion:
+Each row has a prompt (text or chat messages). Its other columns are passed to the reward function
+by name, with one value per completion:
 
     def right(prompts, completions, answer, **columns):
       return [float(str(a) in text) for text, a in zip(completions, answer)]
@@ -17,17 +17,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from grpo_jax import extras
-from grpo_jax.tasks.base import Example, Prompt, Task, unknown
+from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
 
 PARQUET = (".parquet", ".pq")
-Row = dict[str, Any]
+Row: TypeAlias = dict[str, Any]
 
 
 def table_task(
@@ -43,37 +43,51 @@ def table_task(
   stop: Sequence[str] = (),
   seed: int = 0,
 ) -> Task:
-  """A task made of a file and one or more reward functions.
+  """Builds a task from a file and one or more reward functions.
 
-  Every row is checked once, here; after that a row is read when its example is asked for.
+  Every row is checked once, here. Afterwards a row is read when its example is accessed.
 
   Args:
-    path: a Parquet file if it ends in .parquet or .pq, else UTF-8 text with one JSON object per
-      line (blank lines are skipped).
-    reward: the name of a built-in one ("math", "numeric", "exact", "format"), or {"name": ...} with
-      its settings; 'path/to/file.py:function', 'module:function' or a function; or several.
-    weights: one per reward, 1.0 each when not given.
-    accuracy: what decides that an answer is right, by giving it exactly 1.0; as in `reward`. None:
-      the first reward.
-    prompt: the column with the prompt.
-    rename: {name in the file: name the reward knows it by}; a built-in grader wants `answer`.
-    eval_fraction: share of the distinct keys held out for evaluation, in [0, 1).
-    key: the column that says which problem a row is, by its name in the file. Rows of one key stay
-      on one side of the split. Default: the prompt.
-    stop: strings at which generation ends.
-    seed: which keys are held out.
+    path: a Parquet file if it ends in .parquet or .pq, otherwise UTF-8 text with one JSON object
+      per line (blank lines are skipped).
+    reward: one reward or a list of them. A reward is the name of a built-in one ("math",
+      "numeric", "exact", "format"), {"name": ...} with its settings, 'path/to/file.py:function',
+      'module:function', or a function.
+    weights: one weight per reward; None: 1.0 each.
+    accuracy: the function that returns exactly 1.0 for a correct answer, given like `reward`.
+      None: the first reward.
+    prompt: name of the column with the prompt.
+    rename: {name in the file: name for the reward function}. A built-in grader needs `answer`.
+    eval_fraction: fraction of the distinct keys that is held out for evaluation, in [0, 1).
+    key: name in the file of the column that identifies a problem. Rows with the same key are in
+      the same split. None: the prompt.
+    stop: strings that end the generation.
+    seed: selects the keys that are held out.
 
-  Raises ValueError (with the line or row number) for a row that is not as described, RewardError
-  for a reward that wants a column the file has not, and FileNotFoundError for a missing file.
+  Raises:
+    ValueError: a setting or a row is invalid; the message has the number of the line or row.
+    RewardError: a reward function requires a column that the file does not have.
+    FileNotFoundError: the file does not exist.
+    ImportError: the file is a Parquet file, and pyarrow is not installed.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+    ...   _ = file.write('{"prompt": "2 + 3 =", "answer": 5}\\n')
+    ...   _ = file.write('{"prompt": "2 + 2 =", "answer": 4}\\n')
+    ...   file.flush()
+    ...   task = table_task(file.name, "numeric", eval_fraction=0.5)
+    >>> {split: len(examples) for split, examples in task.splits.items()}
+    {'train': 1, 'eval': 1}
   """
   if not 0 <= eval_fraction < 1:
     raise ValueError(f"eval_fraction is {eval_fraction}: it must be in [0, 1)")
   rewards = weighted(reward, weights)
-  right, vote = accuracy_of(rewards, accuracy)
+  accuracy_function, extract_answer = accuracy_of(rewards, accuracy)
   rows = _Rows(_open(path), prompt, key, dict(rename or {}))
   digests, columns = _scan(rows, seed)
-  called = {name: function for name, (function, _) in rewards.items()}
-  check_columns({**called, "accuracy": right}, columns, path)
+  functions = {name: function for name, (function, _) in rewards.items()}
+  check_columns({**functions, "accuracy": accuracy_function}, columns, path)
   held_out = _held_out(digests, eval_fraction)
   is_eval = np.array([digest in held_out for digest in digests])
   return Task(
@@ -83,35 +97,36 @@ def table_task(
       "eval": Indexed(rows.example, np.flatnonzero(is_eval)),
     },
     rewards=rewards,
-    accuracy=right,
+    accuracy=accuracy_function,
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
-    answer=vote,
+    answer=extract_answer,
   )
 
 
-# --- the two kinds of files: row i as a dict, and where that is -----------------------------------
+# --- files: row i as a dict, and its position for messages ----------------------------------------
 
 
 class JsonLines:
-  """Rows of a JSONL file. Only the places of the lines are kept; a row is parsed when asked for."""
+  """The rows of a JSONL file. It stores the offsets of the lines and parses a row on access."""
 
   def __init__(self, path: str) -> None:
     self.path = path
-    self._lines: list[tuple[int, int]] = []  # (offset in bytes, number from 1)
+    self._lines: list[tuple[int, int]] = []  # (offset in bytes, line number from 1)
     offset = 0
     with open(path, "rb") as file:
       for number, line in enumerate(file, start=1):
-        # Some editors put a mark before the first line.
+        # Some editors write a byte order mark before the first line.
         if line.removeprefix(b"\xef\xbb\xbf").strip():
           self._lines.append((offset, number))
         offset += len(line)
     if not self._lines:
-      raise ValueError(f"{path} holds no examples: it needs one JSON object per line")
+      raise ValueError(f"{path} contains no examples: it needs one JSON object per line")
 
   def __len__(self) -> int:
     return len(self._lines)
 
   def where(self, i: int) -> str:
+    """Returns the file and line of row i."""
     return f"{self.path}, line {self._lines[i][1]}"
 
   def __getitem__(self, i: int) -> Row:
@@ -126,18 +141,20 @@ class JsonLines:
         error
       )
     except (json.JSONDecodeError, RecursionError) as error:
-      what = f"{error.msg} (column {error.colno})" if hasattr(error, "msg") else "nested too deep"
-      raise ValueError(f"{self.where(i)}: not JSON: {what}: {text[:80]!r}") from error
+      reason = (
+        f"{error.msg} (column {error.colno})" if hasattr(error, "msg") else "nested too deeply"
+      )
+      raise ValueError(f"{self.where(i)}: not JSON: {reason}: {text[:80]!r}") from error
     if not isinstance(row, dict):
       raise ValueError(f"{self.where(i)}: must be a JSON object with a prompt, got {text[:80]!r}")
     return row
 
 
 class Parquet:
-  """Rows of a Parquet file, which is kept as Arrow columns; a row is a dict when asked for.
+  """The rows of a Parquet file. It stores Arrow columns and converts a row on access.
 
-  It is read as a whole because its smallest piece is a row group: in a shuffled order nearly every
-  row would mean decoding another one.
+  The file is read as a whole: its smallest readable piece is a row group, and in a shuffled order
+  nearly every row would decode another row group.
   """
 
   def __init__(self, path: str) -> None:
@@ -150,12 +167,13 @@ class Parquet:
       raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
     self.path = path
     if not len(self):
-      raise ValueError(f"{path} holds no examples: it has no rows")
+      raise ValueError(f"{path} contains no examples: it has no rows")
 
   def __len__(self) -> int:
     return self._table.num_rows
 
   def where(self, i: int) -> str:
+    """Returns the file and row number of row i."""
     return f"{self.path}, row {i + 1}"
 
   def __getitem__(self, i: int) -> Row:
@@ -173,7 +191,7 @@ def _open(path: str) -> JsonLines | Parquet:
 
 @dataclass(frozen=True)
 class _Rows:
-  """Examples of a file by row number."""
+  """The examples of a file by row number."""
 
   source: JsonLines | Parquet
   prompt: str
@@ -182,9 +200,9 @@ class _Rows:
 
   def example(self, i: int) -> Example:
     row, where = self.source[i], self.source.where(i)
-    prompt = _prompt(row, self.prompt, where)
+    prompt = _checked_prompt(row, self.prompt, where)
     if self.key is not None and self.key not in row:
-      raise unknown(f"key column (in {where})", self.key, row)
+      raise unknown_name(f"key column (in {where})", self.key, row)
     identity = prompt if self.key is None else row[self.key]
     if not isinstance(identity, str):
       identity = json.dumps(identity, sort_keys=True, default=str)
@@ -194,21 +212,21 @@ class _Rows:
   def _columns(self, row: Row, where: str) -> Row:
     for old in self.rename:
       if old not in row:
-        raise unknown(f"column to rename (in {where})", old, row)
+        raise unknown_name(f"column to rename (in {where})", old, row)
     columns = {self.rename.get(name, name): value for name, value in row.items()}
     if len(columns) < len(row):
-      raise ValueError(f"{where}: with rename={dict(self.rename)} two columns have one name")
+      raise ValueError(f"{where}: rename={dict(self.rename)} gives two columns the same name")
     for name in ("prompts", "completions"):
       if name in columns:
         raise ValueError(
-          f"{where}: a column may not be called {name!r}: rewards get that already. Set `prompt` "
-          "if it is the prompt, or `rename` it"
+          f"{where}: a column must not be called {name!r}: reward functions use that name. Set "
+          "`prompt` if it is the prompt, or `rename` it"
         )
     return columns
 
 
 def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
-  """Digest of each row's key, and the columns, which are those of every row."""
+  """Checks all rows and returns a digest of each key, and the names of the columns."""
   digests: list[bytes] = []
   names: set[str] = set()
   for i in range(len(rows.source)):
@@ -218,14 +236,15 @@ def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
       differing = ", ".join(sorted(set(example.columns) ^ names))
       first = rows.source.where(0).rpartition(", ")[2]
       raise ValueError(
-        f"{rows.source.where(i)}: has not the columns of {first}; they differ in: {differing}. "
-        "Give every line the same columns (null where there is no value)"
+        f"{rows.source.where(i)}: does not have the columns of {first}; they differ in: "
+        f"{differing}. Give every line the same columns (null where there is no value)"
       )
     digests.append(hashlib.sha256(f"{seed}\n{example.key}".encode()).digest())
   return digests, names
 
 
-def _prompt(row: Row, column: str, where: str) -> Prompt:
+def _checked_prompt(row: Row, column: str, where: str) -> Prompt:
+  """Returns the prompt of a row; ValueError unless it is non-empty text or chat messages."""
   if column not in row:
     raise ValueError(
       f"{where}: no column {column!r}; it has: {', '.join(row) or 'none'}. Set `prompt` to the "
@@ -237,25 +256,25 @@ def _prompt(row: Row, column: str, where: str) -> Prompt:
   if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
     return prompt
   raise ValueError(
-    f"{where}: {column!r} must be text that is not empty, or a list of chat messages such as "
+    f"{where}: {column!r} must be non-empty text, or a list of chat messages such as "
     f'{{"role": "user", "content": "..."}}, got {json.dumps(prompt, default=str)[:80]}'
   )
 
 
-def _is_message(message: Any) -> bool:
+def _is_message(message: object) -> bool:
   return isinstance(message, dict) and all(
     isinstance(message.get(field), str) for field in ("role", "content")
   )
 
 
 def _held_out(digests: Sequence[bytes], fraction: float) -> set[bytes]:
-  """About `fraction` of the distinct keys; which ones does not depend on the order of the rows."""
+  """Returns about `fraction` of the distinct keys, independent of the order of the rows."""
   if fraction == 0:
     return set()
   ranked = sorted(set(digests))
   if len(ranked) < 2:
     raise ValueError(
-      f"cannot hold out eval_fraction={fraction}: all lines are one problem. Add lines, set `key` "
-      "to a column that tells problems apart, or set eval_fraction=0"
+      f"cannot hold out eval_fraction={fraction}: all lines are the same problem. Add lines, set "
+      "`key` to a column that tells problems apart, or set eval_fraction=0"
     )
   return set(ranked[: min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)])

@@ -1,6 +1,6 @@
-"""Reward functions that do what the completion tells them to; for tasks/rewards/test_workers.py.
+"""Defines reward functions that hang or crash on demand, for the tests of reward workers.
 
-Worker processes import this file, so it imports nothing that they must not.
+Worker processes import this file, so it must not import jax.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from grpo_jax.tasks.base import Task
 
 
 def obey(prompts, completions, answer, log=None, **columns):
-  """1.0 for the answer, else 0.0, unless a completion is an order."""
+  """Returns 1.0 for the answer and otherwise 0.0, and obeys completions that are orders."""
   if log and log[0]:
     with open(log[0], "a") as file:
       file.write(f"{len(completions)}\n")
@@ -33,10 +33,10 @@ def obey(prompts, completions, answer, log=None, **columns):
     elif text == "kill":
       os.kill(os.getpid(), signal.SIGKILL)
     elif text == "raise":
-      raise RuntimeError("as told")
+      raise RuntimeError("as ordered")
     elif text == "too few":
       return [0.0]
-    elif text == "take a moment":
+    elif text == "pause":
       time.sleep(0.3)
     elif text.startswith("beat "):
       while True:
@@ -56,7 +56,7 @@ def tokens(completion_lengths, **columns):
 
 
 def together(completions, **columns):
-  """How many completions it was called with."""
+  """Returns the number of completions of its call."""
   return [len(completions)] * len(completions)
 
 
@@ -64,10 +64,10 @@ def jax_is_loaded(completions, **columns):
   return ["jax" in sys.modules] * len(completions)
 
 
-def task(fails=""):
-  """The functions are made here, so that no worker could get them by pickling."""
-  if fails:
-    raise ValueError(fails)
+def task(error=""):
+  """Builds the task from local functions, which cannot be pickled; raises if there is an error."""
+  if error:
+    raise ValueError(error)
   return Task(
     name="guarded",
     splits={},
@@ -85,7 +85,7 @@ def task(fails=""):
 
 
 def beat_forever(path):
-  """A parent whose worker is busy for good."""
+  """Runs a parent process whose worker never finishes."""
   from functools import partial
 
   from grpo_jax.tasks.rewards.workers import RewardWorkers

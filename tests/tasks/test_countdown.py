@@ -1,4 +1,4 @@
-"""Countdown: problems have solutions, and the checker takes right expressions and nothing else."""
+"""Tests that countdown problems have solutions, and that only correct expressions are accepted."""
 
 import random
 import time
@@ -8,15 +8,12 @@ from fractions import Fraction
 import pytest
 
 from grpo_jax.tasks import make_task, score
-from grpo_jax.tasks.countdown import answer, reaches_target, value_of
+from grpo_jax.tasks.countdown import answer, expression_value, reaches_target
+from tests.helpers.examples import all_examples, grade
 
 
 def small(**settings):
   return make_task("countdown", **{"train_size": 60, "eval_size": 40} | settings)
-
-
-def every(task):
-  return [example for split in task.splits.values() for example in split]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +33,7 @@ def every(task):
   ],
 )
 def test_expressions(text, value, numbers):
-  assert value_of(text) == (value, numbers)
+  assert expression_value(text) == (value, numbers)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +76,10 @@ def test_expressions(text, value, numbers):
     "#### 7",
   ],
 )
-def test_what_is_no_expression(text):
+def test_text_that_is_not_an_expression(text):
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    assert value_of(text) is None
+    assert expression_value(text) is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_what_is_no_expression(text):
     "</answer>" * 100_000 + "<answer>" * 100_000,
   ],
 )
-def test_a_hostile_completion_costs_nothing(text):
+def test_hostile_completions_take_little_time(text):
   start = time.perf_counter()
   for completion in (text, f"<answer>{text}</answer>"):
     assert reaches_target([completion], [[1, 2, 3]], [7]) == [0.0]
@@ -108,12 +105,12 @@ def test_a_hostile_completion_costs_nothing(text):
   assert time.perf_counter() - start < 0.5
 
 
-def test_an_expression_has_at_most_200_characters():
-  assert value_of("1" + "+1" * 99)[0] == 100  # 199 characters
-  assert value_of("1" + "+1" * 100) is None
+def test_expressions_have_at_most_200_characters():
+  assert expression_value("1" + "+1" * 99)[0] == 100  # 199 characters
+  assert expression_value("1" + "+1" * 100) is None
 
 
-def test_the_numbers_and_the_target():
+def test_an_answer_must_reach_the_target_with_the_given_numbers():
   def verdict(text, numbers=(3, 4, 5), target=17, **rule):
     return reaches_target([f"<answer>{text}</answer>"], [numbers], [target], **rule)[0]
 
@@ -121,10 +118,10 @@ def test_the_numbers_and_the_target():
   assert verdict("5 + 4 * 3") == 1
   assert verdict("3 * 4 + 6") == 0
   assert verdict("(3 + 4) * 5") == 0
-  assert verdict("12 + 5") == 0  # not the numbers given
+  assert verdict("12 + 5") == 0  # 12 is not a given number
   assert verdict("17") == 0
-  assert verdict("3 * 4 + 5 + 3 - 3") == 0  # a number too often
-  assert verdict("4 * 5", target=20) == 0  # one is left out
+  assert verdict("3 * 4 + 5 + 3 - 3") == 0  # 3 is used twice too often
+  assert verdict("4 * 5", target=20) == 0  # 3 is not used
   assert verdict("4 * 5", target=20, exactly_once=False) == 1
   assert verdict("4 * 5 + 4 - 4", target=20, exactly_once=False) == 0
   assert verdict("4 + 4", (4, 4), 8) == 1  # a number given twice may be used twice
@@ -133,7 +130,7 @@ def test_the_numbers_and_the_target():
 
 
 @pytest.mark.parametrize(
-  ("completion", "right"),
+  ("completion", "reward"),
   [
     ("<think>3 and 4</think><answer>3 * 4 + 5</answer>", 1),
     ("<answer>\n3 * 4 + 5\n</answer>", 1),
@@ -148,11 +145,11 @@ def test_the_numbers_and_the_target():
     ("", 0),
   ],
 )
-def test_the_last_pair_of_tags_counts(completion, right):
-  assert reaches_target([completion], [[3, 4, 5]], [17]) == [right]
+def test_the_last_pair_of_tags_counts(completion, reward):
+  assert reaches_target([completion], [[3, 4, 5]], [17]) == [reward]
 
 
-def test_format_counts_the_tag_that_the_prompt_opened():
+def test_the_format_reward_includes_the_tag_that_the_prompt_opens():
   texts = ["<think>a</think><answer>1</answer>", "a</think><answer>1</answer>", "1"]
   columns = {"numbers": [[1]], "target": [2], "solution": [""]}
   for format, values in (("chat", [1.0, 0.0, 0.0]), ("completion", [0.0, 1.0, 0.0])):
@@ -163,30 +160,26 @@ def test_format_counts_the_tag_that_the_prompt_opened():
 def test_every_problem_has_its_solution():
   task = small(train_size=300)
   sizes = set()
-  for example in every(task):
+  for example in all_examples(task):
     numbers, target, solution = (example.columns[n] for n in ("numbers", "target", "solution"))
-    assert eval(solution) == target  # Python's own arithmetic, on what the generator wrote
+    assert eval(solution) == target  # by Python's own arithmetic
     assert sorted(
       int(n) for n in solution.translate(str.maketrans("+-*/()", "      ")).split()
     ) == (sorted(numbers))
     assert 10 <= target <= 99
     assert all(1 <= number <= 99 for number in numbers)
     sizes.add(len(numbers))
-    columns = {name: [value] for name, value in example.columns.items()}
     texts = [f"<think>so</think><answer>{solution}</answer>", f"<answer>{solution} + 1</answer>"]
-    total, _ = score(task.rewards, [example.prompt], [texts], columns)
-    assert total.tolist() == [[1.1, 0.0]]
-    accuracy, _ = score({"a": (task.accuracy, 1.0)}, [example.prompt], [texts], columns)
-    assert accuracy.tolist() == [[1.0, 0.0]]
+    assert grade(task, example, *texts) == ([1.1, 0.0], [1.0, 0.0])
   assert sizes == {3, 4}
 
 
-def test_the_settings_are_kept():
+def test_problems_satisfy_the_settings():
   task = small(
     counts=[2], smallest=2, largest=9, min_target=3, max_target=20, train_size=30, eval_size=10,
     use="at_most_once", format_weight=0,
   )  # fmt: skip
-  for example in every(task):
+  for example in all_examples(task):
     assert len(example.columns["numbers"]) == 2
     assert all(2 <= number <= 9 for number in example.columns["numbers"])
     assert 3 <= example.columns["target"] <= 20
@@ -198,26 +191,26 @@ def test_the_settings_are_kept():
   assert score(task.rewards, [""], [["<answer>5</answer>"]], columns)[0].tolist() == [[1.0]]
 
 
-def test_no_problem_is_in_both_splits_in_any_order_of_its_numbers():
-  # Of two numbers in 1..4 the targets 1 to 16 give a 28 problems: all are drawn.
+def test_splits_are_disjoint_whatever_the_order_of_the_numbers():
+  # Two numbers in 1..4 with targets 1 to 16 give 28 problems. All of them are drawn.
   task = small(
     counts=[2], smallest=1, largest=4, min_target=1, max_target=16, train_size=15, eval_size=13
   )
-  identities = [
+  problems = [
     (tuple(sorted(example.columns["numbers"])), example.columns["target"])
-    for example in every(task)
+    for example in all_examples(task)
   ]
-  assert len(set(identities)) == 28
-  assert len({example.key for example in every(task)}) == 28
-  with pytest.raises(ValueError, match=r"only 28 distinct problems .* 15 eval \+ 500 train"):
+  assert len(set(problems)) == 28
+  assert len({example.key for example in all_examples(task)}) == 28
+  with pytest.raises(ValueError, match=r"only 28 distinct problems, and 15 eval \+ 500 train"):
     small(counts=[2], smallest=1, largest=4, min_target=1, max_target=16, train_size=500,
           eval_size=15)  # fmt: skip
   with pytest.raises(ValueError, match="only 0 distinct problems"):
     small(counts=[2], smallest=50, largest=60, min_target=20, max_target=20)
 
 
-def test_the_number_of_small_problems_by_enumeration():
-  """All problems of two numbers from 1 to 3: every result of + * - / that is a positive integer."""
+def test_small_problems_are_those_of_an_enumeration():
+  """Two numbers from 1 to 3 with every positive integer that + * - / give."""
   reachable = set()
   for a in range(1, 4):
     for b in range(1, a + 1):
@@ -225,7 +218,7 @@ def test_the_number_of_small_problems_by_enumeration():
       reachable |= {(b, a, result) for result in results if 1 <= result <= 9}
   task = small(counts=[2], smallest=1, largest=3, min_target=1, max_target=9, eval_size=3,
                train_size=len(reachable) - 3)  # fmt: skip
-  drawn = {(*sorted(e.columns["numbers"]), e.columns["target"]) for e in every(task)}
+  drawn = {(*sorted(e.columns["numbers"]), e.columns["target"]) for e in all_examples(task)}
   assert drawn == reachable
 
 
@@ -242,14 +235,14 @@ def test_prompts():
   assert example.columns["solution"] not in text
 
 
-def test_the_same_seed_gives_the_same_problems_and_more_of_them_only_add():
-  assert every(small()) == every(small())
-  assert every(small()) != every(small(seed=1))
+def test_problems_depend_on_the_seed_and_a_larger_size_only_adds_some():
+  assert all_examples(small()) == all_examples(small())
+  assert all_examples(small()) != all_examples(small(seed=1))
   assert list(small(train_size=80).splits["train"][:60]) == list(small().splits["train"])
   assert list(small(train_size=80).splits["eval"]) == list(small().splits["eval"])
 
 
-def test_answers_that_are_alike_are_graded_alike():
+def test_equal_answers_have_equal_value_and_numbers():
   assert answer("<answer>3 * (4 + 5)</answer>") == answer("<answer>(5 + 4) × 3 = 27</answer>")
   assert answer("<answer>3 * 9</answer>") != answer("<answer>3 * (4 + 5)</answer>")
   assert answer("<answer>1 / 2</answer>") != answer("<answer>2 / 1</answer>")
@@ -257,18 +250,18 @@ def test_answers_that_are_alike_are_graded_alike():
   assert small().answer is answer
 
 
-def test_random_expressions_against_pythons_own_arithmetic():
+def test_random_expressions_agree_with_pythons_arithmetic():
   rng = random.Random(0)
   for _ in range(200):
     text = str(rng.randint(1, 99))
     for _ in range(rng.randint(1, 4)):
       side = f"{rng.choice('+-*')} {rng.randint(1, 99)}"
       text = rng.choice([f"{text} {side}", f"({text}) {side}"])
-    assert value_of(text)[0] == eval(text)
+    assert expression_value(text)[0] == eval(text)
 
 
 @pytest.mark.parametrize(
-  ("settings", "says"),
+  ("settings", "message"),
   [
     ({"format": "chatt"}, "unknown format 'chatt'"),
     ({"use": "once"}, "unknown use of the numbers 'once'.*at_most_once, exactly_once"),
@@ -281,6 +274,6 @@ def test_random_expressions_against_pythons_own_arithmetic():
     ({"eval_size": -1}, "eval_size -1"),
   ],
 )
-def test_wrong_settings(settings, says):
-  with pytest.raises(ValueError, match=says):
+def test_wrong_settings(settings, message):
+  with pytest.raises(ValueError, match=message):
     small(**settings)

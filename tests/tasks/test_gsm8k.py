@@ -1,4 +1,4 @@
-"""GSM8K on a few of its rows (tests/data/gsm8k), prepared by tensorflow-datasets for real."""
+"""Tests GSM8K on a few of its rows (tests/data/gsm8k), prepared by tensorflow-datasets."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def data_dir(tmp_path_factory):
   return str(folder)
 
 
-def test_every_row_is_there_in_its_split(data_dir):
+def test_every_row_is_in_its_split(data_dir):
   task = make_task("gsm8k", data_dir=data_dir)
   for split, name in (("train", "train"), ("eval", "test")):
     rows = {row["question"].strip(): row["answer"] for row in lines(name)}
@@ -41,14 +41,14 @@ def test_every_row_is_there_in_its_split(data_dir):
   assert "tensorflow" not in sys.modules
 
 
-def test_a_later_run_reads_what_was_prepared(data_dir, monkeypatch):
+def test_a_later_run_reads_the_prepared_files(data_dir, monkeypatch):
   monkeypatch.setattr(gsm8k, "_prepare", None)  # calling it would fail
   for jsonl in (None, str(ROWS), "/no/such/folder"):
     task = make_task("gsm8k", data_dir=data_dir, jsonl=jsonl)
     assert (len(task.splits["train"]), len(task.splits["eval"])) == (6, 4)
 
 
-def test_other_lines_than_those_prepared_are_an_error(data_dir, tmp_path):
+def test_lines_that_differ_from_the_prepared_ones_are_an_error(data_dir, tmp_path):
   for split in ("train", "test"):
     shutil.copy(ROWS / f"{split}.jsonl", tmp_path)
   assert make_task("gsm8k", data_dir=data_dir, jsonl=str(tmp_path))
@@ -62,20 +62,22 @@ def fake_download(monkeypatch, files):
   monkeypatch.setattr(manager, "download_and_extract", lambda self, urls: files(urls))
 
 
-def test_without_files_the_published_ones_are_downloaded(data_dir, tmp_path, monkeypatch):
-  asked = []
+def test_without_files_the_published_set_is_downloaded(data_dir, tmp_path, monkeypatch):
+  requested = []
 
   def files(urls):
-    asked.extend(urls)
+    requested.extend(urls)
     return {split: ROWS / f"{split.removesuffix('_socratic')}.jsonl" for split in urls}
 
   fake_download(monkeypatch, files)
   task = make_task("gsm8k", data_dir=str(tmp_path))
-  assert set(asked) >= {"train", "test"}
+  assert set(requested) >= {"train", "test"}
   local = make_task("gsm8k", data_dir=data_dir)
   for split in ("train", "eval"):
-    assert list(task.splits[split]) == list(local.splits[split])  # and in the same order
-  assert make_task("gsm8k", data_dir=str(tmp_path), jsonl=str(ROWS))  # nothing to compare it with
+    assert list(task.splits[split]) == list(local.splits[split])  # in the same order too
+  assert make_task(
+    "gsm8k", data_dir=str(tmp_path), jsonl=str(ROWS)
+  )  # a download has no digest to compare with
 
 
 def test_a_failing_download_says_what_to_do(tmp_path, monkeypatch):
@@ -88,7 +90,7 @@ def test_a_failing_download_says_what_to_do(tmp_path, monkeypatch):
   assert len(make_task("gsm8k", data_dir=str(tmp_path), jsonl=str(ROWS)).splits["train"]) == 6
 
 
-def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
+def test_two_processes_may_prepare_the_set_at_once(tmp_path, monkeypatch):
   prepare = tfds.core.GeneratorBasedBuilder.download_and_prepare
 
   def and_then_fail(self, **settings):
@@ -99,7 +101,7 @@ def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
   assert len(gsm8k.prepared(str(tmp_path), str(ROWS))[0]) == 6
 
 
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_missing_packages_are_named(tmp_path, monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(
     importlib.util, "find_spec", lambda name: None if name == "importlib_resources" else find(name)
@@ -109,23 +111,27 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("split", "line", "says"),
+  ("split", "line", "message"),
   [
     ("train", "{'question': 'x'}", "train.jsonl, line 2: not JSON"),
     ("test", "[]", "test.jsonl, line 2: must be a JSON object"),
-    ("test", '{"question": "x"}', "test.jsonl, line 2: 'answer' must be text"),
+    ("test", '{"question": "x"}', "test.jsonl, line 2: 'answer' must be non-empty text"),
     ("train", '{"question": 3, "answer": "#### 1"}', "train.jsonl, line 2: 'question' must be"),
     ("train", '{"question": "x", "answer": "1"}', "train.jsonl, line 2: 'answer' must end in"),
     ("train", '{"question": "x", "answer": "#### "}', "train.jsonl, line 2: 'answer' must end in"),
-    ("train", '{"question": "1 +  1?", "answer": "#### 2"}', "line 2: this problem is in test"),
+    (
+      "train",
+      '{"question": "1 +  1?", "answer": "#### 2"}',
+      "line 2: this problem is also in test",
+    ),
   ],
 )
-def test_a_bad_line_is_named_and_leaves_nothing_behind(tmp_path, split, line, says):
+def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, split, line, message):
   for name, question in (("train", "2 + 2?"), ("test", "1 + 1?")):
     good = json.dumps({"question": question, "answer": "#### 2"})
     text = f"{good}\n{line}\n" if name == split else f"{good}\n"
     (tmp_path / f"{name}.jsonl").write_text(text)
-  with pytest.raises(ValueError, match=says):
+  with pytest.raises(ValueError, match=message):
     make_task("gsm8k", data_dir=f"{tmp_path}/data", jsonl=str(tmp_path))
   assert not (tmp_path / "data").exists()
 
@@ -135,7 +141,7 @@ def test_missing_files(tmp_path):
     make_task("gsm8k", data_dir=str(tmp_path), jsonl=f"{tmp_path}/nothing")
 
 
-def test_no_row_is_read_before_it_is_asked_for(monkeypatch):
+def test_rows_are_read_on_access_only(monkeypatch):
   read = []
 
   class Rows:
@@ -173,53 +179,53 @@ def test_chat_prompts(data_dir):
 
 
 @pytest.mark.parametrize("answer", ["hash", "boxed", "tags"])
-def test_shots_are_train_problems_solved_in_the_way_that_is_asked_for(data_dir, answer):
+def test_shots_are_training_problems_solved_in_the_requested_format(data_dir, answer):
   task = make_task("gsm8k", data_dir=data_dir, format="completion", shots=3, answer=answer)
   prompt = task.splits["eval"][1].prompt
-  *shots, asked = prompt.split("\n\n")
-  assert asked == f"Q: {task.splits['eval'][1].columns['question']}\nA:"
+  *shots, last = prompt.split("\n\n")
+  assert last == f"Q: {task.splits['eval'][1].columns['question']}\nA:"
   assert "<<" not in prompt
   gold = {row["question"].strip(): row["answer"].split("####")[1].strip() for row in lines("train")}
-  shown = [re.fullmatch(r"Q: (.+?)\nA: (.+)", shot, re.DOTALL).groups() for shot in shots]
-  assert len({question for question, _ in shown} & set(gold)) == 3
-  assert not {question for question, _ in shown} & {
+  solved = [re.fullmatch(r"Q: (.+?)\nA: (.+)", shot, re.DOTALL).groups() for shot in shots]
+  assert len({question for question, _ in solved} & set(gold)) == 3
+  assert not {question for question, _ in solved} & {
     example.columns["question"] for example in task.splits["train"]
   }
   assert len(task.splits["train"]) == 6 - 3
-  right, _ = score(
+  rewards, _ = score(
     task.rewards,
     [""] * 3,
-    [[reply] for _, reply in shown],
-    {"answer": [gold[question] for question, _ in shown]},
+    [[reply] for _, reply in solved],
+    {"answer": [gold[question] for question, _ in solved]},
   )
-  assert right.tolist() == [[1.0]] * 3  # what is shown is what is rewarded
+  assert rewards.tolist() == [[1.0]] * 3  # the solved examples would be rewarded
   assert task.stop == ("\n\n",)
-  assert {task.answer(reply) for _, reply in shown} == {
-    task.answer(f"#### {gold[q]}") for q, _ in shown
+  assert {task.answer(reply) for _, reply in solved} == {
+    task.answer(f"#### {gold[q]}") for q, _ in solved
   }
 
 
-def test_completion_without_shots_says_what_to_do(data_dir):
+def test_completion_without_shots_starts_with_an_instruction(data_dir):
   task = make_task("gsm8k", data_dir=data_dir, format="completion", shots=0)
   example = task.splits["eval"][0]
-  told, asked = example.prompt.split("\n\n")
-  assert "####" in told
-  assert asked == f"Q: {example.columns['question']}\nA:"
+  instruction, question = example.prompt.split("\n\n")
+  assert "####" in instruction
+  assert question == f"Q: {example.columns['question']}\nA:"
   assert task.stop == ("\nQ:",)
 
 
-def test_another_seed_shows_and_evaluates_others(data_dir):
-  def made(seed):
+def test_the_seed_selects_shots_and_evaluation_problems(data_dir):
+  def selection(seed):
     settings = {"format": "completion", "shots": 2, "eval_size": 2, "seed": seed}
     task = make_task("gsm8k", data_dir=data_dir, **settings)
     return task.splits["eval"][0].prompt.split("\n\n")[:2], [e.key for e in task.splits["eval"]]
 
-  assert made(1) == made(1)
-  assert len({str(made(seed)[0]) for seed in range(8)}) > 1
-  assert len({str(made(seed)[1]) for seed in range(8)}) > 1
+  assert selection(1) == selection(1)
+  assert len({str(selection(seed)[0]) for seed in range(8)}) > 1
+  assert len({str(selection(seed)[1]) for seed in range(8)}) > 1
 
 
-def test_the_reward_and_the_accuracy(data_dir):
+def test_reward_and_accuracy_compare_the_number(data_dir):
   task = make_task("gsm8k", data_dir=data_dir)
   example = next(e for e in task.splits["train"] if e.columns["answer"] == "1080")
   columns = {name: [value] for name, value in example.columns.items()}
@@ -231,7 +237,7 @@ def test_the_reward_and_the_accuracy(data_dir):
 
 
 @pytest.mark.parametrize(
-  ("settings", "says"),
+  ("settings", "message"),
   [
     ({"format": "chatt"}, "unknown format 'chatt'.*'chat'"),
     ({"answer": "box"}, "unknown way to write the answer 'box'.*'boxed'"),
@@ -243,14 +249,14 @@ def test_the_reward_and_the_accuracy(data_dir):
     ({"jsnol": "x"}, "unknown setting of task 'gsm8k' 'jsnol'.*'jsonl'"),
   ],
 )
-def test_wrong_settings(data_dir, settings, says):
-  with pytest.raises(ValueError, match=says):
+def test_wrong_settings(data_dir, settings, message):
+  with pytest.raises(ValueError, match=message):
     make_task("gsm8k", data_dir=data_dir, **settings)
 
 
-def test_a_reward_that_wants_another_column_is_named(data_dir):
+def test_a_reward_that_requires_another_column_is_named(data_dir):
   def mine(completions, gold, **columns):
     return [0.0] * len(completions)
 
-  with pytest.raises(RewardError, match=r"gsm8k: .*'mine' .*asks for gold.*answer, completions"):
+  with pytest.raises(RewardError, match=r"gsm8k: .*'mine' .*requires gold.*answer, completions"):
     make_task("gsm8k", data_dir=data_dir, reward=mine)

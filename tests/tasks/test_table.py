@@ -1,11 +1,12 @@
-"""Tasks from files, JSON lines and Parquet: their split, their rewards, and their mistakes."""
+"""Tests tasks from JSONL and Parquet files: their splits, their rewards, and bad input."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from grpo_jax.tasks import RewardError, make_task, score, table
+from grpo_jax.tasks import RewardError, make_task, table
+from tests.helpers.examples import grade, keys
 
 
 def length(prompts, completions, **columns):
@@ -25,7 +26,7 @@ def write_parquet(path, rows):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
 
-  # Two row groups, so that a row is not where its number in the group says.
+  # Two row groups, so that the index of a row differs from its index in the group.
   parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=len(rows) // 2 or 1)
   return str(path)
 
@@ -34,20 +35,7 @@ def rows(count):
   return [{"prompt": f"Say {i}.", "answer": str(i)} for i in range(count)]
 
 
-def keys(task, split):
-  return [example.key for example in task.splits[split]]
-
-
-def graded(task, example, *completions):
-  columns = {name: [value] for name, value in example.columns.items()}
-  total, _ = score(task.rewards, [example.prompt], [list(completions)], columns)
-  accuracy, _ = score(
-    {"accuracy": (task.accuracy, 1.0)}, [example.prompt], [list(completions)], columns
-  )
-  return total[0].tolist(), accuracy[0].tolist()
-
-
-def test_a_file_and_a_function_are_a_task(tmp_path):
+def test_a_task_from_a_file_and_a_function(tmp_path):
   path = write_lines(tmp_path / "mine.jsonl", *rows(20))
   (tmp_path / "mine.py").write_text(
     "def right(prompts, completions, answer, **columns):\n"
@@ -61,10 +49,10 @@ def test_a_file_and_a_function_are_a_task(tmp_path):
   assert task.answer is None
   example = task.splits["eval"][0]
   assert example.prompt == f"Say {example.columns['answer']}."
-  assert graded(task, example, example.columns["answer"], "no") == ([1, 0], [1, 0])
+  assert grade(task, example, example.columns["answer"], "no") == ([1, 0], [1, 0])
 
 
-def test_parquet_and_lines_of_the_same_rows_are_the_same_task(tmp_path):
+def test_parquet_and_jsonl_of_the_same_rows_give_the_same_task(tmp_path):
   message = [{"role": "user", "content": "Say 7."}]
   some = [{"prompt": row["prompt"], "n": i, "deep": {"a": [i]}} for i, row in enumerate(rows(11))]
   lines = make_task("jsonl", path=write_lines(tmp_path / "a.jsonl", *some), reward=length)
@@ -77,11 +65,11 @@ def test_parquet_and_lines_of_the_same_rows_are_the_same_task(tmp_path):
   assert [example.prompt for example in task.splits["train"]] == [message] * 2
 
 
-def test_rows_are_read_when_asked_for(tmp_path):
+def test_rows_are_read_on_access(tmp_path):
   path = tmp_path / "a.jsonl"
   write_lines(path, *rows(5))
   task = make_task("jsonl", path=str(path), reward=length, eval_fraction=0)
-  path.write_text(path.read_text().replace("Say 3", "SAY 3"))  # same length: no line has moved
+  path.write_text(path.read_text().replace("Say 3", "SAY 3"))  # the same length, so no line moves
   assert [e.prompt for e in task.splits["train"]][2:] == ["Say 2.", "SAY 3.", "Say 4."]
   assert task.splits["train"][-2].prompt == "SAY 3."
   assert [e.prompt for e in task.splits["train"][3:]] == ["SAY 3.", "Say 4."]
@@ -90,7 +78,7 @@ def test_rows_are_read_when_asked_for(tmp_path):
     task.splits["train"][3]
 
 
-def test_columns_under_other_names(tmp_path):
+def test_columns_can_be_renamed(tmp_path):
   some = [{"q": f"1 + {i}?", "solution": str(1 + i), "prompts": "x"} for i in range(4)]
   settings = {"prompt": "q", "rename": {"solution": "answer", "prompts": "other"}}
   for path in (write_lines(tmp_path / "a.jsonl", *some), write_parquet(tmp_path / "a.pq", some)):
@@ -103,7 +91,7 @@ def test_columns_under_other_names(tmp_path):
     make_task("table", path=path, reward=length)
   with pytest.raises(ValueError, match=r"unknown column to rename .*'solutoin'.*'solution'"):
     make_task("table", path=path, reward=length, prompt="q", rename={"solutoin": "answer"})
-  with pytest.raises(ValueError, match=r"line 1: .*two columns have one name"):
+  with pytest.raises(ValueError, match=r"line 1: .*gives two columns the same name"):
     make_task("table", path=path, reward=length, prompt="q", rename={"solution": "prompts"})
 
 
@@ -112,25 +100,25 @@ def test_a_built_in_grader_by_name(tmp_path):
   task = make_task("table", path=path, reward=["numeric", length], weights=[1, 0], eval_fraction=0)
   assert list(task.rewards) == ["numeric", "length"]
   example = task.splits["train"][3]
-  assert graded(task, example, "It is\n#### 3", "It is\n#### 4") == ([1, 0], [1, 0])
+  assert grade(task, example, "It is\n#### 3", "It is\n#### 4") == ([1, 0], [1, 0])
   assert task.answer("<answer>3</answer>") == task.answer("It is\n#### 3") != None  # noqa: E711
 
 
-def test_a_missing_column_names_the_reward_that_wants_it(tmp_path):
+def test_a_missing_column_names_the_reward_that_requires_it(tmp_path):
   some = [{"prompt": row["prompt"], "solution": row["answer"]} for row in rows(3)]
   for path in (write_lines(tmp_path / "a.jsonl", *some), write_parquet(tmp_path / "a.pq", some)):
     with pytest.raises(
-      RewardError, match=rf"{Path(path).name}: .*'right' .*asks for answer.*solution"
+      RewardError, match=rf"{Path(path).name}: .*'right' .*requires answer.*solution"
     ):
       make_task("table", path=path, reward=[length, right])
-    with pytest.raises(RewardError, match=r"'numeric' .*asks for answer, which is not given"):
+    with pytest.raises(RewardError, match=r"'numeric' .*requires answer, which is not available"):
       make_task("table", path=path, reward="numeric")
-    with pytest.raises(RewardError, match=r"'accuracy' .*asks for answer"):
+    with pytest.raises(RewardError, match=r"'accuracy' .*requires answer"):
       make_task("table", path=path, reward=length, accuracy=right)
     make_task("table", path=path, reward=right, rename={"solution": "answer"})
 
 
-def test_the_split_is_by_key_and_not_by_line_order(tmp_path):
+def test_the_split_depends_on_keys_and_not_on_their_order(tmp_path):
   lines = [{"prompt": f"{p} {i}", "problem": i} for i in range(10) for p in ("Say", "Write")]
   path = write_lines(tmp_path / "a.jsonl", *lines)
   task = make_task("jsonl", path=path, reward=length, key="problem", eval_fraction=0.2)
@@ -150,13 +138,13 @@ def test_the_split_is_by_key_and_not_by_line_order(tmp_path):
   assert len(task.splits["eval"]) == 0
 
 
-def test_several_rewards_weights_and_chat_prompts(tmp_path):
+def test_several_weighted_rewards_and_chat_prompts(tmp_path):
   chat = [{"role": "user", "content": "Say 1."}]
   path = write_lines(tmp_path / "a.jsonl", {"prompt": chat, "answer": "1"}, "", *rows(3))
   task = make_task("jsonl", path=path, reward=[length, right], weights=[0.5, 2], accuracy=right)
   assert chat in [example.prompt for split in task.splits.values() for example in split]
   example = next(e for split in task.splits.values() for e in split if e.columns["answer"] == "1")
-  assert graded(task, example, "1", "22") == ([2.5, 1.0], [1, 0])
+  assert grade(task, example, "1", "22") == ([2.5, 1.0], [1, 0])
 
 
 def test_accuracy_of_an_async_reward(tmp_path):
@@ -164,27 +152,30 @@ def test_accuracy_of_an_async_reward(tmp_path):
     return [1.0 if text == "yes" else 0.9 for text in completions]
 
   task = make_task("jsonl", path=write_lines(tmp_path / "a.jsonl", *rows(4)), reward=judge)
-  assert graded(task, task.splits["train"][0], "yes", "no") == ([1.0, 0.9], [1, 0])
+  assert grade(task, task.splits["train"][0], "yes", "no") == ([1.0, 0.9], [1, 0])
 
 
 @pytest.mark.parametrize(
-  ("line", "says"),
+  ("line", "message"),
   [
     ("{'prompt': 'x'}", "line 3: not JSON"),
     ('{"prompt": "x", "answer": "1"', "line 3: not JSON"),
     ("[" * 100_000, "line 3: not JSON"),
     ('["x"]', "line 3: must be a JSON object"),
     ('{"answer": "1"}', "line 3: no column 'prompt'; it has: answer"),
-    ('{"prompt": " ", "answer": "1"}', "line 3: 'prompt' must be text that is not empty"),
+    ('{"prompt": " ", "answer": "1"}', "line 3: 'prompt' must be non-empty text"),
     ('{"prompt": 3, "answer": "1"}', "line 3: 'prompt' must be"),
     ('{"prompt": [], "answer": "1"}', "line 3: 'prompt' must be"),
     ('{"prompt": [{"role": "user"}], "answer": "1"}', "line 3: 'prompt' must be"),
-    ('{"prompt": "x", "anwser": "1"}', "line 3: has not the columns of line 1.*answer, anwser"),
+    (
+      '{"prompt": "x", "anwser": "1"}',
+      "line 3: does not have the columns of line 1.*answer, anwser",
+    ),
   ],
 )
-def test_a_bad_line_is_named(tmp_path, line, says):
+def test_a_bad_line_is_named(tmp_path, line, message):
   path = write_lines(tmp_path / "bad.jsonl", *rows(1), "", line, *rows(1))
-  with pytest.raises(ValueError, match=f"bad.jsonl, {says}"):
+  with pytest.raises(ValueError, match=f"bad.jsonl, {message}"):
     make_task("jsonl", path=path, reward=length)
 
 
@@ -197,17 +188,17 @@ def test_a_bad_row_of_a_parquet_file_is_named(tmp_path):
     make_task("table", path=path, reward=length)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
   (tmp_path / "a.parquet").write_bytes(b"")
   monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
   with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'grpo_jax\[tasks\]'"):
     make_task("table", path=f"{tmp_path}/a.parquet", reward=length)
 
 
-def test_files_that_are_no_good(tmp_path):
+def test_bad_files_and_settings(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere.jsonl"):
     make_task("jsonl", path=f"{tmp_path}/nowhere.jsonl", reward=length)
-  with pytest.raises(ValueError, match="holds no examples"):
+  with pytest.raises(ValueError, match="contains no examples"):
     make_task("jsonl", path=write_lines(tmp_path / "empty.jsonl", "", ""), reward=length)
   (tmp_path / "latin.jsonl").write_bytes(
     '{"prompt": "x"}\n{"prompt": "\u00e9"}\n'.encode("latin-1")
@@ -215,10 +206,10 @@ def test_files_that_are_no_good(tmp_path):
   with pytest.raises(ValueError, match="line 2: not UTF-8"):
     make_task("jsonl", path=f"{tmp_path}/latin.jsonl", reward=length)
   path = write_lines(tmp_path / "a.jsonl", {"prompt": "x", "prompts": 1})
-  with pytest.raises(ValueError, match="may not be called 'prompts'"):
+  with pytest.raises(ValueError, match="must not be called 'prompts'"):
     make_task("jsonl", path=path, reward=length)
   path = write_lines(tmp_path / "one.jsonl", {"prompt": "x"}, {"prompt": " x "})
-  with pytest.raises(ValueError, match="all lines are one problem"):
+  with pytest.raises(ValueError, match="all lines are the same problem"):
     make_task("jsonl", path=path, reward=length)
   with pytest.raises(ValueError, match=r"unknown key column .* 'prmpt'.*'prompt'"):
     make_task("jsonl", path=path, reward=length, key="prmpt")
@@ -226,7 +217,7 @@ def test_files_that_are_no_good(tmp_path):
     make_task("jsonl", path=path, reward=length, eval_fraction=1)
 
 
-def test_a_mark_before_the_first_line_and_other_line_ends(tmp_path):
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
   path = tmp_path / "windows.jsonl"
   path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "\xe2\x80\xa8b"}')
   task = table.table_task(str(path), length, eval_fraction=0)

@@ -1,1 +1,1 @@
-"""Scores completions: graders, answer extraction, and the processes rewards run in."""
+"""Scores completions: calls reward functions, grades answers, and runs worker processes."""

@@ -1,14 +1,13 @@
-"""Built-in reward functions. They also give the verdict in evaluation: one grader for both.
+"""Provides built-in reward functions, which also grade evaluation: one grader for both.
 
-Each is a plain reward function, `f(completions, <columns it takes>, **columns)`. The right answer
-is the column `answer`; where it is None they do not apply. A wrong answer gets 0.0, a right one
-1.0. How answers are found and read is in `answers.py`.
+Each is a plain reward function, `f(completions, <its columns>, **columns)`. The correct answer is
+the column `answer`; where it is None the grader does not apply. A correct answer gets 1.0, a wrong
+one 0.0. How answers are extracted and read is in `answers.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
 import numbers
@@ -17,96 +16,125 @@ import signal
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 from grpo_jax import extras
-from grpo_jax.tasks.base import RewardFunction, unknown
+from grpo_jax.tasks.base import RewardFunction, check_settings, unknown_name
 from grpo_jax.tasks.rewards.answers import extract, final, normalize, number, plain
 
 __all__ = ["ANSWERS", "GRADERS", "MAKERS", "extract", "make_grader", "normalize", "number"]
 
-MATH_SECONDS = 4  # for reading two answers and comparing them
-MATH_LENGTH = 500  # characters; a longer answer is wrong
+MATH_SECONDS = 4  # time limit in seconds for parsing and comparing two answers
+MATH_LENGTH = 500  # characters; a longer answer counts as wrong
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+# A correct answer as the data has it: text, a number, or None if the grader does not apply.
+Gold: TypeAlias = str | numbers.Real | None
 
 
-def exact(completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> list[float | None]:
-  """1.0 where the final answer is the column `answer`, but for case, space and a final full stop.
+def exact(completions: Sequence[str], answer: Sequence[Gold], **columns: Any) -> list[float | None]:
+  """Returns 1.0 where the final answer equals `answer` up to case, spacing and a final full stop.
 
-  >>> exact(["<answer>New  York.</answer>", "new york", "York"], ["New York"] * 3)
-  [1.0, 1.0, 0.0]
+  Example:
+    >>> exact(["<answer>New  York.</answer>", "new york", "York"], ["New York"] * 3)
+    [1.0, 1.0, 0.0]
   """
 
-  def right(completion: str, wanted: Any) -> bool:
-    found = final(completion)
-    return found is not None and _text(found) == _text(str(wanted))
+  def is_correct(completion: str, gold: Gold) -> bool:
+    text = final(completion)
+    return text is not None and _canonical_text(text) == _canonical_text(str(gold))
 
-  return _each(right, completions, answer)
+  return _grade_each(is_correct, completions, answer)
 
 
 def numeric(
-  completions: Sequence[str], answer: Sequence[Any], **columns: Any
+  completions: Sequence[str], answer: Sequence[Gold], **columns: Any
 ) -> list[float | None]:
-  """1.0 where the last number of the final answer equals the column `answer`, a number or text.
+  """Returns 1.0 where the last number of the final answer equals `answer`, a number or its text.
 
-  Completions that mark no answer are searched as a whole. See `answers.number` for what is read as
-  a number. Raises ValueError where `answer` is not one, with or without a unit.
+  Completions without a marked answer are searched as a whole. `answers.number` defines what is read
+  as a number.
 
-  >>> numeric(["It costs $1,234.00.", "<answer>-5</answer>", "<answer>5"], ["1234", 5, 5])
-  [1.0, 0.0, 0.0]
+  Raises:
+    ValueError: `answer` is not a number, with or without a unit.
+
+  Example:
+    >>> numeric(["It costs $1,234.00.", "<answer>-5</answer>", "<answer>5"], ["1234", 5, 5])
+    [1.0, 0.0, 0.0]
   """
   return numeric_within(0.0)(completions=completions, answer=answer)
 
 
 def numeric_within(tolerance: float) -> RewardFunction:
-  """`numeric` that also takes answers off by at most `tolerance` times the right one."""
+  """Returns `numeric` with a tolerance: a relative error of at most `tolerance` is correct.
+
+  Example:
+    >>> numeric_within(0.01)(completions=["101", "102"], answer=[100, 100])
+    [1.0, 0.0]
+  """
   if not 0 <= tolerance < math.inf:
     raise ValueError(f"tolerance is {tolerance}: it must be a finite number of at least 0")
 
-  def right(completion: str, wanted: Any) -> bool:
-    exactly = _wanted_number(wanted)
-    found = number(final(completion) or "")
-    return found is not None and abs(found - exactly) <= Fraction(tolerance) * abs(exactly)
+  def is_correct(completion: str, gold: Gold) -> bool:
+    expected = _gold_number(gold)
+    value = number(final(completion) or "")
+    return value is not None and abs(value - expected) <= Fraction(tolerance) * abs(expected)
 
-  def numeric(completions: Any, answer: Any, **columns: Any) -> list[float | None]:
-    return _each(right, completions, answer)
+  def numeric(
+    completions: Sequence[str], answer: Sequence[Gold], **columns: Any
+  ) -> list[float | None]:
+    return _grade_each(is_correct, completions, answer)
 
   return numeric
 
 
 def math_equal(
-  completions: Sequence[str], answer: Sequence[Any], **columns: Any
+  completions: Sequence[str], answer: Sequence[Gold], **columns: Any
 ) -> list[float | None]:
-  r"""1.0 where the final answer, which has to be marked, equals the column `answer` mathematically.
+  r"""Returns 1.0 where the marked final answer equals `answer` mathematically.
 
-  `answer` is LaTeX, text or a number, and may itself be marked (a whole solution). Answers in plain
-  words count by their last number where the right answer is one number; all others are compared by
-  math-verify. It has a time limit of its own, which works in the main thread only; elsewhere
-  nothing but the limit of the reward workers ends a comparison.
+  `answer` is LaTeX, text or a number, and may be a whole solution with a marked answer. If it is
+  one number, an answer in words is graded by its last number. Everything else is compared by
+  math-verify. The comparison has a time limit of its own in the main thread only; in other threads
+  the time limit of the reward workers applies.
 
-  Raises ImportError, saying what to install, where math-verify is missing.
+  Raises:
+    ImportError: math-verify is not installed.
+
+  Example:
+    >>> math_equal([r"\boxed{\frac{1}{2}}", r"\boxed{2}"], ["0.5", "0.5"])
+    [1.0, 0.0]
   """
-  _need_math_verify()
-  return _each(_same_mathematics, completions, answer)
+  _require_math_verify()
+  return _grade_each(_is_same_mathematics, completions, answer)
 
 
 def think_answer(completions: Sequence[str], **columns: Any) -> list[float | None]:
-  """1.0 where the whole completion is `<think>...</think><answer>...</answer>`, each tag once.
+  """Returns 1.0 for completions of the form `<think>...</think><answer>...</answer>`.
 
-  Space around the two parts is free; neither part may be blank.
+  Each tag must occur once, neither part may be blank, and only space may surround them.
 
-  >>> think_answer(["<think>1 + 1</think>\\n<answer>2</answer>", "2", "<answer>2</answer>"])
-  [1.0, 0.0, 0.0]
+  Example:
+    >>> think_answer(["<think>1 + 1</think>\\n<answer>2</answer>", "2", "<answer>2</answer>"])
+    [1.0, 0.0, 0.0]
   """
   return tagged()(completions=completions)
 
 
 def tagged(tags: Sequence[str] = ("think", "answer"), opened: bool = False) -> RewardFunction:
-  """`format` with other tags, in their order. `opened`: the prompt ends in the first start tag."""
+  """Returns `think_answer` for other tags.
+
+  Args:
+    tags: names of the tags, in order.
+    opened: whether the prompt ends in the first start tag.
+
+  Example:
+    >>> tagged(["plan", "code"], opened=True)(completions=["sort</plan><code>x.sort()</code>"])
+    [1.0]
+  """
   if not tags or isinstance(tags, str) or not all(isinstance(t, str) and t for t in tags):
     raise ValueError(f"tags is {tags!r}: it must be a list of names such as ['think', 'answer']")
 
-  def follows(completion: str) -> bool:
+  def matches(completion: str) -> bool:
     rest = f"<{tags[0]}>{completion}" if opened else completion
     for tag in tags:
       start, end = f"<{tag}>", f"</{tag}>"
@@ -118,21 +146,29 @@ def tagged(tags: Sequence[str] = ("think", "answer"), opened: bool = False) -> R
       rest = after
     return not rest.strip()
 
-  def format(completions: Any, **columns: Any) -> list[float | None]:
-    return [float(follows(completion)) for completion in completions]
+  def format(completions: Sequence[str], **columns: Any) -> list[float | None]:
+    return [float(matches(completion)) for completion in completions]
 
   return format
 
 
 def soft_overlong(max_length: int, buffer: int) -> RewardFunction:
-  """A penalty for long completions, DAPO's eq. 13 (Yu et al. 2025, arXiv 2503.14476).
+  """Returns DAPO's penalty for long completions, `((max_length - buffer) - n) / buffer`.
 
-  0 up to `max_length - buffer` tokens, -1 above `max_length`, linear between:
-  `((max_length - buffer) - n) / buffer`. For a run whose completions may have `max_length` tokens.
+  It is 0 up to n = `max_length - buffer` tokens, decreases linearly, and is -1 from `max_length`
+  tokens on.
 
-  >>> penalty = soft_overlong(max_length=20, buffer=5)
-  >>> penalty(completion_lengths=[15, 16, 20, 21])
-  [0.0, -0.2, -1.0, -1.0]
+  Args:
+    max_length: completion budget of the run, in tokens.
+    buffer: length of the linear part, in tokens.
+
+  References:
+    DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 13.
+
+  Example:
+    >>> penalty = soft_overlong(max_length=20, buffer=5)
+    >>> penalty(completion_lengths=[15, 16, 20, 21])
+    [0.0, -0.2, -1.0, -1.0]
   """
   if not 0 < buffer <= max_length:
     raise ValueError(
@@ -147,10 +183,16 @@ def soft_overlong(max_length: int, buffer: int) -> RewardFunction:
 
 
 def length(target: int) -> RewardFunction:
-  """`-|n - target| / target`, at least -1, for n tokens: 0 at the target, -1 at nothing or twice.
+  """Returns the reward `max(-|n - target| / target, -1)` of a completion of n tokens.
 
-  >>> length(target=20)(completion_lengths=[20, 15, 0, 60])
-  [0.0, -0.25, -1.0, -1.0]
+  It is 0 at the target, and -1 for an empty completion and from twice the target on.
+
+  Args:
+    target: length in tokens.
+
+  Example:
+    >>> length(target=20)(completion_lengths=[20, 15, 0, 60])
+    [0.0, -0.25, -1.0, -1.0]
   """
   if target < 1:
     raise ValueError(f"target is {target}: it must be at least 1 token")
@@ -167,114 +209,120 @@ GRADERS: dict[str, RewardFunction] = {
   "math": math_equal,
   "format": think_answer,
 }
-# Those with settings: called with them, they give a reward function.
+# Rewards with settings: name -> settings -> reward function.
 MAKERS: dict[str, Callable[..., RewardFunction]] = {
   "numeric": numeric_within,
   "format": tagged,
   "soft_overlong": soft_overlong,
   "length": length,
 }
-# What completions vote with under each grader; None = no answer. For `Task.answer`.
+# Name of a grader -> its answer extraction for majority votes (`Task.answer`); None = no answer.
 ANSWERS: dict[str, Callable[[str], Hashable | None]] = {
-  "exact": lambda completion: None if (found := final(completion)) is None else _text(found),
+  "exact": lambda completion: (
+    None if (text := final(completion)) is None else _canonical_text(text)
+  ),
   "numeric": lambda completion: number(final(completion) or ""),
-  "math": lambda completion: None if (found := extract(completion)) is None else normalize(found),
+  "math": lambda completion: None if (text := extract(completion)) is None else normalize(text),
 }
 
 
 def make_grader(name: str, **settings: Any) -> RewardFunction:
-  """The built-in reward of this name, with its settings where it has some.
+  """Returns the built-in reward function called `name`, with its settings.
 
-  Raises ValueError for an unknown name or setting, a missing one, and one out of range; ImportError
-  where it needs a package that is not installed.
+  Raises:
+    ValueError: the name or a setting is unknown, or a setting is missing or out of range.
+    ImportError: a package that it needs is not installed.
 
-  >>> make_grader("soft_overlong", max_length=512)
-  Traceback (most recent call last):
-  ValueError: grader 'soft_overlong' needs the setting 'buffer', which was not given
+  Example:
+    >>> make_grader("soft_overlong", max_length=512)
+    Traceback (most recent call last):
+    ValueError: grader 'soft_overlong' needs the setting 'buffer', which was not given
   """
   if name not in GRADERS and name not in MAKERS:
-    raise unknown("grader", name, {**GRADERS, **MAKERS})
+    raise unknown_name("grader", name, {**GRADERS, **MAKERS})
   if name == "math":
-    _need_math_verify()
+    _require_math_verify()
   if name in GRADERS and not settings:
     return GRADERS[name]
-  parameters = inspect.signature(MAKERS[name]).parameters if name in MAKERS else {}
-  for setting in settings:
-    if setting not in parameters:
-      raise unknown(f"setting of grader {name!r}", setting, parameters)
-  for setting, parameter in parameters.items():
-    if parameter.default is parameter.empty and setting not in settings:
-      raise ValueError(f"grader {name!r} needs the setting {setting!r}, which was not given")
-  return MAKERS[name](**settings)
+  maker = MAKERS.get(name, lambda: GRADERS[name])
+  check_settings(f"grader {name!r}", maker, settings)
+  return maker(**settings)
 
 
-# --- parts ----------------------------------------------------------------------------------------
+# --- comparing answers ----------------------------------------------------------------------------
 
 
-def _each(
-  right: Callable[[str, Any], bool], completions: Sequence[str], answers: Sequence[Any]
+def _grade_each(
+  is_correct: Callable[[str, Gold], bool], completions: Sequence[str], answers: Sequence[Gold]
 ) -> list[float | None]:
-  return [None if a is None else float(right(text, a)) for text, a in zip(completions, answers)]
+  return [
+    None if gold is None else float(is_correct(text, gold))
+    for text, gold in zip(completions, answers)
+  ]
 
 
-def _text(answer: str) -> str:
+def _canonical_text(answer: str) -> str:
   return plain(answer).strip().removesuffix(".").strip().casefold()
 
 
-def _wanted_number(wanted: Any) -> Fraction:
-  if isinstance(wanted, str):
-    value = normalize(final(wanted) or "")
-  elif isinstance(wanted, numbers.Real) and math.isfinite(wanted):
-    value = Fraction(str(wanted))  # the decimals as written: 0.1 is 1/10
+def _gold_number(gold: Gold) -> Fraction:
+  """Returns a correct answer as an exact number; ValueError if it is not a number."""
+  if isinstance(gold, str):
+    value = normalize(final(gold) or "")
+  elif isinstance(gold, numbers.Real) and math.isfinite(gold):
+    value = Fraction(str(gold))  # as its decimals are written: 0.1 is 1/10
   else:
     value = None
   if not isinstance(value, Fraction):
     raise ValueError(
-      f"the column `answer` holds {wanted!r:.200}, which is not a number: use the grader 'math' or "
+      f"the column `answer` holds {gold!r:.200}, which is not a number: use the grader 'math' or "
       "'exact' for such answers"
     )
   return value
 
 
-def _same_mathematics(completion: str, wanted: Any) -> bool:
-  found = extract(completion)
-  if found is None or len(found) > MATH_LENGTH:
+def _is_same_mathematics(completion: str, gold: Gold) -> bool:
+  answer = extract(completion)
+  if answer is None or len(answer) > MATH_LENGTH:
     return False
-  gold = str(wanted) if extract(str(wanted)) is None else extract(str(wanted))
-  wanted, given = normalize(gold), normalize(found)
-  if wanted == given:
+  expected = str(gold) if extract(str(gold)) is None else extract(str(gold))
+  expected_value = normalize(expected)
+  if expected_value == normalize(answer):
     return True
-  if isinstance(wanted, Fraction) and WORD.search(plain(found)):
-    return number(found) == wanted
-  return _verify(gold, found)
+  if isinstance(expected_value, Fraction) and WORD.search(plain(answer)):
+    return number(answer) == expected_value
+  return _verify(expected, answer)
 
 
-def _verify(gold: str, found: str) -> bool:
+def _verify(expected: str, answer: str) -> bool:
+  """Returns whether math-verify finds two answers equal, within `MATH_SECONDS`."""
   from math_verify import parse, verify
 
   def equal() -> bool:
-    boxed = [f"\\boxed{{{text}}}" for text in (gold, found)]
+    boxed = [f"\\boxed{{{text}}}" for text in (expected, answer)]
     return bool(verify(*(parse(b, parsing_timeout=None) for b in boxed), timeout_seconds=None))
 
   in_main = threading.current_thread() is threading.main_thread()
-  return _limited(equal, MATH_SECONDS) if in_main and hasattr(signal, "setitimer") else equal()
+  return (
+    _with_time_limit(equal, MATH_SECONDS) if in_main and hasattr(signal, "setitimer") else equal()
+  )
 
 
-class _Late(BaseException):
-  """A comparison took too long."""
+class _TimeUp(BaseException):
+  """The time limit of a comparison has passed."""
 
 
-def _limited(equal: Callable[[], bool], seconds: float) -> bool:
-  """`equal()`, or False when it takes longer.
+def _with_time_limit(equal: Callable[[], bool], seconds: float) -> bool:
+  """Returns `equal()`, or False if it takes longer than `seconds`.
 
-  The alarm rings until it is heard: math-verify's own rings once, and sympy, which catches
-  exceptions of all kinds on its way, may then go on for ever.
+  The alarm repeats until `equal` ends. math-verify's own alarm rings once, and sympy, which catches
+  exceptions of all kinds, may then run forever.
   """
   running = True
 
-  def ring(*_: Any) -> None:
+  def ring(*_: object) -> None:
     if running:
-      raise _Late
+      raise _TimeUp
 
   before = signal.signal(signal.SIGALRM, ring)
   signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
@@ -283,7 +331,7 @@ def _limited(equal: Callable[[], bool], seconds: float) -> bool:
       return equal()
     finally:
       running = False
-  except _Late:
+  except _TimeUp:
     return False
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -291,7 +339,7 @@ def _limited(equal: Callable[[], bool], seconds: float) -> bool:
 
 
 @functools.cache
-def _need_math_verify() -> None:
+def _require_math_verify() -> None:
   extras.require("tasks", "the grader 'math'", "math_verify")
-  # It tells of each answer that took too long; without a handler Python prints that.
+  # It logs each answer that takes too long; Python would print that if there were no handler.
   logging.getLogger("math_verify").addHandler(logging.NullHandler())

@@ -1,4 +1,4 @@
-"""Reward functions by name: a built-in one, 'module:function' or 'path/to/file.py:function'."""
+"""Loads reward functions by name: built in, 'module:function' or 'path/to/file.py:function'."""
 
 from __future__ import annotations
 
@@ -7,59 +7,85 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
-from grpo_jax.tasks.base import RewardFunction, unknown
+from grpo_jax.tasks.base import RewardFunction, Rewards, unknown_name
 from grpo_jax.tasks.rewards.graders import ANSWERS, GRADERS, make_grader
 from grpo_jax.tasks.rewards.scoring import RewardError, check_signature
 
-Reward = str | Mapping[str, Any] | RewardFunction
-"""A name, {"name": a built-in one, and its settings}, or the function itself."""
-Rewards = dict[str, tuple[RewardFunction, float]]
+# A name, {"name": a built-in reward, and its settings}, or the function itself.
+Reward: TypeAlias = str | Mapping[str, Any] | RewardFunction
 
 
 def weighted(reward: Reward | Sequence[Reward], weights: Sequence[float] | None = None) -> Rewards:
-  """name -> (function, weight) for one or several rewards; weights are 1.0 when not given.
+  """Returns name -> (function, weight) for one or more rewards.
 
-  Raises ValueError for names that lead nowhere or appear twice, and for wrong numbers of weights.
+  Args:
+    reward: one reward or a list of them.
+    weights: one weight per reward; None: 1.0 each.
 
-  >>> {name: weight for name, (_, weight) in weighted(["numeric", "format"], [1, 0.1]).items()}
-  {'numeric': 1.0, 'format': 0.1}
+  Raises:
+    ValueError: a name does not lead to a function or occurs twice, or the number of weights is not
+      the number of rewards.
+    FileNotFoundError: the file of a function does not exist.
+
+  Example:
+    >>> {name: weight for name, (_, weight) in weighted(["numeric", "format"], [1, 0.1]).items()}
+    {'numeric': 1.0, 'format': 0.1}
   """
-  given = list(reward) if isinstance(reward, Sequence) and not isinstance(reward, str) else [reward]
-  if not given:
+  several = isinstance(reward, Sequence) and not isinstance(reward, str)
+  rewards = list(reward) if several else [reward]
+  if not rewards:
     raise ValueError("reward is empty: give a built-in grader's name, a function or 'file.py:name'")
-  weights = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
-  if len(weights) != len(given):
-    raise ValueError(f"{len(weights)} weights for {len(given)} rewards: give one weight each")
-  functions = [load_function(item) for item in given]
-  names = [_name(item, function) for item, function in zip(given, functions)]
+  weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+  if len(weights) != len(rewards):
+    raise ValueError(f"{len(weights)} weights for {len(rewards)} rewards: give one weight each")
+  functions = [load_function(item) for item in rewards]
+  names = [_metric_name(item, function) for item, function in zip(rewards, functions)]
   if len(set(names)) < len(names):
-    raise ValueError(f"two rewards have one name in {names}: metrics are told apart by the name")
+    raise ValueError(f"two rewards have the same name in {names}: metrics are recorded by name")
   return {name: (f, weight) for name, f, weight in zip(names, functions, weights)}
 
 
 def accuracy_of(
   rewards: Rewards, accuracy: Reward | None = None
 ) -> tuple[RewardFunction, Callable[[str], Hashable | None] | None]:
-  """A task's `accuracy` and `answer`: those of a function that gives 1.0 to right answers.
+  """Returns a task's `accuracy` and `answer`.
 
-  Without one, the first of the rewards decides. `answer` is None for a function not built in.
+  Args:
+    rewards: the task's rewards.
+    accuracy: the function that returns exactly 1.0 for a correct answer. None: the first reward.
+
+  Returns:
+    The accuracy function, and a function that extracts the answer from a completion; None for the
+    latter if the accuracy function is not a built-in grader.
+
+  Example:
+    >>> accuracy, answer = accuracy_of(weighted("numeric"))
+    >>> accuracy(completions=["It is 18.", "17"], answer=[18, 18]), str(answer("It is 18."))
+    ([1.0, 0.0], '18')
   """
   name, (first, _) = next(iter(rewards.items()))
   if accuracy is None:
     return ExactlyOne(first), ANSWERS.get(name)
   function = load_function(accuracy)
-  return ExactlyOne(function), ANSWERS.get(_name(accuracy, function))
+  return ExactlyOne(function), ANSWERS.get(_metric_name(accuracy, function))
 
 
 def load_function(reward: Reward) -> RewardFunction:
-  """The function itself, or the one that a name stands for.
+  """Returns the reward function that a name stands for; a function is returned as it is.
 
-  Raises ValueError for a name that leads to no function, FileNotFoundError for a missing file.
+  Raises:
+    ValueError: the name does not lead to a function.
+    FileNotFoundError: the file does not exist.
+
+  Example:
+    >>> load_function("numeric")(completions=["It is 18."], answer=["18"])
+    [1.0]
   """
   if callable(reward):
     return reward
@@ -80,7 +106,7 @@ def load_function(reward: Reward) -> RewardFunction:
       f"{reward!r} does not name a function: write 'path/to/file.py:function' or 'module:function'"
     )
   try:
-    module = _module_of_file(source) if source.endswith(".py") else importlib.import_module(source)
+    module = _load_file(source) if source.endswith(".py") else importlib.import_module(source)
   except FileNotFoundError:
     raise
   except Exception as error:
@@ -90,51 +116,63 @@ def load_function(reward: Reward) -> RewardFunction:
   function = getattr(module, name, None)
   if function is None:
     functions = [n for n, value in vars(module).items() if inspect.isroutine(value)]
-    raise unknown(f"function in {source}", name, functions)
+    raise unknown_name(f"function in {source}", name, functions)
   if not callable(function):
-    raise ValueError(f"{reward!r} is a {type(function).__name__}, not a function")
+    raise ValueError(f"{reward!r} is of type {type(function).__name__}, not a function")
   return function
 
 
 def check_columns(
   functions: Mapping[str, RewardFunction], columns: Iterable[str], where: str
 ) -> None:
-  """Raises RewardError, naming the function, where one asks for a column that is not there."""
-  given = ("prompts", "completions", *columns)
+  """Raises RewardError if a reward function requires a column that does not exist.
+
+  Args:
+    functions: reward functions by name.
+    columns: names of the columns that exist.
+    where: the file or task with the columns, for the message.
+
+  Example:
+    >>> check_columns({"numeric": load_function("numeric")}, ["answer"], "questions.jsonl")
+  """
+  available = ("prompts", "completions", *columns)
   for name, function in functions.items():
     try:
-      check_signature(name, function, given)
+      check_signature(name, function, available)
     except RewardError as error:
       raise RewardError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
 class ExactlyOne:
-  """An accuracy: 1.0 where `function` gives exactly 1.0, else 0.0; `async` where `function` is."""
+  """An accuracy function: 1.0 where `function` returns exactly 1.0, otherwise 0.0.
+
+  It is `async` if `function` is.
+  """
 
   function: RewardFunction
 
   @property
   def __signature__(self) -> inspect.Signature:
-    """What the function asks for, this asks for."""
+    """The signature of `function`, so that both require the same columns."""
     return inspect.signature(self.function)
 
-  def __call__(self, **entries: Any) -> Any:
-    values = self.function(**entries)
+  def __call__(self, **columns: Any) -> list[float] | Awaitable[list[float]]:
+    values = self.function(**columns)
     if not inspect.isawaitable(values):
       return [float(value == 1) for value in values]
 
-    async def later() -> list[float]:
+    async def await_values() -> list[float]:
       return [float(value == 1) for value in await values]
 
-    return later()
+    return await_values()
 
 
-def _module_of_file(path: str) -> Any:
+def _load_file(path: str) -> ModuleType:
   file = Path(path).resolve()
   if not file.is_file():
     raise FileNotFoundError(f"no such file: {path} (looked in {Path.cwd()})")
-  # The hash keeps two files of one name apart, and the module findable for pickle and dataclasses.
+  # The hash tells files with the same name apart. pickle and dataclasses look the module up by it.
   name = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
   spec = importlib.util.spec_from_file_location(name, file)
   module = importlib.util.module_from_spec(spec)
@@ -147,11 +185,11 @@ def _module_of_file(path: str) -> Any:
   return module
 
 
-def _name(reward: Reward, function: RewardFunction) -> str:
-  """What metrics call it: a built-in one by the name it was asked for by."""
+def _metric_name(reward: Reward, function: RewardFunction) -> str:
+  """Returns the name of a reward in metrics; a built-in one keeps the name it was loaded by."""
   if isinstance(reward, Mapping):
     return reward["name"]
   if reward in GRADERS:
     return reward
-  inner = getattr(function, "func", function)  # functools.partial keeps its function there
+  inner = getattr(function, "func", function)  # the function inside a functools.partial
   return getattr(inner, "__name__", type(inner).__name__)

@@ -1,4 +1,4 @@
-"""What a reward worker does; see `workers.py`, which starts it."""
+"""Runs in a reward worker process: builds the task and scores batches. `workers.py` starts it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pickle
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from grpo_jax.tasks.base import Prompt, RewardFunction, Task
+from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Task
 from grpo_jax.tasks.rewards.scoring import RewardError, score
 
-# `import grpo_jax` imports jax, which takes a second and much memory. So the package stands there
-# without its contents until a reward function asks for one of its names.
+# The program of a worker. `import grpo_jax` would import jax, which takes a second and much memory:
+# the package is an empty module, with submodules, until a reward function accesses another name.
 START = """
 import importlib.util, pickle, sys
 from multiprocessing.connection import Connection
@@ -31,6 +31,8 @@ package = importlib.util.module_from_spec(spec)
 def load(name):
   if name.startswith("__"):
     raise AttributeError(name)
+  if importlib.util.find_spec("grpo_jax." + name):
+    return importlib.import_module("grpo_jax." + name)
   del package.__getattr__
   spec.loader.exec_module(package)
   return getattr(package, name)
@@ -39,32 +41,36 @@ sys.modules["grpo_jax"] = package
 from grpo_jax.tasks.rewards.worker_process import serve
 serve(connection)
 """
-GRACE = 10.0  # seconds
+GRACE = 10.0  # seconds after its time limit until a worker without a parent ends itself
 
 
 def serve(connection: Connection) -> None:
-  """Builds the task that comes first and scores the batches that follow, until the parent is gone.
+  """Builds a task and scores batches until the parent process is gone.
 
-  Sends ("ready", weights), and for a batch ("calling", what) before each function and then ("done",
-  what `score_task` gives). An error goes as ("raised", message).
+  The first message is the pickled factory of the task. It is answered by ("ready", weights). Every
+  further message is a pickled (timeout in seconds, *arguments of `score_task`). It is answered by
+  ("calling", function) before each call of a function, and then by ("done", result). An error is
+  answered by ("raised", message).
   """
   os.set_inheritable(connection.fileno(), False)
   inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
   threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
   try:
-    task = _announcing(pickle.loads(inbox.get())(), lambda what: connection.send(("calling", what)))
+    task = pickle.loads(inbox.get())()
+    task = _with_announcements(task, lambda name: connection.send(("calling", name)))
   except Exception as error:
     connection.send(("raised", f"{type(error).__name__}: {error}"))
     return
   connection.send(("ready", {name: weight for name, (_, weight) in task.rewards.items()}))
-  with open(os.devnull, "w") as nowhere:
+  with open(os.devnull, "w") as devnull:
     while True:
       payload = inbox.get()
       try:
         timeout, *arguments = pickle.loads(payload)
-        # The parent kills this process when its time is up. Where the parent is gone by then, and a
-        # function never gives the thread that sees that a turn, this ends it: it needs no turn.
-        faulthandler.dump_traceback_later(timeout + GRACE, exit=True, file=nowhere)
+        # The parent kills this process at its time limit. If the parent is gone, the receiving
+        # thread ends the process, unless a function never releases the GIL. This timer ends it
+        # then: it does not need the GIL.
+        faulthandler.dump_traceback_later(timeout + GRACE, exit=True, file=devnull)
         answer = ("done", score_task(task, *arguments))
       except RewardError as error:
         answer = ("raised", str(error))
@@ -79,36 +85,51 @@ def score_task(
   rewards: bool,
   prompts: Sequence[Prompt],
   completions: Sequence[Sequence[str]],
-  columns: Mapping[str, Sequence[Any]],
+  columns: Columns,
   lengths: Sequence[Sequence[int]] | None,
 ) -> tuple[dict[str, Float[np.ndarray, "P G"]], Float[np.ndarray, "P G"]]:
-  """(rewards by name, accuracy), [P, G]; without `rewards` there are none of the first."""
+  """Returns (rewards by name, accuracy), each [P, G].
+
+  Args:
+    task: the task.
+    rewards: whether to compute the rewards; if not, the first result is empty.
+    prompts: as in `scoring.score`, like all further arguments.
+
+  Example:
+    >>> from grpo_jax.tasks.letters import letters_task
+    >>> rewards, accuracy = score_task(letters_task(), True, ["1:"], [["ab", "a1"]], {}, None)
+    >>> rewards["letters"], accuracy
+    (array([[1. , 0.5]]), array([[1., 0.]]))
+  """
   batch = (prompts, completions, columns, lengths)
   values = score(task.rewards, *batch)[1] if rewards else {}
   return values, score({"accuracy": (task.accuracy, 1.0)}, *batch)[1]["accuracy"]
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
+  """Puts messages into the inbox; ends the process when the parent is gone."""
   try:
     while True:
       inbox.put(connection.recv_bytes())
   except (EOFError, OSError):
-    os._exit(0)  # the parent is gone
+    os._exit(0)
 
 
-def _announcing(task: Task, tell: Callable[[str], None]) -> Task:
-  """The task with functions that say when they are called."""
+def _with_announcements(task: Task, announce: Callable[[str], None]) -> Task:
+  """Returns the task with functions that announce each of their calls."""
 
-  def telling(what: str, function: RewardFunction) -> RewardFunction:
+  def announcing(name: str, function: RewardFunction) -> RewardFunction:
     @functools.wraps(function)
-    def call(*args: Any, **columns: Any) -> Any:
-      tell(what)
+    def call(
+      *args: Any, **columns: Any
+    ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]:
+      announce(name)
       return function(*args, **columns)
 
     return call
 
   rewards = {
-    name: (telling(f"reward function {name!r}", function), weight)
+    name: (announcing(f"reward function {name!r}", function), weight)
     for name, (function, weight) in task.rewards.items()
   }
-  return replace(task, rewards=rewards, accuracy=telling("the accuracy", task.accuracy))
+  return replace(task, rewards=rewards, accuracy=announcing("the accuracy", task.accuracy))

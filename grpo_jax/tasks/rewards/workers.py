@@ -1,7 +1,7 @@
-"""Reward functions in processes of their own, so that one that hangs or dies costs one reward.
+"""Runs reward functions in worker processes, so that a hang or crash costs a single reward.
 
-The processes are started anew, not forked, and never import jax. Each builds the task for itself,
-so reward functions may be anything, closures too.
+The processes are spawned, not forked, and never import jax. Each builds the task by itself, so
+reward functions may be anything, including closures.
 """
 
 from __future__ import annotations
@@ -20,33 +20,40 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from grpo_jax.tasks.base import Prompt, RewardFunction, Task
-from grpo_jax.tasks.rewards.scoring import RewardError, check_batch, score, shown, weighted_sum
+from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Rewards, Task
+from grpo_jax.tasks.rewards.scoring import (
+  RewardError,
+  check_batch,
+  score,
+  show_completion,
+  weighted_sum,
+)
 from grpo_jax.tasks.rewards.worker_process import START, score_task
 
-START_SECONDS = 600.0  # a worker that has not built the task by then will not
+START_SECONDS = 600.0  # time limit in seconds for building the task in a worker
 REMEDY = (
   "Name reward functions as 'path/to/file.py:function', or have them called in this process: "
   "rewards.workers=0"
 )
-Rewards = Mapping[str, tuple[RewardFunction, float]]
-Unit = tuple[slice, slice]  # of prompts, and of the completions of each
+Unit: TypeAlias = tuple[slice, slice]  # of prompts, and of the completions of each
+# (rewards by name, accuracy) of a unit, as `score_task` returns them.
+UnitResult: TypeAlias = tuple[dict[str, Float[np.ndarray, "P G"]], Float[np.ndarray, "P G"]]
 
 
 @dataclass(frozen=True)
 class Scores:
-  """What completions earned.
+  """The rewards of a batch of completions.
 
   Attributes:
-    total: weighted sum of the rewards, [P, G]; NaN = not scored.
+    total: weighted sum of the rewards, [P, G]; NaN: not scored.
     per_name: rewards of each function, [P, G]; NaN where it does not apply.
-    accuracy: [P, G], 1.0 where right by the task's strict rule.
-    missing: completions on which a function hung or died. Everything is NaN for them.
+    accuracy: [P, G], 1.0 for correct answers.
+    missing: number of completions on which a function hung or crashed. All their values are NaN.
   """
 
   total: Float[np.ndarray, "P G"]
@@ -56,27 +63,43 @@ class Scores:
 
 
 class Scorer(Protocol):
-  """A task's rewards as one call.
-
-  Arguments are those of `base.score`. With `rewards=False` only the accuracy is computed, `total`
-  is NaN and `per_name` empty.
-  """
+  """Scores completions with the reward functions of a task."""
 
   def __call__(
     self,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[str]],
-    columns: Mapping[str, Sequence[Any]],
+    columns: Columns,
     lengths: Sequence[Sequence[int]] | None = None,
     *,
     rewards: bool = True,
-  ) -> Scores: ...
+  ) -> Scores:
+    """Returns the scores of a batch.
+
+    Args:
+      prompts: as in `scoring.score`, like the arguments up to `lengths`.
+      rewards: whether to compute the rewards. If not, only the accuracy is computed; `total` is
+        NaN and `per_name` empty.
+    """
 
 
 def score_in_process(task: Task) -> Scorer:
-  """The scorer that calls a task's functions here, without a limit of time: for notebooks."""
+  """Returns a scorer that calls a task's functions in this process, without a time limit.
 
-  def scorer(prompts, completions, columns, lengths=None, *, rewards=True) -> Scores:
+  Example:
+    >>> from grpo_jax.tasks.letters import letters_task
+    >>> score_in_process(letters_task())(["1:"], [["ab", "a1"]], {}).total
+    array([[1. , 0.5]])
+  """
+
+  def scorer(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[str]],
+    columns: Columns,
+    lengths: Sequence[Sequence[int]] | None = None,
+    *,
+    rewards: bool = True,
+  ) -> Scores:
     values, accuracy = score_task(task, rewards, prompts, completions, columns, lengths)
     weights = {name: weight for name, (_, weight) in task.rewards.items()}
     total = weighted_sum(values, weights) if rewards else np.full(accuracy.shape, np.nan)
@@ -86,11 +109,11 @@ def score_in_process(task: Task) -> Scorer:
 
 
 def score_with(reward: RewardFunction, accuracy: RewardFunction | None = None) -> Scorer:
-  """Returns the scorer that calls one reward function in this process, without a time limit.
+  """Returns a scorer that calls one reward function in this process, without a time limit.
 
   Args:
     reward: `f(prompts, completions, **columns) -> list[float | None]`.
-    accuracy: of the same form, 1.0 for a right answer; None takes the reward.
+    accuracy: function of the same form that returns 1.0 for a correct answer; None: the reward.
 
   Example:
     >>> def short(prompts, completions, **columns):
@@ -103,24 +126,27 @@ def score_with(reward: RewardFunction, accuracy: RewardFunction | None = None) -
 
 
 class RewardWorkers:
-  """The scorer that calls a task's functions in worker processes, under a limit of time.
+  """A scorer that calls a task's functions in worker processes, under a time limit.
 
-  One call gets the whole batch, as the functions expect. If it does not return in time, or its
-  process dies, the prompts are scored one by one, all completions of one in a call; and the
-  completions of a prompt that fails again one by one. A completion that fails alone is missing, and
-  a warning shows it. A function that raises, or returns what is not a list of numbers, stops the
-  run: RewardError.
+  A call gets the whole batch, as reward functions expect. If it exceeds the time limit or its
+  process crashes, the prompts are scored one by one, with all completions of a prompt in one call.
+  The completions of a prompt that fails again are scored one by one. A completion that fails alone
+  is missing, and a warning shows it. A function that raises, or does not return a list of numbers,
+  stops the run with a RewardError.
+
+  Use it as a context manager, or call `close`. The worker processes also end with this process,
+  however it ends.
 
   Args:
-    make: gives the task; called in every worker, so it has to be picklable, as
+    make: returns the task. It is called in every worker and therefore has to be picklable, as
       `functools.partial(make_task, name, **settings)` is.
-    workers: processes. One scores a batch; several look for completions that fail faster.
-    timeout: seconds that a call of all functions may take, on however many completions.
-    here: further rewards, name -> (function, weight), called in this process: those that need its
-      device. There is no limit of time for them.
+    workers: number of processes. One scores a batch; more find failing completions faster.
+    timeout: time limit in seconds for one call of all functions, on any number of completions.
+    here: further rewards, name -> (function, weight), that are called in this process because they
+      need its device. They have no time limit.
 
-  Use it as a context manager, or call `close`. The processes also end with this one, however it
-  ends.
+  Raises:
+    ValueError: an argument is out of range, or `make` cannot be pickled.
   """
 
   def __init__(
@@ -132,14 +158,17 @@ class RewardWorkers:
     here: Rewards | None = None,
   ) -> None:
     if workers < 1 or not 0 < timeout < math.inf:
-      raise ValueError(f"workers is {workers} and timeout {timeout}: need at least 1, and seconds")
+      raise ValueError(
+        f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
+        "seconds"
+      )
     try:
       pickled = pickle.dumps(make)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
       raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
     self._timeout = timeout
     self._here = dict(here or {})
-    self._whole = True  # whether whole batches have been quick enough so far
+    self._whole_batches = True  # False once a batch was too slow as a whole
     self._workers = [_Worker(pickled) for _ in range(workers)]
     for worker in self._workers:
       worker.start()
@@ -151,7 +180,7 @@ class RewardWorkers:
     self.close()
 
   def close(self) -> None:
-    """Ends the processes; a later call starts new ones."""
+    """Ends the processes. A later call starts new ones."""
     for worker in self._workers:
       worker.kill()
 
@@ -159,7 +188,7 @@ class RewardWorkers:
     self,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[str]],
-    columns: Mapping[str, Sequence[Any]],
+    columns: Columns,
     lengths: Sequence[Sequence[int]] | None = None,
     *,
     rewards: bool = True,
@@ -167,28 +196,31 @@ class RewardWorkers:
     shape = check_batch(prompts, completions, columns, lengths)
 
     def payload(unit: Unit) -> bytes:
-      of, within = unit
-      texts = [list(row)[within] for row in completions[of]]
-      counts = None if lengths is None else [[int(n) for n in row][within] for row in lengths[of]]
-      part = {name: values[of] for name, values in columns.items()}
+      rows, within = unit
+      texts = [list(row)[within] for row in completions[rows]]
+      counts = None if lengths is None else [[int(n) for n in row][within] for row in lengths[rows]]
+      part = {name: values[rows] for name, values in columns.items()}
       try:
-        return pickle.dumps((self._timeout, rewards, list(prompts[of]), texts, part, counts))
+        return pickle.dumps((self._timeout, rewards, list(prompts[rows]), texts, part, counts))
       except Exception as error:
         raise RewardError(
           f"the columns {', '.join(columns)} cannot be sent to another process: {error}. Leave out "
           "what is not plain data, or have rewards called in this process: rewards.workers=0"
         ) from error
 
+    def show(p: int, g: int) -> str:
+      return show_completion(prompts[p], completions[p][g])
+
     try:
-      done, missing = self._run(shape, payload, lambda p, g: shown(prompts[p], completions[p][g]))
+      results, missing = self._score_units(shape, payload, show)
     finally:
       for worker in self._workers:
-        if worker.unit:  # an error or Ctrl-C came between
+        if worker.unit:  # interrupted by an error or Ctrl-C
           worker.kill()
     weights, accuracy, values = self._weights(), np.full(shape, np.nan), {}
-    for unit, (part, right) in done:
-      accuracy[unit] = right
-      for name, array in part.items():
+    for unit, (unit_rewards, unit_accuracy) in results:
+      accuracy[unit] = unit_accuracy
+      for name, array in unit_rewards.items():
         values.setdefault(name, np.full(shape, np.nan))[unit] = array
     if not rewards:
       return Scores(np.full(shape, np.nan), {}, accuracy, int(missing.sum()))
@@ -199,55 +231,55 @@ class RewardWorkers:
     total = np.where(missing, np.nan, weighted_sum(values, weights))
     return Scores(total, values, accuracy, int(missing.sum()))
 
-  def _run(
+  def _score_units(
     self, shape: tuple[int, int], payload: Callable[[Unit], bytes], show: Callable[[int, int], str]
-  ) -> tuple[list[tuple[Unit, Any]], np.ndarray]:
-    """Results of units that cover what is not missing, and which completions are, [P, G]."""
+  ) -> tuple[list[tuple[Unit, UnitResult]], Bool[np.ndarray, "P G"]]:
+    """Returns the results of units that cover the batch, and the mask of missing completions."""
     whole = (slice(0, shape[0]), slice(0, shape[1]))
-    pending = deque([whole] if self._whole else _parts(whole) or [whole])
-    done: list[tuple[Unit, Any]] = []
-    missing, slow = np.zeros(shape, bool), False
+    pending = deque([whole] if self._whole_batches else _split(whole) or [whole])
+    results: list[tuple[Unit, UnitResult]] = []
+    missing, too_slow = np.zeros(shape, bool), False
     while pending or any(worker.unit for worker in self._workers):
       for worker in self._workers:
         if pending and worker.connection is None:
           worker.start()
         if pending and worker.idle:
           unit = pending.popleft()
-          worker.give(unit, payload(unit), self._timeout)
+          worker.assign(unit, payload(unit), self._timeout)
       for worker, kind, value in _events([w for w in self._workers if w.connection and not w.idle]):
         unit, worker.unit = worker.unit, None
         if kind == "done":
-          done.append((unit, value))
+          results.append((unit, value))
         elif kind == "raised":
           raise RewardError(value)
-        else:  # too late, or dead
-          calling = worker.calling
+        else:  # "late" or "died"
+          called = worker.called
           worker.kill()
-          slow |= unit == whole and kind == "late"
-          parts = _parts(unit)
+          too_slow |= unit == whole and kind == "late"
+          parts = _split(unit)
           pending.extend(parts)
           if not parts:
             missing[unit] = True
             why = f"took more than {self._timeout:g} s" if kind == "late" else f"ended its {value}"
             where = show(unit[0].start, unit[1].start)
             warnings.warn(
-              f"no reward for a completion: {calling} {why}\n{where}", RuntimeWarning, stacklevel=3
+              f"no reward for a completion: {called} {why}\n{where}", RuntimeWarning, stacklevel=3
             )
-    if slow and not missing.any():
-      self._whole = False
-    return done, missing
+    if too_slow and not missing.any():
+      self._whole_batches = False
+    return results, missing
 
   def _weights(self) -> dict[str, float]:
     return dict(next(worker.weights for worker in self._workers if worker.weights is not None))
 
 
-def _parts(unit: Unit) -> list[Unit]:
-  """The prompts of a unit; of one prompt its completions; of one completion nothing."""
-  of, within = unit
-  if of.stop - of.start > 1:
-    return [(slice(p, p + 1), within) for p in range(of.start, of.stop)]
+def _split(unit: Unit) -> list[Unit]:
+  """Splits several prompts into prompts, one prompt into completions, one completion into none."""
+  rows, within = unit
+  if rows.stop - rows.start > 1:
+    return [(slice(p, p + 1), within) for p in range(rows.start, rows.stop)]
   if within.stop - within.start > 1:
-    return [(of, slice(g, g + 1)) for g in range(within.start, within.stop)]
+    return [(rows, slice(g, g + 1)) for g in range(within.start, within.stop)]
   return []
 
 
@@ -255,15 +287,15 @@ def _parts(unit: Unit) -> list[Unit]:
 
 
 class _Worker:
-  """A process: none, starting (it builds the task), idle, or busy with a unit."""
+  """A worker process: absent, starting (it builds the task), idle, or busy with a unit."""
 
   def __init__(self, make: bytes) -> None:
     self._make = make
     self.connection: Connection | None = None
-    self.weights: dict[str, float] | None = None
+    self.weights: Mapping[str, float] | None = None
     self.unit: Unit | None = None
     self.deadline = 0.0
-    self.calling = ""  # what it called last
+    self.called = ""  # the function it called last
     self._ready = False
 
   @property
@@ -277,30 +309,32 @@ class _Worker:
       [sys.executable, "-u", "-P", "-c", START, str(child.fileno())],
       pass_fds=[child.fileno()],
       stdin=subprocess.DEVNULL,
-      start_new_session=True,  # Ctrl-C is for the parent; what a function starts dies with it
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},  # a function that uses jax takes no accelerator
+      # Ctrl-C is for the parent, and processes that a function starts end with the worker.
+      start_new_session=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},  # a function that uses jax gets no accelerator
     )
     child.close()
     self._send(pickle.dumps(sys.path))
     self._send(self._make)
 
-  def give(self, unit: Unit, payload: bytes, timeout: float) -> None:
+  def assign(self, unit: Unit, payload: bytes, timeout: float) -> None:
+    """Sends a unit to an idle worker."""
     self.unit, self.deadline = unit, time.monotonic() + timeout
-    self.calling = "a reward function"
+    self.called = "a reward function"
     self._send(payload)
 
   def _send(self, payload: bytes) -> None:
-    with contextlib.suppress(OSError):  # it has died, as the next receive will find
+    with contextlib.suppress(OSError):  # the process has died, as the next `receive` reports
       self.connection.send_bytes(payload)
 
   def receive(self) -> tuple[str, Any]:
-    """("done", values), ("raised", message), ("died", how); or ("", None), nothing to do."""
+    """Returns ("done", result), ("raised", message) or ("died", reason); ("", None): no event."""
     try:
       kind, value = self.connection.recv()
     except (EOFError, OSError):
-      kind, value = "died", f"process ({self._exit()})"
+      kind, value = "died", f"process ({self._exit_reason()})"
     if kind == "calling":
-      self.calling = value
+      self.called = value
     elif kind == "ready":
       self.weights, self._ready = value, True
     elif not self._ready:
@@ -320,19 +354,19 @@ class _Worker:
       os.killpg(self._process.pid, signal.SIGKILL)
     self._process.wait()
 
-  def _exit(self) -> str:
-    """How the process ended, whose end of the connection is closed."""
+  def _exit_reason(self) -> str:
+    """Returns how a process ended that has closed its end of the connection."""
     try:
       code = self._process.wait(timeout=1)
     except subprocess.TimeoutExpired:
-      return "still there, but without its connection"
+      return "still running, but without its connection"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _events(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, str, Any]]:
-  """Waits for the first worker that is done or late; ("late", None) for the latter."""
-  nearest = min(worker.deadline for worker in workers) - time.monotonic()
-  ready = wait([worker.connection for worker in workers], timeout=max(nearest, 0.0))
+  """Waits for the first worker with an event; ("late", None) is that of a passed deadline."""
+  seconds = min(worker.deadline for worker in workers) - time.monotonic()
+  ready = wait([worker.connection for worker in workers], timeout=max(seconds, 0.0))
   for worker in workers:
     if worker.connection in ready:
       kind, value = worker.receive()

@@ -1,4 +1,4 @@
-"""Graders: the right verdict on answers as models write them, and in time on any text."""
+"""Tests the verdicts of the graders on answers as models write them, and their time limits."""
 
 import signal
 import threading
@@ -7,16 +7,20 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from grpo_jax.tasks import RewardError, score
-from grpo_jax.tasks.rewards.answers import extract, final, normalize, number
-from grpo_jax.tasks.rewards.graders import ANSWERS, GRADERS, MATH_LENGTH, _limited, make_grader
+from grpo_jax.tasks.rewards.graders import (
+  ANSWERS,
+  GRADERS,
+  MATH_LENGTH,
+  _with_time_limit,
+  make_grader,
+)
+from tests.tasks.rewards.test_answers import HOSTILE
 
-# (what stands where the answer belongs, right answer, is it right)
+# (answer of the completion, correct answer, verdict)
 # fmt: off
-ROWS = [
+VERDICTS = [
   ("18", "18", True),
   ("1,234", "1234", True),
   ("$18", "18", True),
@@ -78,7 +82,7 @@ ROWS = [
   ("none", "0", False),
   ("", "0", False),
 ]
-WRITTEN = [
+TEMPLATES = [
   "So it is this.\n<answer>{}</answer>",
   "Four groups, \\boxed{{{}}}.",
   "<answer>\\boxed{{{}}}</answer>",
@@ -94,19 +98,19 @@ def verdict(name, completion, answer):
 
 
 @pytest.mark.parametrize("name", ["numeric", "math"])
-@pytest.mark.parametrize("written", WRITTEN)
-def test_verdicts(name, written):
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_verdicts(name, template):
   wrong = [
     (text, answer)
-    for text, answer, right in ROWS
-    if (text or "7" not in written)  # an empty tag leaves the one before
-    and verdict(name, written.format(text), answer) != float(right)
+    for text, answer, correct in VERDICTS
+    if (text or "7" not in template)  # an empty tag does not replace the earlier one
+    and verdict(name, template.format(text), answer) != float(correct)
   ]
   assert wrong == []
 
 
 @pytest.mark.parametrize("name", ["exact", "numeric", "math"])
-def test_two_tags_and_a_tag_without_an_end(name):
+def test_the_last_closed_mark_is_graded(name):
   assert verdict(name, "<answer>17</answer> or rather <answer>18</answer>", "18") == 1.0
   assert verdict(name, "<answer>17</answer> or rather <answer>18</answer>", "17") == 0.0
   assert verdict(name, "It is <answer>18", "18") == 0.0
@@ -114,86 +118,9 @@ def test_two_tags_and_a_tag_without_an_end(name):
   assert verdict(name, "It is \\boxed{18} \\boxed{17", "18") == 1.0
 
 
-@pytest.mark.parametrize(
-  ("completion", "answer"),
-  [
-    ("nothing is marked, 18", None),
-    ("<answer>18</answer>", "18"),
-    ("<ANSWER> 18 </Answer>", "18"),
-    ("<answer>17</answer><answer>18</answer>", "18"),
-    ("the <answer> tag: <answer>18</answer>", "18"),
-    ("<answer>18</answer></answer>", "18"),
-    ("</answer>18<answer>", None),
-    ("<answer>18</answer> <answer> </answer>", "18"),
-    (r"\boxed{18}", "18"),
-    (r"\boxed {18} \fbox{19}", "19"),
-    (r"\\boxed{18}", "18"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{\{1, 2\}} and }", r"\{1, 2\}"),
-    (r"\boxed{\boxed{18}}", "18"),
-    (r"\boxed{x = \{a \\ b\}}", r"x = \{a \\ b\}"),
-    (r"{ \boxed{18}", "18"),
-    (r"\boxed{18} then \boxed{}", "18"),
-    (r"\boxed{18", None),
-    (r"\boxed{17} \boxed{\frac{1}{2}", "17"),
-    (r"\boxed{17} <answer>18</answer>", "18"),
-    (r"<answer>17</answer> \boxed{18}", "18"),
-    (r"<answer>It is \boxed{18}</answer>", "18"),
-    ("#### 18", "18"),
-    ("#### 17\n#### 18\nbye", "18"),
-    ("#### 17 #### 18", "18"),
-    ("#### 18\n####\n", "18"),
-    ("##### Title\n", None),
-    ("#### Step 1\n\\boxed{18}\n#### Done", "18"),
-    ("", None),
-  ],
-)
-def test_extract(completion, answer):
-  assert extract(completion) == answer
-
-
-def test_what_is_begun_and_not_finished_is_not_searched_as_a_whole():
-  assert final("It is 18.") == "It is 18."
-  assert final("It is <answer>18") is None
-  assert final("It is \\boxed {18") is None
-  assert final("an empty #### ") == "an empty #### "
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(-(10**9), 10**9), st.sampled_from(["-", "−", "–", "﹣"]))
-def test_every_way_to_write_an_integer_is_that_integer(n, minus):
-  sign, digits = minus if n < 0 else "", str(abs(n))
-  for text in (
-    f"{sign}{digits}",
-    f"{sign}{abs(n):,}",
-    f"{sign}${abs(n):,}.00",
-    f"${sign}{digits}$",
-    f"{sign}{digits} apples",
-    f"{sign}{digits}%",
-    f"{sign}\\frac{{{2 * abs(n)}}}{{2}}",
-    f"y = {sign}{digits}.",
-  ):
-    assert number(text) == n, text
-    assert normalize(text) == n, text
-  assert number(f"first 3, then {sign}{digits}") == n
-
-
-def test_normalize_keeps_different_answers_apart():
-  alike = [
-    {"1/2", "0.5", "\\frac{1}{2}", ".50"},
-    {"(1,2)", "( 1, 2 )", "\\left(1,\\,2\\right)"},
-    {"New York", "new  york.", "\\text{New York}"},
-    {"2\\sqrt{3}", "$2 \\sqrt {3}$"},
-  ]
-  for texts in alike:
-    assert len({normalize(text) for text in texts}) == 1, texts
-  apart = ["1", "-1", "2", "1 2", "(1,2)", "x", "3x", "3x^2", "3\\pi", "3", "yes", "no", "", "5!"]
-  assert len({normalize(text) for text in apart}) == len(apart)
-
-
-def test_gold_answers_of_any_kind():
-  kinds = [18, 18.0, np.int64(18), np.float32(18), Fraction(18), "18", "2 * 9 = 18\n#### 18", None]
-  values = GRADERS["numeric"](completions=["It is 18."] * 8, answer=kinds)
+def test_correct_answers_of_any_type():
+  golds = [18, 18.0, np.int64(18), np.float32(18), Fraction(18), "18", "2 * 9 = 18\n#### 18", None]
+  values = GRADERS["numeric"](completions=["It is 18."] * 8, answer=golds)
   assert values == [1.0] * 7 + [None]
   assert GRADERS["numeric"](completions=["0.1"], answer=[0.1]) == [1.0]
   assert verdict("math", "\\boxed{18}", "so \\boxed{18}") == 1.0
@@ -209,10 +136,10 @@ def test_tolerance_is_relative():
   assert within(completions=["0", "0.001"], answer=[0, 0]) == [1, 0]
 
 
-def test_exact_is_about_text():
-  right = ["Paris", " paris. ", "<answer>PARIS</answer>", "\\boxed{\\text{Paris}}"]
+def test_exact_compares_text():
+  correct = ["Paris", " paris. ", "<answer>PARIS</answer>", "\\boxed{\\text{Paris}}"]
   wrong = ["It is Paris", "Pari", "", "<answer>Paris", "Paris Paris"]
-  values = GRADERS["exact"](completions=right + wrong, answer=["Paris"] * 9)
+  values = GRADERS["exact"](completions=correct + wrong, answer=["Paris"] * 9)
   assert values == [1.0] * 4 + [0.0] * 5
   assert verdict("exact", "18.0", "18") == 0.0
   assert verdict("exact", "−5", -5) == 1.0
@@ -237,18 +164,18 @@ MATHEMATICS = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("found", "wanted", "right"), MATHEMATICS)
-def test_mathematics(found, wanted, right):
-  assert verdict("math", f"\\boxed{{{found}}}", wanted) == float(right)
+@pytest.mark.parametrize(("answer", "gold", "correct"), MATHEMATICS)
+def test_math(answer, gold, correct):
+  assert verdict("math", f"\\boxed{{{answer}}}", gold) == float(correct)
 
 
-def test_mathematics_wants_a_mark_and_a_short_answer():
+def test_math_needs_a_marked_short_answer():
   assert verdict("math", "It is 18.", "18") == 0.0
   assert verdict("math", "\\boxed{" + "1+" * MATH_LENGTH + "1}", MATH_LENGTH + 1) == 0.0
   assert verdict("math", "\\boxed{18}", None) is None
 
 
-def test_mathematics_works_in_any_thread():
+def test_math_works_in_any_thread():
   values = []
   thread = threading.Thread(
     target=lambda: values.append(verdict("math", "\\boxed{2\\sqrt{3}}", "\\sqrt{12}"))
@@ -258,17 +185,17 @@ def test_mathematics_works_in_any_thread():
   assert values == [1.0]
 
 
-def test_mathematics_ends_in_time_in_the_main_thread(monkeypatch):
+def test_math_has_a_time_limit_in_the_main_thread(monkeypatch):
   monkeypatch.setattr("grpo_jax.tasks.rewards.graders.MATH_SECONDS", 1)
-  began = time.monotonic()
+  start = time.monotonic()
   assert verdict("math", "\\boxed{\\sum_{i=1}^{1000000000} i^{7.5}}", "5") == 0.0
-  assert time.monotonic() - began < 5
+  assert time.monotonic() - start < 5
 
 
-def test_an_alarm_that_is_not_heard_rings_again():
+def test_the_alarm_repeats_while_its_exception_is_swallowed():
   swallowed = []
 
-  def deaf():
+  def swallow():
     while len(swallowed) < 3:
       try:
         while True:
@@ -279,17 +206,17 @@ def test_an_alarm_that_is_not_heard_rings_again():
       time.sleep(0.01)
 
   before = signal.getsignal(signal.SIGALRM)
-  assert not _limited(deaf, 0.1)
+  assert not _with_time_limit(swallow, 0.1)
   assert len(swallowed) == 3
   assert signal.getsignal(signal.SIGALRM) is before
   assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-  assert _limited(lambda: True, 1.0)
+  assert _with_time_limit(lambda: True, 1.0)
 
 
-def test_what_to_install_for_mathematics(monkeypatch):
+def test_a_missing_math_verify_is_named(monkeypatch):
   from grpo_jax.tasks.rewards import graders
 
-  graders._need_math_verify.cache_clear()
+  graders._require_math_verify.cache_clear()
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ImportError, match=r"needs math_verify: pip install 'grpo_jax\[tasks\]'"):
     make_grader("math")
@@ -329,13 +256,13 @@ def test_format(completion, value):
 
 
 def test_soft_overlong_is_equation_13_of_dapo():
-  """L_max = 20480 and L_cache = 4096, as in the paper: 0 to 16384, then -1/4096 a token."""
+  """With the paper's L_max = 20480 and L_cache = 4096: 0 up to 16384, then -1/4096 per token."""
   penalty = make_grader("soft_overlong", max_length=20480, buffer=4096)
-  got = penalty(completion_lengths=[1, 16384, 16385, 18432, 20480, 20481])
-  assert got == [0, 0, -1 / 4096, -0.5, -1, -1]
+  rewards = penalty(completion_lengths=[1, 16384, 16385, 18432, 20480, 20481])
+  assert rewards == [0, 0, -1 / 4096, -0.5, -1, -1]
 
 
-def test_rewards_of_length_are_given_tokens_and_not_characters():
+def test_length_rewards_count_tokens_and_not_characters():
   rewards = {
     "soft_overlong": (make_grader("soft_overlong", max_length=4, buffer=2), 1.0),
     "length": (make_grader("length", target=2), 10.0),
@@ -343,12 +270,12 @@ def test_rewards_of_length_are_given_tokens_and_not_characters():
   texts = [["some long text", "x"], ["", "yy"]]
   total, _ = score(rewards, ["p", "q"], texts, {"answer": ["a", "b"]}, [[2, 3], [1, 4]])
   np.testing.assert_array_equal(total, [[0, -5.5], [-5, -11]])
-  with pytest.raises(RewardError, match="asks for completion_lengths, which is not given"):
+  with pytest.raises(RewardError, match="requires completion_lengths, which is not available"):
     score(rewards, ["p", "q"], texts, {})
 
 
 @pytest.mark.parametrize(
-  ("name", "arguments", "says"),
+  ("name", "settings", "message"),
   [
     ("numerik", {}, "did you mean 'numeric'"),
     ("length", {}, "needs the setting 'target'"),
@@ -361,12 +288,12 @@ def test_rewards_of_length_are_given_tokens_and_not_characters():
     ("format", {"tags": "think"}, "tags is 'think'"),
   ],
 )
-def test_settings_that_are_no_good(name, arguments, says):
-  with pytest.raises(ValueError, match=says):
-    make_grader(name, **arguments)
+def test_wrong_settings(name, settings, message):
+  with pytest.raises(ValueError, match=message):
+    make_grader(name, **settings)
 
 
-def test_votes_agree_with_the_verdicts():
+def test_equal_answers_get_the_same_vote():
   assert ANSWERS["numeric"]("It is $18.") == ANSWERS["numeric"]("<answer>18.0 eggs</answer>") == 18
   assert ANSWERS["numeric"]("I do not know") is ANSWERS["numeric"]("<answer>18") is None
   assert ANSWERS["math"]("\\boxed{(1, 2)}") == ANSWERS["math"]("<answer>$(1,2)$</answer>")
@@ -375,34 +302,16 @@ def test_votes_agree_with_the_verdicts():
   assert ANSWERS["exact"]("\\boxed{") is None
 
 
-HOSTILE = [
-  "\\boxed{", "\\boxed {}", "\\boxed ", "{", "}", "\\", "\\{", "<answer>", "</answer>", "<think>",
-  "<answer></answer>", "#### ", "#", " ", "\n", "1", "123,", "1,", "1.", "1 ", "1/", "1e", "-",
-  "$ ", "\\frac{1", "\\frac", "\\text{", "^\\circ", "^{", "a", "a-", "1 2/", "= ", "! ", "~", "\\ ",
-  "\\\\", "a\u0301\u0323", "1\\,", "<", "\\sqrt{", "*", "* ", "x^",
-]  # fmt: skip
-
-
-def test_no_text_takes_long():
-  """50,000 characters of anything: hundredths of a second each, where n^2 would be many seconds."""
-  for unit in HOSTILE:
-    text = (unit * 50_000)[:50_000]
-    for completion in (f"5 {text}!", f"\\boxed{{<answer>{text}</answer>"):
-      began = time.process_time()
-      extract(completion)
-      normalize(completion)
-      GRADERS["format"](completions=[completion])
-      assert time.process_time() - began < 0.5, (unit, completion[:20])
-
-
-def test_a_hundred_thousand_digits_are_no_number():
+def test_very_long_answers_are_wrong():
   for text in ("1" * 100_000, "1," * 50_000, "123," * 25_000 + "123", "<think>" * 20_000):
     for name in ("exact", "numeric", "math"):
       assert verdict(name, f"<answer>{text}</answer>", "1") == 0.0
       assert verdict(name, text, "1") == 0.0
 
 
-def test_nested_boxes_that_are_closed_take_no_longer():
-  began = time.perf_counter()
-  assert extract("\\boxed{" * 12_000 + "18" + "}" * 12_000) == "18"
-  assert time.perf_counter() - began < 1
+def test_the_format_takes_linear_time_on_hostile_text():
+  for unit in HOSTILE:
+    text = f"<think>{(unit * 50_000)[:50_000]}"
+    start = time.process_time()
+    GRADERS["format"](completions=[text])
+    assert time.process_time() - start < 0.5, unit

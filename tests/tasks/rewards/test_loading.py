@@ -1,4 +1,4 @@
-"""Rewards by name, and several of them with weights."""
+"""Tests loading reward functions by name, and combining several of them with weights."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ def needs_answer(completions, answer, **columns):
   return [1.0, 0.5, True]
 
 
-def test_load_function(tmp_path):
+def test_functions_are_loaded_by_name(tmp_path):
   (tmp_path / "good.py").write_text("def reward(**columns): ...\nlimit = 3\n")
   (tmp_path / "bad.py").write_text("import no_such_module_at_all\n")
   assert load_function(f"{tmp_path}/good.py:reward").__name__ == "reward"
@@ -31,7 +31,7 @@ def test_load_function(tmp_path):
   assert load_function("numeric") is GRADERS["numeric"]
   with pytest.raises(ValueError, match="did you mean 'reward'"):
     load_function(f"{tmp_path}/good.py:rewrad")
-  with pytest.raises(ValueError, match="is a int, not a function"):
+  with pytest.raises(ValueError, match="is of type int, not a function"):
     load_function(f"{tmp_path}/good.py:limit")
   with pytest.raises(ValueError, match="raised ModuleNotFoundError: No module named 'no_such"):
     load_function(f"{tmp_path}/bad.py:reward")
@@ -54,15 +54,15 @@ def test_a_built_in_reward_with_settings():
   with pytest.raises(ValueError, match="length"):
     weighted({"name": "length", "taget": 20})
   with pytest.raises(ValueError, match="length"):
-    weighted("length")  # which cannot do without its setting
+    weighted("length")  # its setting is required
 
 
-def test_the_first_reward_or_the_one_named_decides_what_is_right():
+def test_accuracy_is_the_first_reward_or_the_named_one():
   rewards = weighted([half, "numeric", "exact"])
   texts, gold = ["<answer>2.0</answer>", "<answer>2</answer>", "<answer>3</answer>"], ["2"] * 3
   for accuracy, verdicts in (("numeric", [1, 1, 0]), ("exact", [0, 1, 0]), (None, [0, 0, 0])):
-    right, _ = accuracy_of(rewards, accuracy)
-    assert right(prompts=[""] * 3, completions=texts, answer=gold) == verdicts
+    function, _ = accuracy_of(rewards, accuracy)
+    assert function(prompts=[""] * 3, completions=texts, answer=gold) == verdicts
   votes = {str(name): accuracy_of(rewards, name)[1] for name in ("numeric", "exact", half, None)}
   assert votes["numeric"](texts[0]) == votes["numeric"](texts[1]) != votes["numeric"](texts[2])
   assert votes["exact"](texts[0]) != votes["exact"](texts[1])
@@ -70,7 +70,7 @@ def test_the_first_reward_or_the_one_named_decides_what_is_right():
   assert accuracy_of(weighted("numeric"))[1] is votes["numeric"]
 
 
-def test_weighted():
+def test_weights_are_1_by_default_and_names_are_distinct():
   assert weighted(length) == {"length": (length, 1.0)}
   assert weighted(["numeric", length], [1, 0.5]) == {
     "numeric": (GRADERS["numeric"], 1.0),
@@ -78,13 +78,13 @@ def test_weighted():
   }
   with pytest.raises(ValueError, match="1 weights for 2 rewards"):
     weighted([length, "numeric"], [1])
-  with pytest.raises(ValueError, match="two rewards have one name"):
+  with pytest.raises(ValueError, match="two rewards have the same name"):
     weighted([length, length])
   with pytest.raises(ValueError, match="reward is empty"):
     weighted([])
 
 
-def test_exactly_one_asks_for_what_its_function_asks_for():
+def test_exactly_one_has_the_signature_of_its_function():
   accuracy = pickle.loads(pickle.dumps(ExactlyOne(needs_answer)))
   assert list(inspect.signature(accuracy).parameters) == ["completions", "answer", "columns"]
   assert accuracy(prompts=[""] * 3, completions=[""] * 3, answer=[1] * 3) == [1.0, 0.0, 1.0]
