@@ -6,6 +6,7 @@ Nothing here compiles or trains, so a mistake costs seconds.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -362,12 +363,23 @@ def _misfits(
       f"algorithm.advantage 'process_advantages' needs rewards for steps, and task {task.name!r} "
       "has no step_rewards; choose another advantage or give the task this function"
     )
+  weights = {name: weight for name, (_, weight) in task.rewards.items()}
+  if not all(math.isfinite(weight) for weight in weights.values()) or not any(weights.values()):
+    problems.append(
+      f"the weights of the rewards are {weights}: they must be finite, and one of them not 0, or "
+      "no completion has a reward"
+    )
   if algorithm and algorithm.beta == 0 and c.reference.sync_every:
     problems.append(
       f"reference.sync_every is {c.reference.sync_every}, but algorithm.beta is 0: without a KL "
       "term there is no reference; set sync_every to 0 or beta above 0"
     )
   return problems
+
+
+def schedule_steps(c: ConfigDict) -> int:
+  """Returns the steps after which the learning-rate schedule is at its end."""
+  return c.optimizer.schedule_steps or c.steps
 
 
 def optimizer_of(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -377,7 +389,7 @@ def optimizer_of(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransform
     learning_rate=o.learning_rate,
     schedule=o.schedule,
     warmup_steps=o.warmup_steps,
-    steps=c.steps * c.train.epochs * c.train.mini_batches,
+    steps=schedule_steps(c) * c.train.epochs * c.train.mini_batches,
     final_fraction=o.final_fraction,
   )
   optimizer = optimizers.make_optimizer(

@@ -50,6 +50,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "algorithm.clip_low": (0, 1, "between 0 and 1"),
   "algorithm.clip_high": (0, LARGEST, "at least 0"),
   "optimizer.learning_rate": (0, LARGEST, "above 0"),
+  "optimizer.schedule_steps": (0, LARGEST, "at least 0"),
   "optimizer.warmup_steps": (0, LARGEST, "at least 0"),
   "optimizer.final_fraction": (0, 1, "between 0 and 1"),
   "optimizer.beta1": (0, 1 - 2**-53, "in [0, 1)"),
@@ -182,6 +183,7 @@ def default_config() -> ConfigDict:
   c.rewards = Section()
   c.rewards.workers = 1  # processes that run the reward functions; 0 = this one, unguarded
   c.rewards.timeout = 30.0  # seconds per completion; a slower one has no reward
+  c.rewards.allow_unscored = False  # go on although no completion of the first step was scored
 
   c.reward_model = Section()  # a learned reward, added to the task's
   c.reward_model.source = ""  # a sequence-classification model, named like model.source
@@ -215,6 +217,7 @@ def default_config() -> ConfigDict:
   c.optimizer = Section()
   c.optimizer.learning_rate = 1e-6  # the peak
   c.optimizer.schedule = "constant"  # constant, linear or cosine, after the warm-up
+  c.optimizer.schedule_steps = 0  # steps after which a schedule is at its end; 0 = `steps`
   c.optimizer.warmup_steps = 0  # updates
   c.optimizer.final_fraction = 0.0  # share of the peak left at the last step
   c.optimizer.beta1 = 0.9

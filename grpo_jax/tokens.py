@@ -6,6 +6,7 @@ arrays are numpy.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -45,6 +46,12 @@ class Tokenizer:
     self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
     self.pad_id: int = self.eos_ids[0] if fast.pad_token_id is None else fast.pad_token_id
     self.bos_id: int | None = fast.bos_token_id
+
+  @property
+  def chat_template(self) -> str:
+    """The chat template as text; empty where there is none."""
+    template = self._fast.chat_template
+    return template if isinstance(template, str) else json.dumps(template) if template else ""
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, with a beginning-of-text id exactly if the tokenizer's own rule adds one."""
@@ -105,6 +112,7 @@ class ByteTokenizer:
   eos_ids = (256,)
   pad_id = 256
   bos_id = None
+  chat_template = ""
 
   def encode(self, text: str) -> list[int]:
     return list(text.encode("utf-8"))

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +22,57 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax.build import Run, build
+from grpo_jax.build import Run, build, schedule_steps
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.evaluate import Evaluation, evaluate, table
 from grpo_jax.learning.updates import SkippedError
-from grpo_jax.rollout import collect
-from grpo_jax.run import checkpoint, compilation, metrics, skipped
+from grpo_jax.rollout import Rollout, collect
+from grpo_jax.run import checkpoint, compilation, identity, metrics, skipped
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Signals
 from grpo_jax.summary import describe
 from grpo_jax.tasks.rewards.workers import Scorer
 
-# Fields that a continued run may change: its length, its output, its layout.
+# Fields that a continued run may change: its length, its output, its layout, its workers.
 FREE = (
   *("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts.", "compilation_cache"),
   *("model.remat", "train.micro_batches", "train.micro_batch_tokens", "train.max_skipped"),
+  *("rewards.workers", "rewards.timeout", "rewards.allow_unscored", "optimizer.schedule_steps"),
 )
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
 NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it
-GAVE_UP = 3  # too many updates in a row were skipped
+GAVE_UP = 3  # too many updates in a row were skipped, or nothing was scored
 
 
-def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+class UnscoredError(RuntimeError):
+  """No completion of the first step was scored, so there is nothing to learn from."""
+
+
+def run(
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  experiment: str | Path | None = None,
+  accept: Sequence[str] = (),
+) -> dict[str, float]:
   """Trains to `config.steps` steps, from the newest whole checkpoint in `workdir` if there is one.
 
-  Leaves metrics.jsonl, TensorBoard events, samples/, curve.png, config.json and checkpoints/.
+  Leaves metrics.jsonl, TensorBoard events, samples/, curve.png, config.json, identity.json and
+  checkpoints/.
+
+  Args:
+    experiment: the file the config came from; a continued run needs the same.
+    accept: names of fields and files that may differ from those the run was started with.
 
   Returns:
     The metrics of the last evaluation.
 
   Raises:
     ConfigError: lists everything that is wrong with the config, before anything compiles.
-    WorkdirError: another run uses `workdir`, or its files are damaged.
+    WorkdirError: another run uses `workdir`, its files are damaged, or it holds more steps.
+    UnscoredError: no completion of the first step was scored.
     SaveError: a checkpoint could not be written.
     Stopped: after a Ctrl-C or SIGTERM, with the finished steps saved.
     SkippedError: after too many skipped updates, with the finished steps saved.
@@ -68,16 +86,26 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       run = build(config)
       if hosts.is_first():
         stack.enter_context(workdirs.lock(workdir))
-        check_workdir(config, workdir)
+        files = identity_of(run, experiment)
+        check_workdir(config, workdir, files, accept)
         workdirs.write_config(workdir, saved)
+        identity.write(workdir, files)
     hosts.same("the config", json.dumps(saved, sort_keys=True))
     return _train(run, Output(workdir, **_log_settings(config)), watch)
+
+
+def identity_of(run: Run, experiment: str | Path | None) -> dict[str, str]:
+  """Returns the digests of the files a run depends on, and of its chat template."""
+  template = run.sampler.tokenizer.chat_template
+  texts = {"the chat template": template} if template else {}
+  files = run.task.files if experiment is None else (experiment, *run.task.files)
+  return identity.digests(files, texts)
 
 
 def _train(run: Run, out: Output, watch: compilation.Watch) -> dict[str, float]:
   """Runs the loop from the newest checkpoint to the last step."""
   with out, run.scorer() as scorer, Signals() as signals:
-    start, state = out.resume(run.initial_state())
+    start, state = out.resume(run.initial_state(), run.evaluates_at)
     out.print(describe(run.config, run, start))
     recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)
     update = run.learner(on_skip=recorder)
@@ -87,6 +115,8 @@ def _train(run: Run, out: Output, watch: compilation.Watch) -> dict[str, float]:
       out.start_step()
       params, examples = run.to_sampling_params(state.params), run.examples(step)
       rollout = collect(run.sampler, params, examples, scorer, run.key(step), run.rollout)
+      if step == start:
+        _check_scored(run, rollout)
       with jax.transfer_guard("disallow"):  # the batch is on the device already
         state, values = update(state, rollout.batch, step)
       watch.report(out.print)
@@ -131,22 +161,51 @@ def _log_settings(c: ConfigDict) -> dict[str, int]:
   }
 
 
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
-  """Refuses a work directory that was started with another config, listing the differences."""
+def _check_scored(run: Run, rollout: Rollout) -> None:
+  """Ends a run that cannot learn: its first step has no scored completion on any host."""
+  if rollout.metrics["frac_unscored"] == 1 and not run.config.rewards.allow_unscored:
+    raise UnscoredError(
+      f"none of the completions of the first step was scored: the rewards "
+      f"{', '.join(run.task.rewards)} gave None or NaN for all of them, or failed on all of them. "
+      "Check the columns they read and the form of answer they expect; to go on all the same, set "
+      "--config.rewards.allow_unscored=true"
+    )
+
+
+def check_workdir(
+  config: ConfigDict, workdir: Path, files: Mapping[str, str], accept: Sequence[str] = ()
+) -> None:
+  """Refuses a work directory that was started with another config or with other files.
+
+  Args:
+    files: digests of the files as they are now, as `identity_of` returns them.
+    accept: names of fields and files whose change is accepted.
+
+  Raises:
+    ConfigError: lists the changes that were not accepted.
+  """
   saved = workdirs.read_config(workdir)
   if saved is None:
     return
-  lines = [
-    line
-    for line in configs.differences(_json(configs.from_saved(saved)), _json(config))
-    if not line.startswith(tuple(f if f.endswith(".") else f"{f}:" for f in FREE))
-  ]
-  if lines:
+  before, problems = configs.from_saved(saved), []
+  for line in configs.differences(configs.to_saved(before), _json(config)):
+    name = line.partition(":")[0]
+    free = any(name == field or (field[-1] == "." and name.startswith(field)) for field in FREE)
+    if not free and name not in accept:
+      problems.append(f"use a new --workdir, or put back {line} (or --accept {name})")
+  old, new = schedule_steps(before), schedule_steps(config)
+  if config.optimizer.schedule != "constant" and old != new and "steps" not in accept:
+    problems.append(
+      f"the {config.optimizer.schedule} schedule of the learning rate would end after {new} steps "
+      f"and not after {old}, and jump now; keep it with --config.optimizer.schedule_steps={old}, "
+      "or change it with --accept steps"
+    )
+  for name in identity.changed(identity.read(workdir) or {}, files):
+    if name not in accept:
+      problems.append(f"{name} has changed; put it back, use a new --workdir, or --accept {name!r}")
+  if problems:
     raise configs.ConfigError(
-      [
-        f"{workdir} was started with another config; use a new --workdir, or put back {line}"
-        for line in lines
-      ]
+      [f"{workdir} was started with another config or file; {problem}" for problem in problems]
     )
 
 
@@ -158,13 +217,17 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.train", description=__doc__)
   parser.add_argument("--config", required=True, help="an experiment file; it is run as a program")
   parser.add_argument("--workdir", required=True, help="everything the run leaves; made if missing")
+  parser.add_argument(
+    "--accept", action="append", default=[], metavar="NAME",
+    help="a field, file or 'steps' that may differ from what the run was started with; repeatable",
+  )  # fmt: skip
   arguments, overrides = parser.parse_known_args(argv)
   # What orbax logs with stacks comes back as errors, which are explained.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   try:
     config = configs.load(arguments.config, overrides)
     with hosts.session(config.hosts.heartbeat, config.hosts.wait):
-      results = run(config, arguments.workdir)
+      results = run(config, arguments.workdir, experiment=arguments.config, accept=arguments.accept)
       first = hosts.is_first()
   except (configs.ConfigError, workdirs.WorkdirError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -172,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
   except hosts.HostError as error:
     print(f"error: {error}", file=sys.stderr)
     return cluster.FAILED
-  except SkippedError as error:
+  except (SkippedError, UnscoredError) as error:
     print(f"error: {error}", file=sys.stderr)
     return GAVE_UP
   except KeyboardInterrupt as error:

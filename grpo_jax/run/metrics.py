@@ -86,16 +86,23 @@ class MetricsWriter:
     total_steps: number of steps of the whole run, for the progress bar.
     resume_step: first step to run; None is 0. Lines and samples of this and later steps are
       removed, as is a line that a kill cut short: no step appears twice.
+    keep_evaluation: keep the evaluation before `resume_step`, which will not be done again.
     show: draw the progress bar and print lines.
   """
 
   def __init__(
-    self, workdir: str | Path, total_steps: int, resume_step: int | None = None, show: bool = True
+    self,
+    workdir: str | Path,
+    total_steps: int,
+    resume_step: int | None = None,
+    *,
+    keep_evaluation: bool = False,
+    show: bool = True,
   ) -> None:
     self.workdir = Path(workdir)
     self.workdir.mkdir(parents=True, exist_ok=True)
     start = resume_step or 0
-    _drop_from(self.workdir, start)
+    _drop_from(self.workdir, start, keep_evaluation)
     self._file = (self.workdir / METRICS).open("a", encoding="utf-8")
     self._tensorboard = TensorBoardWriter(self.workdir / "tensorboard", start)
     self._progress = Progress(total_steps, start) if show else None
@@ -170,7 +177,7 @@ class MetricsWriter:
 class NoWriter:
   """Takes the place of `MetricsWriter` on hosts that write nothing."""
 
-  def __init__(self, workdir: str | Path, total_steps: int, resume_step: int | None = None) -> None:
+  def __init__(self, *arguments: Any, **options: Any) -> None:
     pass
 
   def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -237,16 +244,25 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     yield row, line
 
 
-def _drop_from(workdir: Path, step: int) -> None:
-  """Removes metrics and samples of `step` and later steps, which will be run again."""
+def _drop_from(workdir: Path, step: int, keep_evaluation: bool) -> None:
+  """Removes metrics and samples of `step` and later steps, which will be run again.
+
+  Args:
+    keep_evaluation: keep the row and the samples of the evaluation before `step`.
+  """
+
+  def keeps(number: int, is_evaluation: bool) -> bool:
+    return number < step or (keep_evaluation and is_evaluation and number == step)
+
   path = workdir / METRICS
   if path.exists():
-    text = "".join(f"{line}\n" for row, line in _rows(path) if row["step"] < step)
+    rows = ((line, keeps(row["step"], "eval/n" in row)) for row, line in _rows(path))
+    text = "".join(f"{line}\n" for line, kept in rows if kept)
     if text.encode() != path.read_bytes():
       write_whole(path, text)
   for sample in (workdir / SAMPLES).glob("*_*.jsonl"):
-    number = sample.stem.rpartition("_")[2]
-    if number.isdigit() and int(number) >= step:
+    kind, _, number = sample.stem.rpartition("_")
+    if number.isdigit() and not keeps(int(number), kind == "eval"):
       sample.unlink()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from grpo_jax.distributed import hosts
 from grpo_jax.evaluate import Evaluation
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import checkpoint, metrics, plots
+from grpo_jax.run.workdir import WorkdirError
 
 
 class Output(contextlib.AbstractContextManager):
@@ -42,14 +43,30 @@ class Output(contextlib.AbstractContextManager):
     self._open.enter_context(self._checkpoints)
     self._num_tokens, self._step_began = 0.0, time.monotonic()
 
-  def resume(self, state: TrainState) -> tuple[int, TrainState]:
+  def resume(
+    self, state: TrainState, evaluates_at: Callable[[int], bool] = lambda step: True
+  ) -> tuple[int, TrainState]:
     """Returns (number of finished steps, state) of the newest whole checkpoint, or (0, `state`).
 
-    Opens the files; metrics and samples of later steps are dropped, as those steps run again.
+    Opens the files. Metrics and samples of later steps are dropped, as those steps run again; the
+    evaluation after the last finished step stays unless it is done again.
+
+    Args:
+      evaluates_at: whether the run evaluates before a step.
+
+    Raises:
+      WorkdirError: the work directory holds more steps than the run has; nothing is changed.
     """
     start, state = self._checkpoints.resume(state, _warn)
+    if start > self._steps:
+      raise WorkdirError(
+        f"{self.workdir} holds {start} finished steps, and steps is {self._steps}: set "
+        f"--config.steps={start} or more, or use another --workdir"
+      )
+    again = start == self._steps or evaluates_at(start)
     make = metrics.MetricsWriter if hosts.is_first() else metrics.NoWriter
-    self._writer = self._open.enter_context(make(self.workdir, self._steps, resume_step=start))
+    writer = make(self.workdir, self._steps, resume_step=start, keep_evaluation=not again)
+    self._writer = self._open.enter_context(writer)
     self._late = metrics.OneStepLate(self._writer.write)
     self._num_tokens = metrics.last(self.workdir, "num_tokens", 0)
     self.start_step()

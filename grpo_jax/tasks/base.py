@@ -64,6 +64,7 @@ class Task:
   stop: tuple[str, ...] = ()
   answer: Callable[[str], Hashable | None] | None = None
   step_rewards: StepRewards | None = None
+  files: tuple[str, ...] = ()  # data and reward code; a run that is continued needs the same
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:

@@ -23,7 +23,7 @@ from typing import TypeAlias
 from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
 from grpo_jax.tasks.indexed import Indexed, shuffled
-from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
+from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
 from grpo_jax.tasks.table import JsonLines
 
 DATA_DIR = "~/.cache/grpo_jax/tensorflow_datasets"
@@ -135,6 +135,7 @@ def gsm8k_task(
     accuracy=accuracy_function,
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
     answer=extract_answer,
+    files=(*([str(jsonl)] if jsonl else []), *files_of([reward, accuracy])),
   )
 
 

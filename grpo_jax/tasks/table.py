@@ -24,7 +24,7 @@ import numpy as np
 from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
 from grpo_jax.tasks.indexed import Indexed
-from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, weighted
+from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
 
 PARQUET = (".parquet", ".pq")
 Row: TypeAlias = dict[str, Any]
@@ -100,6 +100,7 @@ def table_task(
     accuracy=accuracy_function,
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
     answer=extract_answer,
+    files=(str(path), *files_of([reward, accuracy])),
   )
 
 

@@ -76,6 +76,24 @@ def accuracy_of(
   return ExactlyOne(function), ANSWERS.get(_metric_name(accuracy, function))
 
 
+def files_of(rewards: Any) -> tuple[str, ...]:
+  """Returns the Python files in the setting of a task's rewards, in their order.
+
+  Example:
+    >>> files_of({"mine": "my_task/reward.py:score", "exact": "exact"})
+    ('my_task/reward.py',)
+  """
+  if isinstance(rewards, Mapping):
+    rewards = list(rewards.values())
+  if isinstance(rewards, list | tuple):
+    return tuple(dict.fromkeys(file for one in rewards for file in files_of(one)))
+  if callable(rewards):
+    source = inspect.getsourcefile(rewards) if inspect.isfunction(rewards) else None
+    return (source,) if source else ()
+  source, colon, _ = str(rewards).rpartition(":")
+  return (source,) if colon and source.endswith(".py") else ()
+
+
 def load_function(reward: Reward) -> RewardFunction:
   """Returns the reward function that a name stands for; a function is returned as it is.
 

@@ -1,0 +1,140 @@
+"""Continuing a run: what is refused, what is kept, and what has to be accepted by name."""
+
+import json
+
+import pytest
+
+from grpo_jax import train
+from grpo_jax.build import build
+from grpo_jax.config import ConfigError, load, to_saved
+from grpo_jax.run import identity
+from grpo_jax.run import workdir as workdirs
+from grpo_jax.run.metrics import read_metrics
+
+TINY = "experiments/tiny.py"
+SMALL = ("rollout.prompts_per_step=8", "rollout.group_size=2", "rollout.completion_length=2")
+
+
+def config(*changes):
+  return load(TINY, [f"--config.{change}" for change in (*SMALL, *changes)])
+
+
+def started(workdir, c, files=None):
+  """A work directory as a run with this config leaves it, without its checkpoints."""
+  workdir.mkdir()
+  workdirs.write_config(workdir, to_saved(c))
+  if files is not None:
+    identity.write(workdir, files)
+  return workdir
+
+
+def evaluations(workdir):
+  return [row["step"] for row in read_metrics(workdir) if "eval/n" in row]
+
+
+def test_fewer_steps_are_refused_and_more_keep_every_record(tmp_path):
+  workdir = tmp_path / "run"
+  train.run(config("steps=2"), workdir)
+  before = (workdir / "metrics.jsonl").read_text()
+  with pytest.raises(workdirs.WorkdirError, match=r"holds 2 finished steps, and steps is 1: set"):
+    train.run(config("steps=1"), workdir)
+  assert (workdir / "metrics.jsonl").read_text() == before
+  assert (workdir / "samples" / "eval_000002.jsonl").is_file()
+  train.run(config("steps=3"), workdir)
+  assert evaluations(workdir) == [0, 2, 3]  # after 2 steps the first run was at its end
+  assert (workdir / "metrics.jsonl").read_text().startswith(before)
+  assert sorted(path.stem for path in (workdir / "samples").glob("eval_*")) == [
+    "eval_000000", "eval_000002", "eval_000003",
+  ]  # fmt: skip
+  train.run(config("steps=3", "eval.every=1"), workdir)  # done again, and not written twice
+  assert evaluations(workdir) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_is_not_stretched_in_silence(tmp_path, schedule):
+  same = f"optimizer.schedule={schedule}"
+  workdir = started(tmp_path / "run", config("steps=4", same))
+  with pytest.raises(ConfigError, match=r"would end after 8 steps and not after 4.*--accept steps"):
+    train.check_workdir(config("steps=8", same), workdir, {})
+  train.check_workdir(config("steps=8", same), workdir, {}, accept=["steps"])
+  kept = config("steps=8", same, "optimizer.schedule_steps=4")
+  train.check_workdir(kept, workdir, {})
+  rates = [float(build(c).schedule(3)) for c in (config("steps=4", same), kept)]
+  assert rates[0] == rates[1] > 0
+  assert float(build(kept).schedule(7)) == 0  # at its end after four steps
+
+
+def test_a_constant_schedule_may_go_on(tmp_path):
+  workdir = started(tmp_path / "run", config("steps=4"))
+  train.check_workdir(config("steps=8", "rewards.workers=2", "rewards.timeout=5.0"), workdir, {})
+
+
+def test_files_that_were_edited_have_to_be_accepted(tmp_path):
+  data, reward = tmp_path / "data.jsonl", tmp_path / "reward.py"
+  data.write_text("".join(json.dumps({"prompt": f"{n}", "answer": n}) + "\n" for n in range(40)))
+  reward.write_text("def score(prompts, completions, **columns):\n  return [0.0] * len(prompts)\n")
+  settings = [f"task.settings.path={data}", f"task.settings.reward={reward}:score"]
+  c = config("task.name=table", *settings)
+  files = train.identity_of(build(c), TINY)
+  assert set(files) == {TINY, str(data), str(reward)}
+  workdir = started(tmp_path / "run", c, files)
+  train.check_workdir(c, workdir, train.identity_of(build(c), TINY))
+  for file in (data, reward):
+    file.write_text(file.read_text() + "\n")
+  now = train.identity_of(build(c), TINY)
+  with pytest.raises(ConfigError) as caught:
+    train.check_workdir(c, workdir, now)
+  assert [str(file) in problem for file, problem in zip((data, reward), caught.value.problems)] == [
+    True, True,
+  ]  # fmt: skip
+  with pytest.raises(ConfigError, match=r"reward\.py has changed"):
+    train.check_workdir(c, workdir, now, accept=[str(data)])
+  train.check_workdir(c, workdir, now, accept=[str(data), str(reward)])
+
+
+def test_a_chat_template_that_was_edited_has_to_be_accepted(tmp_path):
+  workdir = started(tmp_path / "run", config(), identity.digests([], {"the chat template": "a"}))
+  now = identity.digests([], {"the chat template": "b"})
+  with pytest.raises(ConfigError, match="the chat template has changed"):
+    train.check_workdir(config(), workdir, now)
+  train.check_workdir(config(), workdir, now, accept=["the chat template"])
+
+
+def test_a_field_may_be_changed_by_name(tmp_path):
+  workdir = started(tmp_path / "run", config())
+  changed = config("optimizer.learning_rate=0.1")
+  with pytest.raises(ConfigError, match="--accept optimizer.learning_rate"):
+    train.check_workdir(changed, workdir, {})
+  train.check_workdir(changed, workdir, {}, accept=["optimizer.learning_rate"])
+
+
+def test_a_damaged_identity_says_what_to_do(tmp_path):
+  (tmp_path / identity.IDENTITY).write_text('{"a": 3}')
+  with pytest.raises(workdirs.WorkdirError, match=r"is damaged .*Remove it"):
+    identity.read(tmp_path)
+
+
+def test_a_run_whose_rewards_never_score_ends_at_its_first_step(tmp_path):
+  data, reward = tmp_path / "data.jsonl", tmp_path / "reward.py"
+  data.write_text("".join(json.dumps({"prompt": f"{n}"}) + "\n" for n in range(40)))
+  reward.write_text("def score(prompts, completions, **columns):\n  return [None] * len(prompts)\n")
+  settings = [f"task.settings.path={data}", f"task.settings.reward={reward}:score"]
+  c = config("task.name=table", "task.settings.eval_fraction=0.0", "steps=2", *settings)
+  with pytest.raises(train.UnscoredError, match="the rewards score gave None or NaN for all"):
+    train.run(c, tmp_path / "run")
+  c = config(
+    "task.name=table", "task.settings.eval_fraction=0.0", "steps=1", *settings,
+    "rewards.allow_unscored=true",
+  )  # fmt: skip
+  train.run(c, tmp_path / "other")
+
+
+@pytest.mark.parametrize("weight", ["0.0", "inf", "nan"])
+def test_weights_that_leave_no_reward_are_refused(tmp_path, weight):
+  data = tmp_path / "data.jsonl"
+  data.write_text("".join(json.dumps({"prompt": f"{n}", "answer": n}) + "\n" for n in range(40)))
+  c = config("task.name=table", f"task.settings.path={data}", "task.settings.reward=numeric")
+  with c.unlocked():
+    c.task.settings.weights = (float(weight),)
+  with pytest.raises(ConfigError, match="weight"):
+    build(c)
