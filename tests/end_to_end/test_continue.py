@@ -103,7 +103,7 @@ def test_a_chat_template_that_was_edited_has_to_be_accepted(tmp_path):
 def test_a_field_may_be_changed_by_name(tmp_path):
   workdir = started(tmp_path / "run", config())
   changed = config("optimizer.learning_rate=0.1")
-  with pytest.raises(ConfigError, match="--accept optimizer.learning_rate"):
+  with pytest.raises(ConfigError, match=r"--accept optimizer\.learning_rate"):
     train.check_workdir(changed, workdir, {})
   train.check_workdir(changed, workdir, {}, accept=["optimizer.learning_rate"])
 
