@@ -43,7 +43,7 @@ FREE = (
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
 NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it
-GAVE_UP = 3  # too many updates in a row were skipped, or nothing was scored
+GAVE_UP = 3  # too many updates in a row were skipped, nothing was scored, parameters are NaN
 
 
 class UnscoredError(RuntimeError):
@@ -76,6 +76,7 @@ def run(
     SaveError: a checkpoint could not be written.
     Stopped: after a Ctrl-C or SIGTERM, with the finished steps saved.
     SkippedError: after too many skipped updates, with the finished steps saved.
+    NotFiniteError: the parameters became NaN or infinite; the checkpoint before that stays.
   """
   workdir = Path(workdir)
   with contextlib.ExitStack() as stack:
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
   except hosts.HostError as error:
     print(f"error: {error}", file=sys.stderr)
     return cluster.FAILED
-  except (SkippedError, UnscoredError) as error:
+  except (SkippedError, UnscoredError, checkpoint.NotFiniteError) as error:
     print(f"error: {error}", file=sys.stderr)
     return GAVE_UP
   except KeyboardInterrupt as error:

@@ -13,8 +13,10 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from grpo_jax.distributed import hosts
@@ -31,6 +33,31 @@ _UNCHECKED = (DIGESTS, "_CHECKPOINT_METADATA")
 
 class SaveError(OSError):
   """Reports that a checkpoint could not be written; earlier checkpoints are intact."""
+
+
+class NotFiniteError(RuntimeError):
+  """Reports that a state holds NaN or infinity and was not saved."""
+
+
+def not_finite(tree: Any) -> list[str]:
+  """Returns the paths of the floating-point arrays that hold NaN or infinity.
+
+  Example:
+    >>> not_finite({"a": jnp.ones(2), "b": {"c": jnp.array([1.0, jnp.inf])}, "n": jnp.array([3])})
+    ['b/c']
+  """
+  leaves = [
+    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  finite = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
+  return [name for (name, _), ok in zip(leaves, finite) if not ok]
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.isfinite(array).all() for array in arrays]
 
 
 class Checkpoints:
@@ -70,7 +97,16 @@ class Checkpoints:
 
     Raises:
       SaveError: this checkpoint, or an earlier one in the background, could not be written.
+      NotFiniteError: the parameters or the optimizer state hold NaN or infinity.
     """
+    if names := not_finite({"params": state.params, "opt_state": state.opt_state}):
+      last = self.latest()
+      rest = "there is no checkpoint" if last is None else f"the last checkpoint is of step {last}"
+      raise NotFiniteError(
+        f"the state after step {step} holds NaN or infinity, in {', '.join(names[:3])}"
+        f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: it is not saved, and {rest}. "
+        "Lower optimizer.learning_rate or raise optimizer.eps"
+      )
     with self._explain_errors():
       self._manager.wait_until_finished()
       self._saving, tree = step, state.to_dict()

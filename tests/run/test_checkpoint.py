@@ -1,5 +1,6 @@
 """Tests that damaged checkpoints are found and skipped, and that nothing is lost over it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -185,3 +186,18 @@ def test_a_save_that_fails_is_explained(run):
     checkpoints.save(4, state_after(4))
   assert "the checkpoint of step 4 could not be saved: " in str(caught.value)
   assert "MiB are free on the file system at " in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["params", "opt_state"])
+def test_a_state_that_is_not_finite_is_not_saved(run, place):
+  state = state_after(9)
+  bad = jax.tree.map(
+    lambda a: a.at[(0,) * a.ndim].set(jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+    getattr(state, place),
+  )
+  before = contents(run)
+  with checkpoint.Checkpoints(run, keep=2) as checkpoints:
+    last = checkpoints.latest()
+    with pytest.raises(checkpoint.NotFiniteError, match=rf"step 9 holds NaN.*{place}.*step {last}"):
+      checkpoints.save(9, dataclasses.replace(state, **{place: bad}))
+  assert contents(run) == before
