@@ -27,6 +27,7 @@ import numpy as np
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.rollout import columns_of, records
+from grpo_jax.run import console
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.answers import normalize
@@ -278,6 +279,7 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
 # --- the command ----------------------------------------------------------------------------------
 
 
+@console.guarded()
 def main(argv: list[str] | None = None) -> int:
   from grpo_jax.build import build
 

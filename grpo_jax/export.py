@@ -27,7 +27,7 @@ from grpo_jax.models.io.json_files import read_json, write_json
 from grpo_jax.models.io.sources import Source, resolve
 from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weights
 from grpo_jax.models.load import open_weights
-from grpo_jax.run import checkpoint
+from grpo_jax.run import checkpoint, console
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer
 
@@ -154,6 +154,7 @@ def _whole(folder: Path, steps: list[int]) -> int:
   raise ValueError(f"every checkpoint in {folder} that was asked for is damaged: {steps}")
 
 
+@console.guarded()
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.export", description=__doc__)
   parser.add_argument("--workdir", help="a work directory: its config, and one of its checkpoints")

@@ -24,7 +24,7 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import make_gradients, make_scoring, make_update
-from grpo_jax.run import compilation
+from grpo_jax.run import compilation, console
 from grpo_jax.run import skipped as dumps
 
 Named = dict[str, np.ndarray]
@@ -169,6 +169,7 @@ def _same(a: Any, b: Any) -> bool:
   return a == b or (a != a and b != b)
 
 
+@console.guarded()
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.replay", description=__doc__)
   parser.add_argument("dump", help="a folder that a run left under WORKDIR/skipped/")

@@ -27,7 +27,7 @@ from grpo_jax.distributed import cluster, hosts
 from grpo_jax.evaluate import Evaluation, evaluate, table
 from grpo_jax.learning.updates import SkippedError
 from grpo_jax.rollout import Rollout, collect
-from grpo_jax.run import checkpoint, compilation, identity, metrics, skipped
+from grpo_jax.run import checkpoint, compilation, console, identity, metrics, skipped
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Signals
@@ -214,6 +214,7 @@ def _json(config: ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(configs.to_saved(config)))
 
 
+@console.guarded()
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.train", description=__doc__)
   parser.add_argument("--config", required=True, help="an experiment file; it is run as a program")

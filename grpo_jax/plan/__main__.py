@@ -25,6 +25,7 @@ from grpo_jax.models.decoder import REMAT
 from grpo_jax.plan.estimate import UNITS, Compiled, Plan, as_dict, discard, make_plan
 from grpo_jax.plan.hardware import GIB, open_topology
 from grpo_jax.plan.programs import Programs, open_programs
+from grpo_jax.run import console
 
 # --- changes that save memory ---------------------------------------------------------------------
 
@@ -185,6 +186,7 @@ def format_bytes(count: float) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
+@console.guarded()
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns 0 if the config fits, 1 if it does not, 2 for a mistake in it."""
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.plan", description=__doc__)
