@@ -24,6 +24,7 @@ MODULES = {
 ARRAYS = "jax numpy jaxtyping"
 HELPERS = "grpo_jax.errors grpo_jax.extras"  # these two import the standard library only
 TASKS = "grpo_jax.tasks grpo_jax.environments"
+RUN = "orbax tensorstore etils fsspec matplotlib rich tensorboardX wandb trackio"
 ENGINE = "grpo_jax.core grpo_jax.models.protocol grpo_jax.distributed grpo_jax.statistics"
 
 # A module may import what the first pattern that fits it lists, beside the standard library.
@@ -67,10 +68,11 @@ ALLOWED = {
     f"{ENGINE} grpo_jax.learning grpo_jax.sampling grpo_jax.tokens {TASKS} {HELPERS} {ARRAYS}"
   ),
   # What keeps a run. It does not know how a run is built.
-  "grpo_jax.run*": (
-    "grpo_jax.run grpo_jax.core grpo_jax.distributed grpo_jax.learning grpo_jax.statistics "
-    f"{HELPERS} {ARRAYS} orbax tensorstore etils fsspec matplotlib rich tensorboardX wandb trackio"
+  "grpo_jax.run.output": (
+    f"{ENGINE} grpo_jax.run grpo_jax.learning grpo_jax.rollout grpo_jax.evaluate "
+    f"{HELPERS} {ARRAYS} {RUN}"
   ),
+  "grpo_jax.run*": f"{ENGINE} grpo_jax.run grpo_jax.learning {HELPERS} {ARRAYS} {RUN}",
   # Settings.
   "grpo_jax.config": f"{HELPERS} ml_collections",
   "experiments*": "grpo_jax.config ml_collections",
