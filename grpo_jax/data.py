@@ -1,4 +1,4 @@
-"""Which examples a step trains on: a pure function of the seed and the step."""
+"""Selects the examples of a training step, as a pure function of the seed and the step."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ def examples(
   process_count: int = 1,
   stream: int = 0,
 ) -> list[T]:
-  """The examples of one step: positions [step * count, (step + 1) * count) of an endless shuffle.
+  """Returns the examples of one step: positions [step * count, (step + 1) * count) of a shuffle.
 
-  Epoch after epoch the split is gone through in a new order that depends on (seed, epoch), every
-  example once; a step may reach into the next epoch. There is no iterator to save or to restore: a
-  resumed run asks for step n and gets what the uninterrupted one got.
+  The shuffle is endless. Each epoch contains every example once, in an order that depends on (seed,
+  epoch); a step may reach into the next epoch. There is no iterator to save: a resumed run gets the
+  same examples for step n as the uninterrupted run.
 
   Args:
-    split: the examples; anything with a length and integer indices.
-    step: from 0.
-    count: examples in the step over all processes.
+    split: the examples; any object with a length and integer indices.
+    step: number of the step, from 0.
+    count: number of examples in the step, over all processes.
     seed: any integer.
-    process_index, process_count: this process gets its block of count / process_count, in order, so
-      that the blocks of all processes one after the other are the list that one process would get.
-    stream: 0, or the number of another endless shuffle, independent of this one: what resamples a
-      step, say, without moving the examples of the steps to come.
+    process_index: index of this process. It gets the block of that index, of count / process_count
+      examples; the concatenated blocks are the list that a single process would get.
+    process_count: number of processes.
+    stream: 0, or the number of another shuffle that is independent of this one, for example to
+      resample a step without changing the examples of later steps.
 
-  Raises ValueError for an empty split, or a count that the processes cannot share evenly.
+  Raises:
+    ValueError: the split is empty, an argument is out of range, or `count` is not a multiple of
+      `process_count`.
 
-  >>> first, second = (examples("abcd", step, count=2, seed=0) for step in range(2))
-  >>> sorted(first + second)
-  ['a', 'b', 'c', 'd']
+  Example:
+    >>> first, second = (examples("abcd", step, count=2, seed=0) for step in range(2))
+    >>> sorted(first + second)
+    ['a', 'b', 'c', 'd']
   """
-  import grain  # here: it takes a second to load, which `import grpo_jax.data` need not
+  import grain  # lazy: loading it takes a second
 
   if len(split) == 0:
     raise ValueError("the split has no examples: check the task's sizes or file")
@@ -50,14 +54,13 @@ def examples(
     raise ValueError(f"process_index is {process_index}: it must be in [0, {process_count})")
   if count % process_count:
     raise ValueError(
-      f"{count} examples a step cannot be shared evenly by {process_count} processes: make the "
-      f"count a multiple of {process_count}"
+      f"{count} examples per step cannot be divided evenly among {process_count} processes: make "
+      f"the count a multiple of {process_count}"
     )
-  share = count // process_count
-  start = step * count + process_index * share
+  block = count // process_count
+  start = step * count + process_index * block
   if stream:
     seed = int.from_bytes(hashlib.sha256(f"{seed}\n{stream}".encode()).digest()[:4])
-  # Only indices are shuffled, and only those of this process's examples are computed: the split is
-  # never gone through.
+  # Only indices are shuffled, and only the examples of this process are accessed.
   order = grain.MapDataset.range(len(split)).shuffle(seed=seed % 2**32).repeat()
-  return [split[order[start + i]] for i in range(share)]
+  return [split[order[start + i]] for i in range(block)]

@@ -1,7 +1,8 @@
-"""A learned reward: a sequence classifier with one label, called like any reward function.
+"""Scores completions with a learned reward: a sequence classifier with one label.
 
-It is a model of the same families as the policy (`*ForSequenceClassification` in a Hugging Face
-folder or hub id), with a tokenizer and a chat template of its own.
+The model belongs to one of the policy's families (`*ForSequenceClassification` in a Hugging Face
+folder or hub id) and has its own tokenizer and chat template. It is called like any reward
+function.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-from numpy import ndarray
 
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder
@@ -22,23 +23,30 @@ from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.load import open_weights
+from grpo_jax.models.protocol import Params
 from grpo_jax.tokens import Messages, Tokenizer, load_tokenizer
 
-SHORTEST = 64  # tokens; conversations are padded to this, or to twice, four times ... as many
+# Shortest padded length in tokens. Longer conversations are padded to a power of two, or to the
+# context of the model, so that few programs are compiled.
+MIN_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-  """Scores answered prompts: `model(prompts=..., completions=...)` gives one number for each.
+  """Scores prompts with completions: `model(prompts=..., completions=...)` returns one number each.
 
-  The score is the output at the last token that is not `pad_id`, as in transformers. Conversations
-  are computed in batches of one number of rows and few lengths, so that few programs are compiled.
-  The weights are read at the first call and lie split over this host's `devices`.
+  The score is the output at the last token that is not `pad_id`, as in transformers. All batches
+  have the same number of rows and one of few lengths, so that few programs are compiled. The
+  weights are read at the first call and are sharded over `devices`.
 
   Attributes:
-    name: where the model comes from, for messages.
-    pad_id: the model's padding token, or None.
-    batch_size: conversations at once on each device.
+    name: source of the model, for messages.
+    decoder: the model.
+    weights: its weights, which are read at the first call.
+    tokenizer: its tokenizer.
+    pad_id: its padding token, or None.
+    batch_size: number of conversations per device and batch.
+    devices: devices of this host.
   """
 
   name: str
@@ -54,30 +62,35 @@ class RewardModel:
     cls,
     source: str,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     batch_size: int = 8,
     devices: Sequence[jax.Device] | None = None,
   ) -> "RewardModel":
-    """Opens the model that `source` names (see `models.checkpoints.open_weights`) and checks it.
+    """Opens and checks a reward model.
 
     Args:
+      source: as in `models.load_model`.
       dtype: of activations.
-      devices: of this host; None = all of them. Hosts do not wait for each other.
+      batch_size: number of conversations per device and batch.
+      devices: devices of this host; None: all of them. Hosts do not wait for each other.
 
-    Raises ValueError for a model without exactly one label, or whose tokenizer does not fit it.
+    Raises:
+      ValueError: the model does not have exactly one label, or its tokenizer has more ids than the
+        model.
+      FileNotFoundError: there is no such model.
     """
     weights = open_weights(source)
     config = weights.config
     if config.labels != 1:
-      found = f"a classifier with {config.labels} labels" if config.labels else "a language model"
+      kind = f"a classifier with {config.labels} labels" if config.labels else "a language model"
       raise ValueError(
-        f"{source} is {found}; a reward model is a *ForSequenceClassification model with one label "
+        f"{source} is {kind}; a reward model is a *ForSequenceClassification model with one label "
         "(num_labels=1)"
       )
     tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > config.vocab_size:
       raise ValueError(
-        f"the tokenizer of {source} has {tokenizer.vocab_size} ids, its model only "
+        f"the tokenizer of {source} has {tokenizer.vocab_size} ids, but its model only "
         f"{config.vocab_size}"
       )
     settings = read_json(Path(resolve(source).location) / "config.json")
@@ -94,47 +107,51 @@ class RewardModel:
   def __call__(
     self, prompts: Sequence[str | Messages], completions: Sequence[str], **columns: Any
   ) -> list[float]:
-    """Scores, one per completion.
+    """Returns one score per completion.
 
-    Raises ValueError for a conversation of more tokens than the model's context: a part of it would
-    be scored as if it were all, and beyond its context the model's numbers mean nothing.
+    Raises:
+      ValueError: a conversation exceeds the context of the model, or a score is not finite.
+        Conversations are not truncated, since the score of a part is not that of the whole.
     """
     rows = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size, scores = self.batch_size * len(self.devices), np.zeros(len(rows))
     for start in range(0, len(rows), size):
-      part = by_length[start : start + size]
-      batch = self._pad([rows[i] for i in part], size)
+      indices = by_length[start : start + size]
+      batch = self._pad([rows[i] for i in indices], size)
       batch = jax.device_put(batch, meshes.batch_sharding(self._mesh))
-      scores[part] = jax.device_get(_scores(self.decoder, self._params, *batch))[: len(part)]
+      outputs = jax.device_get(_score_rows(self.decoder, self._params, *batch))
+      scores[indices] = outputs[: len(indices)]
     if not np.isfinite(scores).all():
       i = int(np.flatnonzero(~np.isfinite(scores))[0])
-      raise ValueError(f"the reward model {self.name} gives {scores[i]} to {completions[i]!r}")
+      raise ValueError(f"the reward model {self.name} returns {scores[i]} for {completions[i]!r}")
     return scores.tolist()
 
   def _encode(self, prompt: str | Messages, completion: str) -> list[int]:
-    ids, context = self.tokenizer.answered(prompt, completion), self.decoder.config.context
+    ids, context = self.tokenizer.encode_exchange(prompt, completion), self.decoder.config.context
     while len(ids) > 1 and ids[-1] == self.pad_id:
       ids.pop()
     if not 1 <= len(ids) <= context:
       raise ValueError(
-        f"a prompt with its completion has {len(ids)} tokens under the reward model {self.name}, "
+        f"a prompt with its completion has {len(ids)} tokens for the reward model {self.name}, "
         f"which takes 1 to {context}: make rollout.completion_length or the prompts shorter, or "
-        "use a reward model of longer context"
+        "use a reward model with a longer context"
       )
     return ids
 
-  def _pad(self, rows: list[list[int]], count: int) -> tuple[ndarray, ndarray]:
-    """The rows padded on the left to one of few lengths, and empty rows up to `count`."""
+  def _pad(
+    self, rows: list[list[int]], count: int
+  ) -> tuple[Int[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:
+    """Returns left-padded tokens and mask, with empty rows up to `count` rows."""
     longest = max(map(len, rows))
-    width = min(max(SHORTEST, 1 << (longest - 1).bit_length()), self.decoder.config.context)
-    tokens, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
+    length = min(max(MIN_LENGTH, 1 << (longest - 1).bit_length()), self.decoder.config.context)
+    tokens, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
     for row, ids in enumerate(rows):
-      tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
+      tokens[row, length - len(ids) :], mask[row, length - len(ids) :] = ids, True
     return tokens, mask
 
   @cached_property
-  def _params(self) -> Any:
+  def _params(self) -> Params:
     return self.weights.read(meshes.param_shardings(self._mesh, self.weights.shapes))
 
   @cached_property
@@ -143,10 +160,10 @@ class RewardModel:
 
 
 @partial(jax.jit, static_argnums=0)
-def _scores(
-  decoder: Decoder, params: Any, tokens: Int[Array, "B N"], mask: Bool[Array, "B N"]
+def _score_rows(
+  decoder: Decoder, params: Params, tokens: Int[Array, "B N"], mask: Bool[Array, "B N"]
 ) -> Float[Array, "B"]:
-  """The one output of the classifier after the last token of each left-padded row, float32."""
+  """Returns the output of the classifier at the last token of each left-padded row, float32."""
   hidden, _ = decoder.prefill(params, tokens, mask)
   hidden, score = hidden.astype(jnp.float32), params["score"][0].astype(jnp.float32)
   return jnp.matmul(hidden, score, precision="highest")

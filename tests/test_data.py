@@ -1,4 +1,4 @@
-"""Which examples a step gets: a function of (seed, step), by epochs, in blocks by process."""
+"""Tests which examples a step gets: a function of (seed, step), by epoch and process."""
 
 import pytest
 
@@ -10,15 +10,15 @@ def steps(count, size, length=10, seed=0):
   return [examples(range(length), step, size, seed) for step in range(count)]
 
 
-def test_a_step_does_not_depend_on_what_was_asked_before():
+def test_a_step_does_not_depend_on_earlier_calls():
   in_order = steps(12, 4)
   backwards = [examples(range(10), step, 4, 0) for step in reversed(range(12))][::-1]
   assert backwards == in_order
   assert examples(range(10), 7, 4, 0) == in_order[7]
 
 
-def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
-  flat = [i for step in steps(10, 4) for i in step]  # 40 = 4 epochs of 10, across step borders
+def test_every_epoch_contains_every_example_once_in_a_new_order():
+  flat = [i for step in steps(10, 4) for i in step]  # 4 epochs of 10, across steps
   epochs = [flat[start : start + 10] for start in range(0, 40, 10)]
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
   assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -29,20 +29,20 @@ def test_the_step_size_does_not_change_the_order():
   assert [i for s in steps(6, 2) for i in s] == [i for s in steps(2, 6) for i in s]
 
 
-def test_blocks_of_the_processes_are_the_whole_step():
+def test_the_blocks_of_all_processes_are_the_step():
   for step in range(5):
     blocks = [examples(range(10), step, 6, 3, process, 3) for process in range(3)]
     assert [len(block) for block in blocks] == [2, 2, 2]
     assert [i for block in blocks for i in block] == examples(range(10), step, 6, 3)
 
 
-def test_seeds_differ():
+def test_seeds_give_different_orders():
   assert len({tuple(examples(range(1000), 0, 8, seed)) for seed in (0, 1, 2**31, 2**32 - 1)}) == 4
   assert examples(range(10), 0, 8, 5) == examples(range(10), 0, 8, 5)
   assert len(examples(range(10), 0, 8, -1)) == len(examples(range(10), 0, 8, 2**40)) == 8
 
 
-def test_a_step_larger_than_the_split_goes_on_into_the_next_epochs():
+def test_a_step_larger_than_the_split_continues_with_the_next_epochs():
   drawn = examples("abc", 0, 8, 0)
   assert sorted(drawn[:3]) == sorted(drawn[3:6]) == ["a", "b", "c"]
   assert len(set(drawn[6:])) == 2
@@ -50,21 +50,21 @@ def test_a_step_larger_than_the_split_goes_on_into_the_next_epochs():
 
 
 @pytest.mark.parametrize(
-  ("arguments", "says"),
+  ("arguments", "message"),
   [
     (([], 0, 1, 0), "no examples"),
     (([1], -1, 1, 0), "step is -1"),
     (([1], 0, 0, 0), "count 0"),
-    (([1], 0, 3, 0, 0, 2), "3 examples a step cannot be shared evenly by 2 processes"),
+    (([1], 0, 3, 0, 0, 2), "3 examples per step cannot be divided evenly among 2 processes"),
     (([1], 0, 2, 0, 2, 2), r"process_index is 2: it must be in \[0, 2\)"),
   ],
 )
-def test_wrong_arguments(arguments, says):
-  with pytest.raises(ValueError, match=says):
+def test_wrong_arguments(arguments, message):
+  with pytest.raises(ValueError, match=message):
     examples(*arguments)
 
 
-def test_streams_are_shuffles_of_their_own_and_stream_0_is_the_plain_one():
+def test_streams_are_independent_shuffles_and_0_is_the_default():
   drawn = [examples(range(10), 1, 20, 7, stream=stream) for stream in range(4)]
   assert drawn[0] == examples(range(10), 1, 20, 7)
   assert len(set(map(tuple, drawn))) == 4
@@ -76,9 +76,9 @@ def test_streams_are_shuffles_of_their_own_and_stream_0_is_the_plain_one():
   assert not set(map(tuple, drawn)) & set(map(tuple, other_seed))
 
 
-def test_only_the_examples_of_this_process_are_made():
-  made = []
-  split = Indexed(lambda i: made.append(i) or i, range(10**9))
+def test_only_the_examples_of_this_process_are_accessed():
+  accessed = []
+  split = Indexed(lambda i: accessed.append(i) or i, range(10**9))
   drawn = examples(split, 10**6, 12, 0, 1, 3)
-  assert made == drawn
+  assert accessed == drawn
   assert len(set(drawn)) == 4

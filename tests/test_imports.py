@@ -41,7 +41,7 @@ ALLOWED = {
   "grpo_jax.models.protocol": f"grpo_jax.models.config {ARRAYS}",
   "grpo_jax.models.io*": (
     "grpo_jax.models.config grpo_jax.models.io grpo_jax.models.protocol grpo_jax.models.rope "
-    f"{HELPERS} {ARRAYS} safetensors gguf huggingface_hub"
+    f"{HELPERS} {ARRAYS} safetensors gguf huggingface_hub tokenizers"
   ),
   "grpo_jax.models*": f"grpo_jax.core grpo_jax.models {HELPERS} {ARRAYS} flax safetensors",
   "grpo_jax.tasks*": (
