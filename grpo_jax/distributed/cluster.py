@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and a limit on the time that one waits in vain."""
+"""Detects how the processes of a run find each other, and ends a process that waits in vain."""
 
 import faulthandler
 import os
@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-FAILED = 70  # exit code of a process that ends because of another host
+FAILED = 70  # exit code of a process that ends because another host failed
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 METHOD = "GRPO_JAX_CLUSTER"
-# Variables in which launchers give (the number of processes, the number of this one).
+# Environment variables of launchers: (number of processes, index of this process).
 LAUNCHERS = (
   (COUNT, INDEX),
   ("SLURM_NTASKS", "SLURM_PROCID"),
@@ -22,85 +22,103 @@ LAUNCHERS = (
 
 
 def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
-  """Arguments for `jax.distributed.initialize`, or None where this process is alone.
+  """Returns the arguments for `jax.distributed.initialize`, or None for a single process.
 
-  In this order: GRPO_JAX_CLUSTER (`off`, `auto`, or a `cluster_detection_method` of JAX); an
-  explicit JAX_COORDINATOR_ADDRESS, with the count and the index from JAX_NUM_PROCESSES and
-  JAX_PROCESS_ID, SLURM or MPI; several SLURM or Open MPI tasks; TPU hosts as Kubernetes names them.
-  On a TPU pod without Kubernetes nothing in the environment says so: set GRPO_JAX_CLUSTER=auto.
+  The first of these that applies counts:
 
-  >>> detect({}) is None
-  True
-  >>> detect({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "n[1-4]"})
-  {'cluster_detection_method': 'slurm'}
+  1. GRPO_JAX_CLUSTER: `off`, `auto`, or a `cluster_detection_method` of JAX.
+  2. JAX_COORDINATOR_ADDRESS, with the number of processes and the index of this one from
+     JAX_NUM_PROCESSES and JAX_PROCESS_ID, SLURM, or MPI.
+  3. Several SLURM or Open MPI tasks.
+  4. Several TPU hosts, as Google Kubernetes Engine names them.
+
+  The environment of a TPU pod without Kubernetes does not mention other hosts: set
+  GRPO_JAX_CLUSTER=auto there.
+
+  Raises:
+    ValueError: the environment is incomplete or contradicts itself.
+
+  Example:
+    >>> detect({}) is None
+    True
+    >>> detect({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "n[1-4]"})
+    {'cluster_detection_method': 'slurm'}
   """
   method = environment.get(METHOD, "")
   if method == "off":
     return None
   if method:
     return {} if method == "auto" else {"cluster_detection_method": method}
-  found = next((pair for pair in LAUNCHERS if pair[0] in environment), None)
-  count = _number(environment, found[0]) if found else 1
+  launcher = next((pair for pair in LAUNCHERS if pair[0] in environment), None)
+  count = _integer(environment, launcher[0]) if launcher else 1
   if address := environment.get(ADDRESS):
-    if found is None or found[1] not in environment:
+    if launcher is None or launcher[1] not in environment:
       raise ValueError(
-        f"{ADDRESS} is {address!r}, but the number of processes and of this one is not known: set "
-        f"{COUNT} and {INDEX}, or start with SLURM or MPI"
+        f"{ADDRESS} is {address!r}, but the number of processes and the index of this one are "
+        f"unknown: set {COUNT} and {INDEX}, or start with SLURM or MPI"
       )
-    index = _number(environment, found[1])
+    index = _integer(environment, launcher[1])
     if not 0 <= index < count:
-      raise ValueError(f"{found[1]} is {index}: it must be in [0, {count}), as {found[0]} says")
+      raise ValueError(
+        f"{launcher[1]} is {index}: it must be in [0, {count}), as {launcher[0]} is {count}"
+      )
     return {
       "coordinator_address": address,
       "num_processes": count,
       "process_id": index,
-      "cluster_detection_method": "deactivate",  # else SLURM's task would see one device only
+      # JAX: its SLURM detection would give this process one local device only.
+      "cluster_detection_method": "deactivate",
     }
-  if found is None or count == 1:
+  if launcher is None or count == 1:
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     return {"cluster_detection_method": "gketpu"} if "," in hosts else None
-  if found[0] == "SLURM_NTASKS" and "SLURM_STEP_NODELIST" in environment:
+  if launcher[0] == "SLURM_NTASKS" and "SLURM_STEP_NODELIST" in environment:
     return {"cluster_detection_method": "slurm"}
-  if found[0] == "OMPI_COMM_WORLD_SIZE" and "OMPI_MCA_orte_hnp_uri" in environment:
+  if launcher[0] == "OMPI_COMM_WORLD_SIZE" and "OMPI_MCA_orte_hnp_uri" in environment:
     return {"cluster_detection_method": "ompi"}
-  if found[0] == "SLURM_NTASKS":  # an allocation, and this process was not started by srun
+  if launcher[0] == "SLURM_NTASKS":  # in an allocation, but not started by srun
     return None
   raise ValueError(
-    f"{found[0]} is {count}, but where process 0 listens is not known: set {ADDRESS}=HOST:PORT in "
-    f"all processes, or {METHOD}=mpi4py (with that package), or {METHOD}=off for separate runs"
+    f"{launcher[0]} is {count}, but the address of process 0 is unknown: set {ADDRESS}=HOST:PORT "
+    f"in all processes, or {METHOD}=mpi4py (with that package), or {METHOD}=off for separate runs"
   )
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
+def _integer(environment: Mapping[str, str], name: str) -> int:
   try:
     return int(environment[name])
   except ValueError:
-    raise ValueError(f"{name} is {environment[name]!r}: it must be a number") from None
+    raise ValueError(f"{name} is {environment[name]!r}: it must be an integer") from None
 
 
-class Limit:
-  """Ends the process, saying why and where it stands, unless it is set anew in time."""
+class Watchdog:
+  """Ends the process with a message and all stacks, unless it is renewed in time."""
 
   def __init__(self) -> None:
     self._timer: threading.Timer | None = None
-    self._renew: tuple[float | None, str] = (None, "")
+    self._setting: tuple[float | None, str] = (None, "")
 
-  def set(self, seconds: float | None, why: str = "") -> None:
-    """None = no limit."""
-    self._renew = (seconds, why)
+  def set(self, seconds: float | None, reason: str = "") -> None:
+    """Starts the timeout.
+
+    Args:
+      seconds: timeout in seconds; None ends the watch.
+      reason: the message to end with.
+    """
+    self._setting = (seconds, reason)
     self.renew()
 
   def renew(self) -> None:
-    """The full time again."""
+    """Restarts the timeout."""
     if self._timer:
       self._timer.cancel()
-    seconds, why = self._renew
-    self._timer = threading.Timer(seconds, self._end, (why,)) if seconds is not None else None
+    seconds, reason = self._setting
+    self._timer = threading.Timer(seconds, self._end, (reason,)) if seconds is not None else None
     if self._timer:
       self._timer.daemon = True
       self._timer.start()
 
-  def _end(self, why: str) -> None:
-    print(f"process {jax.process_index()} ends: {why}", file=sys.stderr, flush=True)
+  def _end(self, reason: str) -> None:
+    print(f"process {jax.process_index()} ends: {reason}", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(all_threads=True)
     os._exit(FAILED)

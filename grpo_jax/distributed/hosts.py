@@ -1,8 +1,8 @@
-"""Many hosts: the same program in a process on each, and arrays that lie over all their devices.
+"""Runs the same program in a process on each host, with arrays that lie over all their devices.
 
-JAX's own runtime does the work. Here is what a run on many hosts needs beside it: moving rows
-between a host and a global array, values that all hosts have to agree on, and an end of the whole
-run where one host fails. With one process all of it does nothing.
+JAX's own runtime does the work. This module adds what a run on several hosts needs beside it: rows
+that move between a host and a global array, values that all hosts agree on, and an end of the whole
+run when one host fails. In a single process, all of it is trivial.
 """
 
 import contextlib
@@ -18,28 +18,32 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.distributed.cluster import METHOD, Limit, detect
-from grpo_jax.distributed.mesh import batch_sharding
+from grpo_jax.distributed.cluster import METHOD, Watchdog, detect
+from grpo_jax.distributed.mesh import Sharding, batch_sharding
 from grpo_jax.errors import first_line
 
-GRACE = 30.0  # seconds that a process has to end by itself once a host has failed
+GRACE = 30.0  # time in seconds that a process has to end by itself once a host has failed
 
 
 class HostError(RuntimeError):
-  """Another host failed; the text is its error."""
+  """Reports the error of another host; the message is that error's."""
 
 
 @contextlib.contextmanager
 def session(heartbeat: int = 30, wait: float = 1800.0) -> Iterator[None]:
-  """Joins the other processes, if there are any, for as long as the `with` lasts.
+  """Joins the other processes, if there are any, for the duration of the `with` block.
 
-  Start it before anything touches a device. If its body raises, this process ends within `GRACE`
-  seconds, whatever the others do; if it dies, the others end within about `heartbeat` seconds.
+  Enter it before anything touches a device. If its body raises, this process ends within `GRACE`
+  seconds, whatever the other processes do. If this process dies, the others end within about
+  `heartbeat` seconds.
 
   Args:
-    heartbeat: seconds of silence after which a process counts as dead.
-    wait: seconds without any `exchange` after which this process takes the run for stuck, prints
-      where it stands, and ends. It has to be longer than a step, an evaluation or a compilation.
+    heartbeat: silence in seconds after which a process is considered dead.
+    wait: if no exchange completes for this many seconds, the run is considered stuck: dumps all
+      stacks and exits. Must exceed the slowest step, evaluation and compilation.
+
+  Raises:
+    ValueError: the environment does not say how the processes find each other.
   """
   arguments = detect(os.environ)
   if arguments is None:
@@ -49,114 +53,131 @@ def session(heartbeat: int = 30, wait: float = 1800.0) -> Iterator[None]:
     **arguments, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=max(heartbeat, 60)
   )
   try:
-    _limit.set(wait, f"no exchange between the hosts for {wait:g} s (hosts.wait)")
+    _watchdog.set(wait, f"no exchange between the hosts for {wait:g} s (hosts.wait)")
     yield
     exchange()
     jax.distributed.shutdown()
-    _limit.set(None)
+    _watchdog.set(None)
   except BaseException as error:
-    _limit.set(GRACE, f"this process failed ({first_line(error)}) and could not end by itself")
+    _watchdog.set(GRACE, f"this process failed ({first_line(error)}) and could not end by itself")
     raise
 
 
-_limit = Limit()
+_watchdog = Watchdog()
 
 
-# --- what all hosts have to agree on --------------------------------------------------------------
+# --- values that all hosts agree on ---------------------------------------------------------------
 
 
 def is_first() -> bool:
-  """Whether this is process 0, the one that writes files and prints."""
+  """Tells whether this is process 0, which writes files and prints."""
   return jax.process_index() == 0
 
 
 def exchange(**arrays: np.ndarray) -> list[dict[str, np.ndarray]]:
-  """The arrays that each process gives under these names, bit for bit, in the order of processes.
+  """Exchanges arrays between all processes, bit for bit.
 
-  All processes have to call it, and wait for each other in it. Shapes may differ.
+  All processes have to call it, with the same names, and wait in it for each other. Shapes may
+  differ.
 
-  >>> exchange(rewards=np.array([0.5, 1.0]))
-  [{'rewards': array([0.5, 1. ])}]
+  Returns:
+    The arrays of each process by name, in the order of the processes.
+
+  Example:
+    >>> exchange(rewards=np.array([0.5, 1.0]))
+    [{'rewards': array([0.5, 1. ])}]
   """
   if jax.process_count() == 1:
     return [arrays]
   buffer = io.BytesIO()
-  np.savez(buffer, **arrays)  # float64 too, which a device would round
-  return [_unpacked(part) for part in _all_bytes(buffer.getvalue())]
+  np.savez(buffer, **arrays)  # keeps float64, which a device would round
+  return [_unpack(content) for content in _exchange_bytes(buffer.getvalue())]
 
 
 def gathered(**arrays: np.ndarray) -> dict[str, np.ndarray]:
-  """The rows of all processes one after another, under the same names."""
+  """Concatenates the rows of all processes, in their order, under the same names."""
   parts = exchange(**arrays)
   return {name: np.concatenate([part[name] for part in parts]) for name in arrays}
 
 
 def gathered_json(values: Sequence[Any]) -> list[Any]:
-  """The values of all processes one after another; what JSON can hold."""
+  """Concatenates the values of all processes, in their order; JSON must be able to hold them."""
   if jax.process_count() == 1:
     return list(values)
-  return [v for part in _all_bytes(json.dumps(list(values)).encode()) for v in json.loads(part)]
+  parts = _exchange_bytes(json.dumps(list(values)).encode())
+  return [value for part in parts for value in json.loads(part)]
 
 
 def any_host(flag: bool) -> bool:
-  """Whether any process says so; the same answer in all of them."""
+  """Tells whether the flag is true in any process; the answer is the same in all of them."""
   return any(bool(part["flag"]) for part in exchange(flag=np.array(flag)))
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-  """Work of each host by itself: where one raises, all raise.
+def together(task: str) -> Iterator[None]:
+  """Runs the body on each host by itself; if it raises on one, all of them raise.
 
-  The body must not start a computation that needs other hosts after something that can fail. All
-  processes wait for each other at its end. A process whose body raised raises that error, the
-  others `HostError` with its text.
+  The body must not start a computation across hosts after something that can fail. All processes
+  wait for each other at its end.
 
   Args:
-    what: the work in words, for the message.
+    task: what the body does, in words, for the message.
+
+  Raises:
+    HostError: the body raised in another process. In that process, its own error is raised.
   """
   if jax.process_count() == 1:
     yield
     return
-  failed = None
+  error = None
   try:
     yield
-  except BaseException as error:
-    failed = error
-    # The others may be elsewhere and never come to the exchange.
-    _limit.set(GRACE, f"{what} failed ({first_line(error)}) and the other hosts do not answer")
-  said = _all_bytes(f"{type(failed).__name__}: {failed}".encode() if failed else b"")
-  if failed:
-    raise failed
-  for index, text in enumerate(said):
-    if text:
-      message = text.decode(errors="replace")
-      raise HostError(f"{what} failed on process {index} of {len(said)}: {message}")
+  except BaseException as raised:
+    error = raised
+    # The others may wait elsewhere and never reach the exchange.
+    _watchdog.set(GRACE, f"{task} failed ({first_line(error)}) and the other hosts do not answer")
+  messages = _exchange_bytes(f"{type(error).__name__}: {error}".encode() if error else b"")
+  if error:
+    raise error
+  for index, message in enumerate(messages):
+    if message:
+      text = message.decode(errors="replace")
+      raise HostError(f"{task} failed on process {index} of {len(messages)}: {text}")
 
 
-def same(what: str, value: str) -> None:
-  """Raises ValueError unless all processes give the same text."""
-  differing = [i for i, text in enumerate(_all_bytes(value.encode())) if text != value.encode()]
+def same(name: str, text: str) -> None:
+  """Checks that all processes give the same text.
+
+  Args:
+    name: of the text, for the message.
+    text: the text of this process.
+
+  Raises:
+    ValueError: some differ from this process's.
+  """
+  own, texts = text.encode(), _exchange_bytes(text.encode())
+  differing = [index for index, other in enumerate(texts) if other != own]
   if differing:
-    raise ValueError(f"{what} differs between process {jax.process_index()} and {differing}")
+    raise ValueError(f"{name} differs between process {jax.process_index()} and {differing}")
 
 
-def _all_bytes(own: bytes) -> list[bytes]:
-  """What each process gives, by two collectives: sizes, and contents padded to the largest."""
+def _exchange_bytes(own: bytes) -> list[bytes]:
+  """Exchanges bytes by two collectives: their sizes, then their contents, padded to the largest."""
   if jax.process_count() == 1:
     return [own]
   sizes = multihost_utils.process_allgather(np.array([len(own)], np.int32))[:, 0]
-  longest, parts = int(sizes.max()), [b""] * len(sizes)
+  longest, contents = int(sizes.max()), [b""] * len(sizes)
   if longest:
-    # A power of two, so that few sizes are compiled for.
+    # Padded to a power of two, so that only few sizes are compiled.
     padded = np.zeros(1 << max(math.ceil(math.log2(longest)), 10), np.uint8)
     padded[: len(own)] = np.frombuffer(own, np.uint8)
     rows = multihost_utils.process_allgather(padded)
-    parts = [row[:size].tobytes() for row, size in zip(rows, sizes)]
-  _limit.renew()
-  return parts
+    contents = [row[:size].tobytes() for row, size in zip(rows, sizes)]
+  _watchdog.renew()
+  return contents
 
 
-def _unpacked(content: bytes) -> dict[str, np.ndarray]:
+def _unpack(content: bytes) -> dict[str, np.ndarray]:
   with np.load(io.BytesIO(content), allow_pickle=False) as archive:
     return dict(archive)
 
@@ -165,16 +186,19 @@ def _unpacked(content: bytes) -> dict[str, np.ndarray]:
 
 
 def check_mesh(mesh: Mesh) -> None:
-  """ValueError unless the prompts of a batch lie on the hosts in their order, in equal blocks.
+  """Checks that the prompts of a batch lie on the hosts in order, in shards of equal size.
 
-  That is so where the mesh goes through the devices host by host and `tensor` stays inside a host.
+  They do if the mesh lists the devices host by host and `tensor` stays within a host.
+
+  Raises:
+    ValueError: they do not, or the processes have not joined.
   """
-  layout, count = batch_sharding(mesh), jax.process_count()
+  sharding, count = batch_sharding(mesh), jax.process_count()
   if count > 1 and not jax.distributed.is_initialized():
-    raise ValueError(f"{count} hosts run together and have not met: set {METHOD}=auto on each")
+    raise ValueError(f"{count} hosts run together but have not joined: set {METHOD}=auto on each")
   rows = mesh.shape["data"] * mesh.shape["fsdp"]
   owners: list[set[int]] = [set() for _ in range(rows)]
-  for device, (part, *_) in layout.devices_indices_map((rows,)).items():
+  for device, (part, *_) in sharding.devices_indices_map((rows,)).items():
     for row in range(*part.indices(rows)):
       owners[row].add(device.process_index)
   if rows % count or owners != [{row * count // rows} for row in range(rows)]:
@@ -185,36 +209,42 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def own_shard() -> tuple[int, int]:
-  """(which block of the prompts of a step is this process's, how many blocks there are)."""
+  """Returns (index of this process's shard of the prompts of a step, number of shards)."""
   return jax.process_index(), jax.process_count()
 
 
-def to_global(tree: Any, sharding: Any) -> Any:
-  """Global arrays from the rows of each host: the blocks of all processes, one after another."""
+def to_global(tree: Any, sharding: Sharding) -> Any:
+  """Makes global arrays from the rows of each host, concatenated in the order of the processes.
+
+  Args:
+    tree: NumPy arrays with the same leading size on every host.
+    sharding: of the global arrays; splits their leading axis over the hosts in order.
+  """
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
   return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
 
 
-def to_all(tree: Any, layout: Any) -> Any:
-  """What every host has in the same form, on all devices of the mesh that `layout` is of."""
-  if not hasattr(layout, "mesh"):
+def to_all(tree: Any, sharding: Sharding) -> Any:
+  """Replicates arrays that every host holds alike over all devices of the mesh of `sharding`."""
+  if not hasattr(sharding, "mesh"):
     return jax.device_put(tree)
-  whole = NamedSharding(layout.mesh, PartitionSpec())
+  replicated = NamedSharding(sharding.mesh, PartitionSpec())
   if jax.process_count() == 1:
-    return jax.device_put(tree, whole)
+    return jax.device_put(tree, replicated)
 
-  def one(array: np.ndarray) -> jax.Array:  # `device_put`s, which a transfer guard lets through
+  def replicate(array: np.ndarray) -> jax.Array:
+    # Explicit `device_put`s: a transfer guard lets them through.
     copies = [jax.device_put(array, device) for device in jax.local_devices()]
-    return jax.make_array_from_single_device_arrays(array.shape, whole, copies)
+    return jax.make_array_from_single_device_arrays(array.shape, replicated, copies)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(replicate, tree)
 
 
 def to_local(tree: Any) -> Any:
-  """The rows of global arrays that lie on this host, as numpy arrays."""
+  """Returns the rows of global arrays that lie on this host, as NumPy arrays."""
   shards = jax.tree.map(_own_shards, tree)
-  return jax.tree.map(_joined, jax.device_get(shards), is_leaf=lambda x: isinstance(x, list))
+  return jax.tree.map(_concatenate, jax.device_get(shards), is_leaf=lambda x: isinstance(x, list))
 
 
 def _own_shards(array: Any) -> Any:
@@ -224,5 +254,5 @@ def _own_shards(array: Any) -> Any:
   return [parts[start] for start in sorted(parts)]
 
 
-def _joined(parts: Any) -> Any:
+def _concatenate(parts: Any) -> Any:
   return np.concatenate(parts) if isinstance(parts, list) else parts

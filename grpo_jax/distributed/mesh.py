@@ -1,13 +1,13 @@
-"""The mesh, and the one table that says how parameters lie on it.
+"""Lays parameters and batches out over a device mesh, by one table of rules.
 
-Mesh axes: `data` splits the prompts and copies the parameters, `fsdp` splits both, `tensor` splits
-heads, MLP and vocabulary. No model contains sharding code: XLA's partitioner follows the layout of
-the arrays it is given.
+Mesh axes: `data` splits the prompts and replicates the parameters, `fsdp` splits both, `tensor`
+splits heads, MLP and vocabulary. Models contain no sharding code: XLA's partitioner follows the
+shardings of the arrays it is given.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,11 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-# Where an array lies; None leaves it to the compiler or the default device.
+# Sharding of an array; None leaves it to the compiler or to the default device.
 Sharding: TypeAlias = NamedSharding | None
 
-# Ordered (pattern on the end of a parameter's path, layout); the first that matches counts.
-# Layers are stacked on a leading axis, which is never split.
+# Ordered (pattern on the end of a parameter's path, spec); the first match counts. Layers are
+# stacked on a leading axis, which is never split.
 RULES: tuple[tuple[str, P], ...] = (
   (r"(embed|head)$", P("tensor", "fsdp")),
   (r"score$", P()),
@@ -31,115 +31,132 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"layers/(o|down)$", P(None, "tensor", "fsdp")),
   (r"layers/(q|k|v|gate|up)_bias$", P(None, "tensor")),
   (r"layers/(o|down)_bias$", P()),
-  # Low-rank pairs [in, r] and [r, out]: split where their matrix is, whole along the rank.
+  # LoRA pairs [in, r] and [r, out]: split like their matrix, replicated along the rank.
   (r"layers/(q|k|v|gate|up)_lora_a$", P(None, "fsdp", None)),
   (r"layers/(q|k|v|gate|up)_lora_b$", P(None, None, "tensor")),
   (r"layers/(o|down)_lora_a$", P(None, "tensor", None)),
   (r"layers/(o|down)_lora_b$", P(None, None, "fsdp")),
 )
 BATCH = P(("data", "fsdp"))
-# Where a model is told how a value lies. With weights split over `fsdp` and no word on this, the
-# partitioner leaves the weights where they are, and all devices compute on all prompts; told that
-# hidden states stay with their prompts, it gathers the weights of one layer at a time.
+# Specs of values inside a model, by kind. With weights split over `fsdp` and no such constraint,
+# the partitioner leaves the weights where they are and all devices compute on all prompts. With
+# hidden states kept with their prompts, it gathers the weights of one layer at a time.
 PLACES = {"hidden": BATCH, "table": P("tensor")}
-# Where a kernel finds queries, keys and values [P, S, heads, d]: the partitioner cannot split it.
+# Spec of queries, keys and values [P, S, heads, d] of a kernel, which the partitioner cannot split.
 HEADS = P(("data", "fsdp"), None, "tensor")
 
 
-def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
-  """A mesh of axes data, fsdp, tensor over all devices, partitioned automatically.
+def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Makes a mesh of axes data, fsdp, tensor, partitioned automatically.
 
-  It goes through the devices host by host, so that each host holds a block of the prompts.
+  The devices are in the order of their hosts, so that each host holds a contiguous shard of the
+  prompts.
+
+  Args:
+    shape: number of devices along each axis.
+    devices: default: all devices of all hosts.
   """
   if devices is None:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-  devices = np.asarray(devices).reshape(shape)
-  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def param_shardings(mesh: Mesh, tree: Any, *, sampling: bool = False) -> Any:
-  """A NamedSharding for every leaf of parameters or of an optimizer state built on them.
+  """Returns a NamedSharding for each leaf of parameters, or of an optimizer state built on them.
 
-  Scalars are replicated. An axis that does not divide its dimension is left whole. A parameter
-  that no rule matches raises, naming it.
+  Scalars are replicated. An axis of the mesh that does not divide its dimension does not split it.
 
   Args:
     tree: arrays or ShapeDtypeStructs, layers stacked or (for sampling) a tuple.
-    sampling: the layout of the sampler: whole over `fsdp`, split over `tensor`.
+    sampling: returns the sampler's layout: gathered over `fsdp`, split over `tensor`.
+
+  Raises:
+    ValueError: no rule matches a parameter; the message names it.
   """
 
-  def one(path, leaf) -> NamedSharding:
+  def sharding_of(path: tuple, leaf: Any) -> NamedSharding:
     if leaf.ndim == 0:
       return NamedSharding(mesh, P())
-    name = re.sub(r"layers/\d+/", "layers/", _name(path))
+    name = _name(path)
+    stacked_name = re.sub(r"layers/\d+/", "layers/", name)
     for pattern, spec in RULES:
-      if re.search(pattern, name):
-        unstacked = name != _name(path)
-        return NamedSharding(
-          mesh, _fit(mesh, spec[1:] if unstacked else spec, leaf.shape, sampling)
-        )
-    raise ValueError(f"no sharding rule matches parameter {_name(path)!r} of shape {leaf.shape}")
+      if re.search(pattern, stacked_name):
+        spec = spec if name == stacked_name else spec[1:]  # a single layer has no leading axis
+        return NamedSharding(mesh, _fit(mesh, spec, leaf.shape, sampling))
+    raise ValueError(f"no sharding rule matches parameter {name!r} of shape {leaf.shape}")
 
-  return jax.tree_util.tree_map_with_path(one, tree)
+  return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Layout of everything that has prompts as its first axis."""
+  """Returns the sharding of arrays whose first axis is prompts."""
   return NamedSharding(mesh, BATCH)
 
 
 def placer(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
-  """`Decoder.place` for this mesh: constrains the layout of what has a row in `PLACES`."""
+  """Returns `Decoder.place` for a mesh: constrains the sharding of values of a kind in `PLACES`."""
 
   def place(kind: str, array: jax.Array) -> jax.Array:
-    layout = NamedSharding(mesh, _fit(mesh, PLACES[kind], array.shape, False))
-    return jax.lax.with_sharding_constraint(array, layout)
+    sharding = NamedSharding(mesh, _fit(mesh, PLACES[kind], array.shape))
+    return jax.lax.with_sharding_constraint(array, sharding)
 
   return place
 
 
 def over_mesh(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """`attention(q, k, v, prompt_mask, **options)` of each device's own prompts and heads.
+  """Maps `attention(q, k, v, prompt_mask, **options)` over the devices of a mesh.
 
-  Prompts are whole, heads stay with their keys, so that nothing travels. Where an axis of the mesh
-  does not divide its dimension (heads: those of queries and of keys), its devices do the same work.
+  Each device computes its own prompts and heads. Heads stay with their keys, so that devices
+  exchange nothing. Where an axis of the mesh does not divide its dimension (for heads: the number
+  of query heads and of key-value heads), its devices repeat each other's work.
   """
 
-  def attend(q, k, v, prompt_mask, **options):
-    layout = _fit(mesh, HEADS, k.shape, False)  # an axis that divides K divides H
+  def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, **options: Any
+  ) -> jax.Array:
+    spec = _fit(mesh, HEADS, k.shape)  # an axis that divides K divides H
     mapped = jax.shard_map(
       partial(attention, **options),
       mesh=mesh,
-      in_specs=(layout,) * 3 + (P(layout[0]),),
-      out_specs=layout,
-      check_vma=False,  # kernels do not say over which axes their results differ
+      in_specs=(spec,) * 3 + (P(spec[0]),),
+      out_specs=spec,
+      check_vma=False,  # kernels do not declare over which axes their results differ
     )
     return mapped(q, k, v, prompt_mask)
 
   return attend
 
 
-def prompt_shards(layout: NamedSharding | None) -> int:
-  """Blocks that the first axis is cut into: the size of a batch is a multiple of it."""
-  return _parts(layout.mesh, layout.spec[0]) if layout else 1
+def prompt_shards(sharding: Sharding) -> int:
+  """Returns the number of shards of the first axis, which divides the size of a batch."""
+  return _parts(sharding.mesh, sharding.spec[0]) if sharding else 1
 
 
 def vocab_shards(mesh: Mesh, vocab: int) -> int:
-  """Blocks of the vocabulary that a head lies in, as `core.logprobs.head_logprobs` wants them."""
-  return _parts(mesh, _fit(mesh, PLACES["table"], (vocab,), False)[0] or ())
+  """Returns the number of vocabulary shards of a head, for `core.logprobs.head_logprobs`.
+
+  Args:
+    vocab: size of the vocabulary.
+  """
+  return _parts(mesh, _fit(mesh, PLACES["table"], (vocab,))[0] or ())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The same on every device."""
+  """Returns the sharding of arrays that are the same on every device."""
   return NamedSharding(mesh, P())
 
 
 class Jitted:
-  """`jax.jit` of a function whose results lie where `outputs(*arguments)` says.
+  """Jits a function whose results get the shardings that `outputs(*arguments)` returns.
 
-  Left to itself the compiler names the layout of a result in its own words, `P("data")` for
-  `P(("data", "fsdp"))` where `fsdp` is 1, say; fed back in, that is another layout to `jit`, and it
-  compiles a second time.
+  Without `out_shardings`, XLA may return an equivalent sharding that is spelled differently:
+  `P("data")` for `P(("data", "fsdp"))` if `fsdp` is 1. Passed back in, it misses the jit cache and
+  recompiles.
+
+  Args:
+    function: to be jitted.
+    outputs: returns the tree of shardings of the results; None leaves one to the compiler.
+    options: further arguments of `jax.jit`.
   """
 
   def __init__(self, function: Callable, outputs: Callable[..., Any], **options: Any) -> None:
@@ -147,45 +164,46 @@ class Jitted:
     self._programs: dict[Any, Any] = {}
 
   def _program(self, *arguments: Any) -> Any:
-    layout = self._outputs(*arguments)
-    leaves, tree = jax.tree.flatten(layout, is_leaf=lambda leaf: leaf is None)
+    shardings = self._outputs(*arguments)
+    leaves, tree = jax.tree.flatten(shardings, is_leaf=lambda leaf: leaf is None)
     key = (tree, *leaves)
     if key not in self._programs:
-      self._programs[key] = jax.jit(self._function, out_shardings=layout, **self._options)
+      self._programs[key] = jax.jit(self._function, out_shardings=shardings, **self._options)
     return self._programs[key]
 
   def __call__(self, *arguments: Any) -> Any:
     return self._program(*arguments)(*arguments)
 
   def trace(self, *arguments: Any) -> Any:
-    """`jax.jit`'s own, for arrays or for shapes with a sharding."""
+    """Traces the function, as `jax.jit`'s `trace` does, for arrays or for shapes with shardings."""
     return self._program(*arguments).trace(*arguments)
 
   def lower(self, *arguments: Any) -> Any:
-    """`jax.jit`'s own."""
+    """Lowers the function, as `jax.jit`'s `lower` does."""
     return self.trace(*arguments).lower()
 
 
 def layout_of(tree: Any) -> Any:
-  """How the leaves of a tree lie on their mesh; None, which is up to the compiler, without one."""
+  """Returns the sharding of each leaf; None, which leaves it to the compiler, without a mesh."""
 
-  def one(leaf: Any) -> NamedSharding | None:
-    found = getattr(leaf, "sharding", None)
-    return found if isinstance(found, NamedSharding) else None
+  def sharding_of(leaf: Any) -> Sharding:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(sharding_of, tree)
 
 
-def _fit(mesh: Mesh, spec: Any, shape: tuple[int, ...], sampling: bool) -> P:
+def _fit(mesh: Mesh, spec: Any, shape: tuple[int, ...], sampling: bool = False) -> P:
+  """Returns the spec without axes that do not divide their dimension, nor `fsdp` for sampling."""
   axes = []
   for size, axis in zip(shape, tuple(spec) + (None,) * len(shape)):
-    keep = axis is not None and size % _parts(mesh, axis) == 0
-    keep = keep and not (sampling and axis == "fsdp")
-    axes.append(axis if keep else None)
+    splits = axis is not None and size % _parts(mesh, axis) == 0
+    axes.append(axis if splits and not (sampling and axis == "fsdp") else None)
   return P(*axes)
 
 
 def _parts(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+  """Returns the number of devices along one or several axes."""
   return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 

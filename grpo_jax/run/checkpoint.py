@@ -201,7 +201,7 @@ class Checkpoints:
     self.close()
 
   def _before_rename(self) -> None:
-    """Adds the digests; orbax calls this when all files are written, before it renames the folder."""
+    """Adds the digests; orbax calls this after it wrote all files and before the rename."""
     if hosts.is_first():
       names = (str(self._saving), f"{self._saving}.")
       for path in self._folder.iterdir():

@@ -1,6 +1,6 @@
-"""Many hosts, as processes on this machine: how they meet, what they share, how they end.
+"""Tests runs on several hosts, as processes on this machine: what they share and how they end.
 
-Runs of several processes take a minute and are slow tests; one short one is not.
+Whole runs of several processes take a minute each and are slow tests.
 """
 
 import json
@@ -25,7 +25,7 @@ TIMES = ("step_time", "tokens_per_second")
 
 
 def start(program, index, count, port, devices=4, **variables):
-  """One of `count` processes with its own CPU devices, which meet at `port`."""
+  """Starts one of `count` processes that join at `port`, with CPU devices of its own."""
   environment = dict(
     os.environ,
     JAX_PLATFORMS="cpu",
@@ -53,13 +53,14 @@ def free_port():
 
 
 def run(program, count, **options):
-  """(exit code, output) of each of `count` processes."""
+  """Runs `count` processes; returns (exit code, output) of each."""
   port = free_port()
   processes = [start(program, i, count, port, **options) for i in range(count)]
-  return finished(processes)
+  return finish(processes)
 
 
-def finished(processes, seconds=600):
+def finish(processes, seconds=600):
+  """Waits for the processes and kills them after a time limit in seconds."""
   try:
     outputs = [process.communicate(timeout=seconds)[0] for process in processes]
   finally:
@@ -68,71 +69,10 @@ def finished(processes, seconds=600):
   return [(process.returncode, output) for process, output in zip(processes, outputs)]
 
 
-# --- how processes find each other ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  ("environment", "wanted"),
-  [
-    ({}, None),
-    ({"GRPO_JAX_CLUSTER": "auto"}, {}),
-    ({"GRPO_JAX_CLUSTER": "mpi4py"}, {"cluster_detection_method": "mpi4py"}),
-    ({"GRPO_JAX_CLUSTER": "off", "SLURM_NTASKS": "4"}, None),
-    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1"}, None),
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # in the batch script, before srun
-    (
-      {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_MCA_orte_hnp_uri": "1.0"},
-      {"cluster_detection_method": "ompi"},
-    ),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"cluster_detection_method": "gketpu"}),
-    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-  ],
-)
-def test_who_else_runs_is_in_the_environment(environment, wanted):
-  assert cluster.detect(environment) == wanted
-
-
-@pytest.mark.parametrize(
-  ("count", "index"),
-  [
-    ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-    ("SLURM_NTASKS", "SLURM_PROCID"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("PMI_SIZE", "PMI_RANK"),
-  ],
-)
-def test_an_address_is_enough_under_any_launcher(count, index):
-  found = cluster.detect({"JAX_COORDINATOR_ADDRESS": "host:1", count: "8", index: "3"})
-  assert found == {
-    "coordinator_address": "host:1",
-    "num_processes": 8,
-    "process_id": 3,
-    "cluster_detection_method": "deactivate",
-  }
-
-
-@pytest.mark.parametrize(
-  ("environment", "message"),
-  [
-    ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
-    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID"),
-    (
-      {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
-      r"JAX_PROCESS_ID is 2: it must be in \[0, 2\)",
-    ),
-    ({"PMI_SIZE": "two", "PMI_RANK": "0"}, "PMI_SIZE is 'two'"),
-    ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "set JAX_COORDINATOR_ADDRESS"),
-  ],
-)
-def test_half_an_environment_is_an_error(environment, message):
-  with pytest.raises(ValueError, match=message):
-    cluster.detect(environment)
-
-
 # --- one process ----------------------------------------------------------------------------------
 
 
-def test_one_process_gives_back_what_it_was_given():
+def test_a_single_process_gets_its_own_values_back():
   with hosts.session(), hosts.together("nothing"):
     pass
   values = {"a": np.array([0.1, 0.2]), "b": np.zeros((2, 0))}
@@ -235,7 +175,7 @@ SMALL = [
 ]
 RUNS = {
   "plain": ["--config.mesh.data=2", "--config.mesh.fsdp=4"],
-  # Statistics over the batch, a KL term, resamples, mini-batches, micro-batches, and all three axes.
+  # Statistics of the batch, a KL term, resamples, mini- and micro-batches, and all three axes.
   "rich": [
     "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
     "--config.algorithm.advantage=batch_normalized", "--config.algorithm.kl=k3",
@@ -252,7 +192,7 @@ def train(workdir, *overrides):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_two_hosts_of_four_devices_are_one_of_eight(tmp_path, name):
+def test_two_hosts_of_four_devices_compute_what_one_of_eight_does(tmp_path, name):
   from grpo_jax.build import build
   from grpo_jax.config import load
   from grpo_jax.run import checkpoint
@@ -263,16 +203,15 @@ def test_two_hosts_of_four_devices_are_one_of_eight(tmp_path, name):
   for code, output in run(train(two, *RUNS[name]), 2):
     assert code == 0, output
   assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
-  # The same completions, to the letter, of the prompts of both hosts in their order.
+  # The same completions to the letter, for the prompts of both hosts in their order.
   for file in sorted((one / "samples").iterdir()):
     assert file.read_text() == (two / "samples" / file.name).read_text()
   rows = [read_metrics(workdir) for workdir in (one, two)]
   for a, b in zip(*rows, strict=True):
     assert set(a) == set(b)
     for key in set(a) - set(TIMES):
-      wanted = np.nan if a[key] is None else a[key]
-      got = np.nan if b[key] is None else b[key]
-      np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5, err_msg=key)
+      values = [np.nan if row[key] is None else row[key] for row in (a, b)]
+      np.testing.assert_allclose(*values, rtol=2e-5, atol=2e-5, err_msg=key)
   if name == "rich":
     assert rows[0][1]["dynamic_sampling/resamples"] > 0
   config = load("experiments/tiny.py", [*SMALL[1:], *RUNS[name]])
@@ -311,13 +250,13 @@ def own_task(folder):
 
 
 def own_run(folder):
-  """A program like a run, without the settings that belong to another task."""
+  """The arguments of a run of `own_task`, without the settings of another task."""
   small = [option for option in SMALL if "eval_size" not in option]
   return ["-m", "grpo_jax.train", "--workdir", str(folder / "run"), *small, *own_task(folder)]
 
 
 @pytest.mark.slow
-def test_a_reward_that_raises_on_one_host_ends_all_with_its_message(tmp_path):
+def test_a_reward_that_raises_on_one_host_ends_all_hosts_with_its_message(tmp_path):
   (first, output), (second, other) = run(own_run(tmp_path), 2, devices=1, FAILS="1")
   assert first == cluster.FAILED
   assert "scoring the completions failed on process 1 of 2: RewardError" in output
@@ -329,14 +268,14 @@ def test_a_reward_that_raises_on_one_host_ends_all_with_its_message(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_killed_the_other_ends(tmp_path, victim):
-  """Within the heartbeat, and the grace for what it was doing."""
+  """It ends within the heartbeat and the grace period."""
   port = free_port()
   program = own_run(tmp_path)
   processes = [start(program, i, 2, port, devices=1) for i in range(2)]
   wait_for_step(tmp_path / "run", processes)
   processes[victim].kill()
   began = time.monotonic()
-  results = finished(processes, seconds=HEARTBEAT + hosts.GRACE + 30)
+  results = finish(processes, seconds=HEARTBEAT + hosts.GRACE + 30)
   assert time.monotonic() - began < HEARTBEAT + hosts.GRACE + 30
   code, output = results[1 - victim]
   assert code != 0
@@ -350,7 +289,7 @@ def test_a_signal_on_one_host_stops_all_after_a_saved_step(tmp_path, number, exi
   processes = [start(own_run(tmp_path), i, 2, port, devices=1) for i in range(2)]
   wait_for_step(tmp_path / "run", processes)
   processes[1].send_signal(number)
-  for code, output in finished(processes):
+  for code, output in finish(processes):
     assert code == exit_code, output
     assert "which is saved" in output
 
@@ -359,9 +298,9 @@ def wait_for_step(workdir, processes):
   for _ in range(3000):
     if (workdir / "metrics.jsonl").is_file() and len(read_metrics(workdir)) > 2:
       return
-    assert all(process.poll() is None for process in processes), finished(processes)
+    assert all(process.poll() is None for process in processes), finish(processes)
     time.sleep(0.2)
-  raise AssertionError("no step was finished")
+  raise AssertionError("no step has finished")
 
 
 STUCK = """
@@ -377,7 +316,7 @@ with hosts.session(heartbeat=100, wait=3.0):
 
 
 @pytest.mark.slow
-def test_a_host_that_waits_too_long_says_where_and_ends():
+def test_a_host_that_waits_too_long_dumps_its_stacks_and_ends():
   (first, output), (second, _) = run(["-c", STUCK], 2, devices=1)
   assert first == cluster.FAILED
   assert "process 0 ends: no exchange between the hosts for 3 s (hosts.wait)" in output

@@ -1,4 +1,4 @@
-"""The mesh and its table: every parameter has a layout, and no layout changes a result."""
+"""Tests that every parameter has a sharding, and that no sharding changes a result."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.core.algorithms import ALGORITHMS
@@ -15,6 +16,7 @@ from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.run.compilation import Watch
 
 CONFIG = ModelConfig(
   vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, tied=False
@@ -37,7 +39,7 @@ def test_rules_cover_parameters_and_optimizer_state():
   assert apart["layers"][1]["q"].spec == P(None, "tensor")
 
 
-def test_rules_cover_what_families_and_adapters_add():
+def test_rules_cover_the_parameters_of_families_and_adapters():
   config = dataclasses.replace(
     CONFIG, qk_norm=True, post_norm=True, biases=("q", "k", "v", "o", "gate", "up", "down")
   )
@@ -53,7 +55,7 @@ def test_rules_cover_what_families_and_adapters_add():
     lambda key: lora.init(key, params, "q|k|v|o|gate|up|down", 2), jax.random.key(0)
   )
   layout = meshes.param_shardings(mesh, adapters)["layers"]
-  # Each is split as its matrix is, and whole along the rank.
+  # Each is split like its matrix, and replicated along the rank.
   assert layout["up_lora_a"].spec == P(None, "fsdp", None)
   assert layout["up_lora_b"].spec == P(None, None, "tensor")
   assert layout["down_lora_a"].spec == P(None, "tensor", None)
@@ -66,14 +68,51 @@ def test_a_parameter_without_a_rule_is_named():
     meshes.param_shardings(meshes.make_mesh((8, 1, 1)), tree)
 
 
-def test_an_axis_that_does_not_divide_stays_whole():
+def test_an_axis_that_does_not_divide_a_dimension_does_not_split_it():
   mesh = meshes.make_mesh((1, 1, 8))
   tree = {"embed": jax.ShapeDtypeStruct((33, 16), jnp.float32)}
   assert meshes.param_shardings(mesh, tree)["embed"].spec == P(None, "fsdp")
 
 
+def test_jitted_results_are_passed_back_in_without_recompiling():
+  """The loop of a train step: the result keeps the sharding of the parameters that went in."""
+  mesh = meshes.make_mesh((8, 1, 1))
+  params = jax.device_put(jnp.ones((16, 4)), NamedSharding(mesh, P("fsdp", "tensor")))
+  batch = jax.device_put(jnp.arange(16.0), meshes.batch_sharding(mesh))
+
+  def add(params, batch):
+    return params + batch[:, None], batch.sum()
+
+  jitted = meshes.Jitted(add, lambda params, batch: (meshes.layout_of(params), None))
+  with Watch() as watch:
+    first, total = jitted(params, batch)
+    second, _ = jitted(first, batch)
+  assert watch.programs == 1
+  assert first.sharding == second.sharding == params.sharding
+  assert float(total) == 120.0
+  np.testing.assert_array_equal(second[:, 0], 1 + 2 * np.arange(16.0))
+  assert jitted.lower(params, batch).compile()(params, batch)[1] == 120.0
+  # `jax.jit` alone lets XLA choose the sharding, and compiles for it once more.
+  plain = jax.jit(add)
+  with Watch() as watch:
+    plain(plain(params, batch)[0], batch)
+  assert watch.programs == 2
+
+
+def test_arrays_without_a_mesh_leave_the_sharding_open():
+  assert meshes.layout_of({"a": np.zeros(2), "b": jnp.zeros(2)}) == {"a": None, "b": None}
+
+
+def test_shards_are_counted_along_the_axes_of_a_batch_and_of_the_vocabulary():
+  mesh = meshes.make_mesh((2, 2, 2))
+  assert meshes.prompt_shards(meshes.batch_sharding(mesh)) == 4  # data times fsdp
+  assert meshes.prompt_shards(None) == 1
+  assert meshes.vocab_shards(mesh, 32) == 2
+  assert meshes.vocab_shards(mesh, 33) == 1  # `tensor` does not divide it
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_a_step_on_eight_devices_is_the_step_on_one(shape):
+def test_a_step_on_eight_devices_equals_the_step_on_one(shape):
   model = Decoder(CONFIG)
   params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
   rng = np.random.default_rng(0)

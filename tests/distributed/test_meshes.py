@@ -1,7 +1,6 @@
-"""A step and a sample on every mesh of up to eight devices, against one device.
+"""Tests a step and a sample on every mesh of up to eight devices against one device.
 
-The compiled programs are read, too: what they gather and how often, and how large their buffers
-are.
+The compiled programs are read as well: their all-gathers, and the sizes of their buffers.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ CONFIG = ModelConfig(
 PARAMS = jax.tree.map(np.asarray, Decoder(CONFIG).init(jax.random.key(0)))
 PROMPTS, GROUP, LENGTH, MICRO = 16, 2, 4, 2
 MATRICES = 7  # of a layer: query, key, value, output; gate, up, down
-TILES = 3  # and a rest, of 272 tokens and of a half, a fourth and an eighth of them
+TILES = 3  # plus a remainder, for 272 tokens and for a half, a fourth and an eighth of them
 SHAPES = [
   shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) in (1, 2, 4, 8)
 ]
@@ -56,7 +55,7 @@ def make_batch():
 
 
 def on_mesh(shape):
-  """(mesh, model, parameters in the layout of the table)."""
+  """(mesh, model, parameters with the shardings of the table)."""
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   params = jax.device_put(PARAMS, meshes.param_shardings(mesh, PARAMS))
   return mesh, model_on(mesh, CONFIG), params
@@ -73,7 +72,7 @@ def model_on(mesh, config, **settings):
 
 
 def step_on(shape):
-  """(gradients, metrics, compiled step) of one step of plain descent, under the guard."""
+  """(gradients, metrics, compiled step) of one step of plain SGD under a transfer guard."""
   mesh, model, params = on_mesh(shape)
   optimizer = optax.sgd(1.0)
   step = make_train_step(
@@ -102,7 +101,7 @@ def sample_on(shape):
 
 @pytest.fixture(scope="module", autouse=True)
 def several_tiles():
-  """Also of a vocabulary that would fit into one."""
+  """Splits even a vocabulary that would fit into one tile."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(logprobs, "_tiles", lambda rows, size: (TILES, size // TILES))
     yield
@@ -114,59 +113,60 @@ def one_device():
 
 
 def gathered(compiled):
-  """Shapes of what the all-gathers of a program make, dimensions in order of size."""
-  found = re.findall(r"= (\(.*?\)|\S+) all-gather(?:-start)?\(", compiled.as_text())
-  shapes = [shape for line in found for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
+  """Shapes of the results of a program's all-gathers, dimensions in order of size."""
+  results = re.findall(r"= (\(.*?\)|\S+) all-gather(?:-start)?\(", compiled.as_text())
+  shapes = [shape for line in results for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
   return [tuple(sorted(int(n) for n in shape.split(",") if n)) for shape in shapes]
 
 
 def runs(compiled):
-  """How many collectives of each kind run, those in a loop as often as it turns."""
-  found = Counter(compiled.as_text()).cost()[0].collectives
-  return {kind: int(count) for kind, (count, _) in found.items()}
+  """Number of collectives of each kind that run; those in a loop count once per iteration."""
+  collectives = Counter(compiled.as_text()).cost()[0].collectives
+  return {kind: int(count) for kind, (count, _) in collectives.items()}
 
 
 def one_layer(mesh_shape):
-  """Shapes of the matrices of a layer, and of the tables, put together over `fsdp` alone."""
-  tensor, found = mesh_shape[2], set()
+  """Shapes of the matrices of a layer, and of the tables, gathered over `fsdp` alone."""
+  tensor, shapes = mesh_shape[2], set()
   for rule_path, matrix in jax.tree_util.tree_leaves_with_path(PARAMS):
     name = jax.tree_util.keystr(rule_path, simple=True, separator="/")
     spec = next(spec for pattern, spec in meshes.RULES if re.search(pattern, name))
     spec = tuple(spec) + (None,) * (matrix.ndim - len(spec))
     sizes = [n // tensor if axis == "tensor" else n for n, axis in zip(matrix.shape, spec)]
     if "fsdp" in spec:
-      found.add(tuple(sorted(sizes[1:] if name.startswith("layers/") else sizes)))
-  return found
+      shapes.add(tuple(sorted(sizes[1:] if name.startswith("layers/") else sizes)))
+  return shapes
 
 
 def check(shape, one_device):
-  (gradients, metrics, single), sample = one_device
-  got, got_metrics, compiled = step_on(shape)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients), strict=True):
+  """Compares a step and a sample on a mesh with those on one device, and reads the program."""
+  (expected, expected_metrics, single), sample = one_device
+  gradients, metrics, compiled = step_on(shape)
+  for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) > 0.1
-  for name, value in metrics.items():
-    np.testing.assert_allclose(got_metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+  assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 0.1
+  for name, value in expected_metrics.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
   data, fsdp, tensor = shape
-  # With `fsdp`: the weights of one layer at a time, never a stack of layers, never what `tensor`
-  # splits, and no prompts or hidden states of other devices. Without: nothing at all.
+  # With `fsdp`, a program gathers the weights of one layer at a time: no stack of layers, nothing
+  # over `tensor`, no prompts or hidden states of other devices. Without, it gathers nothing.
   assert set(gathered(compiled)) == (one_layer(shape) if fsdp > 1 else set())
-  # Forward and backward, each matrix of each layer once; the embedding and the head once.
+  # Each matrix of each layer once forward and once backward; the embedding and the head once.
   most = MICRO * (2 * CONFIG.layers * MATRICES + 2)
   assert runs(compiled).get("all-gather", 0) <= (most if fsdp > 1 else 0)
-  # What comes in is what the table says, to the byte (each buffer is rounded up to 64).
+  # The arguments have the sizes that the table gives, to the byte (XLA rounds buffers up to 64).
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   layouts = meshes.param_shardings(mesh, PARAMS)
-  held = sum(
+  params_bytes = sum(
     math.prod(layout.shard_shape(leaf.shape)) * 4
     for leaf, layout in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(layouts))
   )
   rows = sum(leaf.nbytes for leaf in jax.tree.leaves(make_batch())) // (data * fsdp)
   memory = compiled.memory_analysis()
   buffers = len(jax.tree.leaves(PARAMS)) + len(jax.tree.leaves(make_batch())) + 1
-  assert 0 <= memory.argument_size_in_bytes - held - rows <= 64 * buffers
-  # And temporaries shrink with the prompts of a device, where whole activations would not.
+  assert 0 <= memory.argument_size_in_bytes - params_bytes - rows <= 64 * buffers
+  # Temporaries shrink with the prompts of a device; gathered activations would not.
   if tensor == 1 and data * fsdp > 1:
     assert memory.temp_size_in_bytes < single.memory_analysis().temp_size_in_bytes
 
@@ -183,7 +183,7 @@ def test_a_mesh_changes_nothing(shape, one_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s not in FAST and s != (1, 1, 1)], ids=str)
-def test_no_mesh_changes_anything(shape, one_device):
+def test_every_mesh_changes_nothing(shape, one_device):
   check(shape, one_device)
 
 
@@ -193,25 +193,24 @@ def test_there_are_twenty_meshes():
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_told_where_values_lie_is_caught():
-  """What the test above is for: without `place`, prompts of all devices meet on each."""
+def test_a_model_without_sharding_constraints_is_caught():
+  """Shows that the test above can fail: without `place`, prompts are gathered on each device."""
   mesh, _, params = on_mesh((1, 2, 1))
   step = make_train_step(
     Decoder(CONFIG), ALGORITHMS["dapo"], optax.sgd(1.0), lambda count: 1.0, temperature=1.0
   )
   state = TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
   batch = jax.device_put(make_batch(), meshes.batch_sharding(mesh))
-  found = set(gathered(step.lower(state, batch).compile()))
-  assert found - one_layer((1, 2, 1))
+  assert set(gathered(step.lower(state, batch).compile())) - one_layer((1, 2, 1))
 
 
-# `data` or `fsdp` alone, `tensor` alone, and together
-CUTS = [(1, 8, 1), (8, 1, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
+# `data` or `fsdp` alone, `tensor` alone, and both kinds
+SPLITS = [(1, 8, 1), (8, 1, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("shape", CUTS, ids=str)
-def test_devices_send_nothing_for_a_tile_of_the_head(shape):
-  """Forward and backward: the head is put together over `fsdp` once, its gradient added once."""
+@pytest.mark.parametrize("shape", SPLITS, ids=str)
+def test_devices_exchange_nothing_per_tile_of_the_head(shape):
+  """The head is gathered over `fsdp` once and its gradient summed once, forward and backward."""
   mesh = meshes.make_mesh(shape, jax.devices()[:8])
   data, fsdp, tensor = shape
   model = model_on(mesh, dataclasses.replace(CONFIG, vocab_size=4096))
@@ -221,23 +220,23 @@ def test_devices_send_nothing_for_a_tile_of_the_head(shape):
   rows = jax.ShapeDtypeStruct((8, 3, 24), jnp.float32), jax.ShapeDtypeStruct((8, 3), jnp.int32)
 
   def loss(params, hidden, tokens):
-    cut = {"vocab_shards": model.vocab_shards, "row_shards": model.prompt_shards}
-    return logprobs.head_logprobs(hidden, model.head(params), tokens, **cut)[0].sum()
+    shards = {"vocab_shards": model.vocab_shards, "row_shards": model.prompt_shards}
+    return logprobs.head_logprobs(hidden, model.head(params), tokens, **shards)[0].sum()
 
   batch = meshes.batch_sharding(mesh)
   gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(table, batch))
   compiled = gradient.lower(put(head, table), *put(rows, batch)).compile()
   assert gathered(compiled) == ([(24, 4096 // tensor)] if fsdp > 1 else [])
-  ran = runs(compiled)
-  assert ran.pop("all-gather", 0) == (fsdp > 1)
+  collectives = runs(compiled)
+  assert collectives.pop("all-gather", 0) == (fsdp > 1)
   # Over `tensor`: the largest logits, sums over the vocabulary, the gradient of the rows. Over the
-  # rest: the gradient of the head. Of what is reduced together, the compiler may make one.
-  assert 0 < sum(ran.values()) <= 3 * (tensor > 1) + (data * fsdp > 1)
+  # other axes: the gradient of the head. The compiler may combine reductions.
+  assert 0 < sum(collectives.values()) <= 3 * (tensor > 1) + (data * fsdp > 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
 def test_an_update_gathers_a_matrix_three_times(shape):
-  """In the forward pass, when a layer is computed again, and in its backward pass: no more."""
+  """Once in the forward pass, once in rematerialization, once in the backward pass."""
   mesh = meshes.make_mesh(shape, jax.devices()[:8])
   model = model_on(mesh, dataclasses.replace(CONFIG, tied=True), remat="layers")
 
@@ -251,5 +250,5 @@ def test_an_update_gathers_a_matrix_three_times(shape):
   step = make_train_step(
     model, ALGORITHMS["dapo"], optimizer, lambda count: 1.0, temperature=1.0, micro_batches=MICRO
   )
-  ran = runs(step.lower(state, batch).compile())
-  assert 0 < ran["all-gather"] <= MICRO * (3 * CONFIG.layers * MATRICES + 1)
+  collectives = runs(step.lower(state, batch).compile())
+  assert 0 < collectives["all-gather"] <= MICRO * (3 * CONFIG.layers * MATRICES + 1)

@@ -88,7 +88,7 @@ def test_a_config_is_a_program_and_is_said_to_be(tmp_path):
     assert "file" in Path(file).read_text(encoding="utf-8").split('"""')[1]
   assert "runs as one: load only files that you would run" in config.__doc__.replace("\n", " ")
   # What a finished run says about itself is data: JSON, read back without running anything.
-  with pytest.raises(ValueError, match="no override"):
+  with pytest.raises(ValueError, match="is not an override"):
     config.override(config.default_config(), ["__import__('os').system('true')"])
   loaded = config.override(config.default_config(), ["--config.model.source=__import__('os')"])
   assert loaded.model.source == "__import__('os')"
@@ -162,8 +162,8 @@ def test_a_source_cannot_name_a_path_by_its_form(source):
 
 def test_hosts_exchange_arrays_and_no_objects():
   with pytest.raises(ValueError, match="allow_pickle"):
-    hosts._unpacked(_saved(np.array([{}])))
-  assert hosts._unpacked(_saved(np.arange(2)))["a"].tolist() == [0, 1]
+    hosts._unpack(_saved(np.array([{}])))
+  assert hosts._unpack(_saved(np.arange(2)))["a"].tolist() == [0, 1]
 
 
 def _saved(array):
