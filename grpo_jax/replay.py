@@ -147,7 +147,7 @@ def _all_finite(r: Replayed) -> str:
 
 def _per_token(logp: np.ndarray, batch: Batch) -> Named:
   """What the loss of each token is made of."""
-  held = {name: np.asarray(a) for name, a in vars(batch).items() if a is not None}
+  held = {name: np.asarray(a) for name, a in batch.arrays().items()}
   advantages = held["advantages"]
   advantages = advantages[..., None] if advantages.ndim == 2 else advantages
   inputs = {n: held[n] for n in ("weights", "sampler_logp", "ref_logp", "old_logp") if n in held}

@@ -193,6 +193,7 @@ def make_batch(
   batch, has_gradient = _make_batch(
     arrays, rows, weights, algorithm, sampler.completion_length, layout, replicated
   )
+  batch = dataclasses.replace(batch, temperature=out.temperature)
   return batch, np.asarray(has_gradient)
 
 
@@ -365,6 +366,8 @@ def _concatenate(first: Any, second: Any) -> Any:
     return dataclasses.replace(first, **parts)
   if isinstance(first, dict):
     return {name: _concatenate(value, second[name]) for name, value in first.items()}
+  if isinstance(first, float):
+    return first  # the temperature, which is the same
   if not isinstance(first, np.ndarray):
     return None if first is None else first + second  # lists, and counts
   if first.ndim > 1 and first.shape[-1] != second.shape[-1]:

@@ -36,6 +36,8 @@ class Batch:
     ref_logp: [P, G, T], nats, under the reference; None without a KL term.
     old_logp: [P, G, T], nats, under the parameters before the first of several updates; None with
       one update per rollout, whose own forward pass gives them.
+    temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
+      It is static: a step compiles once for each value.
   """
 
   prompts: Int[Array, "P N"]
@@ -47,6 +49,13 @@ class Batch:
   sampler_logp: Float[Array, "P G T"]
   ref_logp: Float[Array, "P G T"] | None = None
   old_logp: Float[Array, "P G T"] | None = None
+  temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+  def arrays(self) -> dict[str, jax.Array]:
+    """Returns the arrays by name, without those that are None."""
+    arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    del arrays["temperature"]
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def select(batch: Batch, rows: Int[np.ndarray, "R"], pad_prompts_to_multiple: int) -> Batch:
@@ -107,8 +116,8 @@ def sizes(full: int) -> list[int]:
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _trim(batch: Batch, n: int, t: int, layout: Sharding) -> Batch:
   trimmed = {"prompts": batch.prompts[:, -n:], "prompt_mask": batch.prompt_mask[:, -n:]}
-  for name, array in vars(batch).items():
-    if name not in trimmed and array is not None and array.ndim == 3:
+  for name, array in batch.arrays().items():
+    if name not in trimmed and array.ndim == 3:
       trimmed[name] = array[..., :t]
   return laid_out(dataclasses.replace(batch, **trimmed), layout)
 

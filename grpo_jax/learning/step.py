@@ -153,11 +153,17 @@ def _laid_out_like(params: Params, tree: Any) -> Any:
 
 
 def score_batch(
-  model: Model, params: Params, batch: Batch, temperature: float
+  model: Model, params: Params, batch: Batch, temperature: float | None = None
 ) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
   """Returns (log-probability, entropy) of each completion token, in nats.
 
   Both are of the distribution at the sampling temperature, and 0 where `batch.mask` is false.
+
+  Args:
+    temperature: the sampling temperature; None takes `batch.temperature`.
+
+  Raises:
+    ValueError: the temperature is unknown, or it is not the one that the batch was sampled at.
   """
   hidden = model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
   # Micro-batches that do not divide evenly over the devices are left to the partitioner.
@@ -166,7 +172,7 @@ def score_batch(
     hidden,
     model.head(params),
     batch.completions,
-    temperature=temperature,
+    temperature=_temperature_of(batch, temperature),
     where=batch.mask,
     softcap=model.config.softcap,
     vocab_shards=getattr(model, "vocab_shards", 1),
@@ -174,10 +180,24 @@ def score_batch(
   )
 
 
+def _temperature_of(batch: Batch, temperature: float | None) -> float:
+  """Returns the temperature to score a batch at."""
+  if temperature is None and batch.temperature is None:
+    raise ValueError("the sampling temperature is unknown: give Batch(temperature=) what it was")
+  if temperature is None:
+    return batch.temperature
+  if batch.temperature is not None and batch.temperature != temperature:
+    raise ValueError(
+      f"temperature is {temperature}, but the batch was sampled at {batch.temperature}: the policy "
+      "that is scored must be the one that was sampled. Leave out temperature to take the batch's"
+    )
+  return temperature
+
+
 def make_score(
   model: Model,
   *,
-  temperature: float,
+  temperature: float | None = None,
   micro_batches: int = 1,
   with_adapters: WithAdapters = only_trained,
   chunks: Chunks | None = None,
@@ -187,6 +207,8 @@ def make_score(
   They are those of a reference, or of the parameters before several updates.
 
   Args:
+    temperature: the sampling temperature; None takes `batch.temperature`. If both are known and
+      differ, tracing raises a ValueError.
     micro_batches: number of equal parts of the prompts that are computed one after another;
       changes memory, not the result.
     with_adapters: combines base and trained parameters into the model's.
@@ -225,14 +247,17 @@ def move_reference(state: TrainState, share: float) -> TrainState:
 
 def make_loss(
   model: Model,
-  algorithm: Algorithm,
+  algorithm: Algorithm | str,
   *,
-  temperature: float,
+  temperature: float | None = None,
   with_adapters: WithAdapters = only_trained,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Returns the loss `(params, batch, base_params) -> (loss, metrics)`.
 
   The losses of the micro-batches of a batch add up to its loss.
+
+  Args:
+    temperature, with_adapters: as in `make_train_step`.
   """
 
   def loss(params: Params, batch: Batch, base_params: Params):
@@ -253,11 +278,11 @@ def make_loss(
 
 def make_train_step(
   model: Model,
-  algorithm: Algorithm,
+  algorithm: Algorithm | str,
   optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
+  schedule: optax.Schedule | None = None,
   *,
-  temperature: float,
+  temperature: float | None = None,
   micro_batches: int = 1,
   spike: float = 0.0,
   with_adapters: WithAdapters = only_trained,
@@ -276,8 +301,10 @@ def make_train_step(
   optimizer state stay bit for bit as they are, and the metric `update/skipped` is 1.
 
   Args:
-    schedule: learning rate by step, for the metric `learning_rate`.
-    temperature: the sampling temperature.
+    algorithm: a row of `ALGORITHMS`, or its name.
+    schedule: learning rate by step, for the metric `learning_rate`; None leaves it out.
+    temperature: the sampling temperature; None takes `batch.temperature`. If both are known and
+      differ, tracing the step raises a ValueError.
     micro_batches: number of gradient accumulation steps.
     spike: also skip an update whose gradient norm exceeds `spike` times its running mean, after
       `WARM_UP` accepted updates; needs `state.history`. 0 disables.
@@ -316,9 +343,9 @@ def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
 
 
 def make_apply(
-  optimizer: optax.GradientTransformation, schedule: optax.Schedule, spike: float
+  optimizer: optax.GradientTransformation, schedule: optax.Schedule | None, spike: float
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the optimizer's part of a step, `(state, gradient, loss, metrics) -> (state, metrics)`."""
+  """Returns the optimizer's part of a step: `(state, grads, loss, metrics) -> (state, metrics)`."""
 
   def apply(state: TrainState, grads: Any, loss: jax.Array, metrics: dict[str, jax.Array]):
     norm = optax.tree.norm(grads)
@@ -331,12 +358,9 @@ def make_apply(
     # A branch, not `where`: the new state is written over the old one.
     old = (state.step, state.params, state.opt_state)
     step, params, opt_state = jax.lax.cond(accept, update, lambda *old: old, *old)
-    metrics |= {
-      "loss": loss,
-      "grad_norm": norm,
-      "learning_rate": jnp.asarray(schedule(state.step)),
-      SKIPPED: 1.0 - accept,
-    }
+    metrics |= {"loss": loss, "grad_norm": norm, SKIPPED: 1.0 - accept}
+    if schedule is not None:
+      metrics["learning_rate"] = jnp.asarray(schedule(state.step))
     return TrainState(step, params, opt_state, state.reference, history), metrics
 
   return apply

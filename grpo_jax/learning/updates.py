@@ -8,6 +8,7 @@ import jax
 import optax
 
 from grpo_jax.core.algorithms import Algorithm
+from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.learning import batch as batches
 from grpo_jax.learning import deterministic, reduction
 from grpo_jax.learning.batch import Batch
@@ -29,7 +30,8 @@ class UpdateConfig:
   """Settings of the updates of one rollout.
 
   Attributes:
-    temperature: the sampling temperature.
+    temperature: the sampling temperature; None takes `Batch.temperature`. If both are known and
+      differ, the first update raises a ValueError.
     epochs: number of passes over the rollout.
     mini_batches: number of updates per epoch.
     micro_batches: number of gradient accumulation steps per update, at least.
@@ -43,7 +45,7 @@ class UpdateConfig:
     seed: seed of the order of prompts in mini-batches.
   """
 
-  temperature: float
+  temperature: float | None = None
   epochs: int = 1
   mini_batches: int = 1
   micro_batches: int = 1
@@ -57,9 +59,9 @@ class UpdateConfig:
 
 def make_update(
   model: Model,
-  algorithm: Algorithm,
+  algorithm: Algorithm | str,
   optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
+  schedule: optax.Schedule | None,
   config: UpdateConfig,
   *,
   with_adapters: WithAdapters = only_trained,
@@ -88,7 +90,7 @@ def make_update(
 
 def make_gradients(
   model: Model,
-  algorithm: Algorithm,
+  algorithm: Algorithm | str,
   config: UpdateConfig,
   *,
   with_adapters: WithAdapters = only_trained,
@@ -169,6 +171,8 @@ class Learner:
   After each update one number is read from the device: how many updates in a row were skipped.
 
   Args:
+    model, algorithm, optimizer, schedule, with_adapters, chunks: as in `make_train_step`.
+    config: settings of the updates.
     base_params: parameters that are not trained, for `with_adapters`.
     reference: parameters of a fixed reference, combined with `base_params` as the trained ones
       are. None uses `TrainState.reference`.
@@ -182,9 +186,9 @@ class Learner:
   def __init__(
     self,
     model: Model,
-    algorithm: Algorithm,
+    algorithm: Algorithm | str,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     config: UpdateConfig,
     *,
     with_adapters: WithAdapters = only_trained,
@@ -197,7 +201,7 @@ class Learner:
     self._config, self._base_params, self._on_skip = config, base_params, on_skip
     self._update = make_update(model, algorithm, optimizer, schedule, config, **options)
     self._score = make_scoring(model, config, **options)
-    self._has_kl, self._reference = algorithm.beta > 0, reference
+    self._has_kl, self._reference = lookup_algorithm(algorithm).beta > 0, reference
     self.trouble: str | None = None
 
   def __call__(

@@ -4,7 +4,7 @@ Nothing here knows Flax: parameters are a tree of arrays, and a model is a few f
 `models.decoder.Decoder` is the model of this project; `examples/bring_your_model.py` adapts others.
 """
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,6 +26,7 @@ class ModelShape(Protocol):
     """Logits become `softcap * tanh(logits / softcap)`; None leaves them alone."""
 
 
+@runtime_checkable
 class Model(Protocol):
   """A language model as functions of its parameters; completions of one prompt form a group.
 

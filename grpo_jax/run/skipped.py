@@ -33,13 +33,20 @@ class Dump:
   Attributes:
     path: its folder.
     config: config of the run, as in `config.json`.
-    recorded: step, update (number within the step), metrics, mesh, device, jax version, and
-      `state_of`, the name of the dump that holds the state.
+    recorded: step, update (number within the step), metrics, temperature, mesh, device, jax
+      version, and `state_of`, the name of the dump that holds the state.
   """
 
   path: Path
   config: dict[str, Any]
   recorded: dict[str, Any]
+
+  @property
+  def temperature(self) -> float:
+    """The temperature that the batch was sampled at."""
+    recorded = self.recorded.get("temperature")
+    # Dumps of version 0.1 do not record it; then it was that of the config.
+    return self.config["rollout"]["temperature"] if recorded is None else recorded
 
   def batch(self, layout: Sharding) -> Batch:
     """Reads the batch; `layout` is the sharding of arrays whose first axis is prompts."""
@@ -50,7 +57,7 @@ class Dump:
         name: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=layout)
         for name in stored
       }
-      return Batch(**checkpointer.restore(path, like))
+      return Batch(**checkpointer.restore(path, like), temperature=self.temperature)
 
   def state(self, like: TrainState) -> TrainState:
     """Reads the state that the update met, with the shapes, dtypes and shardings of `like`."""
@@ -102,6 +109,7 @@ class Recorder:
         "update": skipped.update,
         "state_of": self._state_of,
         "metrics": skipped.metrics,
+        "temperature": skipped.batch.temperature,
         "mesh": dict(self._mesh.shape),
         "device": self._mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
@@ -135,9 +143,8 @@ def write(
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
   hosts.exchange()
-  arrays = {name: value for name, value in vars(batch).items() if value is not None}
   with ocp.StandardCheckpointer() as checkpointer, jax.transfer_guard("allow"):
-    checkpointer.save(path / "batch", arrays)
+    checkpointer.save(path / "batch", batch.arrays())
     if recorded["state_of"] == path.name:
       checkpointer.wait_until_finished()
       checkpointer.save(path / "state", _tree(state))

@@ -1,9 +1,7 @@
-"""Sampling: one prefill per prompt, one decode step per token for the whole group.
+"""Samples completions on the device: one prefill per prompt, one decode step per token and group.
 
-The model is an argument with the functions `prefill(params, tokens, mask)`,
-`decode(params, tokens, index, prefix, mask, cache)`, `empty_cache(params, P, G, T)` and
-`head(params)`, as `models.decoder.Decoder` has them: keys and values are trees of arrays
-[..., P, K, N, Dh] (of prompts) and [..., P·G, K, _, _] (of completions).
+The model is an argument, as `models.protocol.Model` describes it. Keys and values are trees of
+arrays: `[..., P, K, N, Dh]` for prompts, `[..., P·G, K, _, _]` for completions.
 """
 
 import dataclasses
@@ -16,27 +14,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.core.logprobs import token_logprobs
+from grpo_jax.models.protocol import Cache, Model, Params
 from grpo_jax.sampling import compaction
 
 
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["tokens", "mask", "ended", "logp", "entropy"],
-  meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Completions:
-  """What the sampler returns.
+  """Sampled completions, on the device or fetched from it.
 
   Attributes:
-    tokens: [P, G, T]; after the ending token, `pad_id`.
+    tokens: [P, G, T]; `pad_id` after the ending token.
     mask: [P, G, T], true up to and including the ending token.
-    ended: [P, G], completions that stopped by themselves; the others ran into the budget.
+    ended: [P, G], true for completions that reached an ending token; the others were cut off at
+      the token budget.
     logp: [P, G, T], nats: log-probability of each token when it was drawn; 0 where masked.
     entropy: [P, G, T], nats, of the distribution each token was drawn from; 0 where masked.
   """
 
-  tokens: Any  # arrays, on the device or fetched from it
+  tokens: Any
   mask: Any
   ended: Any
   logp: Any
@@ -44,10 +40,16 @@ class Completions:
 
 
 def row_keys(key: jax.Array, prompt_ids: Int[Array, "P"], group: int) -> jax.Array:
-  """One random stream per completion [P, G]: folded from the prompt's and the sample's number.
+  """Returns one random key per completion, [P, G], folded from prompt number and sample number.
 
-  A stream belongs to (key, prompt id, sample), so how prompts are split over batches, hosts or
-  devices changes no sample.
+  A key depends only on (key, prompt number, sample number), so splitting prompts over batches,
+  hosts or devices changes no sample.
+
+  Example:
+    >>> key = jax.random.key(0)
+    >>> both, second = row_keys(key, jnp.array([4, 7]), 3), row_keys(key, jnp.array([7]), 3)
+    >>> both.shape, bool((both[1] == second[0]).all())
+    ((2, 3), True)
   """
   fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
   return jax.vmap(lambda k: fold(k, jnp.arange(group)))(fold(key, prompt_ids))
@@ -56,12 +58,25 @@ def row_keys(key: jax.Array, prompt_ids: Int[Array, "P"], group: int) -> jax.Arr
 def draw(
   logits: Float[Array, "... V"], keys: jax.Array
 ) -> tuple[Int[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
-  """An exact draw from `softmax(logits)` per row, its log-probability and the row's entropy, nats.
+  """Draws one token per row, exactly from `softmax(logits)`.
 
-  The vocabulary is cut into about sqrt(V) blocks: one uniform picks the block, a second the
-  token inside it. That needs two random numbers per row instead of V, sums at most sqrt(V)
-  numbers in a row (so rare tokens keep their probability in float32), and never returns a token
-  of probability 0. What the blocks sum up to is the normalizer of the log-probability, too.
+  The vocabulary is cut into about sqrt(V) blocks: one uniform number picks the block, a second one
+  the token inside it. This takes two random numbers per row instead of V. It sums at most about
+  sqrt(V) numbers in a row, so rare tokens keep their probability in float32, and it never returns
+  a token of probability 0. The sum over blocks also normalizes the log-probability.
+
+  Args:
+    logits: unnormalized log-probabilities; -inf is probability 0.
+    keys: one typed random key per row.
+
+  Returns:
+    (token, its log-probability in nats, entropy of the row in nats).
+
+  Example:
+    >>> keys = jax.random.split(jax.random.key(0), 1)
+    >>> tokens, logp, entropy = draw(jnp.array([[0.0, -jnp.inf]]), keys)
+    >>> int(tokens[0]), abs(float(logp[0])), abs(float(entropy[0]))
+    (0, 0.0, 0.0)
   """
   vocab = logits.shape[-1]
   width = 1 << max(vocab.bit_length() // 2, 1)
@@ -74,21 +89,21 @@ def draw(
   uniform = _per_key(lambda key: jax.random.uniform(key, (2,)), keys)
   block = _invert(sums, uniform[..., 0])
   inside = jnp.take_along_axis(z, block[..., None, None], axis=-2)[..., 0, :]
-  place = _invert(jnp.exp(inside), uniform[..., 1])
+  column = _invert(jnp.exp(inside), uniform[..., 1])
   total = sums.sum(-1)
   entropy = jnp.log(total) - jnp.where(p > 0, p * z, 0.0).sum((-2, -1)) / total
-  chosen = jnp.take_along_axis(inside, place[..., None], axis=-1)[..., 0]
-  return block * width + place, chosen - jnp.log(total), entropy
+  chosen = jnp.take_along_axis(inside, column[..., None], axis=-1)[..., 0]
+  return block * width + column, chosen - jnp.log(total), entropy
 
 
 def _per_key(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:
-  """`function` of each key of an array of keys of any shape."""
+  """Applies `function` to each key of an array of any shape."""
   result = jax.vmap(function)(keys.reshape(-1))
   return result.reshape(*keys.shape, *result.shape[1:])
 
 
 def _invert(p: Float[Array, "... n"], uniform: Float[Array, "..."]) -> Int[Array, "..."]:
-  """Index i with probability `p[i] / sum(p)`: the first whose cumulative sum exceeds u · total."""
+  """Returns index i with probability `p[i] / sum(p)`: the first with cumulative sum > u · sum."""
   cumulative = jnp.cumsum(p, axis=-1)
   total = cumulative[..., -1:]
   # u · total may round up to total; staying below it keeps the index on a token with p > 0.
@@ -97,20 +112,21 @@ def _invert(p: Float[Array, "... n"], uniform: Float[Array, "..."]) -> Int[Array
 
 
 def compactions(length: int) -> int:
-  """How often rows are moved together in completions of up to so many tokens.
+  """Returns how often the rows of completions of up to `length` tokens are compacted.
 
-  Each halving compiles one more loop, which short completions do not earn back: none below 32
+  Each compaction compiles one more loop, which short completions do not earn back: none below 32
   tokens, one more with every doubling, three from 128 on.
 
-  >>> [compactions(length) for length in (6, 32, 64, 128, 4096)]
-  [0, 1, 2, 3, 3]
+  Example:
+    >>> [compactions(length) for length in (6, 32, 64, 128, 4096)]
+    [0, 1, 2, 3, 3]
   """
   return min(max(length.bit_length() - 5, 0), 3)
 
 
 def generate(
-  model: Any,
-  params: Any,
+  model: Model,
+  params: Params,
   prompts: Int[Array, "P N"],
   prompt_mask: Bool[Array, "P N"],
   keys: jax.Array,
@@ -124,29 +140,31 @@ def generate(
 ) -> Completions:
   """Samples G completions of up to `length` tokens for each prompt.
 
+  The loops end on the device, the last one as soon as every completion has stopped.
+
   Args:
     prompts, prompt_mask: left-padded.
-    keys: typed random keys [P, G], one stream per completion (`row_keys`); token t of a
-      completion uses `fold_in(key, t)`.
+    keys: typed random keys [P, G], one per completion (`row_keys`); token t of a completion uses
+      `fold_in(key, t)`.
     stop_table: state after each token, as `stopping.stop_table` makes it: a completion starts in
-      state 0 and has ended in state S - 1. The ending token is part of it.
-    temperature: 0 is greedy (the largest logit; its recorded log-probability is at temperature
-      1), otherwise the softmax of logits / temperature is sampled, all of it.
-    max_compactions: how often at most the rows that still live move into arrays of half as many rows
-      (`compaction`); each is one more loop to compile. Completions do not depend on it.
-    prompt_shards: equal parts of the prompts; no row moves from one into another.
-
-  The loops end on the device, the last one as soon as every completion has stopped.
+      state 0 and has ended in state S - 1. The ending token belongs to the completion.
+    temperature: divides the logits. The softmax over the whole vocabulary is sampled. 0 is greedy:
+      it takes the largest logit, and records its log-probability at temperature 1.
+    pad_id: token after the end of a completion.
+    max_compactions: largest number of times that the live rows move into arrays of half as many
+      rows (`compaction`). Each one compiles one more loop. Completions do not depend on it.
+    prompt_shards: number of equal shards of the prompts; no row moves from one to another.
   """
   count, group = keys.shape
-  # As an embedding lies; written as `hidden @ head`, the loop gets a transposed copy of it.
+  # The transpose is how an embedding is stored. With `hidden @ head`, XLA copies the transposed
+  # matrix into the loop.
   table, end = model.head(params).T, stop_table.shape[0] - 1
 
   def next_token(hidden: Array, index: Any, rows: _Rows) -> _Rows:
     drawn = _pick(hidden, table, model.config.softcap, temperature, rows.keys, index)
     return _written(rows, index, drawn, stop_table, pad_id)
 
-  def step(prefix: Any, prompt_mask: Array, carry: tuple) -> tuple:
+  def step(prefix: Cache, prompt_mask: Array, carry: tuple) -> tuple:
     index, rows, cache = carry
     hidden, cache = model.decode(params, rows.token, index - 1, prefix, prompt_mask, cache)
     return index + 1, next_token(hidden, index, rows), cache
@@ -162,34 +180,34 @@ def generate(
   rows = next_token(hidden, 0, _no_rows(keys, length, stop_table.dtype, pad_id))
   carry = (jnp.int32(1), rows, model.empty_cache(params, count, group, max(length - 1, 1)))
   shape, *others = compaction.shapes(count // prompt_shards, group, max_compactions)
-  row_map, every = compaction.start(prompt_shards, shape), None
+  row_map, completed = compaction.start(prompt_shards, shape), None
   for smaller in (*others, None):
     body = partial(step, prefix, prompt_mask)
     index, rows, cache = jax.lax.while_loop(partial(going, row_map, smaller), body, carry)
-    done = (rows.state, rows.written)
-    every = done if every is None else compaction.scatter_rows(every, row_map, done)
+    current = (rows.state, rows.written)
+    if completed is None:
+      completed = current
+    else:
+      completed = compaction.scatter_rows(completed, row_map, current)
     if smaller is not None:
-      row_map, moved = compaction.regroup(row_map, rows.state != end, smaller)
-      rows = moved.rows(rows)
-      rows = dataclasses.replace(rows, state=jnp.where(moved.valid, rows.state, end))
-      carry = (index, rows, moved.flat_rows(cache, axis=-4))
-      prefix, prompt_mask = moved.chunks(prefix, axis=-4), moved.chunks(prompt_mask)
-  state, (tokens, mask, logp, entropy) = every
+      row_map, gather = compaction.regroup(row_map, rows.state != end, smaller)
+      rows = gather.rows(rows)
+      rows = dataclasses.replace(rows, state=jnp.where(gather.valid, rows.state, end))
+      carry = (index, rows, gather.flat_rows(cache, axis=-4))
+      prefix, prompt_mask = gather.chunks(prefix, axis=-4), gather.chunks(prompt_mask)
+  state, (tokens, mask, logp, entropy) = completed
   return Completions(tokens=tokens, mask=mask, ended=state == end, logp=logp, entropy=entropy)
 
 
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["keys", "token", "state", "written"],
-  meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """What the loops know of each row, [C, g] or [C, g, T].
+  """Loop state of each row, [C, g] or [C, g, T].
 
   Attributes:
-    token: the one drawn last.
-    state: in the table of stops.
+    keys: random key of the row.
+    token: the last token.
+    state: state in the stop table.
     written: tokens, mask, logp and entropy, as in `Completions`.
   """
 
@@ -200,7 +218,7 @@ class _Rows:
 
 
 def _no_rows(keys: jax.Array, length: int, state_dtype: Any, pad_id: int) -> _Rows:
-  """Before the first token."""
+  """Returns the rows before the first token."""
   shape = (*keys.shape, length)
   zeros, none = jnp.zeros(shape), jnp.zeros(keys.shape, jnp.int32)
   written = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), zeros, zeros)
@@ -215,27 +233,27 @@ def _pick(
   keys: jax.Array,
   index: Any,
 ) -> tuple[Int[Array, "C g"], Float[Array, "C g"], Float[Array, "C g"]]:
-  """Token number `index` of each row, its log-probability and the entropy it was drawn from."""
+  """Returns token number `index` of each row, its log-probability and its entropy."""
   table = table.astype(hidden.dtype)
   logits = jnp.einsum("cgd,vd->cgv", hidden, table, preferred_element_type=jnp.float32)
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
   if temperature > 0:
     keys = _per_key(lambda key: jax.random.fold_in(key, index), keys)
-    tokens, *measured = draw(logits / temperature, keys)
+    tokens, logp, entropy = draw(logits / temperature, keys)
   else:
     tokens = logits.argmax(-1)
-    measured = token_logprobs(logits, tokens)
-  return tokens.astype(jnp.int32), *measured
+    logp, entropy = token_logprobs(logits, tokens)
+  return tokens.astype(jnp.int32), logp, entropy
 
 
 def _written(rows: _Rows, index: Any, drawn: tuple, stop_table: Array, pad_id: int) -> _Rows:
-  """With one token and its numbers in place; nothing in rows that have ended."""
+  """Returns the rows with one more token; rows that have ended get padding."""
   end = stop_table.shape[0] - 1
-  done = rows.state == end
-  token, logp, entropy = (jnp.where(done, no, x) for no, x in zip((pad_id, 0.0, 0.0), drawn))
+  ended = rows.state == end
+  token, logp, entropy = (jnp.where(ended, no, x) for no, x in zip((pad_id, 0.0, 0.0), drawn))
   written = tuple(
     jax.lax.dynamic_update_slice_in_dim(array, values[..., None], index, axis=2)
-    for array, values in zip(rows.written, (token, ~done, logp, entropy))
+    for array, values in zip(rows.written, (token, ~ended, logp, entropy))
   )
-  return _Rows(rows.keys, token, jnp.where(done, end, stop_table[rows.state, token]), written)
+  return _Rows(rows.keys, token, jnp.where(ended, end, stop_table[rows.state, token]), written)

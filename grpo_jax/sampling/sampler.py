@@ -1,9 +1,8 @@
-"""Prompts in, completions out, as text and as numbers: a model with its tokenizer on a mesh."""
+"""Completes prompts given as text, with a model and a tokenizer on a mesh."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,21 +12,25 @@ from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning import deterministic
-from grpo_jax.models.protocol import Model
+from grpo_jax.models.protocol import Model, Params
 from grpo_jax.sampling import generate as generation
+from grpo_jax.sampling.generate import Completions
 from grpo_jax.sampling.stopping import stop_table
-from grpo_jax.tokens import AnyTokenizer, decode_completions, encode_prompts
+from grpo_jax.tokens import AnyTokenizer, Messages, decode_completions, encode_prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """Completions of some prompts, as numbers and as text. Arrays are on the host.
+  """Prompts and their completions, as arrays on the host and as text.
 
   Attributes:
-    prompts, prompt_mask: [P, N], N as in `padded_length`.
-    tokens, mask, logp, entropy: [P, G, T].
-    ended: [P, G], completions that stopped by themselves; the others ran into the budget.
-    texts: [P][G], without the ending token and stop string.
+    prompts, prompt_mask: [P, N], left-padded to `padded_length`.
+    tokens, mask: [P, G, T]; the mask is true up to and including the ending token.
+    ended: [P, G], true for completions that stopped by themselves; the others were cut off at the
+      token budget.
+    logp, entropy: [P, G, T], nats, at `temperature` (at 1 for greedy completions).
+    texts: [P][G], without the ending token and the stop string.
+    temperature: sampling temperature; 0 is greedy.
   """
 
   prompts: Int[np.ndarray, "P N"]
@@ -38,37 +41,44 @@ class Generated:
   logp: Float[np.ndarray, "P G T"]
   entropy: Float[np.ndarray, "P G T"]
   texts: list[list[str]]
+  temperature: float = 1.0
 
   @property
   def lengths(self) -> Int[np.ndarray, "P G"]:
-    """Tokens of each completion, the ending one included."""
+    """Number of tokens of each completion, the ending token included."""
     return self.mask.sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """A model and a tokenizer, ready to complete prompts.
+  """Completes prompts with a model and a tokenizer; parameters are an argument of each call.
 
   Attributes:
-    prompt_length: tokens of the longest prompt there may be; a batch is padded to `padded_length`.
-    completion_length: tokens, the budget.
-    temperature: of the distribution that is sampled; 0 is greedy.
+    prompt_length: tokens of the longest prompt allowed; a batch is padded to `padded_length`.
+    completion_length: tokens of the longest completion.
+    temperature: sampling temperature. It is recorded in every result, and from there in the batch,
+      so that the update scores the distribution that was sampled.
     stop: strings that end a completion, wherever token borders fall in them.
-    stop_ids: ids that end a completion, besides the tokenizer's own end of text.
-    prompt_sharding: layout of arrays whose first axis is prompts; None = the default device.
-    stop_table: [S, V], a table of one's own instead (`stopping.stop_table` says what it holds);
-      None = made of the stops above.
-    chunks: samples chunk by chunk, with the same bits on any number of devices; see `deterministic`.
+    stop_ids: token ids that end a completion, in addition to the tokenizer's end of text.
+    prompt_sharding: sharding of arrays whose first axis is prompts; None is the default device.
+    stop_table: [S, V], a table that replaces the one made from the stops (`stopping.stop_table`
+      describes it).
+    chunks: samples chunk by chunk, with the same bits on any number of devices; see
+      `learning.deterministic`.
+
+  Raises:
+    ValueError: the temperature is negative, the stop table has another shape, or nothing can end a
+      completion.
   """
 
-  model: Any
+  model: Model
   tokenizer: AnyTokenizer
   prompt_length: int
   completion_length: int
   temperature: float = 1.0
   stop: tuple[str, ...] = ()
   stop_ids: tuple[int, ...] = ()
-  prompt_sharding: Any = None
+  prompt_sharding: Sharding = None
   stop_table: Int[np.ndarray, "S V"] | None = None
   chunks: deterministic.Chunks | None = None
 
@@ -80,7 +90,8 @@ class Sampler:
       table = stop_table(pieces, self.stop, ids, vocab)
     elif table.ndim != 2 or table.shape[1] != vocab or not len(table):
       raise ValueError(f"stop_table has shape {table.shape}, must be [S, V] with V = {vocab}")
-    jitted = make_generate(
+    check_temperature(self.temperature)
+    program = make_generate(
       self.model,
       length=self.completion_length,
       pad_id=self.tokenizer.pad_id,
@@ -88,40 +99,49 @@ class Sampler:
       chunks=self.chunks,
     )
     object.__setattr__(self, "_table", table)
-    object.__setattr__(self, "_ends", ids)
-    object.__setattr__(self, "_jitted", jitted)
+    object.__setattr__(self, "_ending_ids", ids)
+    object.__setattr__(self, "_program", program)
 
   def __call__(
     self,
-    params: Any,
-    prompts: Sequence[Any],
+    params: Params,
+    prompts: Sequence[str | Messages],
     key: jax.Array,
     *,
     group: int,
     temperature: float | None = None,
     first_prompt: int = 0,
   ) -> Generated:
-    """G completions for each prompt; `first_prompt` is the number of the first of them.
+    """Samples G completions for each prompt.
 
-    Every host gives its block of the prompts, all of the same size, and gets back its completions.
-    A completion's random stream is (key, prompt number, sample number): cutting the prompts of a
-    step into several calls with the right `first_prompt` changes nothing.
+    Each host passes its own block of prompts, all blocks of one size, and gets its completions.
+    The random stream of a completion is a function of (key, prompt number, sample number), so
+    splitting the prompts of a step over several calls with the right `first_prompt` changes
+    nothing.
+
+    Args:
+      params: parameters of the model, stacked or in a layout for decoding.
+      prompts: text or chat messages.
+      group: number of completions per prompt, G.
+      temperature: replaces the sampler's own; 0 is greedy.
+      first_prompt: number of the first prompt of the first host.
     """
-    temperature = self.temperature if temperature is None else temperature
+    temperature = self.temperature if temperature is None else check_temperature(temperature)
     tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
     longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
     start = self.prompt_length - padded_length(int(longest), self.prompt_length)
     tokens, mask = tokens[:, start:], mask[:, start:]
-    first_prompt += hosts.own_shard()[0] * len(tokens)
-    ids = first_prompt + np.arange(len(tokens))
+    ids = first_prompt + hosts.own_shard()[0] * len(tokens) + np.arange(len(tokens))
     *on_device, ids = hosts.to_global((tokens, mask, ids), self.prompt_sharding)
     keys = _row_keys(key, ids, group)
-    out = self._jitted(params, *on_device, keys, self._table, temperature=temperature)
+    out = self._program(params, *on_device, keys, self._table, temperature=temperature)
     out = hosts.to_local(out)
     texts = decode_completions(
-      self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ends
+      self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ending_ids
     )
-    return Generated(tokens, mask, out.tokens, out.mask, out.ended, out.logp, out.entropy, texts)
+    return Generated(
+      prompts=tokens, prompt_mask=mask, **vars(out), texts=texts, temperature=temperature
+    )
 
 
 def make_generate(
@@ -131,19 +151,25 @@ def make_generate(
   pad_id: int,
   prompt_sharding: Sharding = None,
   chunks: deterministic.Chunks | None = None,
-) -> Callable[..., generation.Completions]:
+) -> Callable[..., Completions]:
   """Returns the jitted `(params, prompts, prompt_mask, keys, stop_table, *, temperature)`.
 
-  It is `generate` with as many compactions as the length is worth. `temperature` is static.
+  It is `generate.generate` with as many compactions as the length is worth; `temperature` is
+  static. A model may have a method `for_decoding(params, platform)`, which returns the parameters
+  in the layout that decodes fastest there, as `models.decoder.Decoder` does.
 
   Args:
-    model: the model to sample from.
-    length: largest number of tokens of a completion.
-    pad_id: token after the end of a completion.
-    prompt_sharding, chunks: as in `Sampler`.
+    length, pad_id: as in `generate.generate`.
+    prompt_sharding: sharding of arrays whose first axis is prompts; None is the default device.
+    chunks: samples chunk by chunk where the number of prompts allows it; see
+      `learning.deterministic`.
   """
 
   def sample(params, prompts, prompt_mask, keys, stop_table, *, temperature):
+    if hasattr(model, "for_decoding"):
+      devices = prompt_sharding.mesh.devices.flat if prompt_sharding else jax.devices()
+      platform = devices[0].platform
+      params = model.for_decoding(params, platform)
     in_chunks = chunks is not None and len(prompts) % chunks.count == 0
     generate = partial(
       generation.generate,
@@ -154,26 +180,47 @@ def make_generate(
       max_compactions=generation.compactions(length),
       prompt_shards=1 if in_chunks else meshes.prompt_shards(prompt_sharding),
     )
-    if in_chunks:
-      run = deterministic.in_chunks(
-        lambda params, rows, table: generate(params, *rows, table), chunks
-      )
-      return run(params, (prompts, prompt_mask, keys), stop_table, prompt_mask)
-    return generate(params, prompts, prompt_mask, keys, stop_table)
+    if not in_chunks:
+      return generate(params, prompts, prompt_mask, keys, stop_table)
+    by_chunk = deterministic.in_chunks(
+      lambda params, rows, stop_table: generate(params, *rows, stop_table), chunks
+    )
+    return by_chunk(params, (prompts, prompt_mask, keys), stop_table, prompt_mask)
 
   return jax.jit(sample, static_argnames="temperature", out_shardings=prompt_sharding)
 
 
+def check_temperature(temperature: float) -> float:
+  """Returns a sampling temperature as a float.
+
+  Raises:
+    ValueError: it is negative or not finite.
+
+  Example:
+    >>> check_temperature(1)
+    1.0
+  """
+  if not 0 <= temperature < float("inf"):
+    raise ValueError(f"temperature is {temperature}, it must be finite and 0 (greedy) or above")
+  return float(temperature)
+
+
 def padded_length(longest: int, limit: int) -> int:
-  """Tokens that a batch of prompts is padded to: quarters of `limit`, and multiples of 16.
+  """Returns the number of tokens that a batch of prompts is padded to.
 
-  So there are at most four programs, and a batch is padded by less than a quarter of `limit` (and
-  15 tokens) beyond its longest prompt.
+  It is a multiple of a quarter of `limit`, rounded up to 16 tokens. So there are at most four
+  programs, and a batch has less than a quarter of `limit` plus 15 tokens of padding beyond its
+  longest prompt.
 
-  >>> [padded_length(longest, 320) for longest in (1, 80, 81, 250)]
-  [80, 80, 160, 320]
-  >>> padded_length(9, 46), padded_length(40, 46), padded_length(3, 5)
-  (16, 46, 5)
+  Args:
+    longest: tokens of the longest prompt in the batch.
+    limit: tokens of the longest prompt allowed.
+
+  Example:
+    >>> [padded_length(longest, 320) for longest in (1, 80, 81, 250)]
+    [80, 80, 160, 320]
+    >>> padded_length(9, 46), padded_length(40, 46), padded_length(3, 5)
+    (16, 46, 5)
   """
   quarter = -(-limit // 64) * 16
   return min(-(-longest // quarter) * quarter, limit)
