@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import replay, rollout, train
+from grpo_jax import replay, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
@@ -138,7 +138,7 @@ def runs(tmp_path_factory):
   """(5 steps of which two are poisoned; the same with a run that gives up in between; its error)"""
   folder = tmp_path_factory.mktemp("skipped")
   whole, parts = folder / "whole", folder / "parts"
-  collect = rollout.collect
+  collect = train.collect
 
   def poisoned(*args, **kwargs):
     rolled = collect(*args, **kwargs)
@@ -155,7 +155,7 @@ def runs(tmp_path_factory):
   keys = [jax.random.fold_in(jax.random.key(c.seed), step) for step in range(c.steps)]
   steps = {int(jax.random.key_data(keys[step])[1]) for step in POISONED}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(rollout, "collect", poisoned)
+    patch.setattr(train, "collect", poisoned)
     train.run(c, whole)
     fewer = load("experiments/tiny.py", [*OPTIONS, "--config.train.max_skipped=2"])
     with pytest.raises(SkippedError) as caught:
