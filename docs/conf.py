@@ -41,6 +41,8 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the stored outputs are the ones that the tests check
 
+# Two modules may define one name: a type written by its last part is then linked to one of them.
+suppress_warnings = ["ref.python"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
@@ -83,13 +85,14 @@ def _copy_mathjax(app, error) -> None:
     shutil.copyfile(source, Path(app.outdir) / "_static" / mathjax_path)
 
 
-def _to_api_pages(app, document, content) -> None:
-  """Turns links to the package's source files into links to their API pages."""
+def _mend_links(app, document, content) -> None:
+  """Turns links to source files into links to their API pages; notebooks lie one folder deeper."""
   up = "../" * document.count("/")
+  text = content[0].replace("](../docs/", "](../")
   content[0] = re.sub(
     r"\]\((?:\.\./)*(grpo_jax/[\w/]+)\.py\)",
     lambda match: f"]({up}api/modules/{match[1].replace('/', '.')}.md)",
-    content[0],
+    text,
   )
 
 
@@ -137,5 +140,5 @@ def setup(app) -> None:
   app.connect("autodoc-process-signature", _shorten_signature)
   # Before napoleon (priority 500), which adds markup of its own.
   app.connect("autodoc-process-docstring", _literal_docstring, priority=400)
-  app.connect("source-read", _to_api_pages)
+  app.connect("source-read", _mend_links)
   app.connect("build-finished", _copy_mathjax)

@@ -1,8 +1,8 @@
-"""Every notebook runs from top to bottom, and its stored outputs are those of its code.
+"""Each notebook runs from top to bottom and prints its stored outputs.
 
 The cells run in a plain namespace, without Jupyter; `assert`s in them are the notebook's own
-checks. Printed text must be what is stored; a cell whose text differs from run to run (times, say)
-has the tag `varies`.
+checks. Printed text must equal the stored text. A cell whose text differs from run to run (times,
+for example) has the tag `varies`.
 """
 
 import contextlib
@@ -19,17 +19,19 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 def code_cells(path):
+  """Returns the code cells of a notebook, in order."""
   cells = json.loads(path.read_text())["cells"]
   return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
 def stored_text(cell):
+  """Returns the printed text that is stored with a cell."""
   return "".join("".join(x["text"]) for x in cell["outputs"] if x["output_type"] == "stream")
 
 
 @contextlib.contextmanager
 def plain_session():
-  """Undoes what a notebook may set for the whole process."""
+  """Yields a namespace, and undoes settings of jax and matplotlib that a notebook changes."""
   x64 = jax.config.jax_enable_x64
   with warnings.catch_warnings(), mpl.rc_context():
     warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
@@ -42,7 +44,7 @@ def plain_session():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_and_prints_what_is_stored(path):
+def test_runs_and_prints_the_stored_text(path):
   with plain_session() as namespace:
     for number, cell in enumerate(code_cells(path), 1):
       printed = io.StringIO()
@@ -53,7 +55,7 @@ def test_runs_and_prints_what_is_stored(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_stored_with_outputs_of_one_run(path):
+def test_outputs_are_of_one_run(path):
   cells = code_cells(path)
   assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
   for cell in cells:
