@@ -134,8 +134,8 @@ def rms_norm(
     Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
 
   Example:
-    >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0).round(4).tolist()
-    [0.8485, 1.1314]
+    >>> rms_norm(jnp.array([1.0, 7.0]), jnp.ones(2), eps=0.0).round(1)
+    Array([0.2, 1.4], dtype=float32)
   """
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)

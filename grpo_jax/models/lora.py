@@ -1,10 +1,12 @@
-"""LoRA: the matrices of a layer stay as they are, a product of two thin ones is added and trained.
+"""Adds a trained product of two thin matrices to each frozen matrix of a layer (LoRA).
 
-`W + (alpha / rank) A B`, W [in, out], A [in, rank], B [rank, out] (Hu et al. 2021, arXiv
-2106.09685, section 4.1). Adapters are a tree of their own, `{"layers": {"q_lora_a": [L, in, rank],
-"q_lora_b": [L, rank, out], ...}}`, which is all that is trained. The decoder adds the product
-wherever it finds a pair in its parameters (`with_adapters`), and the base without adapters is the
-reference model.
+An adapted matrix is `W + (alpha / rank) A B` with W [in, out], A [in, rank] and B [rank, out].
+Adapters are a tree of their own, `{"layers": {"q_lora_a": [L, in, rank], "q_lora_b": [L, rank,
+out], ...}}`, and the only trained parameters. The decoder adds the product of each pair in its
+parameters (`with_adapters`); the base without adapters is the reference model.
+
+References:
+  Hu et al. 2021, arXiv 2106.09685, section 4.1.
 """
 
 from __future__ import annotations
@@ -13,20 +15,21 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.core.checks import Array
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.weights import ROWS, shapes_of
+from grpo_jax.models.protocol import Params
 
-Adapters = dict[str, Any]
-# The matrices that a layer multiplies with: name in the tree -> its module in transformers.
+Adapters = dict[str, dict[str, Array]]
+# Weight matrices of a layer: name in the parameter tree -> name of its module in transformers.
 MATRICES: dict[str, str] = {
   row.path.removeprefix("layers/"): row.hf.removesuffix(".weight")
   for row in ROWS
@@ -36,59 +39,75 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def scale(rank: int, alpha: float) -> float:
-  """`alpha / rank`, what the product of a pair is multiplied by (`Decoder.lora_scale`).
+  """Returns `alpha / rank`, the factor on the product of a pair (`Decoder.lora_scale`).
 
-  >>> scale(rank=8, alpha=16.0)
-  2.0
+  Raises:
+    ValueError: `rank` is not an integer of at least 1, or `alpha` is not a finite number above 0.
+
+  Example:
+    >>> scale(rank=8, alpha=16.0)
+    2.0
   """
   if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
     raise ValueError(f"the LoRA rank is {rank!r}: it must be an integer of at least 1")
   if not math.isfinite(alpha) or alpha <= 0:
-    raise ValueError(f"LoRA's alpha is {alpha!r}: it must be a finite number above 0")
+    raise ValueError(f"the LoRA alpha is {alpha!r}: it must be a finite number above 0")
   return alpha / rank
 
 
-def targets(shapes: Any, pattern: str) -> tuple[str, ...]:
-  """The matrices of a layer that `pattern` matches, in the order of the table.
+def targets(shapes: Params, pattern: str) -> tuple[str, ...]:
+  """Returns the names of the matrices that `pattern` matches, in the order of `MATRICES`.
 
   Args:
-    shapes: parameters, or their shapes.
-    pattern: regular expression of whole names ("q|v") or whole paths ("layers/(q|v)").
+    shapes: parameters of the base model, or their shapes.
+    pattern: regular expression, matched against whole names ("q|v") or paths ("layers/(q|v)").
 
-  Raises ValueError, with the names, if the pattern is no regular expression, matches no parameter,
-  or matches one that is not a matrix of the layers.
+  Raises:
+    ValueError: `pattern` is not a regular expression, matches no parameter, or matches a parameter
+      that is not a matrix of the layers.
 
-  >>> matrix = np.zeros((2, 4, 4))
-  >>> targets({"layers": {"q": matrix, "k": matrix, "attn_norm": matrix[0]}}, "q|v")
-  ('q',)
+  Example:
+    >>> matrix = np.zeros((2, 4, 4))
+    >>> targets({"layers": {"q": matrix, "k": matrix, "attn_norm": matrix[0]}}, "q|v")
+    ('q',)
   """
   leaves = jax.tree_util.tree_leaves_with_path(shapes)
   paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
   try:
-    matched = [path for path in paths if re.search(f"(?:^|/)(?:{pattern})$", path)]
+    matches = [path for path in paths if re.search(f"(?:^|/)(?:{pattern})$", path)]
   except re.error as error:
     raise ValueError(
-      f"the LoRA pattern {pattern!r} is no regular expression: {error.msg}"
+      f"the LoRA pattern {pattern!r} is not a regular expression: {error.msg}"
     ) from error
   names = tuple(name for name in MATRICES if f"layers/{name}" in paths)
   advice = f"it is compared with whole names and may match {', '.join(names)}"
-  if not matched:
+  if not matches:
     raise ValueError(f"the LoRA pattern {pattern!r} matches no parameter: {advice}")
-  if wrong := [path for path in matched if path.removeprefix("layers/") not in names]:
+  if wrong := [path for path in matches if path.removeprefix("layers/") not in names]:
     raise ValueError(f"the LoRA pattern {pattern!r} matches {', '.join(wrong)}: {advice}")
-  return tuple(name for name in names if f"layers/{name}" in matched)
+  return tuple(name for name in names if f"layers/{name}" in matches)
 
 
-def init(key: jax.Array, shapes: Any, pattern: str, rank: int) -> Adapters:
-  """New float32 adapters, which add nothing yet: A uniform in ±1/sqrt(in), B zero (as in PEFT).
+def init(key: jax.Array, shapes: Params, pattern: str, rank: int) -> Adapters:
+  """Returns new float32 adapters: A uniform in ±1/sqrt(in), B zero, as in PEFT.
 
-  A matrix gets the same A whatever else the pattern matches.
+  The product is zero, so the adapted model starts as the base model. The A of a matrix does not
+  depend on which other matrices the pattern matches.
 
   Args:
-    shapes: parameters of the base (layers stacked), or their shapes.
-    pattern: see `targets`.
+    key: random key.
+    shapes: parameters of the base model with layers stacked, or their shapes.
+    pattern: matrices to adapt, as in `targets`.
+    rank: rank of the product.
 
-  Raises ValueError for a bad pattern, and a rank below 1 or beyond a side of a matrix.
+  Raises:
+    ValueError: the pattern is bad (see `targets`), or the rank is below 1 or larger than a side of
+      a matrix.
+
+  Example:
+    >>> adapters = init(jax.random.key(0), {"layers": {"q": np.zeros((2, 4, 6))}}, "q", rank=3)
+    >>> {name: leaf.shape for name, leaf in adapters["layers"].items()}
+    {'q_lora_a': (2, 4, 3), 'q_lora_b': (2, 3, 6)}
   """
   scale(rank, 1.0)  # checks the rank
   sizes = {name: shapes["layers"][name].shape for name in targets(shapes, pattern)}
@@ -100,51 +119,73 @@ def init(key: jax.Array, shapes: Any, pattern: str, rank: int) -> Adapters:
       )
   layers = {}
   for name, (count, inputs, outputs) in sizes.items():
-    own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    matrix_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
     bound = inputs**-0.5
-    a = jax.random.uniform(own, (count, inputs, rank), jnp.float32, -bound, bound)
+    a = jax.random.uniform(matrix_key, (count, inputs, rank), jnp.float32, -bound, bound)
     layers[f"{name}_lora_a"] = a
     layers[f"{name}_lora_b"] = jnp.zeros((count, rank, outputs), jnp.float32)
   return {"layers": layers}
 
 
-def with_adapters(base: Any, adapters: Adapters) -> Any:
-  """The parameters of the adapted model, for the decoder: both trees in one, nothing computed."""
+def with_adapters(base: Params, adapters: Adapters) -> Params:
+  """Returns base parameters and adapters as one tree, for the decoder; computes nothing.
+
+  Raises:
+    ValueError: the adapters contain a pair for a matrix that `base` does not have.
+
+  Example:
+    >>> base, pair = {"layers": {"q": 1}}, {"q_lora_a": 2, "q_lora_b": 3}
+    >>> with_adapters(base, {"layers": pair})
+    {'layers': {'q': 1, 'q_lora_a': 2, 'q_lora_b': 3}}
+  """
   if not adapters:
     return base
   for name, *_ in _pairs(adapters):
     if name not in base["layers"]:
-      raise ValueError(f"adapters of layers/{name}, which the base has not: they are another's")
+      raise ValueError(
+        f"the adapters contain layers/{name}, which this base model does not have: they belong to "
+        "another model"
+      )
   return base | {"layers": base["layers"] | adapters["layers"]}
 
 
-def merge(base: Any, adapters: Adapters, scale: float) -> Any:
-  """The same model without adapters: `W + scale A B` in the place of every adapted W."""
+def merge(base: Params, adapters: Adapters, scale: float) -> Params:
+  """Returns the parameters of the adapted model without adapters, each W as `W + scale A B`.
+
+  Example:
+    >>> base = {"layers": {"q": jnp.ones((1, 1, 1))}}
+    >>> pair = {"q_lora_a": jnp.array([[[2.0]]]), "q_lora_b": jnp.array([[[3.0]]])}
+    >>> merge(base, {"layers": pair}, scale=0.5)["layers"]["q"].tolist()
+    [[[4.0]]]
+  """
   params = with_adapters(base, adapters)
   layers = {name: leaf for name, leaf in params["layers"].items() if name in base["layers"]}
   for name, a, b in _pairs(adapters):
-    # In full float32: accelerators would multiply in bfloat16, and the merged model is kept.
+    # In full float32: accelerators would multiply in bfloat16, and the merged weights are saved.
     added = scale * jnp.einsum("lir,lro->lio", a, b, precision="highest")
     layers[name] = (layers[name] + added).astype(layers[name].dtype)
   return params | {"layers": layers}
 
 
-def _pairs(adapters: Adapters) -> Iterator[tuple[str, Any, Any]]:
-  """(name of the matrix, A, B) of every pair."""
+def _pairs(adapters: Adapters) -> Iterator[tuple[str, Array, Array]]:
+  """Yields (name of the matrix, A, B) for each pair."""
   layers = adapters.get("layers", {})
   for name in MATRICES:
     if f"{name}_lora_a" in layers:
       yield name, layers[f"{name}_lora_a"], layers[f"{name}_lora_b"]
 
 
-# --- folders as the `peft` package has them -------------------------------------------------------
+# --- folders of the `peft` package ----------------------------------------------------------------
 
 
 def save_peft(adapters: Adapters, out: str | Path, *, alpha: float, base_name: str) -> None:
   """Writes a folder that `peft.PeftModel.from_pretrained(base, out)` loads.
 
   Args:
-    base_name: where the base model is, a hub id or a folder; peft loads it from there if asked to.
+    adapters: the adapters.
+    out: folder to write; created if it does not exist.
+    alpha: numerator of the scale `alpha / rank`.
+    base_name: hub id or folder of the base model; peft can load the base from there.
   """
   from safetensors.numpy import save_file
 
@@ -169,10 +210,19 @@ def save_peft(adapters: Adapters, out: str | Path, *, alpha: float, base_name: s
 
 
 def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, float]:
-  """(adapters, rank, alpha) of a folder that peft or `save_peft` wrote for a model of `config`.
+  """Reads a folder that peft or `save_peft` wrote.
 
-  Raises ValueError for anything but plain LoRA on matrices of all layers, and for shapes that do
-  not fit; both name what they found.
+  Args:
+    folder: folder with adapter_config.json and adapter_model.safetensors.
+    config: the base model.
+
+  Returns:
+    Adapters, rank and alpha.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the adapters are not plain LoRA on matrices of all layers, or their shapes do not
+      fit the base model.
   """
   from safetensors.numpy import load_file
 
@@ -180,8 +230,10 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, f
   settings = read_json(folder / _CONFIG)
   if settings.get("peft_type") != "LORA":
     raise ValueError(f"{folder / _CONFIG}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
-  if used := [name for name in _NOT_PLAIN if settings.get(name)]:
-    raise ValueError(f"{folder / _CONFIG}: only plain LoRA is read, but it has {', '.join(used)}")
+  if variants := [name for name in _VARIANTS if settings.get(name)]:
+    raise ValueError(
+      f"{folder / _CONFIG}: only plain LoRA is supported, but it sets {', '.join(variants)}"
+    )
   rank, alpha = settings["r"], settings["lora_alpha"]
   tensors, count = load_file(folder / _WEIGHTS), config.layers
   parts = [
@@ -193,12 +245,12 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, f
   expected = {
     _peft_name(name, layer, part): shape for name, part, shape in parts for layer in range(count)
   }
-  found = {name: tensor.shape for name, tensor in tensors.items()}
-  if wrong := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+  actual = {name: tensor.shape for name, tensor in tensors.items()}
+  if wrong := [name for name in {**expected, **actual} if expected.get(name) != actual.get(name)]:
     name = wrong[0]
     raise ValueError(
       f"{folder / _WEIGHTS}: {len(wrong)} tensor(s) do not fit the model, such as {name}: shape "
-      f"{found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+      f"{actual.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
     )
   layers = {
     f"{name}_lora_{part.lower()}": np.stack(
@@ -209,32 +261,10 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, f
   return {"layers": layers}, rank, float(alpha)
 
 
-# Fields of adapter_config.json that change what an adapter computes, and leave no tensor behind.
-_NOT_PLAIN = ("use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "use_bdlora",
-              "alora_invocation_tokens", "layer_replication", "fan_in_fan_out")  # fmt: skip
+# Fields of adapter_config.json that change what an adapter computes without adding a tensor.
+_VARIANTS = ("use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "use_qalora", "use_bdlora",
+             "alora_invocation_tokens", "layer_replication", "fan_in_fan_out")  # fmt: skip
 
 
 def _peft_name(name: str, layer: int, part: str) -> str:
   return f"base_model.model.{MATRICES[name].format(layer)}.lora_{part}.weight"
-
-
-def as_pattern(targets: str | Sequence[str]) -> str:
-  """Returns the regular expression of matrix names, from such an expression or a list of names.
-
-  Names as transformers writes them, such as "q_proj", are accepted.
-
-  Raises:
-    ValueError: text that is a list in quotes, whose brackets would be a class of letters.
-
-  Example:
-    >>> as_pattern(["q_proj", "down"]), as_pattern("(q|v)_proj")
-    ('q|down', '(q|v)')
-  """
-  if not isinstance(targets, str):
-    return "|".join(re.escape(name.removesuffix("_proj")) for name in targets)
-  if re.search(r"""['",]""", targets):
-    raise ValueError(
-      f"the LoRA pattern {targets!r} is text that looks like a list; write names with | between "
-      "them, such as 'q|v', or a list of names without quotes around it"
-    )
-  return targets.replace("_proj", "")

@@ -15,20 +15,23 @@ Cache: TypeAlias = Any
 
 
 class ModelShape(Protocol):
-  """The two facts about a model's output that sampling and scoring read."""
+  """Describes the output of a model for sampling and scoring."""
 
   @property
   def vocab_size(self) -> int:
-    """Number of rows of the head, V."""
+    """Returns the vocabulary size, V."""
 
   @property
   def softcap(self) -> float | None:
-    """Logits become `softcap * tanh(logits / softcap)`; None leaves them alone."""
+    """Returns the soft cap of the logits, `cap * tanh(logit / cap)`; None disables it."""
 
 
 @runtime_checkable
 class Model(Protocol):
-  """A language model as functions of its parameters; completions of one prompt form a group.
+  """Describes a language model as functions of its parameters.
+
+  The G completions of one prompt form a group. A model whose arrays lie on several devices may also
+  have `vocab_shards` and `prompt_shards`, the number of shards of its head and of a batch.
 
   Axes: P prompts, G completions per prompt, N prompt tokens (left-padded), T completion tokens,
   D hidden size, V vocabulary.
@@ -36,7 +39,7 @@ class Model(Protocol):
 
   @property
   def config(self) -> ModelShape:
-    """The shape of the output."""
+    """Returns the shape of the output."""
 
   def head(self, params: Params) -> Float[Array, "D V"]:
     """Returns the output projection: logits are `hidden @ head`."""
@@ -53,7 +56,7 @@ class Model(Protocol):
   def prefill(
     self, params: Params, tokens: Int[Array, "P N"], mask: Bool[Array, "P N"]
   ) -> tuple[Float[Array, "P D"], Cache]:
-    """Returns the hidden state of each prompt's last token, and the prompts' cache."""
+    """Returns the hidden state of each prompt's last token, and the cache of the prompts."""
 
   def decode(
     self,
@@ -67,4 +70,4 @@ class Model(Protocol):
     """Returns the hidden states after completion token number `index`, and the new cache."""
 
   def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Cache:
-    """Returns room for `length` completion tokens of `prompts * group` rows."""
+    """Returns an empty cache for `length` completion tokens of `prompts * group` rows."""

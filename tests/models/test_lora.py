@@ -199,7 +199,7 @@ def test_pairs_lie_where_their_matrix_does(base, adapters):
     (".*", r"matches embed, final_norm, layers/attn_norm, layers/mlp_norm: .* may match q, k, v"),
     ("q|attn_norm", "matches layers/attn_norm: "),
     ("embed", "matches embed: "),
-    ("q(", "no regular expression: missing"),
+    ("q(", "is not a regular expression: missing"),
   ],
 )
 def test_a_bad_pattern_is_told_what_there_is(base, pattern, message):
@@ -281,7 +281,7 @@ def test_only_plain_lora_that_fits_is_read(tmp_path):
   folder = Path(shutil.copytree(PEFT, tmp_path / "adapter"))
   settings = json.loads((folder / "adapter_config.json").read_text())
   for change, message in (
-    ({"use_rslora": True}, "plain LoRA is read, but it has use_rslora"),
+    ({"use_rslora": True}, "plain LoRA is supported, but it sets use_rslora"),
     ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     ({"r": 4}, r"12 tensor.*_A.weight: shape \(3, \d\d\), expected \(4, "),
   ):

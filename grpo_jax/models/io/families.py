@@ -1,7 +1,7 @@
-"""config.json of Hugging Face and ModelConfig: FAMILIES is the table of what is understood.
+"""Converts a Hugging Face config.json to a ModelConfig; FAMILIES lists the supported families.
 
-Only the file's fields are read; code that a model repository brings (`auto_map`) is never run.
-Fields that a file leaves out have the values that the family's config class in transformers gives.
+Only the fields of the file are read; code in a model repository (`auto_map`) is never run. Fields
+that a file omits have the defaults of the family's config class in transformers.
 """
 
 from __future__ import annotations
@@ -20,55 +20,65 @@ _ROPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class Family:
-  """One row: names in config.json, and what differs from Llama.
+  """Describes a model family: its names in config.json, and how it differs from Llama.
 
   Attributes:
-    language_model, classifier: entries of `architectures`. A family has a `model_type` too.
-    differs: ModelConfig fields from the fields of the file.
-    defaults: what the file may leave out.
-    wraps: the language model is one part of a larger one, described under `text_config`.
+    language_model: entry of `architectures` for the language model.
+    classifier: entry of `architectures` for the sequence classifier.
+    overrides: computes the ModelConfig fields that differ from Llama from the fields of the file.
+    defaults: values of fields that the file may omit.
+    wraps: whether the language model is a part of a larger model, described under `text_config`.
   """
 
   language_model: str
   classifier: str
-  differs: Callable[[Fields], dict[str, Any]]
+  overrides: Callable[[Fields], dict[str, Any]]
   defaults: Mapping[str, Any] = field(default_factory=dict)
   wraps: bool = False
 
 
 class Fields:
-  """Fields of a config.json by name; errors say which file and field."""
+  """Reads the fields of a config.json by name; errors name the file and the field.
 
-  def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str):
+  Args:
+    raw: the fields.
+    defaults: values of missing fields.
+    where: name of the file in errors.
+  """
+
+  def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
     self.raw, self.where = {**defaults, **raw}, where
 
   def get(self, name: str, default: Any = None) -> Any:
-    """The value of a field; `default` if it is missing or null."""
+    """Returns the value of a field, or `default` if it is missing or null."""
     value = self.raw.get(name)
     return default if value is None else value
 
   def number(self, name: str, default: float | None = None) -> float:
+    """Returns the value of a numeric field; ValueError for any other value."""
     value = self.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
       raise ValueError(f"{self.where}: {name} must be given as a number, got {value!r}")
     return float(value)
 
   def integer(self, name: str, default: int | None = None) -> int:
+    """Returns the value of a positive integer field; ValueError for any other value."""
     value = self.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
       raise ValueError(f"{self.where}: {name} must be given as a positive integer, got {value!r}")
     return value
 
   def cap(self, name: str) -> float | None:
-    """A soft cap; None if there is none."""
+    """Returns a soft cap, or None if the field is missing, null or 0."""
     return self.number(name) if self.get(name) else None
 
-  def refuse(self, name: str, why: str) -> None:
+  def refuse(self, name: str, reason: str) -> None:
+    """Raises ValueError if the field is set."""
     if self.get(name):
-      raise ValueError(f"{self.where}: {name} {self.raw[name]!r} is not supported: {why}")
+      raise ValueError(f"{self.where}: {name} {self.raw[name]!r} is not supported: {reason}")
 
 
-# --- what the families differ in ------------------------------------------------------------------
+# --- differences between the families -------------------------------------------------------------
 
 
 def _llama(f: Fields) -> dict[str, Any]:
@@ -101,12 +111,12 @@ def _gemma2(f: Fields) -> dict[str, Any]:
 
 
 def _gemma3(f: Fields) -> dict[str, Any]:
-  # attn_logit_softcapping stands in these files too, and no implementation reads it.
+  # These files contain attn_logit_softcapping too, but no implementation reads it.
   return _gemma(f, pattern=f.integer("sliding_window_pattern", 6)) | {"qk_norm": True}
 
 
 def _gemma(f: Fields, pattern: int) -> dict[str, Any]:
-  """Every layer but each `pattern`-th is local."""
+  """Returns the fields that all Gemmas share; every `pattern`-th layer is global, others local."""
   f.refuse("use_bidirectional_attention", "generation is causal")
   layers = f.integer("num_hidden_layers")
   return {
@@ -121,7 +131,7 @@ def _gemma(f: Fields, pattern: int) -> dict[str, Any]:
 
 
 def _layer_types(f: Fields) -> list[bool] | None:
-  """Which layers are local, if the file lists them."""
+  """Returns for each layer whether it is local, or None if the file does not list the layers."""
   names, layers = f.get("layer_types"), f.integer("num_hidden_layers")
   if names is None:
     return None
@@ -133,6 +143,7 @@ def _layer_types(f: Fields) -> list[bool] | None:
 
 
 def _local(f: Fields, layers: list[bool]) -> dict[str, Any]:
+  """Returns the fields for local layers; none if no layer is local."""
   if not any(layers):
     return {}
   return {"local_layers": tuple(layers), "window": f.integer("sliding_window")}
@@ -182,11 +193,26 @@ FAMILIES: dict[str, Family] = {
 
 
 def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
-  """The ModelConfig of a config.json; ValueError, naming `where`, for what is not understood."""
-  name, classifies = find_family(raw, where)
+  """Returns the ModelConfig of a config.json.
+
+  Args:
+    raw: the object in the file.
+    where: name of the file in errors.
+
+  Raises:
+    ValueError: the family is unknown, a field is missing or has a wrong type, or the model computes
+      something that the decoder does not.
+
+  Example:
+    >>> raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 4,
+    ...        "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6}
+    >>> parse(raw, "config.json").head_dim
+    2
+  """
+  name, is_classifier = find_family(raw, where)
   family = FAMILIES[name]
-  described = raw.get("text_config") or {} if family.wraps else raw
-  f = Fields(described, family.defaults, where)
+  language_model = raw.get("text_config") or {} if family.wraps else raw
+  f = Fields(language_model, family.defaults, where)
   Fields(raw, {}, where).refuse(
     "quantization_config", "weights are trained in float; use the unquantized checkpoint"
   )
@@ -205,7 +231,7 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
       f"{where}: num_key_value_heads {kv_heads} must divide num_attention_heads {heads}, and "
       f"head_dim {head_dim} must be even"
     )
-  differs = family.differs(f)
+  overrides = family.overrides(f)
   return ModelConfig(
     vocab_size=f.integer("vocab_size"),
     width=width,
@@ -215,68 +241,82 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
     head_dim=head_dim,
     mlp=f.integer("intermediate_size"),
     norm_eps=f.number("rms_norm_eps", 1e-6),
-    # The larger model's own entry counts, where there is one.
+    # The entry of the larger model takes precedence.
     tied=bool(raw.get("tie_word_embeddings", f.get("tie_word_embeddings", False))),
     context=f.integer("max_position_embeddings", 2048),
-    labels=_labels(raw) if classifies else 0,
+    labels=_labels(raw) if is_classifier else 0,
     activation=_ACTIVATIONS[activation],
-    **_rope(f, local=bool(differs.get("local_layers"))),
-    **differs,
+    **_rope(f, local=bool(overrides.get("local_layers"))),
+    **overrides,
   )
 
 
 def find_family(raw: Mapping[str, Any], where: str) -> tuple[str, bool]:
-  """(key of FAMILIES, whether it is a classifier) by `architectures`, or `model_type` without."""
-  named = raw.get("architectures") or []
-  kind = raw.get("model_type")
-  found = [
+  """Returns the family of a config.json by its `architectures`, or by `model_type` without them.
+
+  Returns:
+    A key of FAMILIES, and whether the model is a sequence classifier.
+
+  Raises:
+    ValueError: no family or more than one matches.
+  """
+  architectures = raw.get("architectures") or []
+  model_type = raw.get("model_type")
+  matches = [
     (name, architecture == family.classifier)
     for name, family in FAMILIES.items()
-    for architecture in named
+    for architecture in architectures
     if architecture in (family.language_model, family.classifier)
   ]
-  if not named and kind in FAMILIES:
-    found = [(kind, False)]
-  if len(found) != 1:
+  if not architectures and model_type in FAMILIES:
+    matches = [(model_type, False)]
+  if len(matches) != 1:
     known = ", ".join(f"{row.language_model}, {row.classifier}" for row in FAMILIES.values())
     remote = " The code in its repository (auto_map) is never run." if "auto_map" in raw else ""
     raise ValueError(
-      f"{where}: architectures is {named} and model_type {kind!r}, known: {known} (exactly one)."
-      f"{remote}"
+      f"{where}: architectures is {architectures} and model_type {model_type!r}, known: {known} "
+      f"(exactly one).{remote}"
     )
-  return found[0]
+  return matches[0]
 
 
 def _labels(raw: Mapping[str, Any]) -> int:
+  """Returns the number of labels of a classifier; by default 2, as in transformers."""
   names = raw.get("id2label")
   return len(names) if names else raw.get("num_labels") or 2
 
 
 def _rope(f: Fields, local: bool) -> dict[str, Any]:
-  """The rotary fields. transformers 5 writes rope_parameters (one set, or one for each kind of
-  layer), older versions rope_theta, rope_scaling and, for Gemma 3, rope_local_base_freq."""
-  stated, scaling = f.get("rope_parameters", {}), f.get("rope_scaling", {})
-  apart = GLOBAL in stated or LOCAL in stated
-  chosen = (stated.get(GLOBAL) or {}) | scaling if apart else scaling or stated
+  """Returns the rotary fields of ModelConfig.
+
+  transformers 5 writes rope_parameters (one set, or one for each kind of layer); older versions
+  write rope_theta, rope_scaling and, for Gemma 3, rope_local_base_freq.
+
+  Args:
+    local: whether the model has local layers.
+  """
+  parameters, scaling = f.get("rope_parameters", {}), f.get("rope_scaling", {})
+  by_kind = GLOBAL in parameters or LOCAL in parameters
+  chosen = (parameters.get(GLOBAL) or {}) | scaling if by_kind else scaling or parameters
   p = Fields(chosen, {"rope_theta": f.get("rope_theta", 10_000.0)}, f.where)
-  found = {"rope_theta": p.number("rope_theta"), "rope_scaling": _scaling(f, p)}
+  fields = {"rope_theta": p.number("rope_theta"), "rope_scaling": _scaling(f, p)}
   if not local:
-    return found
-  nearby = (stated.get(LOCAL) or {}) if apart else {}
-  if nearby.get("rope_type", "default") != "default":
-    raise ValueError(f"{f.where}: rope scaling of {LOCAL} is not supported, got {nearby}")
-  theta = nearby.get("rope_theta", f.get("rope_local_base_freq"))
-  same = theta is None or (theta == found["rope_theta"] and found["rope_scaling"] is None)
-  return found if same else found | {"local_rope_theta": float(theta)}
+    return fields
+  local_parameters = (parameters.get(LOCAL) or {}) if by_kind else {}
+  if local_parameters.get("rope_type", "default") != "default":
+    raise ValueError(f"{f.where}: rope scaling of {LOCAL} is not supported, got {local_parameters}")
+  theta = local_parameters.get("rope_theta", f.get("rope_local_base_freq"))
+  same = theta is None or (theta == fields["rope_theta"] and fields["rope_scaling"] is None)
+  return fields if same else fields | {"local_rope_theta": float(theta)}
 
 
 def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
-  """The scaling among the rotary parameters `p`, whose other fields are `f`."""
+  """Returns the scaling in the rotary parameters `p` of a config with the fields `f`."""
   kind = p.get("rope_type") or p.get("type", "default")
   if kind not in _ROPES:
-    why = " (its frequencies change with the longest sequence)" if kind == "dynamic" else ""
+    reason = " (its frequencies change with the longest sequence)" if kind == "dynamic" else ""
     raise ValueError(
-      f"{f.where}: rope scaling {kind!r} is not supported{why}; known: {', '.join(_ROPES)}"
+      f"{f.where}: rope scaling {kind!r} is not supported{reason}; known: {', '.join(_ROPES)}"
     )
   if p.get("partial_rotary_factor", f.get("partial_rotary_factor", 1.0)) != 1.0:
     raise ValueError(f"{f.where}: partial_rotary_factor is not supported, only 1.0")
@@ -297,15 +337,15 @@ def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
     return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
 
   if p.get("mscale") and p.get("mscale_all_dim"):
-    usual = amplitude(p.number("mscale")) / amplitude(p.number("mscale_all_dim"))
+    default = amplitude(p.number("mscale")) / amplitude(p.number("mscale_all_dim"))
   else:
-    usual = amplitude(1.0)
+    default = amplitude(1.0)
   return RopeScaling(
     "yarn",
     factor,
     original,
     low=float(p.get("beta_slow") or 1),
     high=float(p.get("beta_fast") or 32),
-    amplitude=p.number("attention_factor", usual),
+    amplitude=p.number("attention_factor", default),
     rounded=p.get("truncate", True),
   )

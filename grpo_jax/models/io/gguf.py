@@ -1,10 +1,12 @@
-"""GGUF files as models: which metadata is which field, and what converters did to the tensors.
+"""Reads GGUF files: maps metadata to ModelConfig, and undoes the changes of llama.cpp's converter.
 
-The file format is read by the gguf package; this is what llama.cpp's converter means by it.
+The gguf package reads the file format. "Block" in its names is a layer (`block_count`) or a group
+of quantized numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.safetensors import Index, Tensor
 from grpo_jax.models.rope import frequencies
 
-# What an architecture always has beside Llama's fields.
+# ModelConfig fields in which an architecture always differs from Llama.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
   "llama": {},
   "qwen2": {"biases": ("q", "k", "v")},
@@ -28,31 +30,42 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "activation": "gelu_tanh",
   },
 }
-# Matrices that may come with a bias.
+# Projections that may have a bias: name in the parameter tree -> name in the file.
 _BIASED = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 _BIASED |= {name: f"ffn_{name}" for name in ("gate", "up", "down")}
-_GEMMA_PATTERN = 6  # every sixth layer sees everything
-_GEMMA_27B_LAYERS = 62  # the one size whose scores are not scaled by the head width
+_GEMMA_PATTERN = 6  # every sixth layer is global
+_GEMMA_27B_LAYERS = 62  # the one size whose attention scores are not scaled by the head size
 
 
 class Gguf(NamedTuple):
-  """An open GGUF file: metadata by key, and its tensors (named, quantized, mapped from disk)."""
+  """Holds an open GGUF file.
+
+  Attributes:
+    path: the file.
+    reader: `gguf.GGUFReader`, with metadata fields and tensors that are mapped from disk.
+  """
 
   path: Path
   reader: Any
 
   def get(self, key: str, default: Any = None) -> Any:
+    """Returns the metadata under `key`, or `default` if there is none."""
     field = self.reader.fields.get(key)
     return default if field is None else field.contents()
 
   def need(self, key: str) -> Any:
+    """Returns the metadata under `key`; ValueError if there is none."""
     if key not in self.reader.fields:
       raise ValueError(f"{self.path}: the metadata has no {key}")
     return self.get(key)
 
 
 def open_gguf(path: Path) -> Gguf:
-  """Opens a GGUF file; ValueError with its name when it is truncated or something else."""
+  """Opens a GGUF file.
+
+  Raises:
+    ValueError: the file is not GGUF, or is truncated or damaged.
+  """
   extras.require("gguf", str(path))
   import gguf
 
@@ -62,7 +75,7 @@ def open_gguf(path: Path) -> Gguf:
     raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
   try:
     return Gguf(path, gguf.GGUFReader(path))
-  except Exception as error:  # reading past the end surfaces as many types
+  except Exception as error:  # reading past the end raises many unrelated types
     raise ValueError(
       f"{path} ({path.stat().st_size} bytes) is a truncated or damaged GGUF file "
       f"({first_line(error)}); fetch it again"
@@ -70,20 +83,28 @@ def open_gguf(path: Path) -> Gguf:
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-  """Config and tensors of a GGUF file, each tensor as the Hugging Face checkpoint has it."""
+  """Opens a GGUF file, without reading the data of its tensors.
+
+  Returns:
+    The config, and the tensors by their GGUF names, with the values that the Hugging Face
+    checkpoint has.
+
+  Raises:
+    ValueError: the file is damaged, or describes a model that the decoder does not compute.
+  """
   file = open_gguf(path)
   architecture = file.need("general.architecture")
   if architecture not in ARCHITECTURES:
     raise ValueError(
       f"{path}: general.architecture is {architecture!r}, known: {', '.join(ARCHITECTURES)}"
     )
-  stored = {tensor.name: tensor for tensor in file.reader.tensors}
-  config = _config(file, architecture, stored)
-  stored.pop("rope_freqs.weight", None)  # is in config.rope_scaling
-  return config, {name: _tensor(t, config, architecture, path) for name, t in stored.items()}
+  tensors = {tensor.name: tensor for tensor in file.reader.tensors}
+  config = _config(file, architecture, tensors)
+  tensors.pop("rope_freqs.weight", None)  # is in config.rope_scaling
+  return config, {name: _tensor(t, config, architecture, path) for name, t in tensors.items()}
 
 
-def _config(file: Gguf, architecture: str, stored: dict[str, Any]) -> ModelConfig:
+def _config(file: Gguf, architecture: str, tensors: dict[str, Any]) -> ModelConfig:
   def need(name: str) -> Any:
     return file.need(f"{architecture}.{name}")
 
@@ -100,12 +121,12 @@ def _config(file: Gguf, architecture: str, stored: dict[str, Any]) -> ModelConfi
     raise ValueError(f"{file.path}: rope over {rotated} of {head_dim} dimensions is not supported")
   theta = float(get("rope.freq_base", 10_000.0))
   fields = dict(ARCHITECTURES[architecture])
-  if found := tuple(name for name, part in _BIASED.items() if f"blk.0.{part}.bias" in stored):
-    fields["biases"] = found
+  if biases := tuple(name for name, part in _BIASED.items() if f"blk.0.{part}.bias" in tensors):
+    fields["biases"] = biases
   if architecture == "gemma3":
     divisor = width // heads if layers == _GEMMA_27B_LAYERS else head_dim
     pattern = get("attention.sliding_window_pattern", _GEMMA_PATTERN)
-    every = (
+    local = (
       [bool((i + 1) % pattern) for i in range(layers)] if isinstance(pattern, int) else pattern
     )
     fields |= {
@@ -113,7 +134,7 @@ def _config(file: Gguf, architecture: str, stored: dict[str, Any]) -> ModelConfi
       "attn_scale": divisor**-0.5,
       "softcap": get("final_logit_softcapping") or None,
       "window": need("attention.sliding_window"),
-      "local_layers": tuple(map(bool, every)),
+      "local_layers": tuple(map(bool, local)),
       "local_rope_theta": float(get("rope.freq_base_swa", 10_000.0)),
     }
   return ModelConfig(
@@ -125,47 +146,49 @@ def _config(file: Gguf, architecture: str, stored: dict[str, Any]) -> ModelConfi
     head_dim=head_dim,
     mlp=need("feed_forward_length"),
     rope_theta=theta,
-    rope_scaling=_rope_scaling(file, get, head_dim, theta, stored.get("rope_freqs.weight")),
-    norm_eps=_as_written(need("attention.layer_norm_rms_epsilon")),
-    tied="output.weight" not in stored,
+    rope_scaling=_rope_scaling(file, get, head_dim, theta, tensors.get("rope_freqs.weight")),
+    norm_eps=_shortest(need("attention.layer_norm_rms_epsilon")),
+    tied="output.weight" not in tensors,
     context=need("context_length"),
     **fields,
   )
 
 
-def _as_written(value: float) -> float:
-  """A float32 as the decimal it was written for: 1e-5 reads back as 1e-5.
+def _shortest(value: float) -> float:
+  """Returns the shortest decimal that rounds to the float32 `value`, so that 1e-5 stays 1e-5.
 
-  >>> _as_written(9.999999747378752e-06)
-  1e-05
+  Example:
+    >>> _shortest(9.999999747378752e-06)
+    1e-05
   """
   return float(str(np.float32(value)))
 
 
 def _rope_scaling(
-  file: Gguf, get: Any, head_dim: int, theta: float, factors: Any
+  file: Gguf, get: Callable[..., Any], head_dim: int, theta: float, factors: Any
 ) -> RopeScaling | None:
-  """The scaling in the metadata, or the one of Llama 3 that gives the file's list of factors."""
+  """Returns the scaling in the metadata, or the Llama 3 scaling that gives the tensor `factors`."""
   kind = get("rope.scaling.type", "none")
   if factors is not None:
-    found = np.array(factors.data, np.float32).ravel()
-    # The converter writes the factors and not where they come from; every Llama 3 has these limits.
+    actual = np.array(factors.data, np.float32).ravel()
+    # The converter writes the factors but not their limits; every Llama 3 has these limits.
     scaling = RopeScaling(
-      "llama3", _as_written(float(found.max())), original=8192, low=1.0, high=4.0
+      "llama3", _shortest(float(actual.max())), original=8192, low=1.0, high=4.0
     )
     expected = frequencies(head_dim, theta) / frequencies(head_dim, theta, scaling)
-    if kind != "none" or found.shape != expected.shape or not np.allclose(found, expected, 1e-4):
+    if kind != "none" or actual.shape != expected.shape or not np.allclose(actual, expected, 1e-4):
       raise ValueError(f"{file.path}: rope_freqs.weight is not the rope scaling of Llama 3")
     return scaling
   if kind == "none":
     return None
-  factor = _as_written(get("rope.scaling.factor", 1.0))
+  factor = _shortest(get("rope.scaling.factor", 1.0))
   if kind == "linear":
     return RopeScaling("linear", factor)
   raise ValueError(f"{file.path}: rope scaling {kind!r} is not supported, known: none, linear")
 
 
 def _tensor(tensor: Any, config: ModelConfig, architecture: str, path: Path) -> Tensor:
+  """Returns a reader of `gguf.ReaderTensor` that dequantizes it and undoes the conversion."""
   from gguf import quants
 
   heads = 0
@@ -183,22 +206,23 @@ def _tensor(tensor: Any, config: ModelConfig, architecture: str, path: Path) -> 
     if heads:
       values = quants.dequantize(tensor.data, tensor.tensor_type)
       return undo_rope_order(values, heads)[index]
-    # Rows are apart in the file; blocks of quantized numbers run along them.
+    # Each row is stored by itself, as a sequence of quantized blocks.
     values = quants.dequantize(tensor.data[index[0]], tensor.tensor_type)
     return values[(slice(None), *index[1:])] - np.float32(offset)
 
-  # GGUF counts dimensions from the innermost.
+  # GGUF lists dimensions from the innermost to the outermost.
   return Tensor(tuple(int(n) for n in reversed(tensor.shape)), read)
 
 
 def undo_rope_order(kernel: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of a GGUF q or k kernel [heads*Dh, D] back in the order of Hugging Face files.
+  """Reorders the rows of a GGUF q or k matrix [heads*Dh, D] as in Hugging Face files.
 
-  RoPE turns pairs of rows of a head. GGUF puts the two of a pair side by side (0, 1), (2, 3), ...;
-  Hugging Face ("rotate half") pairs row i with row i + Dh/2.
+  RoPE rotates pairs of rows of a head. GGUF stores the rows of a pair next to each other, (0, 1),
+  (2, 3), ...; Hugging Face ("rotate half") pairs row i with row i + Dh/2.
 
-  >>> undo_rope_order(np.array([[0], [2], [1], [3]]), heads=1).ravel().tolist()
-  [0, 1, 2, 3]
+  Example:
+    >>> undo_rope_order(np.array([[0], [2], [1], [3]]), heads=1).ravel().tolist()
+    [0, 1, 2, 3]
   """
   rows = kernel.shape[0]
   pairs = kernel.reshape(heads, rows // heads // 2, 2, *kernel.shape[1:])

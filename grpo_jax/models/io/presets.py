@@ -1,7 +1,7 @@
-"""Shapes of models without their weights: from a config.json alone, or from a small table.
+"""Finds the ModelConfig of a source without its weights; holds a table of well-known models.
 
-For planning: a model is described by the fields of its Hugging Face config.json, a file of a few
-hundred bytes, and nothing else of it has to be on this machine.
+Used for planning: the fields of config.json, a file of a few hundred bytes, describe a model, so
+its weights need not be on this machine.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _QWEN3 = {
   "rms_norm_eps": 1e-6,
 }
 
-# Fields of the config.json of well-known models, by hub id.
+# Fields of config.json by hub id.
 # fmt: off
-KNOWN: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
   "HuggingFaceTB/SmolLM2-135M-Instruct": {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -53,22 +53,27 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def config_of(source: str) -> ModelConfig:
-  """The ModelConfig of any `model.source`; of a folder or a hub id only config.json is read.
+  """Returns the ModelConfig of any `model.source`; reads only config.json of a folder or hub id.
 
-  Raises as `open_weights` does, and FileNotFoundError where config.json is missing.
+  Raises:
+    FileNotFoundError: nothing is at `source`, or config.json is missing.
+    ValueError: a file is damaged or describes a model that the decoder does not compute.
 
-  >>> config_of("Qwen/Qwen3-0.6B").width
-  1024
+  Example:
+    >>> config_of("Qwen/Qwen3-0.6B").width
+    1024
   """
-  if source in KNOWN:
-    return families.parse(KNOWN[source], source)
+  if source in PRESETS:
+    return families.parse(PRESETS[source], source)
   path = Path(source).expanduser()
   if path.is_dir():
     return _read(path / "config.json")
   if path.exists() or ":" in source or source.count("/") != 1:
-    found = resolve(source)
-    return RANDOM_MODELS[found.location] if found.kind == "random" else open_files(found).config
-  return _read(_fetch(source))
+    location = resolve(source)
+    if location.kind == "random":
+      return RANDOM_MODELS[location.location]
+    return open_files(location).config
+  return _read(_download(source))
 
 
 def _read(path: Path) -> ModelConfig:
@@ -77,14 +82,14 @@ def _read(path: Path) -> ModelConfig:
   return families.parse(read_json(path), str(path))
 
 
-def _fetch(hub_id: str) -> Path:
+def _download(hub_id: str) -> Path:
   try:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(hub_id, "config.json"))
   except Exception as error:  # the hub client raises many unrelated types
     raise FileNotFoundError(
-      f"no config.json of {hub_id!r}: there is no such path, and fetching it from the Hugging Face "
-      f"hub failed ({first_line(error)}). Without the hub, known are "
-      f"{', '.join(KNOWN)}; or name {SOURCES}"
+      f"no config.json of {hub_id!r}: there is no such path, and downloading it from the Hugging "
+      f"Face hub failed ({first_line(error)}). Without the hub, use one of {', '.join(PRESETS)}; "
+      f"or {SOURCES}"
     ) from error

@@ -1,6 +1,6 @@
-"""The files that hold models: Hugging Face folders (config.json, safetensors) and GGUF.
+"""Reads Hugging Face folders: config.json and safetensors files.
 
-Opening reads headers only; `Tensor.read` reads the part of a tensor that is asked for.
+Opening a folder reads headers only; `Tensor.read` reads a part of a tensor.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
 from grpo_jax.models.io.json_files import read_json
 
-# Buffers that old exports wrote beside the weights; they follow from the config.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+# Buffers that old exports store with the weights; the config determines them.
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
 _FLOATS = ("F32", "F16", "BF16")
 
 
-# Where larger models have their language model, and what else is in their files.
+# In larger models: prefixes of the language model with their replacements, and the other parts.
 _LANGUAGE_MODEL = (
   (re.compile(r"^(model\.language_model|language_model\.model)\."), "model."),
   (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -33,22 +33,27 @@ Index = tuple[slice, ...]
 
 
 class Tensor(NamedTuple):
-  """A tensor in a file: its shape there, and how to read the part at an index."""
+  """Holds the shape of a tensor in a file, and a function that reads the part at an index."""
 
   shape: tuple[int, ...]
   read: Callable[[Index], np.ndarray]
 
 
-# --- Hugging Face folders -------------------------------------------------------------------------
-
-
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-  """Config and tensors of a folder of config.json and safetensors, under the names that a model
-  without other parts has; a head equal to tied embeddings is dropped."""
+  """Opens a folder with config.json and safetensors, without reading the data of its tensors.
+
+  Returns:
+    The config, and the tensors by the names that they have in a plain language model. The vision
+    tower of a larger model is dropped, and so is a head that equals tied embeddings.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a file is damaged, or describes a model that the decoder does not compute.
+  """
   config = families.parse(read_json(folder / "config.json"), str(folder / "config.json"))
   tensors: dict[str, Tensor] = {}
   for stored, tensor in _read_safetensors(folder).items():
-    if _COMPUTED.search(stored) or _OTHER_PARTS.search(stored):
+    if _BUFFERS.search(stored) or _OTHER_PARTS.search(stored):
       continue
     name = stored
     for pattern, plain in _LANGUAGE_MODEL:
@@ -68,7 +73,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
-  """Whether two matrices are the same, a few rows in memory at a time."""
+  """Returns whether two matrices are equal, with at most `rows` rows of each in memory."""
   if a.shape != b.shape:
     return False
   starts = range(0, a.shape[0], rows)
@@ -77,7 +82,7 @@ def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-  """Every tensor of model.safetensors, or of the shards model.safetensors.index.json lists."""
+  """Returns all tensors of model.safetensors, or of the shards in model.safetensors.index.json."""
   from safetensors import SafetensorError, safe_open
 
   single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -91,13 +96,13 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
       raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}")
     files = [folder / name for name in names]
   else:
-    have = sorted(file.name for file in folder.iterdir())
+    contents = sorted(file.name for file in folder.iterdir())
     raise FileNotFoundError(
-      f"{folder} holds neither {single.name} nor {index.name} (other formats are not read); "
-      f"it holds: {', '.join(have[:20])}"
+      f"{folder} holds neither {single.name} nor {index.name} (other formats are not supported); "
+      f"it holds: {', '.join(contents[:20])}"
     )
-  if absent := [file.name for file in files if not file.is_file()]:
-    raise FileNotFoundError(f"{index} lists files that are not there: {', '.join(absent)}")
+  if missing := [file.name for file in files if not file.is_file()]:
+    raise FileNotFoundError(f"{index} lists files that do not exist: {', '.join(missing)}")
 
   tensors: dict[str, Tensor] = {}
   for file in files:
@@ -114,14 +119,15 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
       if part.get_dtype() not in _FLOATS:
         raise ValueError(f"{file}: {name} is {part.get_dtype()}, known: {', '.join(_FLOATS)}")
       tensors[name] = Tensor(tuple(part.get_shape()), partial(_read_part, file, name))
-  if absent := [name for name in listed if name not in tensors]:
-    raise ValueError(f"{index} lists tensors that no shard holds: {', '.join(absent[:20])}")
+  if missing := [name for name in listed if name not in tensors]:
+    raise ValueError(f"{index} lists tensors that no shard holds: {', '.join(missing[:20])}")
   return tensors
 
 
 def _read_part(file: Path, name: str, index: Index) -> np.ndarray:
-  """Part of a tensor; the file is mapped only so long, for what was read of it counts as memory."""
+  """Reads a part of a tensor."""
   from safetensors import safe_open
 
+  # Pages of a mapped file count as memory once they were read, so unmap it after each part.
   with safe_open(str(file), "np") as opened:
     return opened.get_slice(name)[index]

@@ -1,4 +1,4 @@
-"""Where models come from: what a source string names, found on this machine or fetched."""
+"""Resolves a source string to a model on this machine, downloading it from the hub if necessary."""
 
 from __future__ import annotations
 
@@ -26,14 +26,28 @@ RANDOM_MODELS: dict[str, ModelConfig] = {
 
 @dataclass(frozen=True)
 class Source:
-  """What a source string names: `location` is a path, or for "random" a key of RANDOM_MODELS."""
+  """Locates a model.
+
+  Attributes:
+    kind: "folder" (Hugging Face), "gguf" (a file) or "random".
+    location: a path, or a key of RANDOM_MODELS for "random".
+  """
 
   kind: Literal["folder", "gguf", "random"]
   location: str
 
 
 def resolve(source: str) -> Source:
-  """What `source` names; a hub id is downloaded here. Errors say what was looked for."""
+  """Returns where the model `source` is; downloads a hub id.
+
+  Raises:
+    FileNotFoundError: nothing is at `source`, or the download failed.
+    ValueError: `source` is a file that is not a model, or an unknown random model.
+
+  Example:
+    >>> resolve("random:tiny")
+    Source(kind='random', location='tiny')
+  """
   scheme, _, name = source.partition(":")
   if scheme == "random":
     if name not in RANDOM_MODELS:
@@ -45,15 +59,16 @@ def resolve(source: str) -> Source:
   if path.is_file():
     if path.suffix == ".gguf":
       return Source("gguf", str(path))
-    raise ValueError(f"{path} is not a model: name {SOURCES}")
+    raise ValueError(f"{path} is not a model: use {SOURCES}")
   if path.is_dir():
     return Source("folder", str(path))
   if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) and path.suffix != ".gguf":
     return Source("folder", _download(source))
-  raise FileNotFoundError(f"no model at {source!r}: nothing has that path; name {SOURCES}")
+  raise FileNotFoundError(f"no model at {source!r}: there is no such path; use {SOURCES}")
 
 
 def _packaged_gguf(name: str) -> Path:
+  """Returns the one .gguf file in an installed package, without importing the package."""
   # find_spec imports the parents of a dotted name, and importing the package itself may fail.
   spec = importlib.util.find_spec(name) if name.isidentifier() else None
   if spec is None:
@@ -70,6 +85,7 @@ def _packaged_gguf(name: str) -> Path:
 
 
 def _download(hub_id: str) -> str:
+  """Downloads config, weights and tokenizer of a hub id; returns the folder."""
   try:
     from huggingface_hub import snapshot_download
 
@@ -80,6 +96,6 @@ def _download(hub_id: str) -> str:
     )
   except Exception as error:  # the hub client raises many unrelated types
     raise FileNotFoundError(
-      f"no model at {hub_id!r}: there is no such path, and fetching it from the Hugging Face hub "
-      f"failed ({first_line(error)}). Without the hub, name {SOURCES}"
+      f"no model at {hub_id!r}: there is no such path, and downloading it from the Hugging Face "
+      f"hub failed ({first_line(error)}). Without the hub, use {SOURCES}"
     ) from error

@@ -1,9 +1,8 @@
-"""Model weights from where they are: a Hugging Face folder or hub id, a GGUF file, random numbers.
+"""Maps the tensors of model files to the decoder's parameters, and reads them.
 
-`open_weights(source)` finds and checks a model, `.read()` gives its parameters. ROWS is the one
-table between the names of the files and the paths of the parameter tree: a tensor that no row
-explains, or a row without its tensor, is an error, so nothing is ever left at its initial value or
-silently ignored.
+ROWS is the one table of parameters: path in the tree, names in the files, shape. A tensor without a
+row or a row without a tensor is an error, so no parameter keeps an initial value and no tensor is
+silently ignored. `models.load.open_weights` opens any source.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.gguf import read_gguf
@@ -24,11 +25,16 @@ from grpo_jax.models.protocol import Params
 
 
 class Row(NamedTuple):
-  """One parameter: its path in the tree, its name in either kind of file, its shape there.
+  """Describes one parameter.
 
-  `{}` in a name is the layer: such parameters are stacked on a leading axis. Letters of `dims`:
-  V vocabulary, D width, Q query heads x head size, K key-value heads x head size, H head size,
-  F MLP width, C labels. Matrices of a layer are [out, in] in the files and [in, out] in the tree.
+  Attributes:
+    path: path in the parameter tree.
+    hf: name in Hugging Face files; `{}` is the layer. Parameters of a layer are stacked on a
+      leading axis in the tree.
+    gguf: name in GGUF files.
+    dims: shape in the files, one letter per axis: V vocabulary, D hidden size, Q query heads x head
+      size, K key-value heads x head size, H head size, F hidden size of the MLP, C labels. Matrices
+      of a layer are [out, in] in the files and [in, out] in the tree.
   """
 
   path: str
@@ -38,6 +44,7 @@ class Row(NamedTuple):
 
   @property
   def in_layer(self) -> bool:
+    """Returns whether the parameter belongs to a layer."""
     return self.path.startswith("layers/")
 
 
@@ -68,7 +75,7 @@ ROWS: tuple[Row, ...] = (
   Row("head", "lm_head.weight", "output.weight", "VD"),
   Row("score", "score.weight", "cls.output.weight", "CD"),
 )
-# With norms on both sides of attention and MLP, Hugging Face files call the norms something else.
+# Models with `post_norm` have other names for their norms in Hugging Face files.
 POST_NORM_ROWS: tuple[Row, ...] = (
   Row("layers/attn_post_norm", _LAYER + "post_attention_layernorm.weight",
       "blk.{}.post_attention_norm.weight", "D"),
@@ -85,23 +92,26 @@ Part = Callable[[Index], np.ndarray]
 
 @dataclass(frozen=True)
 class Weights:
-  """A model that was found and checked, and not read.
+  """Describes a model whose tensors were checked but not read.
 
   Attributes:
-    config: its shape.
-    shapes: the tree of `decoder`, of float32 ShapeDtypeStructs.
-    parts: the same tree, of functions that read a part of a parameter.
+    config: shape and family of the model.
+    shapes: parameter tree of float32 ShapeDtypeStructs.
+    parts: the same tree of functions that read a part of a parameter.
   """
 
   config: ModelConfig
-  shapes: Any
-  parts: Any
+  shapes: PyTree[jax.ShapeDtypeStruct]
+  parts: PyTree[Part]
 
-  def read(self, shardings: Any = None) -> Any:
-    """The parameters: numpy arrays, or with `shardings` (a tree of them) jax arrays laid out so.
+  def read(self, shardings: PyTree[Sharding] | None = None) -> Params:
+    """Returns the parameters as numpy arrays, or as jax arrays with the given shardings.
 
-    Goes from parameter to parameter and reads what this host's devices hold of each, so that a
-    host never holds more than what it keeps and one parameter.
+    Reads one parameter at a time, and of each only the part that the devices of this host hold. A
+    host therefore holds at most its own shards and one more parameter.
+
+    Args:
+      shardings: the parameter tree of shardings; None returns numpy arrays.
     """
     if shardings is None:
       return jax.tree.map(
@@ -116,14 +126,14 @@ class Weights:
 
 
 def _once(part: Part) -> Part:
-  """`part`, read once for all devices that hold the same of it."""
-  kept: dict[Any, np.ndarray] = {}
+  """Returns `part` with a cache, so that devices with the same shard read it once."""
+  shards: dict[Any, np.ndarray] = {}
 
   def read(index: Index) -> np.ndarray:
     key = tuple((s.start, s.stop) for s in index)
-    if key not in kept:
-      kept[key] = part(index)
-    return kept[key]
+    if key not in shards:
+      shards[key] = part(index)
+    return shards[key]
 
   return read
 
@@ -183,17 +193,17 @@ def shapes_of(config: ModelConfig) -> Params:
 
 
 def file_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
-  """Shape of one parameter (of one layer) in the files."""
+  """Returns the shape in the files of one parameter, or of one layer of it."""
   c = config
-  size = {"V": c.vocab_size, "D": c.width, "Q": c.heads * c.head_dim, "K": c.kv_heads * c.head_dim}
-  size |= {"H": c.head_dim, "F": c.mlp, "C": c.labels}
-  return tuple(size[letter] for letter in row.dims)
+  sizes = {"V": c.vocab_size, "D": c.width, "Q": c.heads * c.head_dim, "K": c.kv_heads * c.head_dim}
+  sizes |= {"H": c.head_dim, "F": c.mlp, "C": c.labels}
+  return tuple(sizes[letter] for letter in row.dims)
 
 
 def _parts(
   config: ModelConfig, tensors: Mapping[str, Tensor], kind: Literal["hf", "gguf"], where: str
-) -> dict[str, Any]:
-  """A reader for every parameter; ValueError lists all tensors that do not fit the config."""
+) -> PyTree[Part]:
+  """Returns a reader for each parameter; ValueError lists all tensors that do not fit."""
   parts: dict[str, Any] = {"layers": {}}
   expected: dict[str, tuple[int, ...]] = {}
   for row in rows_of(config):
@@ -210,17 +220,17 @@ def _parts(
 
 
 def _single(name: str, tensors: Mapping[str, Tensor]) -> Part:
-  # Copies only if another dtype, or memory of the file itself, came back.
+  # Copies only if the dtype differs or the memory is that of the mapped file.
   return lambda index: np.require(tensors[name].read(index), np.float32, "CW")
 
 
 def _layered(names: list[str], tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Part:
-  """Layers on a leading axis, each transposed."""
-  whole = (len(names), *reversed(shape))
+  """Returns a reader of all layers, stacked on a leading axis, each transposed."""
+  stacked = (len(names), *reversed(shape))
 
   def read(index: Index) -> np.ndarray:
-    size = [len(range(*part.indices(n))) for part, n in zip(index, whole)]
-    value = np.empty(size, np.float32)
+    sizes = [len(range(*part.indices(n))) for part, n in zip(index, stacked)]
+    value = np.empty(sizes, np.float32)
     for layer, name in enumerate(names[index[0]]):
       value[layer] = tensors[name].read(index[:0:-1]).T
     return value
@@ -231,6 +241,7 @@ def _layered(names: list[str], tensors: Mapping[str, Tensor], shape: tuple[int, 
 def _check(
   expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: str
 ) -> None:
+  """Raises ValueError unless the tensors have exactly the expected names and shapes."""
   problems = []
   for name, shape in expected.items():
     if name not in tensors:

@@ -1,4 +1,4 @@
-"""Parameters back into a Hugging Face folder: config.json and safetensors."""
+"""Writes config.json and safetensors files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
 from grpo_jax.models.io.families import FAMILIES, GLOBAL, LOCAL
 from grpo_jax.models.io.json_files import write_json
 from grpo_jax.models.io.weights import file_shape, rows_of, shapes_of
+from grpo_jax.models.protocol import Params
 
 DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16", "float16")}
 SHARD_BYTES = 5_000_000_000
@@ -24,14 +26,18 @@ SHARD_BYTES = 5_000_000_000
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
-  """A config.json that reads back as `config`; the first family that it does in.
+  """Returns a config.json of the first family that reads it back as `config`.
 
-  Written in the fields that all versions of transformers read. ValueError if no family fits.
+  Uses only fields that all versions of transformers read.
 
-  >>> raw = describe(ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1, head_dim=2,
-  ...                            mlp=6, biases=("q", "k", "v")))
-  >>> raw["architectures"], raw["hidden_size"]
-  (['Qwen2ForCausalLM'], 4)
+  Raises:
+    ValueError: no family computes the same.
+
+  Example:
+    >>> raw = describe(ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1, head_dim=2,
+    ...                            mlp=6, biases=("q", "k", "v")))
+    >>> raw["architectures"], raw["hidden_size"]
+    (['Qwen2ForCausalLM'], 4)
   """
   for model_type, family in FAMILIES.items():
     architecture = family.classifier if config.labels else family.language_model
@@ -39,7 +45,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     raw |= _fields(config, model_type)
     if not family.wraps and _reads_back(raw, config):
       return raw
-  raise ValueError(f"no family of {', '.join(FAMILIES)} computes what {config} says")
+  raise ValueError(f"no family of {', '.join(FAMILIES)} computes what {config} describes")
 
 
 def _reads_back(raw: dict[str, Any], config: ModelConfig) -> bool:
@@ -50,6 +56,7 @@ def _reads_back(raw: dict[str, Any], config: ModelConfig) -> bool:
 
 
 def _fields(c: ModelConfig, model_type: str) -> dict[str, Any]:
+  """Returns the fields of config.json besides the names of the family."""
   raw: dict[str, Any] = {
     "vocab_size": c.vocab_size,
     "hidden_size": c.width,
@@ -81,8 +88,8 @@ def _fields(c: ModelConfig, model_type: str) -> dict[str, Any]:
     raw["rope_local_base_freq"] = c.local_rope_theta
   if c.attn_scale is not None:
     divisor = c.attn_scale**-2
-    whole = round(divisor)
-    raw["query_pre_attn_scalar"] = whole if whole**-0.5 == c.attn_scale else divisor
+    rounded = round(divisor)
+    raw["query_pre_attn_scalar"] = rounded if rounded**-0.5 == c.attn_scale else divisor
     raw["attn_logit_softcapping"] = c.attn_softcap
     raw["final_logit_softcapping"] = c.softcap
   if c.rope_scaling is not None:
@@ -107,40 +114,50 @@ def _rope_scaling(c: ModelConfig) -> dict[str, Any]:
 
 
 def write_weights(
-  config: ModelConfig, params: Any, folder: Path, dtype: str, shard_bytes: int = SHARD_BYTES
+  config: ModelConfig, params: Params, folder: Path, dtype: str, shard_bytes: int = SHARD_BYTES
 ) -> list[str]:
   """Writes the decoder's parameters to safetensors under their Hugging Face names.
 
-  One file, or several of up to `shard_bytes` with an index. One file's tensors are in memory at a
-  time. ValueError for parameters of another shape, and for numbers that `dtype` cannot hold.
+  The tensors of one file are in memory at a time.
+
+  Args:
+    config: shape and family of the model.
+    params: parameters, layers stacked.
+    folder: existing folder to write to.
+    dtype: dtype of the weights, a key of DTYPES.
+    shard_bytes: largest size of a file in bytes; a larger model is split into several files with an
+      index.
 
   Returns:
-    The names of the files.
+    The names of the weight files.
+
+  Raises:
+    ValueError: the parameters do not fit `config`, or are not finite in `dtype`.
   """
   from safetensors.numpy import save_file
 
-  kind = DTYPES[dtype]
+  numpy_dtype = DTYPES[dtype]
   tensors = _tensors(config, params)
   shards: list[list[_Tensor]] = [[]]
   room = shard_bytes
   for tensor in tensors:
-    if shards[-1] and tensor.size * kind.itemsize > room:
+    if shards[-1] and tensor.size * numpy_dtype.itemsize > room:
       shards.append([])
       room = shard_bytes
     shards[-1].append(tensor)
-    room -= tensor.size * kind.itemsize
+    room -= tensor.size * numpy_dtype.itemsize
 
   files: dict[str, list[_Tensor]] = {}
   for i, shard in enumerate(shards):
     part = "" if len(shards) == 1 else f"-{i + 1:05}-of-{len(shards):05}"
     files[f"model{part}.safetensors"] = shard
   for file, shard in files.items():
-    values = {tensor.name: tensor.cast(kind) for tensor in shard}
+    values = {tensor.name: tensor.cast(numpy_dtype) for tensor in shard}
     save_file(values, folder / file, metadata={"format": "pt"})
-    (folder / file).chmod(0o644)  # it makes files that nobody else may read
+    (folder / file).chmod(0o644)  # safetensors makes files that only their owner may read
   if len(files) > 1:
     index = {
-      "metadata": {"total_size": sum(tensor.size for tensor in tensors) * kind.itemsize},
+      "metadata": {"total_size": sum(tensor.size for tensor in tensors) * numpy_dtype.itemsize},
       "weight_map": {tensor.name: file for file, shard in files.items() for tensor in shard},
     }
     write_json(folder / "model.safetensors.index.json", index)
@@ -148,39 +165,48 @@ def write_weights(
 
 
 class _Tensor(NamedTuple):
-  """A parameter, or one layer of it, under the name and in the order of Hugging Face files."""
+  """Holds a tensor to write: a parameter, or one layer of a stacked one.
+
+  Attributes:
+    name: Hugging Face name.
+    size: number of elements.
+    parameter: the parameter in the tree.
+    layer: index into a stacked parameter; None for the others.
+  """
 
   name: str
   size: int
-  parameter: Any
+  parameter: Array
   layer: int | None
 
-  def cast(self, kind: np.dtype) -> np.ndarray:
+  def cast(self, dtype: np.dtype) -> np.ndarray:
+    """Returns the values in `dtype`, transposed as in the files; ValueError if not finite."""
     value = self.parameter if self.layer is None else self.parameter[self.layer].T
     with np.errstate(over="ignore"):
-      value = np.ascontiguousarray(np.asarray(value).astype(kind))
+      value = np.ascontiguousarray(np.asarray(value).astype(dtype))
     if not np.isfinite(value).all():
-      raise ValueError(f"{self.name} holds NaN or infinity as {kind}: train on, or use float32")
+      raise ValueError(f"{self.name} holds NaN or infinity as {dtype}: train on, or use float32")
     return value
 
 
-def _tensors(config: ModelConfig, params: Any) -> list[_Tensor]:
-  """Everything to be written; ValueError if the parameters are not those of the config."""
-  expected, given = _shapes(shapes_of(config)), _shapes(params)
-  if wrong := [path for path in expected | given if expected.get(path) != given.get(path)]:
-    shown = [f"{path}: {given.get(path)}, expected {expected.get(path)}" for path in wrong[:20]]
+def _tensors(config: ModelConfig, params: Params) -> list[_Tensor]:
+  """Returns all tensors to write; ValueError if the parameters do not fit the config."""
+  expected, actual = _shapes(shapes_of(config)), _shapes(params)
+  if wrong := [path for path in expected | actual if expected.get(path) != actual.get(path)]:
+    shown = [f"{path}: {actual.get(path)}, expected {expected.get(path)}" for path in wrong[:20]]
     raise ValueError("parameters that do not fit the config:\n  " + "\n  ".join(shown))
-  found = []
+  tensors = []
   for row in rows_of(config):
     size = math.prod(file_shape(row, config))
     if not row.in_layer:
-      found.append(_Tensor(row.hf, size, params[row.path], None))
+      tensors.append(_Tensor(row.hf, size, params[row.path], None))
       continue
     stacked = params["layers"][row.path.removeprefix("layers/")]
-    found += [_Tensor(row.hf.format(i), size, stacked, i) for i in range(config.layers)]
-  return found
+    tensors += [_Tensor(row.hf.format(i), size, stacked, i) for i in range(config.layers)]
+  return tensors
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each leaf by its path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): v.shape for path, v in leaves}

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from grpo_jax.models.io.presets import KNOWN, config_of
+from grpo_jax.models.io.presets import PRESETS, config_of
 from grpo_jax.models.io.weights import shapes_of
 
 
@@ -25,7 +25,7 @@ def test_known_models_have_their_number_of_parameters(name, count):
 
 
 def test_a_folder_with_only_a_config_is_enough(tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps(KNOWN["Qwen/Qwen3-0.6B"]))
+  (tmp_path / "config.json").write_text(json.dumps(PRESETS["Qwen/Qwen3-0.6B"]))
   assert config_of(str(tmp_path)) == config_of("Qwen/Qwen3-0.6B")
   with pytest.raises(FileNotFoundError, match=r"config\.json"):
     config_of(str(tmp_path.parent / tmp_path.name / ".."))

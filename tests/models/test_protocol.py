@@ -1,0 +1,57 @@
+"""Tests that the decoder is a `Model`: same functions, same arguments, same types."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.protocol import Model, ModelShape
+
+CONFIG = ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1, head_dim=2, mlp=6)
+METHODS = [
+  name for name, value in vars(Model).items() if inspect.isfunction(value) and name[0] != "_"
+]
+
+
+def test_the_protocol_has_the_functions_of_the_design():
+  assert METHODS == ["head", "score", "prefill", "decode", "empty_cache"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_decoder_has_the_signatures_of_the_protocol(name):
+  expected, actual = (inspect.signature(getattr(kind, name)) for kind in (Model, Decoder))
+  assert list(actual.parameters) == list(expected.parameters)
+  for parameter, annotated in expected.parameters.items():
+    assert str(actual.parameters[parameter].annotation) == str(annotated.annotation), parameter
+  assert str(actual.return_annotation) == str(expected.return_annotation)
+
+
+def test_a_config_has_the_facts_of_the_protocol():
+  facts = [name for name, value in vars(ModelShape).items() if isinstance(value, property)]
+  assert facts == ["vocab_size", "softcap"]
+  assert [getattr(Decoder(CONFIG).config, name) for name in facts] == [8, None]
+
+
+def test_a_model_of_the_protocol_can_replace_the_decoder():
+  """A decode loop that uses nothing but the protocol gives the hidden states of `score`."""
+
+  def hidden_states(model: Model, params, prompts, mask, completions):
+    first, prefix = model.prefill(params, prompts, mask)
+    cache = model.empty_cache(params, *completions.shape)
+    hidden = [jnp.broadcast_to(first[:, None], (*completions.shape[:2], first.shape[-1]))]
+    for t in range(completions.shape[2] - 1):
+      step, cache = model.decode(params, completions[..., t], jnp.int32(t), prefix, mask, cache)
+      hidden.append(step)
+    return jnp.stack(hidden, axis=2)
+
+  model = Decoder(CONFIG)
+  params = model.init(jax.random.key(0))
+  prompts = jnp.array([[0, 3, 5], [1, 2, 7]])
+  mask = prompts > 0
+  completions = jnp.arange(2 * 2 * 3).reshape(2, 2, 3) % 8
+  actual = hidden_states(model, params, prompts, mask, completions)
+  expected = model.score(params, prompts, mask, completions)
+  assert abs(actual - expected).max() < 1e-5
