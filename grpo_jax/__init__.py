@@ -1,13 +1,17 @@
 """GRPO in JAX: pure functions for advantages, log-probabilities and losses.
 
-Importing this package loads jax and numpy and touches no device. Training lives in
-`grpo_jax.train`, models in `grpo_jax.models`, tasks in `grpo_jax.tasks`.
+The names below take arrays and return arrays, with no model and no config. Importing this package
+loads jax and numpy and touches no device. The choices of an algorithm that are not listed here are
+in `grpo_jax.core`: `ratios`, `trust_regions`, `kl` and `corrections`. Training is in
+`grpo_jax.train`, models are in `grpo_jax.models`, tasks in `grpo_jax.tasks`.
 """
 
 __version__ = "0.1.0"  # the only place; setup.cfg reads it
 
 from grpo_jax import testing
 from grpo_jax.core.advantages import (
+  ADVANTAGES,
+  Advantage,
   batch_normalized,
   batch_whitened,
   group_centered,
@@ -17,15 +21,18 @@ from grpo_jax.core.advantages import (
   multi_objective,
   process_advantages,
 )
-from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
+from grpo_jax.core.algorithms import ALGORITHMS, Algorithm, advantages
 from grpo_jax.core.kl import kl_k1, kl_k2, kl_k3
 from grpo_jax.core.logprobs import head_logprobs, token_logprobs
 from grpo_jax.core.losses import grpo_loss, policy_loss
 from grpo_jax.core.masks import completion_mask, token_weights
 
 __all__ = [
+  "ADVANTAGES",
   "ALGORITHMS",
+  "Advantage",
   "Algorithm",
+  "advantages",
   "batch_normalized",
   "batch_whitened",
   "completion_mask",

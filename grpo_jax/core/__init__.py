@@ -1,1 +1,1 @@
-"""Pure functions on arrays: jax, numpy and jaxtyping, nothing else."""
+"""Pure functions on arrays. They need jax, numpy and jaxtyping, and nothing else."""

@@ -1,26 +1,39 @@
-"""Advantages: what a completion's reward says relative to its group.
+"""Advantages: the reward of a completion relative to the rewards of its group.
 
-Rewards are `[P, G]`: G completions for each of P prompts. Rules that hold for every function:
+Rewards are `[P, G]`: G completions for each of P prompts. These rules hold for every function:
 
 - A reward that is not finite (NaN above all) means "not scored": it is left out of the
-  statistics and its advantage is 0.
-- A group whose scored rewards are all equal gets exactly 0.0. Rewards are first taken relative
-  to the smallest of their group, so equal rewards differ by exactly 0 and no rounding noise is
-  left for a small standard deviation to blow up; it also keeps precision under large offsets.
-- Arrays in, arrays out, float32 or wider; nothing here carries a gradient to the policy.
+  statistics, and its advantage is 0.
+- A zero-variance group, one whose scored rewards are all equal, gets exactly 0.0. The smallest
+  reward of each group is subtracted first, so equal rewards become exactly 0, and a small standard
+  deviation has no rounding noise to amplify. This also keeps precision under large offsets.
+- Arrays in, arrays out, float32 or wider. No advantage carries a gradient to the policy.
+
+`ADVANTAGES` lists them by name, each with the rewards that it needs. An algorithm may also take a
+function of one's own, such as `lambda rewards: group_normalized(rewards) + 0.1 *
+leave_one_out(rewards)`; one that needs other rewards goes in as an `Advantage`.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.checks import Array, as_float, as_mask, as_tokens, check_rank, check_shape
+from grpo_jax.core.checks import (
+  Array,
+  as_float,
+  as_mask,
+  as_tokens,
+  check_rank,
+  check_shape,
+  lookup,
+)
 
 
 def _rewards(rewards: Array) -> tuple[jax.Array, jax.Array]:
-  """Rewards with 0 where not scored, and where they are scored."""
+  """Returns the rewards, 0 where not scored, and a mask of the scored ones."""
   rewards = as_float("rewards", rewards)
   check_rank("rewards", rewards, 2, "P, G: prompts, completions per prompt")
   scored = jnp.isfinite(rewards)
@@ -28,7 +41,7 @@ def _rewards(rewards: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _center(x: jax.Array, where: jax.Array, axis: int | tuple[int, ...] | None) -> jax.Array:
-  """`x` minus its mean over `axis`; exactly 0 where all are equal, and where not `where`."""
+  """Returns `x` minus its mean over `axis`: exactly 0 if all are equal, and 0 outside `where`."""
   count = jnp.maximum(where.sum(axis, keepdims=True), 1)
   lowest = jnp.min(x, axis, keepdims=True, where=where, initial=jnp.inf)
   x = jnp.where(where, x - lowest, 0.0)
@@ -39,7 +52,7 @@ def _center(x: jax.Array, where: jax.Array, axis: int | tuple[int, ...] | None) 
 def _std(
   centered: jax.Array, where: jax.Array, axis: int | tuple[int, ...] | None, ddof: int
 ) -> jax.Array:
-  """Standard deviation of already centered values, as a divisor: 1 where all of them are 0."""
+  """Returns the standard deviation of centered values, as a divisor: 1 if all of them are 0."""
   count = where.sum(axis, keepdims=True)
   variance = (centered**2).sum(axis, keepdims=True) / jnp.maximum(count - ddof, 1)
   return jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
@@ -48,16 +61,22 @@ def _std(
 def group_normalized(
   rewards: Float[Array, "P G"], *, eps: float = 1e-4, ddof: int = 1
 ) -> Float[Array, "P G"]:
-  """`A = (r - mean) / (std + eps)` within the group: GRPO.
+  """Returns `A = (r - mean) / (std + eps)` within the group, as GRPO does.
 
-  Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2. The paper leaves `eps` and `ddof` open;
-  the defaults are those in widest use. Dividing by the group's own spread weights easy and hard
-  prompts up, so the expected update is not the gradient of mean reward (see `group_centered`).
+  Dividing by the group's standard deviation gives easy and hard prompts more weight, so the
+  expected update is not the gradient of mean reward (see `group_centered`).
 
   Args:
-    rewards: reward units; NaN = not scored.
-    eps: added to the standard deviation, reward units.
+    rewards: rewards in reward units; NaN = not scored.
+    eps: number added to the standard deviation, in reward units.
     ddof: 1 divides the variance by n - 1, 0 by n.
+
+  References:
+    DeepSeekMath, arXiv 2402.03300, section 4.1.2. The paper leaves `eps` and `ddof` open; the
+    defaults are those in widest use.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -71,10 +90,19 @@ def group_normalized(
 
 
 def group_centered(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
-  """`A = r - mean` within the group: Dr. GRPO, arXiv 2503.20783, section 3.
+  """Returns `A = r - mean` within the group, as Dr. GRPO does.
 
-  Its expected update is the gradient of mean reward times (n - 1) / n, because the mean
-  includes the completion's own reward; `leave_one_out` removes that factor.
+  The expected update is the gradient of mean reward times (n - 1) / n, because the mean includes
+  the completion's own reward. `leave_one_out` removes that factor.
+
+  Args:
+    rewards: rewards in reward units; NaN = not scored.
+
+  References:
+    Dr. GRPO, arXiv 2503.20783, section 3.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -86,9 +114,19 @@ def group_centered(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
 
 
 def leave_one_out(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
-  """`A_i = r_i - mean of the others` = `(r_i - mean) · n / (n - 1)`: RLOO, unbiased.
+  """Returns `A_i = r_i - mean of the others = (r_i - mean) · n / (n - 1)`, as RLOO does.
 
-  Source: arXiv 2402.14740, eq. 8. A completion that is alone in its group gets 0.
+  The expected update is the gradient of mean reward. A completion that is alone in its group
+  gets 0.
+
+  Args:
+    rewards: rewards in reward units; NaN = not scored.
+
+  References:
+    RLOO, arXiv 2402.14740, eq. 8.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -103,10 +141,20 @@ def leave_one_out(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
 def batch_normalized(
   rewards: Float[Array, "P G"], *, eps: float = 1e-4, ddof: int = 1
 ) -> Float[Array, "P G"]:
-  """`A = (r - group mean) / (std of the batch's rewards + eps)`: Lite PPO.
+  """Returns `A = (r - group mean) / (std of the batch's rewards + eps)`, as Lite PPO does.
 
-  Source: arXiv 2508.08221, section 4: one scale for the whole batch, so the relative weight of
-  prompts stays what `group_centered` gives.
+  The whole batch has one scale, so the relative weights of prompts are those of `group_centered`.
+
+  Args:
+    rewards: rewards in reward units; NaN = not scored.
+    eps: number added to the standard deviation, in reward units.
+    ddof: 1 divides the variance by n - 1, 0 by n.
+
+  References:
+    Lite PPO, arXiv 2508.08221, section 4.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -122,11 +170,22 @@ def batch_normalized(
 def batch_whitened(
   rewards: Float[Array, "P G"], *, eps: float = 1e-4, ddof: int = 1
 ) -> Float[Array, "P G"]:
-  """`A = c / (std of c over the batch + eps)` with `c = r - group mean`: REINFORCE++-baseline.
+  """Returns `A = c / (std of c over the batch + eps)` with `c = r - group mean`.
 
-  Source: arXiv 2501.03262, section 3.3. Differs from `batch_normalized` in what is measured:
-  the spread of the centered rewards, not of the rewards, so differences between prompts do not
-  shrink the advantages. The batch mean of `c` is 0 by construction.
+  Unlike `batch_normalized` it divides by the standard deviation of the centered rewards, not of
+  the rewards, so differences between prompts do not shrink the advantages. The batch mean of `c`
+  is 0 by construction.
+
+  Args:
+    rewards: rewards in reward units; NaN = not scored.
+    eps: number added to the standard deviation, in reward units.
+    ddof: 1 divides the variance by n - 1, 0 by n.
+
+  References:
+    REINFORCE++-baseline, arXiv 2501.03262, section 3.3.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -140,10 +199,19 @@ def batch_whitened(
 
 
 def max_rl(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
-  """`A = (r - mean) / mean` within the group, 0 where the mean is 0: MaxRL.
+  """Returns `A = (r - mean) / mean` within the group, 0 where the mean is 0, as MaxRL does.
 
-  Source: arXiv 2602.02710. Meant for rewards of 0 and 1, where it follows the gradient of the
-  log success rate and so weights prompts that are rarely solved up.
+  With rewards of 0 and 1, for which it is meant, it follows the gradient of the log success rate,
+  so prompts that are rarely solved get more weight.
+
+  Args:
+    rewards: rewards in reward units, usually 0 and 1; NaN = not scored.
+
+  References:
+    MaxRL, arXiv 2602.02710.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -158,16 +226,23 @@ def max_rl(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
 def multi_objective(
   rewards: Float[Array, "R P G"], weights: Float[Array, "R"], *, eps: float = 1e-4
 ) -> Float[Array, "P G"]:
-  """`A = x / (std(x) + eps)`, `x = sum_k w_k (r_k - mean_k) / (std_k + eps)`: GDPO.
+  """Returns `A = x / (std(x) + eps)`, `x = sum_k w_k (r_k - mean_k) / (std_k + eps)`, as GDPO does.
 
-  Source: arXiv 2601.05242. Each reward is normalized in its group before they are added, so a
-  reward with small numbers is not drowned; the sum is then scaled by its spread over the batch.
-  Its batch mean is 0 by construction, and is not subtracted again: constant groups stay at 0.
+  Each reward is normalized within its group before the rewards are added, so that a reward on a
+  small scale still counts. The sum is then divided by its standard deviation over the batch. Its
+  batch mean is 0 by construction and is not subtracted again: zero-variance groups stay at 0.
 
   Args:
-    rewards: R reward functions; NaN = that function did not score that completion. A completion
-      that none of them scored is left out and gets 0.
-    weights: one per reward function.
+    rewards: rewards of R reward functions; NaN = that function did not score that completion. A
+      completion that no function scored is left out and gets 0.
+    weights: weight of each reward function.
+    eps: number added to each standard deviation.
+
+  References:
+    GDPO, arXiv 2601.05242.
+
+  Raises:
+    ValueError: an argument does not hold real numbers, or the shapes are not `[R, P, G]` and `[R]`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -194,15 +269,22 @@ def process_advantages(
   eps: float = 1e-4,
   ddof: int = 1,
 ) -> Float[Array, "P G T"]:
-  """`A[t] = sum of normalized step rewards over the steps that end at or after t`.
+  """Returns `A[t]`, the sum of the normalized rewards of the steps that end at or after t.
 
-  Source: DeepSeekMath, arXiv 2402.03300, section 4.1.3 (process supervision): the rewards of
-  all steps of all completions of a group are normalized together.
+  The rewards of all steps of all completions of a group are normalized together.
 
   Args:
-    step_rewards: reward of each reasoning step; NaN = no such step (pad to S with it).
-    step_ends: index of the token that ends the step, counted in the completion from 0.
-    mask: completion tokens; masked tokens get 0.
+    step_rewards: reward of each reasoning step; NaN = no such step (use it as padding).
+    step_ends: index of the last token of each step, counted from 0 in the completion.
+    mask: true on completion tokens; the others get 0.
+    eps: number added to the standard deviation, in reward units.
+    ddof: 1 divides the variance by n - 1, 0 by n.
+
+  References:
+    Process supervision of DeepSeekMath, arXiv 2402.03300, section 4.1.3.
+
+  Raises:
+    ValueError: a dtype or a shape does not fit.
 
   Example:
     >>> import jax.numpy as jnp
@@ -225,11 +307,83 @@ def process_advantages(
   return jnp.where(mask, advantages, 0.0)
 
 
-ADVANTAGES: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "group_normalized": group_normalized,
-  "group_centered": group_centered,
-  "leave_one_out": leave_one_out,
-  "batch_normalized": batch_normalized,
-  "batch_whitened": batch_whitened,
-  "max_rl": max_rl,
+# Arguments that an advantage function gets, in this order, for each kind of rewards.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+  "total": ("rewards",),
+  "each": ("rewards_per_function", "reward_weights"),
+  "steps": ("step_rewards", "step_ends", "mask"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage:
+  """An advantage function and the rewards that it needs.
+
+  | `rewards` | arguments of `function`                                              |
+  |-----------|----------------------------------------------------------------------|
+  | `total`   | one reward per completion `[P, G]`                                   |
+  | `each`    | rewards of each reward function `[R, P, G]`, and their weights `[R]` |
+  | `steps`   | step rewards and step ends `[P, G, S]`, and the mask `[P, G, T]`     |
+
+  A plain function needs no `Advantage`: it gets the total.
+
+  Attributes:
+    function: `(*arguments) -> advantages`, `[P, G]` or `[P, G, T]`.
+    rewards: a kind of the table, or several; the function then gets the arguments of each in turn.
+
+  Raises:
+    ValueError: a kind is unknown, there is none, or `function` is not callable.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> def outcome_and_process(rewards, step_rewards, step_ends, mask):
+    ...   process = process_advantages(step_rewards, step_ends, mask)
+    ...   return group_centered(rewards)[..., None] + 0.5 * process
+    >>> Advantage(outcome_and_process, rewards=("total", "steps")).rewards
+    ('total', 'steps')
+  """
+
+  function: Callable[..., jax.Array]
+  rewards: str | tuple[str, ...] = "total"
+
+  def __post_init__(self) -> None:
+    kinds = (self.rewards,) if isinstance(self.rewards, str) else tuple(self.rewards)
+    if not kinds:
+      raise ValueError(f"rewards is empty; name at least one of {', '.join(ARGUMENTS)}")
+    for kind in kinds:
+      lookup("kind of rewards", ARGUMENTS, kind)
+    if not callable(self.function):
+      raise ValueError(f"function must be callable, got {self.function!r}")
+    object.__setattr__(self, "rewards", kinds)
+
+  def __call__(self, *arguments: Array) -> jax.Array:
+    """Returns `function(*arguments)`."""
+    return self.function(*arguments)
+
+
+ADVANTAGES: dict[str, Advantage] = {
+  "group_normalized": Advantage(group_normalized),
+  "group_centered": Advantage(group_centered),
+  "leave_one_out": Advantage(leave_one_out),
+  "batch_normalized": Advantage(batch_normalized),
+  "batch_whitened": Advantage(batch_whitened),
+  "max_rl": Advantage(max_rl),
+  "multi_objective": Advantage(multi_objective, rewards="each"),
+  "process_advantages": Advantage(process_advantages, rewards="steps"),
+}
+
+
+def lookup_advantage(choice: str | Callable | Advantage) -> Advantage:
+  """Returns the advantage of that name; a plain function becomes one of total rewards.
+
+  Raises:
+    ValueError: the name is not in `ADVANTAGES`.
+
+  Example:
+    >>> lookup_advantage("multi_objective").rewards
+    ('each',)
+    >>> lookup_advantage(lambda rewards: rewards).rewards
+    ('total',)
+  """
+  function = lookup("advantage", ADVANTAGES, choice)
+  return function if isinstance(function, Advantage) else Advantage(function)

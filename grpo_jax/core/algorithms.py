@@ -1,16 +1,21 @@
-"""The table of algorithms: a paper is a row of six choices.
+"""The table of algorithms: each paper is a row of six choices.
 
-Its rows are what `policy_loss` takes by name. A variant is `dataclasses.replace(row, ...)`, a new
-algorithm is a new row, and any choice that is a name may also be a function of your own with the
-same arguments as its siblings in `terms.py` or `advantages.py`.
+`policy_loss` and `advantages` take a row or its name. A variant is `dataclasses.replace(row, ...)`,
+and a new algorithm is a new row. Each choice may be a name or a function of your own, which takes
+the arguments of its siblings in `advantages`, `ratios`, `trust_regions`, `kl`, `corrections` or
+`masks`.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable
 
-from grpo_jax.core.advantages import ADVANTAGES
-from grpo_jax.core.checks import lookup
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax.core.advantages import ADVANTAGES, ARGUMENTS, Advantage, lookup_advantage
+from grpo_jax.core.checks import Array, lookup
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.kl import KLS
 from grpo_jax.core.masks import AVERAGES
@@ -37,40 +42,50 @@ _SETTINGS = (
   "correction_min",
   "correction_max",
 )
-# Advantages of something other than one reward [P, G] per completion: several rewards, or steps.
-OF_OTHER_REWARDS = ("multi_objective", "process_advantages")
-# Numbers that must lie above a bound; all others must be at least 0.
+# Settings that must exceed a bound; all others must be at least 0.
 _ABOVE = {"clip_dual": 1.0, "tau_positive": 0.0, "tau_negative": 0.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-  """One member of the family: six choices and the numbers they need.
+  """One member of the GRPO family: six choices and the settings that they need.
 
-  Settings that the chosen functions do not take must stay None, so that no number stands in a
-  row without effect.
+  A choice is a name in its table, or a function with the arguments of the functions there. The
+  keyword-only parameters of a function that are named like a setting get that setting. Settings
+  that no chosen function takes must stay None, so that no number is silently without effect.
 
   Attributes:
-    advantage: rewards [P, G] -> advantages; a key of `ADVANTAGES` or a function. Those of
-      `OF_OTHER_REWARDS` take more than one number per completion: the caller calls them.
-    ratio: level of the importance ratio; a key of `RATIOS`.
-    trust_region: what bounds the update; a key of `TRUST_REGIONS`.
-    kl: estimator of the KL to the reference; a key of `KLS`.
-    correction: for a sampler that is not the trainer; a key of `CORRECTIONS`.
-    average: which tokens weigh how much; a key of `AVERAGES`.
-    beta: coefficient of the KL term, >= 0.
-    clip_low, clip_high: ratios are held in [1 - clip_low, 1 + clip_high].
-    clip_dual: largest ratio that counts where the advantage is negative, > 1.
-    ratio_min, ratio_max: absolute bounds of a ratio.
-    tau_positive, tau_negative: sharpness of SAPO's gate by sign of the advantage.
+    advantage: turns rewards into advantages. A key of `ADVANTAGES`, a function of total rewards
+      `[P, G]`, or an `Advantage`, which says which other rewards its function needs.
+    ratio: level of the importance ratio. A key of `RATIOS`.
+    trust_region: bounds the update. A key of `TRUST_REGIONS`.
+    kl: estimator of the KL divergence to the reference. A key of `KLS`.
+    correction: corrects for a sampler that differs from the trainer. A key of `CORRECTIONS`.
+    average: weights of the tokens. A key of `AVERAGES`.
+    beta: coefficient of the KL term, at least 0.
+    clip_low: the lower bound of the ratio is 1 - clip_low.
+    clip_high: the upper bound of the ratio is 1 + clip_high.
+    clip_dual: largest ratio that counts where the advantage is negative, above 1.
+    ratio_min: absolute lower bound of the ratio.
+    ratio_max: absolute upper bound of the ratio.
+    tau_positive: sharpness of SAPO's gate where the advantage is positive, above 0.
+    tau_negative: sharpness of SAPO's gate elsewhere, above 0.
     divergence: largest change of a token's probability (DPPO), in [0, 1].
-    correction_min, correction_max: absolute bounds of the trainer/sampler ratio.
+    correction_min: absolute lower bound of the trainer/sampler ratio.
+    correction_max: absolute upper bound of the trainer/sampler ratio.
     source: paper and equation.
+
+  Raises:
+    ValueError: a name is unknown, or a setting is missing, out of range or without effect.
 
   Example:
     >>> import dataclasses
     >>> dataclasses.replace(ALGORITHMS["grpo"], beta=0.0, clip_high=0.28).clip_high
     0.28
+    >>> from grpo_jax import group_normalized, leave_one_out
+    >>> mixed = lambda rewards: group_normalized(rewards) + 0.1 * leave_one_out(rewards)
+    >>> Algorithm(advantage=mixed).rewards
+    ('total',)
   """
 
   advantage: str | Callable = "group_normalized"
@@ -94,47 +109,63 @@ class Algorithm:
 
   def __post_init__(self) -> None:
     for kind, table in _CHOICES.items():
-      if not (kind == "advantage" and self.advantage in OF_OTHER_REWARDS):
-        lookup(kind, table, getattr(self, kind))
-    needed = set(self.settings("trust_region")) | set(self.settings("correction"))
-    given = {name for name in _SETTINGS if getattr(self, name) is not None}
-    if given - needed:
+      lookup(kind, table, getattr(self, kind))
+    taken = {**self._parameters("trust_region"), **self._parameters("correction")}
+    required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
+    present = {name for name in _SETTINGS if getattr(self, name) is not None}
+    if present - taken.keys():
       raise ValueError(
-        f"{', '.join(sorted(given - needed))} has no effect with trust_region="
+        f"{', '.join(sorted(present - taken.keys()))} has no effect with trust_region="
         f"{self.trust_region!r} and correction={self.correction!r}; set it to None. "
-        f"These choices take: {', '.join(sorted(needed)) or 'no settings'}"
+        f"These choices take: {', '.join(sorted(taken)) or 'no settings'}"
       )
-    if needed - given:
+    if required - present:
       raise ValueError(
         f"trust_region={self.trust_region!r} with correction={self.correction!r} needs "
-        f"{', '.join(sorted(needed - given))}"
+        f"{', '.join(sorted(required - present))}"
       )
-    self._check_numbers(given)
+    self._check_numbers(present)
 
-  def _check_numbers(self, given: set[str]) -> None:
-    for name in ("beta", *sorted(given)):
+  def _check_numbers(self, present: set[str]) -> None:
+    for name in ("beta", *sorted(present)):
       value = getattr(self, name)
       if name in _ABOVE and not value > _ABOVE[name]:
         raise ValueError(f"{name} must be above {_ABOVE[name]}, got {value}")
       if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
     for low, high in (("ratio_min", "ratio_max"), ("correction_min", "correction_max")):
-      if {low, high} <= given and getattr(self, low) > getattr(self, high):
+      if {low, high} <= present and getattr(self, low) > getattr(self, high):
         raise ValueError(
           f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}: nothing lies between"
         )
     if self.beta == float("inf"):
       raise ValueError("beta must be finite, got inf")
     if self.beta > 0 and self.kl == "none":
-      known = ", ".join(name for name in KLS if name != "none")
-      raise ValueError(f"beta={self.beta} has no effect with kl='none'; known: {known}")
+      names = ", ".join(name for name in KLS if name != "none")
+      raise ValueError(f"beta={self.beta} has no effect with kl='none'; known: {names}")
 
-  def settings(self, kind: str) -> dict[str, float | None]:
-    """The numbers that the function chosen for `kind` takes, by name."""
+  def _parameters(self, kind: str) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of the chosen function that are settings, by name."""
     function = lookup(kind, _CHOICES[kind], getattr(self, kind))
     parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in _SETTINGS]
-    return {name: getattr(self, name) for name in names}
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in _SETTINGS}
+
+  def settings(self, kind: str) -> dict[str, float]:
+    """Returns the settings that the function chosen for `kind` takes, by name.
+
+    A setting of None is left out: the function has a default for it.
+
+    Example:
+      >>> ALGORITHMS["dapo"].settings("trust_region")
+      {'clip_low': 0.2, 'clip_high': 0.28}
+    """
+    values = {name: getattr(self, name) for name in self._parameters(kind)}
+    return {name: value for name, value in values.items() if value is not None}
+
+  @property
+  def rewards(self) -> tuple[str, ...]:
+    """The kinds of rewards that the advantage needs; see `Advantage`."""
+    return lookup_advantage(self.advantage).rewards
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -247,3 +278,96 @@ ALGORITHMS: dict[str, Algorithm] = {
     source="REINFORCE++-baseline, arXiv 2501.03262, section 3.3",
   ),
 }
+
+
+def lookup_algorithm(algorithm: str | Algorithm) -> Algorithm:
+  """Returns the row of that name; an `Algorithm` stands for itself.
+
+  Raises:
+    ValueError: the name is not in `ALGORITHMS`.
+
+  Example:
+    >>> lookup_algorithm("dr_grpo").advantage
+    'group_centered'
+  """
+  if isinstance(algorithm, Algorithm):
+    return algorithm
+  return lookup("algorithm", ALGORITHMS, algorithm)
+
+
+def advantages(
+  algorithm: str | Algorithm | Advantage | Callable,
+  rewards: Float[Array, "P G"] | None = None,
+  *,
+  rewards_per_function: Float[Array, "R P G"] | None = None,
+  reward_weights: Float[Array, "R"] | None = None,
+  step_rewards: Float[Array, "P G S"] | None = None,
+  step_ends: Int[Array, "P G S"] | None = None,
+  mask: Bool[Array, "P G T"] | None = None,
+) -> Float[Array, "P G"] | Float[Array, "P G T"]:
+  """Returns the advantages of an algorithm, from those of the rewards given that it needs.
+
+  Pass everything there is: the arguments that the algorithm's advantage does not need are ignored.
+
+  Args:
+    algorithm: a key of `ALGORITHMS` or `ADVANTAGES`, an `Algorithm`, an `Advantage`, or a function
+      of total rewards.
+    rewards: the total reward of each completion, in reward units; NaN = not scored.
+    rewards_per_function: the rewards of each of R reward functions.
+    reward_weights: the weight of each reward function.
+    step_rewards: the reward of each step; NaN = no such step.
+    step_ends: the index of each step's last token, counted from 0 in the completion.
+    mask: true on completion tokens.
+
+  Returns:
+    One advantage per completion `[P, G]`, or one per token `[P, G, T]`.
+
+  Raises:
+    ValueError: a name is unknown, an argument that is needed is None, or a function returns
+      another shape.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> rewards = jnp.array([[3.0, 0.0, 0.0]])
+    >>> advantages("dr_grpo", rewards).tolist()
+    [[2.0, -1.0, -1.0]]
+    >>> from grpo_jax import group_centered, leave_one_out
+    >>> advantages(lambda r: group_centered(r) + leave_one_out(r), rewards).tolist()
+    [[5.0, -2.5, -2.5]]
+  """
+  if isinstance(algorithm, str) and algorithm in ALGORITHMS:
+    algorithm = ALGORITHMS[algorithm]
+  if isinstance(algorithm, Algorithm):
+    algorithm = algorithm.advantage
+  choice = lookup("algorithm or advantage", {**ALGORITHMS, **ADVANTAGES}, algorithm)
+  advantage = lookup_advantage(choice)
+  available = {
+    "rewards": rewards,
+    "rewards_per_function": rewards_per_function,
+    "reward_weights": reward_weights,
+    "step_rewards": step_rewards,
+    "step_ends": step_ends,
+    "mask": mask,
+  }
+  names = [name for kind in advantage.rewards for name in ARGUMENTS[kind]]
+  missing = [name for name in names if available[name] is None]
+  if missing:
+    raise ValueError(f"advantage {_name(advantage)} needs {', '.join(missing)}")
+  result = advantage(*(available[name] for name in names))
+  _check_result(advantage, result, available[names[0]])
+  return result
+
+
+def _check_result(advantage: Advantage, result: jax.Array, rewards: Array) -> None:
+  """Raises unless the advantages have the groups of `rewards`, the first argument, and no more."""
+  shape, groups = jnp.shape(result), jnp.shape(rewards)
+  groups = groups[1:] if advantage.rewards[0] == "each" else groups[:2]
+  if shape[:2] != groups or len(shape) > 3:
+    raise ValueError(
+      f"advantage {_name(advantage)} returned shape {shape}, expected {groups} (one per "
+      f"completion) or {(*groups, 'T')} (one per token)"
+    )
+
+
+def _name(advantage: Advantage) -> str:
+  return getattr(advantage.function, "__name__", repr(advantage.function))

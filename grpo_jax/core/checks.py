@@ -1,7 +1,7 @@
-"""Array types and argument checks shared by the pure functions.
+"""Array types and argument checks that the pure functions share.
 
-Every check runs on shapes and dtypes only, so it costs nothing under `jit` and raises before
-anything compiles.
+Every check reads shapes and dtypes only, so it costs nothing under `jit` and raises before
+compilation.
 """
 
 import jax
@@ -12,6 +12,7 @@ Array = jax.Array | np.ndarray
 
 
 def _as_array(name: str, value: Array) -> jax.Array:
+  """Returns a jax array, or raises ValueError with the name."""
   try:
     return jnp.asarray(value)
   except (TypeError, ValueError) as error:
@@ -19,9 +20,17 @@ def _as_array(name: str, value: Array) -> jax.Array:
 
 
 def as_float(name: str, value: Array) -> jax.Array:
-  """`value` as floating point of at least 32 bits: bfloat16 and float16 are widened, float64 kept.
+  """Returns `value` in float32 or wider: bfloat16 and float16 are widened, float64 stays.
 
-  Integers are accepted (rewards are often 0 and 1); complex numbers and strings are not.
+  Integers are accepted, because rewards are often 0 and 1. Complex numbers and strings are not.
+
+  Raises:
+    ValueError: `value` does not hold real numbers.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> as_float("rewards", jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
   """
   value = _as_array(name, value)
   if jnp.issubdtype(value.dtype, jnp.complexfloating):
@@ -32,7 +41,15 @@ def as_float(name: str, value: Array) -> jax.Array:
 
 
 def as_mask(name: str, value: Array, shape: tuple[int, ...] | None = None) -> jax.Array:
-  """`value` as booleans; integers count as true where they are not 0, floats are refused."""
+  """Returns `value` as booleans; integers count as true where they are not 0.
+
+  Raises:
+    ValueError: `value` holds neither booleans nor integers, or has another shape than `shape`.
+
+  Example:
+    >>> as_mask("mask", [1, 0]).tolist()
+    [True, False]
+  """
   value = _as_array(name, value)
   if not (value.dtype == jnp.bool_ or jnp.issubdtype(value.dtype, jnp.integer)):
     raise ValueError(
@@ -45,7 +62,16 @@ def as_mask(name: str, value: Array, shape: tuple[int, ...] | None = None) -> ja
 
 
 def as_tokens(name: str, value: Array, shape: tuple[int, ...] | None = None) -> jax.Array:
-  """`value` as int32 token ids, so that narrow or unsigned ids do not wrap around."""
+  """Returns `value` as int32 token ids, so that narrow or unsigned ids do not wrap around.
+
+  Raises:
+    ValueError: `value` does not hold integers, or has another shape than `shape`.
+
+  Example:
+    >>> import numpy as np
+    >>> as_tokens("tokens", np.array([255], np.uint8)).dtype
+    dtype('int32')
+  """
   value = _as_array(name, value)
   if not jnp.issubdtype(value.dtype, jnp.integer):
     raise ValueError(f"{name} must hold integer token ids, got dtype {value.dtype}")
@@ -55,23 +81,36 @@ def as_tokens(name: str, value: Array, shape: tuple[int, ...] | None = None) -> 
 
 
 def check_shape(name: str, value: Array, shape: tuple[int, ...]) -> None:
+  """Raises ValueError unless `value` has this shape."""
   if value.shape != shape:
     raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
 
 
 def check_rank(name: str, value: Array, rank: int, axes: str) -> None:
+  """Raises ValueError unless `value` has this many axes, which the message calls `axes`."""
   if value.ndim != rank:
     raise ValueError(f"{name} has shape {value.shape}, expected {rank} axes [{axes}]")
 
 
 def check_positive(name: str, value: float) -> None:
-  """Refuses a concrete number that is not finite and above 0 (traced values pass)."""
+  """Raises ValueError for a number that is not finite and above 0. Traced values pass."""
   if isinstance(value, int | float | np.number) and not (np.isfinite(value) and value > 0):
     raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
 def lookup(kind: str, table: dict, choice: object) -> object:
-  """`table[choice]`; a callable stands for itself, so that a new idea needs no table entry."""
+  """Returns `table[choice]`; a callable stands for itself, so that it needs no table entry.
+
+  Args:
+    kind: word for the choice in the error message.
+
+  Raises:
+    ValueError: `choice` is neither callable nor a key of `table`.
+
+  Example:
+    >>> lookup("average", {"token": 1}, "token")
+    1
+  """
   if callable(choice):
     return choice
   if not isinstance(choice, str) or choice not in table:

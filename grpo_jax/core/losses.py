@@ -1,10 +1,10 @@
-"""The policy loss: `sum(weights * -(correction * objective - beta * kl))`."""
+"""Policy losses: `sum(weights * -(correction * objective - beta * kl))`."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
+from grpo_jax.core.algorithms import Algorithm, lookup_algorithm
 from grpo_jax.core.checks import Array, as_float, as_mask, check_shape, lookup
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.kl import KLS
@@ -28,19 +28,28 @@ def grpo_loss(
   average: str = "sequence",
   max_length: int | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """GRPO: `loss = mean_i (1/|o_i|) sum_t -( min(r A, clip(r) A) - beta k3 )`.
+  """Returns GRPO's loss `mean_i (1/|o_i|) sum_t -( min(r A, clip(r) A) - beta k3 )` and metrics.
 
-  With `r = exp(logp - old_logp)` and `k3 = exp(ref_logp - logp) - (ref_logp - logp) - 1`. With
-  `old_logp=None` the ratio is `exp(logp - stop_grad(logp))`: it is exactly 1, the clip never
+  Here `r = exp(logp - old_logp)` and `k3 = exp(ref_logp - logp) - (ref_logp - logp) - 1`. With
+  `old_logp=None` the ratio is `exp(logp - stop_gradient(logp))`: it is exactly 1, the clip never
   binds, and the gradient per token is `-(A - beta (1 - exp(ref_logp - logp)))` times its weight.
-  Source: DeepSeekMath, arXiv 2402.03300, eq. 3 and 4. Arguments, gradient, masking and errors are
-  those of `policy_loss`.
+  Only `logp` receives gradient. Arguments that are not listed are those of `policy_loss`.
 
   Args:
-    beta: coefficient of the KL term; above 0 it needs `ref_logp`.
-    clip_low, clip_high: the ratio is held in [1 - clip_low, 1 + clip_high].
+    beta: coefficient of the KL term. Above 0 it needs `ref_logp`.
+    clip_low: the lower bound of the ratio is 1 - clip_low.
+    clip_high: the upper bound of the ratio is 1 + clip_high.
     average: `sequence`, `token` or `constant`, see `token_weights`.
     max_length: completion budget in tokens, for `average="constant"`.
+
+  Returns:
+    (loss, metrics), as `policy_loss` returns them.
+
+  References:
+    DeepSeekMath, arXiv 2402.03300, eq. 3 and 4.
+
+  Raises:
+    ValueError: as `policy_loss` does.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -81,35 +90,36 @@ def policy_loss(
   weights: Float[Array, "... T"] | None = None,
   max_length: int | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """`loss = sum(weights * -(correction * objective - beta * kl))` for a row of the table.
+  """Returns `loss = sum(weights * -(correction * objective - beta * kl))` of a row, and metrics.
 
-  Only `logp` receives gradient. Masked slots of every argument may hold anything, NaN and
-  infinity included.
+  Only `logp` receives gradient. Masked slots of every argument may hold anything, including NaN
+  and infinity.
 
   Args:
     algorithm: a key of `ALGORITHMS`, or an `Algorithm`.
-    logp: log-probabilities of the completion tokens under the policy being trained, nats; any
+    logp: log-probabilities of the completion tokens under the policy that is trained, in nats. Any
       leading axes, usually [P, G, T].
     advantages: one per sequence ([P, G]) or one per token ([P, G, T]).
     mask: true on completion tokens, up to and including EOS.
-    old_logp: the same under the policy before this batch's updates. None = the current policy,
-      which makes every ratio exactly 1.
-    ref_logp: the same under the reference; needed where `beta > 0`, otherwise it only adds the
-      metric `kl`.
-    sampler_logp: as recorded by the sampler; needed where the row has a correction, otherwise it
-      only adds the metrics `sampling/*`.
-    weights: from `token_weights` on the mask of the whole global batch. None = this batch is the
-      whole batch. Give them for micro-batches: the losses of the parts then add up to the whole.
+    old_logp: log-probabilities under the policy before this batch's updates. None = the current
+      policy, which makes every ratio exactly 1.
+    ref_logp: log-probabilities under the reference. Needed if `beta > 0`; otherwise it only adds
+      the metric `kl`.
+    sampler_logp: log-probabilities as the sampler recorded them. Needed if the row has a
+      correction; otherwise it only adds the metrics `sampling/*`.
+    weights: result of `token_weights` on the mask of the whole global batch. None = this batch is
+      the whole batch. Pass them for micro-batches, whose losses then add up to that of the batch.
     max_length: completion budget in tokens, for `average="constant"` without `weights`.
 
   Returns:
-    (loss, metrics), scalars. Metrics are means over this batch's tokens unless their name says
-    otherwise: `clip_ratio/{low_mean,high_mean,region_mean}`, `ratio/{mean,max}`, and where their
+    (loss, metrics), all scalars. Metrics are means over this batch's tokens unless the name says
+    otherwise: `clip_ratio/{low_mean,high_mean,region_mean}`, `ratio/{mean,max}`, and if their
     arguments are given `kl`, `sampling/sampling_logp_difference/{mean,max}`,
     `sampling/importance_sampling_ratio/{min,mean,max}`.
 
-  Errors: ValueError naming the argument, for shapes, dtypes, unknown names, and arguments that
-  the row needs and did not get.
+  Raises:
+    ValueError: a shape or dtype does not fit, a name is unknown, or an argument that the row needs
+      is missing. The message names the argument.
 
   Example:
     >>> import jax.numpy as jnp
@@ -127,6 +137,7 @@ def policy_loss(
   _check_needed(algorithm, ref_logp, sampler_logp)
 
   def clean(name: str, value: Array | None) -> jax.Array | None:
+    """Returns the array without a gradient, 0 where masked."""
     if value is None:
       return None
     value = as_float(name, value)
@@ -157,10 +168,10 @@ def policy_loss(
   }
   if sampler is not None:
     correct = lookup("correction", CORRECTIONS, algorithm.correction)
-    gap = old - sampler
-    correction = correct(gap, mask, **algorithm.settings("correction"))
+    difference = old - sampler
+    correction = correct(difference, mask, **algorithm.settings("correction"))
     objective = objective * correction
-    metrics |= _sampling_metrics(gap, correction, mask)
+    metrics |= _sampling_metrics(difference, correction, mask)
   per_token = -objective
   if ref is not None:
     estimate = lookup("kl", KLS, "k3" if algorithm.kl == "none" else algorithm.kl)
@@ -172,14 +183,8 @@ def policy_loss(
   return loss, metrics
 
 
-def lookup_algorithm(algorithm: str | Algorithm) -> Algorithm:
-  """The row of that name; an `Algorithm` stands for itself."""
-  if isinstance(algorithm, Algorithm):
-    return algorithm
-  return lookup("algorithm", ALGORITHMS, algorithm)
-
-
-def _check_needed(algorithm: Algorithm, ref_logp, sampler_logp) -> None:
+def _check_needed(algorithm: Algorithm, ref_logp: Array | None, sampler_logp: Array | None) -> None:
+  """Raises if the row needs log-probabilities that are missing."""
   if algorithm.beta > 0 and ref_logp is None:
     raise ValueError(
       f"beta={algorithm.beta} needs ref_logp, the reference's log-probabilities; pass them, or "
@@ -190,7 +195,7 @@ def _check_needed(algorithm: Algorithm, ref_logp, sampler_logp) -> None:
 
 
 def _per_token(advantages: Array, mask: jax.Array) -> jax.Array:
-  """Advantages with a token axis, 0 where masked."""
+  """Returns advantages with a token axis, 0 where masked."""
   advantages = as_float("advantages", advantages)
   if advantages.shape == mask.shape[:-1]:
     advantages = jnp.broadcast_to(advantages[..., None], mask.shape)
@@ -202,9 +207,9 @@ def _per_token(advantages: Array, mask: jax.Array) -> jax.Array:
   return jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
 
 
-def _sampling_metrics(gap: jax.Array, correction: jax.Array, mask: jax.Array) -> Metrics:
-  """How far the sampler's log-probabilities are from the trainer's, and the weights that gives."""
-  difference = jnp.abs(gap)
+def _sampling_metrics(difference: jax.Array, correction: jax.Array, mask: jax.Array) -> Metrics:
+  """Returns the distance of the sampler from the trainer, and the weights that correct for it."""
+  difference = jnp.abs(difference)
   name = "sampling/importance_sampling_ratio"
   return {
     "sampling/sampling_logp_difference/mean": masked_mean(difference, mask),

@@ -1,4 +1,4 @@
-"""Which completion tokens count, and how much."""
+"""Masks of completion tokens, and their weights in the loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,14 +14,17 @@ from grpo_jax.core.checks import Array, as_mask, as_tokens, check_positive, look
 def completion_mask(
   tokens: Int[Array, "... T"], eos_ids: int | Sequence[int] | Array
 ) -> Bool[Array, "... T"]:
-  """True up to and including the first end-of-sequence token; all true where there is none.
+  """Returns a mask that is true up to and including the first EOS, and everywhere without one.
 
-  The mask depends on the position of the first EOS and never on a pad id, so padding that
-  shares its id with EOS is handled: the EOS itself is trained on, what follows it is not.
+  The mask depends on the position of the first EOS and never on a pad id, so a pad token with the
+  id of EOS is handled: the EOS itself is trained on, and the tokens after it are not.
 
   Args:
-    tokens: completion token ids, without the prompt.
-    eos_ids: every id that ends a completion; an empty sequence means "never ends".
+    tokens: token ids of completions, without the prompt.
+    eos_ids: every id that ends a completion. Empty means that completions never end.
+
+  Raises:
+    ValueError: `tokens` or `eos_ids` does not hold integers, or `tokens` has no axis.
 
   Example:
     >>> import jax.numpy as jnp
@@ -33,7 +36,7 @@ def completion_mask(
   tokens = as_tokens("tokens", tokens)
   if tokens.ndim == 0:
     raise ValueError("tokens has shape (), expected at least one axis [..., T]")
-  # An empty list has no dtype of its own.
+  # NumPy gives an empty list a float dtype.
   eos = as_tokens("eos_ids", eos_ids if np.size(eos_ids) else np.array([], np.int32))
   is_eos = jnp.isin(tokens, eos).astype(jnp.int32)
   ended_before = jnp.cumsum(is_eos, axis=-1) - is_eos
@@ -41,14 +44,17 @@ def completion_mask(
 
 
 def _sequence(mask: jax.Array, max_length: int | None) -> jax.Array:
+  """Returns 1 / (number of sequences · own length)."""
   return 1.0 / (mask.sum(-1, keepdims=True) * _sequences(mask))
 
 
 def _token(mask: jax.Array, max_length: int | None) -> jax.Array:
+  """Returns 1 / (tokens in the batch)."""
   return jnp.broadcast_to(1.0 / mask.sum(), mask.shape)
 
 
 def _constant(mask: jax.Array, max_length: int | None) -> jax.Array:
+  """Returns 1 / (number of sequences · max_length)."""
   if max_length is None:
     raise ValueError(
       "average='constant' needs max_length, the completion budget in tokens: "
@@ -62,13 +68,13 @@ def _sequences(mask: jax.Array) -> int:
   return max(math.prod(mask.shape[:-1]), 1)
 
 
-AVERAGES = {"sequence": _sequence, "token": _token, "constant": _constant}
+AVERAGES: dict[str, Callable] = {"sequence": _sequence, "token": _token, "constant": _constant}
 
 
 def token_weights(
   mask: Bool[Array, "... T"], average: str | Callable, *, max_length: int | None = None
 ) -> Float[Array, "... T"]:
-  """How much each token counts, so that the loss is `sum(weights * per_token)`.
+  """Returns the weight of each token, so that the loss is `sum(weights * per_token)`.
 
   | `average`  | weight of a completion token              | used by                             |
   |------------|-------------------------------------------|-------------------------------------|
@@ -77,13 +83,17 @@ def token_weights(
   | `constant` | 1 / (number of sequences · `max_length`)  | Dr. GRPO (arXiv 2503.20783, sec. 3) |
 
   Masked tokens weigh 0. Compute the weights once, from the mask of the whole global batch, and
-  slice them: a sum needs no denominator, so micro-batches, devices and packing cannot change
-  the loss. A sequence without tokens still counts as a sequence.
+  slice them: a sum needs no denominator, so micro-batches, devices and packing cannot change the
+  loss. A sequence without tokens still counts as a sequence.
 
   Args:
-    mask: true on completion tokens; any leading axes, usually [P, G, T].
-    average: a key of the table above, or a function `(mask, max_length) -> weights`.
-    max_length: the completion budget in tokens; used by `constant` only, which requires it.
+    mask: true on completion tokens. Any leading axes, usually [P, G, T].
+    average: a key of the table, or a function `(mask, max_length) -> weights`.
+    max_length: completion budget in tokens. `constant` requires it; the others ignore it.
+
+  Raises:
+    ValueError: the name is unknown, `max_length` is missing or not above 0, or `mask` is not a
+      mask or has no axis.
 
   Example:
     >>> import jax.numpy as jnp
@@ -99,6 +109,6 @@ def token_weights(
 
 
 def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-  """Mean of `values` where `mask`; 0 where nothing is true. Masked values may be NaN."""
+  """Returns the mean of `values` where `mask` is true, 0 if it is nowhere. The rest may be NaN."""
   total = jnp.where(mask, values, 0.0).sum()
   return total / jnp.maximum(mask.sum(), 1)

@@ -1,80 +1,240 @@
-"""Trust regions."""
+"""Trust regions: the objective of each token, bounded where the policy has moved too far.
+
+Each function takes `(log_ratio, logp, old_logp, advantages)`, all `[..., T]` and 0 where masked,
+and keyword-only settings, which are fields of `Algorithm`. It returns `(objective, low, high)`:
+
+- `objective`: the quantity to maximize, before correction and averaging. Gradient flows to
+  `log_ratio` and `logp`.
+- `low`: true where the region binds from below: the ratio is too small and the advantage is
+  negative.
+- `high`: true where it binds from above: the ratio is too large and the advantage is positive.
+
+`low` and `high` only feed the metrics `clip_ratio/*`. Below, `ratio = exp(log_ratio)`, which
+continues as a straight line above e^20 (`finite_exp`), and `A` is the advantage.
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
+from grpo_jax.core.checks import Array
 from grpo_jax.core.ratios import finite_exp
 
-# Each takes (log_ratio, logp, old_logp, advantages) and its own keyword-only settings, which are
-# fields of `Algorithm`. Each returns the objective to maximize and where the region binds, split
-# into too low and too high: a ratio that has left the region in the direction of its advantage.
+Bounded = tuple[Float[Array, "*B T"], Bool[Array, "*B T"], Bool[Array, "*B T"]]
 
 
-def _no_region(log_ratio, logp, old_logp, advantages):
-  """`ratio * A`: the importance-weighted policy gradient; REINFORCE when on-policy."""
+def no_trust_region(
+  log_ratio: Float[Array, "*B T"],
+  logp: Float[Array, "*B T"],
+  old_logp: Float[Array, "*B T"],
+  advantages: Float[Array, "*B T"],
+) -> Bounded:
+  """Returns `ratio * A`, the importance-weighted policy gradient; it never binds.
+
+  Its gradient in `logp` is `ratio * A`; on-policy, where the ratio is 1, that is REINFORCE.
+
+  References:
+    Williams 1992.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> ratio, a = jnp.array([0.5, 1.0, 2.0]), jnp.ones(3)
+    >>> objective, low, high = no_trust_region(jnp.log(ratio), jnp.log(ratio), jnp.zeros(3), a)
+    >>> print(objective, high)
+    [0.5 1.  2. ] [False False False]
+  """
   never = jnp.zeros(log_ratio.shape, bool)
   return finite_exp(log_ratio) * advantages, never, never
 
 
-def _clip(log_ratio, logp, old_logp, advantages, *, clip_low, clip_high):
-  """`min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`: PPO, arXiv 1707.06347, eq. 7."""
+def clip(
+  log_ratio: Float[Array, "*B T"],
+  logp: Float[Array, "*B T"],
+  old_logp: Float[Array, "*B T"],
+  advantages: Float[Array, "*B T"],
+  *,
+  clip_low: float,
+  clip_high: float,
+) -> Bounded:
+  """Returns `min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`.
+
+  The gradient in `logp` is `ratio * A` inside the region and 0 where it binds.
+
+  Args:
+    clip_low: distance of the lower bound from 1, for negative advantages.
+    clip_high: distance of the upper bound from 1, for positive advantages.
+
+  References:
+    PPO, arXiv 1707.06347, eq. 7; two distances: DAPO, arXiv 2503.14476, eq. 8.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> ratio, a = jnp.array([0.5, 1.0, 2.0]), jnp.ones(3)
+    >>> objective, low, high = clip(
+    ...   jnp.log(ratio), jnp.log(ratio), jnp.zeros(3), a, clip_low=0.25, clip_high=0.25
+    ... )
+    >>> print(objective, high)
+    [0.5  1.   1.25] [False False  True]
+  """
   ratio = finite_exp(log_ratio)
   low = (ratio < 1.0 - clip_low) & (advantages < 0)
   high = (ratio > 1.0 + clip_high) & (advantages > 0)
-  # The minimum, spelt out by the sign of A: a ratio on the boundary keeps its whole gradient,
-  # where minimum and clip would split it.
+  # The minimum is spelled out by the sign of A, so that a ratio on the bound keeps its whole
+  # gradient: `minimum` and `clip` would split it between equal branches.
   bounded = jnp.where(low, 1.0 - clip_low, jnp.where(high, 1.0 + clip_high, ratio))
   return bounded * advantages, low, high
 
 
-def _dual_clip(log_ratio, logp, old_logp, advantages, *, clip_low, clip_high, clip_dual):
-  """PPO's clip, and `clip_dual * A` at least where A < 0: arXiv 1912.09729, eq. 5."""
-  objective, low, high = _clip(
+def dual_clip(
+  log_ratio: Float[Array, "*B T"],
+  logp: Float[Array, "*B T"],
+  old_logp: Float[Array, "*B T"],
+  advantages: Float[Array, "*B T"],
+  *,
+  clip_low: float,
+  clip_high: float,
+  clip_dual: float,
+) -> Bounded:
+  """Returns `clip`, but at least `clip_dual * A` where A < 0.
+
+  A token with a negative advantage and a ratio above `clip_dual` gets no gradient.
+
+  Args:
+    clip_low: distance of the lower bound from 1, for negative advantages.
+    clip_high: distance of the upper bound from 1, for positive advantages.
+    clip_dual: largest ratio that counts where the advantage is negative, above 1.
+
+  References:
+    Dual-clip PPO, arXiv 1912.09729, eq. 5.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> ratio, a = jnp.array([0.5, 2.0, 8.0]), -jnp.ones(3)
+    >>> objective, low, high = dual_clip(
+    ...   jnp.log(ratio), jnp.log(ratio), jnp.zeros(3), a,
+    ...   clip_low=0.25, clip_high=0.25, clip_dual=3.0,
+    ... )
+    >>> print(objective, low)
+    [-0.75 -2.   -3.  ] [ True False False]
+  """
+  objective, low, high = clip(
     log_ratio, logp, old_logp, advantages, clip_low=clip_low, clip_high=clip_high
   )
   floor = jnp.where(advantages < 0, clip_dual * advantages, -jnp.inf)
   return jnp.maximum(objective, floor), low, high
 
 
-def _cispo(log_ratio, logp, old_logp, advantages, *, ratio_min, ratio_max):
-  """`stop_grad(clip(ratio, ratio_min, ratio_max)) * A * logp`: CISPO, arXiv 2506.13585, eq. 4.
+def cispo(
+  log_ratio: Float[Array, "*B T"],
+  logp: Float[Array, "*B T"],
+  old_logp: Float[Array, "*B T"],
+  advantages: Float[Array, "*B T"],
+  *,
+  ratio_min: float,
+  ratio_max: float,
+) -> Bounded:
+  """Returns `stop_gradient(clip(ratio, ratio_min, ratio_max)) * A * logp`.
 
-  The bounds are absolute ratios, not distances from 1. Every token keeps a gradient.
+  The gradient in `logp` is the clipped ratio times A: every token keeps one.
+
+  Args:
+    ratio_min: smallest weight. An absolute ratio, not a distance from 1.
+    ratio_max: largest weight. An absolute ratio, not a distance from 1.
+
+  References:
+    CISPO (MiniMax-M1), arXiv 2506.13585, eq. 4.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> logp, a = jnp.log(jnp.array([0.5, 1.0, 2.0])), jnp.ones(3)
+    >>> loss = lambda x: cispo(x, x, jnp.zeros(3), a, ratio_min=0.0, ratio_max=1.5)[0].sum()
+    >>> print(jax.grad(loss)(logp))
+    [0.5 1.  1.5]
   """
   ratio = jax.lax.stop_gradient(finite_exp(log_ratio))
   low, high = (ratio < ratio_min) & (advantages < 0), (ratio > ratio_max) & (advantages > 0)
   return jnp.clip(ratio, ratio_min, ratio_max) * advantages * logp, low, high
 
 
-def _sapo(log_ratio, logp, old_logp, advantages, *, tau_positive, tau_negative):
-  """`(4 / tau) * sigmoid(tau (ratio - 1)) * A`, tau by the sign of A: SAPO, arXiv 2511.20347."""
+def sapo(
+  log_ratio: Float[Array, "*B T"],
+  logp: Float[Array, "*B T"],
+  old_logp: Float[Array, "*B T"],
+  advantages: Float[Array, "*B T"],
+  *,
+  tau_positive: float,
+  tau_negative: float,
+) -> Bounded:
+  """Returns `(4 / tau) * sigmoid(tau (ratio - 1)) * A`, with tau by the sign of A.
+
+  A smooth gate replaces the bounds, so `low` and `high` are false everywhere. The gradient in
+  `logp` is `4 s (1 - s) ratio A` with `s = sigmoid(tau (ratio - 1))`: it is A at a ratio of 1 and
+  vanishes far from it.
+
+  Args:
+    tau_positive: sharpness of the gate where A > 0.
+    tau_negative: sharpness of the gate elsewhere.
+
+  References:
+    SAPO, arXiv 2511.20347.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> logp, a = jnp.log(jnp.array([0.5, 1.0, 20.0])), jnp.ones(3)
+    >>> loss = lambda x: sapo(x, x, jnp.zeros(3), a, tau_positive=1.0, tau_negative=1.0)[0].sum()
+    >>> print(jax.grad(loss)(logp).round(2))
+    [0.47 1.   0.  ]
+  """
   tau = jnp.where(advantages > 0, tau_positive, tau_negative)
   gate = 4.0 / tau * jax.nn.sigmoid(tau * (finite_exp(log_ratio) - 1.0))
   never = jnp.zeros(log_ratio.shape, bool)
   return gate * advantages, never, never
 
 
-def _dppo(log_ratio, logp, old_logp, advantages, *, divergence, ratio_max):
-  """`keep * stop_grad(min(ratio, ratio_max)) * A * logp`: DPPO-TV, arXiv 2602.04879.
+def dppo_tv(
+  log_ratio: Float[Array, "*B T"],
+  logp: Float[Array, "*B T"],
+  old_logp: Float[Array, "*B T"],
+  advantages: Float[Array, "*B T"],
+  *,
+  divergence: float,
+  ratio_max: float,
+) -> Bounded:
+  """Returns `stop_gradient(min(ratio, ratio_max)) * A * logp`, and 0 where the region binds.
 
-  A token is dropped when its probability has already moved by more than `divergence` in the
-  direction of its advantage: probabilities are compared, not ratios, so that rare tokens are
-  not clipped for moving a negligible mass.
+  The region binds where the probability of the token has moved by more than `divergence` in the
+  direction of its advantage. It compares probabilities, not ratios, so a rare token is not clipped
+  for moving a negligible mass. The gradient in `logp` is the bounded ratio times A, or 0.
+
+  Args:
+    divergence: largest change of a token's probability, in [0, 1].
+    ratio_max: largest weight, an absolute ratio.
+
+  References:
+    DPPO with total variation, arXiv 2602.04879.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> logp, old, a = jnp.log(jnp.array([0.5, 0.1])), jnp.log(jnp.array([0.3, 0.01])), jnp.ones(2)
+    >>> settings = {"divergence": 0.15, "ratio_max": 20.0}
+    >>> loss = lambda x: dppo_tv(x - old, x, old, a, **settings)[0].sum()
+    >>> print(jax.grad(loss)(logp).round(2))  # 0.5 - 0.3 is above 0.15; 0.1 / 0.01 is below 20
+    [ 0. 10.]
   """
-  moved = jnp.exp(logp) - jnp.exp(old_logp)
-  low = (moved < -divergence) & (advantages < 0)
-  high = (moved > divergence) & (advantages > 0)
+  change = jnp.exp(logp) - jnp.exp(old_logp)
+  low = (change < -divergence) & (advantages < 0)
+  high = (change > divergence) & (advantages > 0)
   ratio = jnp.minimum(jax.lax.stop_gradient(finite_exp(log_ratio)), ratio_max)
   return jnp.where(low | high, 0.0, ratio * advantages * logp), low, high
 
 
 TRUST_REGIONS: dict[str, Callable] = {
-  "none": _no_region,
-  "clip": _clip,
-  "dual_clip": _dual_clip,
-  "cispo": _cispo,
-  "sapo": _sapo,
-  "dppo_tv": _dppo,
+  "none": no_trust_region,
+  "clip": clip,
+  "dual_clip": dual_clip,
+  "cispo": cispo,
+  "sapo": sapo,
+  "dppo_tv": dppo_tv,
 }

@@ -1,4 +1,4 @@
-"""Advantages: values by hand, and what must hold for every one of them."""
+"""Advantages: values computed by hand, and rules that every estimator obeys."""
 
 import functools
 
@@ -8,58 +8,58 @@ import numpy as np
 import pytest
 
 import grpo_jax
-from grpo_jax.core.advantages import ADVANTAGES
+from grpo_jax.core.advantages import ADVANTAGES, Advantage, lookup_advantage
+from tests.helpers.arrays import assert_close
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
 nan = np.nan
+close = functools.partial(assert_close, rtol=1e-6, atol=1e-7)
 
 
 def gdpo(rewards):
-  """`multi_objective` of one reward function, so that it can stand among the others."""
+  """Applies `multi_objective` to a single reward function."""
   return grpo_jax.multi_objective(jnp.asarray(rewards)[None], jnp.ones(1))
 
 
-FUNCTIONS = {**ADVANTAGES, "gdpo": gdpo}
+OF_TOTALS = {name: row for name, row in ADVANTAGES.items() if row.rewards == ("total",)}
+FUNCTIONS = {**OF_TOTALS, "gdpo": gdpo}
 
 
 @jax.jit
-def all_of_them(rewards):
-  """One program for all estimators, so that a new shape costs one compilation."""
+def all_advantages(rewards):
+  """Computes all estimators in one program, so that a new shape costs one compilation."""
   return {name: function(rewards) for name, function in FUNCTIONS.items()}
 
 
-def one_of_them(name, rewards):
-  return all_of_them(rewards)[name]
+def compiled(name, rewards):
+  return all_advantages(rewards)[name]
 
 
-EVERY = {name: functools.partial(one_of_them, name) for name in FUNCTIONS}
-SPREAD = ("group_normalized", "batch_normalized", "batch_whitened", "gdpo")
+COMPILED = {name: functools.partial(compiled, name) for name in FUNCTIONS}
+SCALED = ("group_normalized", "batch_normalized", "batch_whitened", "gdpo")
 
-every = pytest.mark.parametrize("function", EVERY.values(), ids=EVERY)
-
-
-def close(got, wanted, rtol=1e-6):
-  np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=rtol, atol=1e-7)
+every_function = pytest.mark.parametrize("function", COMPILED.values(), ids=COMPILED)
+every_name = pytest.mark.parametrize("name", OF_TOTALS)
 
 
-# --- values by hand ------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------------
 
 
 def test_group_normalized():
-  # mean 2, deviations -2 0 0 2: variance 8/3 with n - 1 and 2 with n
+  # Mean 2, deviations -2 0 0 2: the variance is 8/3 with n - 1 and 2 with n.
   rewards = jnp.array([[0.0, 2.0, 2.0, 4.0]])
   close(grpo_jax.group_normalized(rewards, eps=0.0), [[-(1.5**0.5), 0, 0, 1.5**0.5]])
   close(grpo_jax.group_normalized(rewards, eps=0.0, ddof=0), [[-(2**0.5), 0, 0, 2**0.5]])
   close(grpo_jax.group_normalized(rewards, eps=2.0, ddof=0), [[-0.5857864, 0, 0, 0.5857864]])
 
 
-def test_the_default_epsilon_and_ddof_are_those_of_the_field():
-  # deviations of 1/2, variance 1/3: 0.5 / (0.57735 + 1e-4)
+def test_default_eps_and_ddof():
+  # Deviations of 1/2, variance 1/3: 0.5 / (0.57735 + 1e-4).
   rewards = jnp.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
   row = 0.5 / (3**-0.5 + 1e-4)
   close(grpo_jax.group_normalized(rewards)[0], [row, -row, -row, row])
-  # over the batch: 8 rewards, variance 8/4/7
+  # Over the batch: 8 rewards, variance 8/4/7.
   row = 0.5 / ((2 / 7) ** 0.5 + 1e-4)
   close(grpo_jax.batch_normalized(rewards)[0], [row, -row, -row, row])
   close(grpo_jax.batch_whitened(rewards)[0], [row, -row, -row, row])
@@ -74,8 +74,8 @@ def test_leave_one_out():
   close(grpo_jax.leave_one_out(jnp.array([[1.0, 2.0, 6.0]])), [[-3.0, -1.5, 4.5]])
 
 
-def test_batch_normalized_divides_by_the_spread_of_the_rewards():
-  # all rewards: 0 2 6 8, mean 4, squares 16 + 4 + 4 + 16 = 40
+def test_batch_normalized_divides_by_the_std_of_the_rewards():
+  # All rewards: 0 2 6 8, mean 4, squares 16 + 4 + 4 + 16 = 40.
   rewards = jnp.array([[0.0, 2.0], [6.0, 8.0]])
   close(
     grpo_jax.batch_normalized(rewards, eps=0.0, ddof=0),
@@ -84,52 +84,66 @@ def test_batch_normalized_divides_by_the_spread_of_the_rewards():
   close(grpo_jax.batch_normalized(rewards, eps=1.0)[1, 1], 1 / ((40 / 3) ** 0.5 + 1))
 
 
-def test_batch_whitened_divides_by_the_spread_of_the_centered_rewards():
+def test_batch_whitened_divides_by_the_std_of_the_centered_rewards():
   rewards = jnp.array([[0.0, 2.0], [6.0, 8.0]])
   close(grpo_jax.batch_whitened(rewards, eps=0.0, ddof=0), [[-1, 1], [-1, 1]])
   close(grpo_jax.batch_whitened(rewards, eps=1.0)[1, 1], 1 / ((4 / 3) ** 0.5 + 1))
 
 
 def test_max_rl():
-  # mean 1/4: (1 - 1/4) / (1/4) = 3; nothing solved: 0; everything solved: 0
+  # Mean 1/4: (1 - 1/4) / (1/4) = 3. None solved: 0. All solved: 0.
   rewards = jnp.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
   close(grpo_jax.max_rl(rewards), [[3, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
 def test_multi_objective():
-  # Each function normalized in its group (ddof 1): first +-0.70711 and 0, second -+0.70711 in both.
+  # Each function normalized in its group (ddof 1): the first +-0.70711 and 0, the second -+0.70711.
   rewards = jnp.array([[[1.0, 0.0], [3.0, 3.0]], [[10.0, 30.0], [5.0, 7.0]]])
   half = 0.5**0.5
   total = np.array([[2 * half - half, -2 * half + half], [-half, half]])
-  wanted = total / np.sqrt((total**2).sum() / 3)
-  close(grpo_jax.multi_objective(rewards, jnp.array([2.0, 1.0]), eps=0.0), wanted)
-  # eps enters twice: in each function and in the batch
+  expected = total / np.sqrt((total**2).sum() / 3)
+  close(grpo_jax.multi_objective(rewards, jnp.array([2.0, 1.0]), eps=0.0), expected)
+  # eps is added twice: to the std of each function and to that of the batch.
   first = 0.5 / (half + 1.0)
   total = np.array([[1, -1], [0, 0]]) * first
-  wanted = total / (np.sqrt((total**2).sum() / 3) + 1.0)
-  close(grpo_jax.multi_objective(rewards[:1], jnp.array([1.0]), eps=1.0), wanted)
+  expected = total / (np.sqrt((total**2).sum() / 3) + 1.0)
+  close(grpo_jax.multi_objective(rewards[:1], jnp.array([1.0]), eps=1.0), expected)
 
 
-def test_multi_objective_leaves_out_what_no_function_scored():
+def test_multi_objective_leaves_out_completions_that_no_function_scored():
   rewards = jnp.array([[[1.0, 0.0, nan]], [[nan, nan, nan]]])
-  # 1 and 0 are +-0.70711 normalized; the third is not in the spread, which is 1 with n - 1
-  close(
-    grpo_jax.multi_objective(rewards, jnp.ones(2), eps=0.0), [[[0.5**0.5, -(0.5**0.5), 0.0]][0]]
-  )
+  # 1 and 0 are +-0.70711 normalized. Without the third the std is 1 with n - 1.
+  actual = grpo_jax.multi_objective(rewards, jnp.ones(2), eps=0.0)
+  close(actual, [[0.5**0.5, -(0.5**0.5), 0.0]])
+
+
+def test_multi_objective_counts_completions_that_one_function_scored():
+  """The second function scores 0 and 2 alike and skips 1: it adds nothing and excludes nothing."""
+  rewards = jnp.array([[[1.0, 0.0, 0.0]], [[5.0, nan, 5.0]]])
+  actual = grpo_jax.multi_objective(rewards, jnp.array([1.0, 1.0]), eps=0.0)
+  # (2/3, -1/3, -1/3) over its std, sqrt(1/3); the std of the result is 1.
+  close(actual, np.array([[2.0, -1.0, -1.0]]) / 3**0.5)
+
+
+def test_default_eps_of_multi_objective():
+  """(0, a) has std a / sqrt 2 = 1e-4 for a = sqrt 2 * 1e-4; the default eps doubles it."""
+  actual = grpo_jax.multi_objective(jnp.array([[[0.0, 2**0.5 * 1e-4]]]), jnp.array([1.0]))
+  x = 2**0.5 / 4  # a / 2 over 2e-4, whose std is 1/2
+  close(actual, [[-x / 0.5001, x / 0.5001]], rtol=1e-5)
 
 
 def test_process_advantages():
-  # Steps of both completions: 1, 0, 0 (and one that is not there): mean 1/3, population std
-  # sqrt(2)/3, so normalized 1.41421 and -0.70711. A token gets the steps that end at or after it.
+  # Steps of both completions: 1, 0, 0 (the fourth does not exist). Mean 1/3, population std
+  # sqrt(2)/3: normalized 1.41421 and -0.70711. A token gets the steps that end at or after it.
   step_rewards = jnp.array([[[1.0, 0.0], [0.0, nan]]])
   step_ends = jnp.array([[[1, 3], [2, 0]]])
   mask = jnp.array([[[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]])
-  got = grpo_jax.process_advantages(step_rewards, step_ends, mask, eps=0.0, ddof=0)
+  actual = grpo_jax.process_advantages(step_rewards, step_ends, mask, eps=0.0, ddof=0)
   a, b = 2**0.5, -(0.5**0.5)
-  close(got, [[[a + b, a + b, b, b, 0], [b, b, b, 0, 0]]])
+  close(actual, [[[a + b, a + b, b, b, 0], [b, b, b, 0, 0]]])
 
 
-def test_process_advantages_take_their_scale_from_epsilon_and_ddof():
+def test_eps_and_ddof_of_process_advantages():
   step_rewards, step_ends = jnp.array([[[1.0, 0.0]]]), jnp.array([[[0, 1]]])
   mask = jnp.ones((1, 1, 2), bool)
   row = -0.5 / (0.5**0.5 + 1e-4)
@@ -137,10 +151,26 @@ def test_process_advantages_take_their_scale_from_epsilon_and_ddof():
   close(grpo_jax.process_advantages(step_rewards, step_ends, mask, eps=0.5, ddof=0), [[[0, -0.5]]])
 
 
+def test_process_advantages_divide_by_n_minus_1_by_default():
+  mask, ends = jnp.ones((1, 1, 3), bool), jnp.array([[[0, 1, 2]]])
+  actual = grpo_jax.process_advantages(jnp.array([[[1.0, 0.0, 0.0]]]), ends, mask, eps=0.0)
+  # (2/3, -1/3, -1/3) over their std, sqrt(1/3), summed from the end.
+  np.testing.assert_allclose(actual, [[[0.0, -2 / 3**0.5, -1 / 3**0.5]]], rtol=1e-6, atol=1e-6)
+
+
+def test_leave_one_out_of_two():
+  np.testing.assert_array_equal(grpo_jax.leave_one_out(jnp.array([[3.0, 1.0]])), [[2.0, -2.0]])
+
+
+def test_max_rl_divides_by_the_mean_of_the_scored():
+  actual = grpo_jax.max_rl(jnp.array([[1.0, 0.0, nan, nan]]))
+  np.testing.assert_array_equal(actual, [[1.0, -1.0, 0.0, 0.0]])  # mean 1/2, not 1/4 or 3/4
+
+
 # --- rules for every estimator -------------------------------------------------------------------
 
 
-@every
+@every_function
 @pytest.mark.parametrize("size", [8, 16])
 def test_equal_rewards_give_exactly_zero(function, size):
   values = np.array([0.1, 0.9, 10.1, 0.0, 1.0, -3.3, 1e8, 1e-8], np.float32)
@@ -148,92 +178,114 @@ def test_equal_rewards_give_exactly_zero(function, size):
   assert not np.asarray(function(constant)).any()
 
 
-@pytest.mark.parametrize("name", SPREAD)
-def test_equal_rewards_give_zero_with_epsilon_zero(name):
-  function = functools.partial(ADVANTAGES[name], eps=0.0) if name in ADVANTAGES else None
-  if function is None:
-    function = functools.partial(grpo_jax.multi_objective, weights=jnp.ones(1), eps=0.0)
-    assert not np.asarray(function(jnp.full((1, 2, 4), 0.1))).any()
+@pytest.mark.parametrize("name", SCALED)
+def test_equal_rewards_give_zero_with_eps_zero(name):
+  if name == "gdpo":
+    actual = grpo_jax.multi_objective(jnp.full((1, 2, 4), 0.1), jnp.ones(1), eps=0.0)
   else:
-    assert not np.asarray(function(jnp.full((2, 4), 0.1))).any()
+    actual = getattr(grpo_jax, name)(jnp.full((2, 4), 0.1), eps=0.0)
+  assert not np.asarray(actual).any()
 
 
-@every
+@every_name
+def test_equal_rewards_with_unscored_ones_give_exactly_zero(name):
+  """The mean of seven 0.1 is not 0.1 in float32; the mean of seven zeros is 0."""
+  rewards = jnp.array([[0.1] * 7 + [nan], [0.1, nan] + [0.1] * 6])
+  np.testing.assert_array_equal(ADVANTAGES[name](rewards), jnp.zeros((2, 8)))
+
+
+@every_name
+def test_no_intermediate_value_is_nan(name):
+  """`jax_debug_nans` can stay on: there is no NaN, not even one that a `where` hides."""
+  rewards = jnp.array([[nan, nan, nan], [nan, 1.0, nan], [0.5, 0.5, 0.5], [0.0, 0.0, nan]])
+  with jax.debug_nans(True):
+    assert not ADVANTAGES[name](rewards).any()
+
+
+@every_name
+def test_jacobian_of_equal_rewards_is_finite(name):
+  """Holds for rewards that are computed from parameters."""
+  slope = jax.jacobian(ADVANTAGES[name])(jnp.array([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]))
+  assert jnp.isfinite(slope).all()
+
+
+@every_function
 @pytest.mark.parametrize("unscored", [nan, np.inf, -np.inf])
-def test_what_is_not_scored_is_left_out(function, unscored):
+def test_unscored_rewards_are_left_out(function, unscored):
   rewards = np.array([[3.0, unscored, 0.0, 1.0, 2.0], [2.0, 5.0, unscored, 2.0, 1.0]], np.float32)
   without = np.array([[3.0, 0.0, 1.0, 2.0], [2.0, 5.0, 2.0, 1.0]], np.float32)
-  got = np.asarray(function(rewards))
-  assert got[0, 1] == 0
-  assert got[1, 2] == 0
-  close(np.stack([got[0, [0, 2, 3, 4]], got[1, [0, 1, 3, 4]]]), function(without), rtol=1e-5)
+  actual = np.asarray(function(rewards))
+  assert actual[0, 1] == 0
+  assert actual[1, 2] == 0
+  close(np.stack([actual[0, [0, 2, 3, 4]], actual[1, [0, 1, 3, 4]]]), function(without), rtol=1e-5)
 
 
-@every
+@every_function
 def test_one_scored_reward_or_none_gives_zero(function):
   rewards = np.array([[nan, 5.0, nan, nan], [nan, nan, nan, nan]], np.float32)
   assert not np.asarray(function(rewards)).any()
 
 
-@every
+@every_function
 def test_a_group_of_one_gives_zero(function):
   assert not np.asarray(function(np.array([[5.0], [-1.0], [nan]], np.float32))).any()
 
 
-@every
+@every_function
 def test_rewards_of_1e8_keep_their_differences(function):
   rewards = np.array([[0.0, 64.0, 64.0, 128.0], [0.0, 0.0, 0.0, 64.0]], np.float32)
-  got = np.asarray(function(rewards + np.float32(1e8)))
-  assert np.isfinite(got).all()
-  if function is EVERY["max_rl"]:
-    close(got, np.asarray(function(rewards)) * rewards.mean(-1, keepdims=True) / 1e8, rtol=1e-4)
-  elif function is EVERY["batch_normalized"]:
-    close(got, function(rewards), rtol=1e-4)
+  actual = np.asarray(function(rewards + np.float32(1e8)))
+  assert np.isfinite(actual).all()
+  if function is COMPILED["max_rl"]:
+    close(actual, np.asarray(function(rewards)) * rewards.mean(-1, keepdims=True) / 1e8, rtol=1e-4)
+  elif function is COMPILED["batch_normalized"]:
+    close(actual, function(rewards), rtol=1e-4)
   else:
-    close(got, function(rewards))
+    close(actual, function(rewards))
 
 
-@every
+@every_function
 def test_advantages_of_a_group_add_up_to_zero(function):
   rewards = np.random.default_rng(0).normal(3.0, 2.0, (8, 8)).astype(np.float32)
   np.testing.assert_allclose(np.asarray(function(rewards)).sum(-1), 0.0, atol=2e-5)
 
 
-@every
-def test_prompts_without_spread_do_not_change_the_sign_of_others(function):
+@every_function
+def test_zero_variance_groups_do_not_change_the_sign_of_others(function):
   rewards = np.array([[1.0, 0.0, 0.0, 0.0], [7.0, 7.0, 7.0, 7.0]], np.float32)
-  got = np.asarray(function(rewards))
-  assert got[0, 0] > 0
-  assert (got[0, 1:] < 0).all()
-  assert not got[1].any()
+  actual = np.asarray(function(rewards))
+  assert actual[0, 0] > 0
+  assert (actual[0, 1:] < 0).all()
+  assert not actual[1].any()
 
 
-@every
+@every_function
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "bool"])
 def test_other_dtypes_come_out_as_float32(function, dtype):
   rewards = jnp.array([[1, 0, 0, 1], [0, 0, 0, 1]], dtype)
-  got = function(rewards)
-  assert got.dtype == jnp.float32
-  close(got, function(rewards.astype(jnp.float32)))
+  actual = function(rewards)
+  assert actual.dtype == jnp.float32
+  close(actual, function(rewards.astype(jnp.float32)))
 
 
-@every
+@every_function
 def test_float64_stays(function, x64):
   rewards = np.array([[1.0, 0.0, 0.25, 1.0 + 1e-12]])
-  got = function(rewards)
-  assert got.dtype == jnp.float64
-  assert got[0, 3] > got[0, 0]
+  actual = function(rewards)
+  assert actual.dtype == jnp.float64
+  assert actual[0, 3] > actual[0, 0]
 
 
-@every
+@every_function
 def test_vmap_over_batches(function):
   rewards = np.random.default_rng(1).normal(size=(3, 2, 4)).astype(np.float32)
-  got = jax.vmap(function)(rewards)
-  close(got[1], function(rewards[1]), rtol=1e-5)
+  actual = jax.vmap(function)(rewards)
+  close(actual[1], function(rewards[1]), rtol=1e-5)
 
 
 @jax.jit
 def all_gradients(rewards):
+  """Computes the gradient of the sum of squares of every estimator."""
   return {
     name: jax.grad(lambda r, function=function: (function(r) ** 2).sum())(rewards)
     for name, function in FUNCTIONS.items()
@@ -242,11 +294,11 @@ def all_gradients(rewards):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_gradient_to_the_rewards_is_finite(name):
-  """Also for a reward that is not scored and for groups, or a batch, of equal rewards."""
+  """Holds with unscored rewards, with zero-variance groups, and with a batch of equal rewards."""
   for second in ([1.0, 0.0, 0.5, 3.0], [5.0, 5.0, 5.0, 5.0]):
-    got = np.asarray(all_gradients(jnp.array([[1.0, 0.0, nan, 2.0], second]))[name])
-    assert np.isfinite(got).all()
-    assert got[0, 2] == 0
+    actual = np.asarray(all_gradients(jnp.array([[1.0, 0.0, nan, 2.0], second]))[name])
+    assert np.isfinite(actual).all()
+    assert actual[0, 2] == 0
   assert np.isfinite(np.asarray(all_gradients(jnp.full((2, 4), 5.0))[name])).all()
 
 
@@ -260,7 +312,7 @@ def test_a_wrong_rank_is_named(function, shape):
 
 
 @pytest.mark.parametrize("rewards", ["high", [[1.0, None]], {"a": 1.0}, None])
-def test_what_is_not_numbers_is_named(rewards):
+def test_non_numbers_are_named(rewards):
   with pytest.raises(ValueError, match=r"^rewards must be an array of numbers, got"):
     grpo_jax.group_normalized(rewards)
 
@@ -301,7 +353,52 @@ def test_process_advantages_jit_vmap_and_float64(x64):
   rng = np.random.default_rng(0)
   steps, ends = rng.normal(size=(5, 2, 3, 2)), rng.integers(0, 4, (5, 2, 3, 2))
   mask = rng.random((5, 2, 3, 4)) < 0.7
-  got = jax.jit(jax.vmap(grpo_jax.process_advantages))(steps, ends, mask)
-  assert got.dtype == jnp.float64
-  close(got[2], grpo_jax.process_advantages(steps[2], ends[2], mask[2]))
-  assert not np.asarray(got)[~mask].any()
+  actual = jax.jit(jax.vmap(grpo_jax.process_advantages))(steps, ends, mask)
+  assert actual.dtype == jnp.float64
+  close(actual[2], grpo_jax.process_advantages(steps[2], ends[2], mask[2]))
+  assert not np.asarray(actual)[~mask].any()
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_kinds_of_rewards():
+  assert ADVANTAGES["multi_objective"].rewards == ("each",)
+  assert ADVANTAGES["process_advantages"].rewards == ("steps",)
+  assert len(OF_TOTALS) == len(ADVANTAGES) - 2
+  assert Advantage(gdpo).rewards == ("total",)
+  assert Advantage(gdpo, rewards=["total", "steps"]).rewards == ("total", "steps")
+
+
+def test_every_row_of_the_table_is_the_public_function_of_that_name():
+  for name, row in ADVANTAGES.items():
+    assert row.function is getattr(grpo_jax, name)
+
+
+def test_an_advantage_is_hashable_and_calls_its_function():
+  """Algorithms are static arguments of jitted functions."""
+  row = Advantage(gdpo, rewards="total")
+  assert hash(row) == hash(Advantage(gdpo))
+  assert row == Advantage(gdpo) != Advantage(gdpo, rewards="steps")
+  rewards = jnp.array([[1.0, 0.0]])
+  np.testing.assert_array_equal(row(rewards), gdpo(rewards))
+
+
+def test_lookup_advantage():
+  assert lookup_advantage("max_rl") is ADVANTAGES["max_rl"]
+  row = Advantage(gdpo, rewards="each")
+  assert lookup_advantage(row) is row
+  assert lookup_advantage(gdpo) == Advantage(gdpo)
+
+
+def test_errors_of_the_table():
+  with pytest.raises(ValueError, match=r"^unknown advantage 'gae'; known: batch_normalized"):
+    lookup_advantage("gae")
+  with pytest.raises(ValueError, match=r"^unknown kind of rewards 'turns'; known: each, steps, to"):
+    Advantage(gdpo, rewards="turns")
+  with pytest.raises(ValueError, match=r"^unknown kind of rewards 'both'"):
+    Advantage(gdpo, rewards=("total", "both"))
+  with pytest.raises(ValueError, match=r"^rewards is empty; name at least one of total, each, st"):
+    Advantage(gdpo, rewards=())
+  with pytest.raises(ValueError, match=r"^function must be callable, got 'max_rl'"):
+    Advantage("max_rl")

@@ -1,17 +1,21 @@
-"""The table of algorithms: what its rows say, and what cannot stand in a row."""
+"""The table of algorithms: its rows, the rows that are refused, and the advantages of a row."""
 
 import dataclasses
 import inspect
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from grpo_jax import ALGORITHMS, Algorithm
-from grpo_jax.core.advantages import ADVANTAGES
+import grpo_jax
+from grpo_jax import ADVANTAGES, ALGORITHMS, Advantage, Algorithm, advantages
+from grpo_jax.core.algorithms import lookup_algorithm
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
 
-# The values of each paper: advantage, ratio, region with its settings, kl with beta, average.
+# The values of each paper: advantage, ratio, trust region and its settings, kl, beta, average.
 ROWS = {
   "reinforce": ("group_centered", "token", "none", {}, "none", 0.0, "sequence"),
   "rloo": ("leave_one_out", "token", "none", {}, "none", 0.0, "constant"),
@@ -57,7 +61,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_rows_are_those_of_the_papers(name):
+def test_rows_agree_with_the_papers(name):
   row = ALGORITHMS[name]
   advantage, ratio, region, settings, kl, beta, average = ROWS[name]
   assert (row.advantage, row.ratio, row.trust_region) == (advantage, ratio, region)
@@ -66,7 +70,7 @@ def test_the_rows_are_those_of_the_papers(name):
   assert re.search(r"arXiv \d{4}\.\d{5}|Williams 1992", row.source)
 
 
-def test_all_rows_are_there():
+def test_no_row_is_missing():
   assert set(ROWS) == set(ALGORITHMS)
 
 
@@ -77,7 +81,7 @@ def test_rows_cannot_be_changed_in_place():
   assert ALGORITHMS["grpo"].beta == 0.04
 
 
-def test_the_settings_of_a_choice():
+def test_settings_of_a_choice():
   row = dataclasses.replace(
     ALGORITHMS["dapo"], correction="token_mask", correction_min=0.5, correction_max=5.0
   )
@@ -95,7 +99,14 @@ def test_every_setting_of_every_choice_is_a_field():
       assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} <= fields
 
 
-def test_functions_of_your_own_are_choices():
+def test_default_row():
+  row = Algorithm()
+  assert (row.advantage, row.source, row.beta) == ("group_normalized", "", 0.0)
+  with pytest.raises(TypeError, match="positional"):
+    Algorithm("group_normalized")
+
+
+def test_every_choice_may_be_a_function():
   def region(log_ratio, logp, old_logp, advantages, *, ratio_max, sharpness=2.0):
     return log_ratio, log_ratio > 1, log_ratio > 1
 
@@ -110,6 +121,34 @@ def test_functions_of_your_own_are_choices():
     beta=0.1,
   )
   assert row.settings("trust_region") == {"ratio_max": 3.0}
+
+
+def test_a_setting_that_a_function_has_a_default_for_may_stay_none():
+  def region(log_ratio, logp, old_logp, advantages, *, ratio_min=0.5, ratio_max):
+    return log_ratio, log_ratio > 1, log_ratio > 1
+
+  row = Algorithm(trust_region=region, ratio_max=3.0)
+  assert row.settings("trust_region") == {"ratio_max": 3.0}
+  row = dataclasses.replace(row, ratio_min=0.0)
+  assert row.settings("trust_region") == {"ratio_min": 0.0, "ratio_max": 3.0}
+  with pytest.raises(ValueError, match=r"needs ratio_max$"):
+    Algorithm(trust_region=region)
+  with pytest.raises(ValueError, match=r"These choices take: ratio_max, ratio_min$"):
+    Algorithm(trust_region=region, ratio_max=3.0, clip_low=0.2)
+
+
+def test_a_row_is_hashable():
+  """Rows are static arguments of jitted functions."""
+  row = Algorithm(advantage=Advantage(grpo_jax.multi_objective, rewards="each"))
+  assert hash(row) == hash(dataclasses.replace(row))
+
+
+def test_lookup_algorithm():
+  row = Algorithm()
+  assert lookup_algorithm(row) is row
+  assert lookup_algorithm("grpo") is ALGORITHMS["grpo"]
+  with pytest.raises(ValueError, match=r"^unknown algorithm 'ppo'; known: cispo, dapo"):
+    lookup_algorithm("ppo")
 
 
 CLIP = {"trust_region": "clip", "clip_low": 0.2, "clip_high": 0.2}
@@ -169,7 +208,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_a_row(settings, message):
+def test_refused_rows(settings, message):
   with pytest.raises(ValueError, match="^" + message if message[0] != "n" else message):
     Algorithm(**settings)
 
@@ -185,12 +224,128 @@ def test_what_cannot_be_a_row(settings, message):
     {"kl": "k1", "beta": 1e-6},
   ],
 )
-def test_limits_that_can(settings):
+def test_limits_are_accepted(settings):
   row = Algorithm(**settings)
   assert all(getattr(row, name) == value for name, value in settings.items())
 
 
-def test_multi_objective_is_the_one_advantage_that_is_not_in_the_table():
-  assert Algorithm(advantage="multi_objective").advantage not in ADVANTAGES
-  with pytest.raises(ValueError, match=r"unknown ratio 'multi_objective'"):
-    Algorithm(ratio="multi_objective")
+# --- advantages of a row -------------------------------------------------------------------------
+
+REWARDS = jnp.array([[3.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+EACH = jnp.array([[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[5.0, 7.0, 9.0], [1.0, 0.0, 2.0]]])
+EVERYTHING = {
+  "rewards": REWARDS,
+  "rewards_per_function": EACH,
+  "reward_weights": jnp.array([1.0, 0.5]),
+  "step_rewards": jnp.array([[[1.0, 0.0]] * 3] * 2),
+  "step_ends": jnp.array([[[0, 2]] * 3] * 2),
+  "mask": jnp.ones((2, 3, 4), bool),
+}
+
+
+def test_advantages_of_a_name_a_row_and_a_function():
+  expected = [[2.0, -1.0, -1.0], [0.0, 0.0, 0.0]]  # r - mean
+  for choice in (
+    "dr_grpo",
+    "group_centered",
+    ALGORITHMS["dr_grpo"],
+    grpo_jax.group_centered,
+    ADVANTAGES["group_centered"],
+    Algorithm(advantage=lambda rewards: rewards - rewards.mean(-1, keepdims=True)),
+  ):
+    np.testing.assert_array_equal(advantages(choice, REWARDS), expected)
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, *ADVANTAGES])
+def test_advantages_pass_on_the_rewards_that_are_needed(name):
+  """Everything is available; the function called by hand gives the same."""
+  row = ALGORITHMS.get(name, Algorithm(advantage=name) if name in ADVANTAGES else None)
+  e = EVERYTHING
+  if row.advantage == "multi_objective":
+    expected = grpo_jax.multi_objective(EACH, e["reward_weights"])
+  elif row.advantage == "process_advantages":
+    expected = grpo_jax.process_advantages(e["step_rewards"], e["step_ends"], e["mask"])
+  else:
+    expected = getattr(grpo_jax, row.advantage)(REWARDS)
+  np.testing.assert_array_equal(advantages(name, **e), expected)
+  compiled = jax.jit(advantages, static_argnums=0)(row, **e)
+  np.testing.assert_allclose(compiled, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_names_in_both_tables_mean_the_same():
+  for name in ALGORITHMS.keys() & ADVANTAGES.keys():
+    assert ALGORITHMS[name].advantage == name
+
+
+def test_kinds_of_rewards_of_a_row():
+  assert ALGORITHMS["grpo"].rewards == ("total",)
+  assert ALGORITHMS["gdpo"].rewards == ("each",)
+  assert Algorithm(advantage="process_advantages").rewards == ("steps",)
+  assert Algorithm(advantage=lambda rewards: rewards).rewards == ("total",)
+
+
+def test_combined_advantages():
+  """`a + w b` of totals: (r - mean) (1 + w n / (n - 1))."""
+
+  def combined(rewards):
+    return grpo_jax.group_centered(rewards) + 0.1 * grpo_jax.leave_one_out(rewards)
+
+  actual = advantages(Algorithm(advantage=combined), REWARDS)
+  np.testing.assert_allclose(actual, [[2.3, -1.15, -1.15], [0.0, 0.0, 0.0]], rtol=1e-6)
+
+
+def test_combined_advantages_of_several_rewards():
+  def combined(rewards, weights):
+    total = (weights[:, None, None] * rewards).sum(0)
+    return grpo_jax.multi_objective(rewards, weights) + 0.1 * grpo_jax.leave_one_out(total)
+
+  row = Algorithm(advantage=Advantage(combined, rewards="each"))
+  # Totals 3.5, 3.5, 4.5 and 0.5, 0, 1: minus the mean of the others.
+  second = np.array([[-0.5, -0.5, 1.0], [0.0, -0.75, 0.75]])
+  expected = grpo_jax.multi_objective(EACH, EVERYTHING["reward_weights"]) + 0.1 * second
+  np.testing.assert_allclose(advantages(row, **EVERYTHING), expected, rtol=1e-5)
+
+
+def test_combined_advantages_of_outcome_and_steps():
+  def combined(rewards, step_rewards, step_ends, mask):
+    process = grpo_jax.process_advantages(step_rewards, step_ends, mask)
+    return grpo_jax.group_centered(rewards)[..., None] + 0.5 * process
+
+  row = Algorithm(advantage=Advantage(combined, rewards=("total", "steps")))
+  # Steps of 1 and 0 in equal number: normalized to +-a, a = 0.5 / (0.5477... + 1e-4) with n - 1.
+  a = 0.5 / ((6 * 0.25 / 5) ** 0.5 + 1e-4)
+  process = np.array([0.0, -a, -a, 0.0])
+  expected = np.array([[2.0, -1.0, -1.0], [0.0] * 3])[..., None] + 0.5 * process
+  np.testing.assert_allclose(advantages(row, **EVERYTHING), expected, rtol=1e-5, atol=1e-6)
+
+
+def by_name(rewards):
+  return rewards.mean()
+
+
+def test_errors_of_advantages():
+  with pytest.raises(ValueError, match=r"^unknown algorithm or advantage 'ppo'; known: batch_nor"):
+    advantages("ppo", REWARDS)
+  with pytest.raises(ValueError, match=r"^unknown algorithm or advantage None; known"):
+    advantages(None, REWARDS)
+  with pytest.raises(ValueError, match=r"^advantage group_normalized needs rewards$"):
+    advantages("grpo")
+  message = r"^advantage multi_objective needs rewards_per_function, reward_weights$"
+  with pytest.raises(ValueError, match=message):
+    advantages("gdpo", REWARDS)
+  with pytest.raises(ValueError, match=r"^advantage process_advantages needs step_ends$"):
+    advantages("process_advantages", **{**EVERYTHING, "step_ends": None})
+  message = (
+    r"^advantage by_name returned shape \(\), expected \(2, 3\) \(one per completion\) or "
+    r"\(2, 3, 'T'\) \(one per token\)$"
+  )
+  with pytest.raises(ValueError, match=message):
+    advantages(by_name, REWARDS)
+  with pytest.raises(ValueError, match=r"returned shape \(3, 2\), expected \(2, 3\)"):
+    advantages(lambda rewards: rewards.T, REWARDS)
+  with pytest.raises(ValueError, match=r"returned shape \(2, 3, 1, 1\), expected \(2, 3\)"):
+    advantages(lambda rewards: rewards[..., None, None], REWARDS)
+  with pytest.raises(ValueError, match=r"returned shape \(2, 2, 3\), expected \(2, 3\)"):
+    advantages(Advantage(lambda rewards, weights: rewards, rewards="each"), **EVERYTHING)
+  with pytest.raises(ValueError, match=r"returned shape \(1, 3\), expected \(2, 3\)"):
+    advantages(Advantage(lambda r, ends, mask: r[:1, :, 0], rewards="steps"), **EVERYTHING)

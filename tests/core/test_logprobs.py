@@ -1,4 +1,4 @@
-"""Log-probabilities: by hand, against float64, in tiles, and how much memory they ask for."""
+"""Log-probabilities: values computed by hand and in float64, tiles, and memory."""
 
 import functools
 import re
@@ -10,15 +10,16 @@ import pytest
 
 from grpo_jax import head_logprobs, token_logprobs
 from grpo_jax.core import logprobs
+from grpo_jax.core.logprobs import soft_cap
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
-B, T, D, V = 2, 3, 5, 1100  # the vocabulary is two tiles of 512 and a rest, see `small_tiles`
+B, T, D, V = 2, 3, 5, 1100  # with `small_tiles` the vocabulary is two tiles of 512 and a rest
 TOKENS = np.array([[0, 511, 512], [1023, 1024, 1099]])
 
 
 def softmax64(logits, tokens, temperature=1.0):
-  """(logp, entropy) in float64, written down from their definitions."""
+  """Returns (logp, entropy) in float64, from their definitions."""
   logps = log_softmax64(np.asarray(logits, np.float64) / temperature)
   chosen = np.take_along_axis(logps, np.asarray(tokens)[..., None], -1)[..., 0]
   return chosen, -np.sum(np.exp(logps) * np.where(np.isneginf(logps), 0.0, logps), -1)
@@ -32,17 +33,17 @@ def log_softmax64(z):
 # --- from logits ---------------------------------------------------------------------------------
 
 
-def test_token_logprobs_by_hand():
-  # softmax of log 1, log 2, log 5 is 1/8, 2/8, 5/8
+def test_token_logprobs():
+  # The softmax of log 1, log 2, log 5 is 1/8, 2/8, 5/8.
   logits = jnp.log(jnp.array([[1.0, 2.0, 5.0], [5.0, 2.0, 1.0]])) + 3.0
   logp, entropy = token_logprobs(logits, jnp.array([1, 0]))
   np.testing.assert_allclose(logp, np.log([2 / 8, 5 / 8]), rtol=1e-6)
-  wanted = 1 / 8 * np.log(8) + 2 / 8 * np.log(4) + 5 / 8 * np.log(8 / 5)
-  np.testing.assert_allclose(entropy, [wanted, wanted], rtol=1e-6)
+  expected = 1 / 8 * np.log(8) + 2 / 8 * np.log(4) + 5 / 8 * np.log(8 / 5)
+  np.testing.assert_allclose(entropy, [expected, expected], rtol=1e-6)
 
 
 def test_temperature_divides_the_logits():
-  # at temperature 1/2: 1, 4, 25 over 30; at 2: 1, sqrt 2, sqrt 5
+  # Temperature 1/2: 1, 4, 25 over 30. Temperature 2: 1, sqrt 2, sqrt 5 over their sum.
   logits = jnp.log(jnp.array([[1.0, 2.0, 5.0]]))
   logp, _ = token_logprobs(logits, jnp.array([2]), temperature=0.5)
   np.testing.assert_allclose(logp, np.log([25 / 30]), rtol=1e-6)
@@ -50,8 +51,8 @@ def test_temperature_divides_the_logits():
   np.testing.assert_allclose(logp, [np.log(5**0.5 / (1 + 2**0.5 + 5**0.5))], rtol=1e-6)
 
 
-def test_the_gradients_of_token_logprobs_by_hand():
-  # d logp / dz = onehot - p;  d entropy / dz = -p (log p + entropy);  both / temperature
+def test_gradients_of_token_logprobs():
+  # d logp / dz = onehot - p and d entropy / dz = -p (log p + entropy), both / temperature.
   logits = jnp.log(jnp.array([[1.0, 2.0, 5.0]]))
   p = np.array([1.0, 4.0, 25.0]) / 30
   entropy = -(p * np.log(p)).sum()
@@ -79,7 +80,7 @@ def test_large_logits_do_not_overflow():
   np.testing.assert_allclose(entropy, softmax64([[0.0, -1.0]], [0])[1], rtol=1e-5)
 
 
-def test_tokens_out_of_range_are_nan_not_another_token():
+def test_tokens_out_of_range_are_nan():
   logits = jnp.zeros((4, 3))
   logp, entropy = token_logprobs(logits, jnp.array([-1, 3, 2, -4]))
   assert np.isnan(np.asarray(logp)).tolist() == [True, True, False, True]
@@ -91,23 +92,41 @@ def test_tokens_out_of_range_are_nan_not_another_token():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_logits_are_widened(dtype):
+def test_16_bit_logits_are_widened(dtype):
   logits = jnp.array(np.random.default_rng(0).normal(size=(2, 3, 7)), dtype)
   tokens = np.array([[0, 3, 6], [1, 1, 2]])
-  got = jax.jit(token_logprobs)(logits, tokens)
-  for one, wanted in zip(got, softmax64(logits.astype(jnp.float32), tokens), strict=True):
-    assert one.dtype == jnp.float32
-    np.testing.assert_allclose(one, wanted, rtol=1e-5)
+  actual = jax.jit(token_logprobs)(logits, tokens)
+  for array, expected in zip(actual, softmax64(logits.astype(jnp.float32), tokens), strict=True):
+    assert array.dtype == jnp.float32
+    np.testing.assert_allclose(array, expected, rtol=1e-5)
 
 
 def test_token_logprobs_in_float64_and_vmap(x64):
   logits = np.random.default_rng(0).normal(size=(2, 3, 7))
   tokens = np.array([[0, 3, 6], [1, 1, 2]])
-  for one, wanted in zip(
-    jax.vmap(token_logprobs)(logits, tokens), softmax64(logits, tokens), strict=True
-  ):
-    assert one.dtype == jnp.float64
-    np.testing.assert_allclose(one, wanted, rtol=1e-12)
+  actual = jax.vmap(token_logprobs)(logits, tokens)
+  for array, expected in zip(actual, softmax64(logits, tokens), strict=True):
+    assert array.dtype == jnp.float64
+    np.testing.assert_allclose(array, expected, rtol=1e-12)
+
+
+def test_a_negative_token_is_nan_for_every_shape():
+  """It selects neither the last column nor one by the length of another axis."""
+  for shape in ((1, 3), (2, 1, 5)):
+    logp, _ = token_logprobs(jnp.zeros(shape), -jnp.ones(shape[:-1], int))
+    assert jnp.isnan(logp).all()
+
+
+# --- soft cap ------------------------------------------------------------------------------------
+
+
+def test_soft_cap():
+  x = np.array([-100.0, -1.0, 0.0, 2.0, 1e6], np.float32)
+  expected = [-3.0, -3 * np.tanh(1 / 3), 0.0, 3 * np.tanh(2 / 3), 3.0]
+  np.testing.assert_allclose(soft_cap(jnp.asarray(x), 3.0), expected, rtol=1e-6)
+  assert soft_cap(x, None) is x
+  slope = jax.vmap(jax.grad(lambda x: soft_cap(x, 3.0)))(x[1:4])
+  np.testing.assert_allclose(slope, 1 / np.cosh(x[1:4] / 3) ** 2, rtol=1e-5)
 
 
 # --- from hidden states --------------------------------------------------------------------------
@@ -115,7 +134,7 @@ def test_token_logprobs_in_float64_and_vmap(x64):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-  """Tiles of 512 columns, the smallest there are."""
+  """Sets the size of tiles to 512 columns, the smallest possible."""
   monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1)
 
 
@@ -128,7 +147,7 @@ def inputs(dtype=np.float32, seed=0):
 
 
 def tiled(hidden, head, a, b, **settings):
-  """(results, gradients) of `sum(a logp + b entropy)` by `head_logprobs`."""
+  """Returns (results, gradients) of `sum(a logp + b entropy)` by `head_logprobs`."""
 
   def scalar(hidden, head):
     logp, entropy = head_logprobs(hidden, head, TOKENS, **settings)
@@ -139,7 +158,7 @@ def tiled(hidden, head, a, b, **settings):
 
 
 def dense64(hidden, head, a, b, temperature=1.0, softcap=None, where=None):
-  """The same in NumPy and float64, gradients by hand through the whole [B, T, V]."""
+  """Computes `tiled` in NumPy and float64, with gradients by hand through the whole [B, T, V]."""
   hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   rows = np.ones((B, T), bool) if where is None else np.asarray(where)
@@ -158,11 +177,11 @@ def dense64(hidden, head, a, b, temperature=1.0, softcap=None, where=None):
   return (np.where(rows, logp, 0.0), np.where(rows, entropy, 0.0)), (d_hidden, d_head)
 
 
-def close(got, wanted, tolerance=1e-5):
-  """Within `tolerance`, relative to the largest value of each array."""
-  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    atol = tolerance * max(np.abs(other).max(), 1.0)
-    np.testing.assert_allclose(np.asarray(one, np.float64), other, rtol=0, atol=atol)
+def close(actual, expected, tolerance=1e-5):
+  """Asserts that trees agree within `tolerance` of the largest value of each array."""
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    atol = tolerance * max(np.abs(b).max(), 1.0)
+    np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=atol)
 
 
 WHERE = np.array([[True, False, True], [False, False, True]])
@@ -177,73 +196,73 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_tiles_agree_with_float64_and_with_the_logits(settings, small_tiles, monkeypatch):
-  # three tiles and a rest of two columns, of each of four vocab_shards as well; of two, a rest of one
+def test_tiles_agree_with_float64_and_with_token_logprobs(settings, small_tiles, monkeypatch):
+  # Three tiles and a rest: of two columns with one or four vocabulary shards, of one with two.
   vocab_shards = settings.get("vocab_shards", 1)
   monkeypatch.setattr(logprobs, "LEAST_COLUMNS", 512 // vocab_shards)
   assert logprobs._tiles(B * T, V // vocab_shards) == (3, {1: 366, 2: 183, 4: 91}[vocab_shards])
   hidden, head, a, b = inputs()
-  got = tiled(hidden, head, a, b, **settings)
-  wanted = {name: settings[name] for name in settings.keys() - {"vocab_shards", "row_shards"}}
-  close(got, dense64(hidden, head, a, b, **wanted))
+  actual = tiled(hidden, head, a, b, **settings)
+  expected = {name: settings[name] for name in settings.keys() - {"vocab_shards", "row_shards"}}
+  close(actual, dense64(hidden, head, a, b, **expected))
   if "where" not in settings:
     logits = hidden @ head
     if "softcap" in settings:
       logits = settings["softcap"] * jnp.tanh(logits / settings["softcap"])
     plain = token_logprobs(logits, TOKENS, temperature=settings.get("temperature", 1.0))
-    close(got[0], jax.tree.map(np.asarray, plain))
+    close(actual[0], jax.tree.map(np.asarray, plain))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_inputs_accumulate_in_float32(dtype, small_tiles):
+def test_16_bit_inputs_accumulate_in_float32(dtype, small_tiles):
   hidden, head, a, b = inputs(dtype)
   (logp, entropy), (d_hidden, d_head) = tiled(hidden, head, a, b)
   wide = [np.asarray(x.astype(jnp.float32)) for x in (hidden, head)]
   results, gradients = dense64(*wide, a, b)
   assert logp.dtype == entropy.dtype == jnp.float32
-  close((logp, entropy), results)  # no worse than from float32 inputs of the same values
+  close((logp, entropy), results)  # as precise as with float32 inputs of the same values
   assert d_hidden.dtype == d_head.dtype == dtype
   close((d_hidden, d_head), gradients, 0.01)  # rounded to the dtype of the inputs
 
 
 def test_mixed_dtypes_and_float64(small_tiles, x64):
   hidden, head, a, b = inputs(np.float64)
-  got = tiled(hidden, head, a, b, temperature=0.7)
-  assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("float64")}
-  close(got, dense64(hidden, head, a, b, temperature=0.7), 1e-12)
+  actual = tiled(hidden, head, a, b, temperature=0.7)
+  assert {x.dtype for x in jax.tree.leaves(actual)} == {jnp.dtype("float64")}
+  close(actual, dense64(hidden, head, a, b, temperature=0.7), 1e-12)
   _, (d_hidden, d_head) = tiled(hidden.astype(jnp.bfloat16), head.astype(jnp.float32), a, b)
   assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_rows_that_are_not_wanted_may_hold_anything(small_tiles):
+def test_excluded_rows_may_hold_anything(small_tiles):
   hidden, head, a, b = inputs()
-  wanted = tiled(hidden, head, a, b, where=WHERE)
+  expected = tiled(hidden, head, a, b, where=WHERE)
   poison = np.zeros((B, T, 1), np.float32)
   poison[~WHERE] = np.array([[np.nan], [np.inf], [-np.inf]])
   poisoned = jnp.where(WHERE[..., None], hidden, poison)
-  got = tiled(poisoned, head, np.where(WHERE, a, 7.0), np.where(WHERE, b, np.nan), where=WHERE)
-  jax.tree.map(np.testing.assert_array_equal, got, wanted)
-  for result in got[0]:
+  actual = tiled(poisoned, head, np.where(WHERE, a, 7.0), np.where(WHERE, b, np.nan), where=WHERE)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  for result in actual[0]:
     assert not np.asarray(result)[~WHERE].any()
-  assert not np.asarray(got[1][0])[~WHERE].any()
+  assert not np.asarray(actual[1][0])[~WHERE].any()
 
 
-def test_no_wanted_row_at_all(small_tiles):
+def test_all_rows_excluded(small_tiles):
   hidden, head, a, b = inputs()
-  got = tiled(hidden * np.nan, head, a, b, where=np.zeros((B, T), bool))
-  assert not any(np.asarray(x).any() for x in jax.tree.leaves(got))
+  actual = tiled(hidden * np.nan, head, a, b, where=np.zeros((B, T), bool))
+  assert not any(np.asarray(x).any() for x in jax.tree.leaves(actual))
 
 
-def test_tokens_of_rows_that_are_not_wanted_may_be_out_of_range(small_tiles):
+def test_tokens_of_excluded_rows_may_be_out_of_range(small_tiles):
   hidden, head, a, b = inputs()
   tokens = np.where(WHERE, TOKENS, -1)
   logp, _ = head_logprobs(hidden, head, tokens, where=WHERE)
   close(logp, dense64(hidden, head, a, b, where=WHERE)[0][0])
 
 
-@pytest.mark.parametrize("vocab_shards", [1, 2])  # of two, the first is impossible altogether
-def test_a_column_of_the_head_that_is_impossible(vocab_shards, small_tiles):
-  """Logits of -inf, as a mask on the vocabulary gives them, cost neither NaN nor probability."""
+@pytest.mark.parametrize("vocab_shards", [1, 2])  # with two, the first shard is -inf altogether
+def test_impossible_columns_of_the_head(vocab_shards, small_tiles):
+  """Logits of -inf, as from a mask of the vocabulary, give no NaN and have no probability."""
   hidden, head = jnp.ones((1, 2, 1)), jnp.zeros((1, V)).at[0, :600].set(-jnp.inf)
   logp, entropy = head_logprobs(hidden, head, np.array([[700, 1099]]), vocab_shards=vocab_shards)
   np.testing.assert_allclose(logp, -np.log(500), rtol=1e-6)
@@ -255,20 +274,65 @@ def test_large_logits_do_not_overflow_in_tiles(small_tiles):
   close(tiled(hidden, head * 200, a, b), dense64(hidden, head * 200, a, b))
 
 
-def test_the_entropy_does_not_suffer_from_the_size_of_the_logits(small_tiles):
-  """Logits around 1000 carry float32 noise of 6e-5, which must not be summed into the entropy."""
+def test_the_entropy_is_precise_for_large_logits(small_tiles):
+  """Logits around 1000 have float32 noise of 6e-5, which must not add up in the entropy."""
   rng = np.random.default_rng(0)
   logits = np.round(rng.normal(1000.0, 2.0, (1, 1, V)) * 1024).astype(np.float32) / 1024
   logp, entropy = head_logprobs(jnp.ones((1, 1, 1)), jnp.asarray(logits[0]), np.array([[7]]))
-  wanted = softmax64(logits, [[7]])
-  np.testing.assert_allclose(entropy, wanted[1], rtol=2e-6)
-  np.testing.assert_allclose(logp, wanted[0], atol=2e-4)
+  expected = softmax64(logits, [[7]])
+  np.testing.assert_allclose(entropy, expected[1], rtol=2e-6)
+  np.testing.assert_allclose(logp, expected[0], atol=2e-4)
 
 
-def test_one_tile_and_many_give_the_same():
+def test_a_single_tile():
   hidden, head, a, b = inputs()
   assert logprobs._tiles(B * T, V) == (1, V)
   close(tiled(hidden, head, a, b), dense64(hidden, head, a, b))
+
+
+def test_tiles_hold_16_mib():
+  """2^22 floats of 4 bytes, at least 512 columns, and nothing is left out."""
+  assert logprobs._tiles(1, 3 * 2**22 + 1)[0] == 4
+  assert logprobs._tiles(1, 3 * 2**22) == (3, 2**22)
+  assert logprobs._tiles(2**10, 2**14) == (4, 2**12)
+  assert logprobs._tiles(2**20, 1024) == (2, 512)
+  assert logprobs._tiles(2**20, 3) == (1, 3)
+
+
+def test_both_passes_size_their_tiles_by_rows_and_columns_of_a_shard(monkeypatch):
+  sizes, tiles = [], logprobs._tiles
+  monkeypatch.setattr(logprobs, "_tiles", lambda *size: sizes.append(size) or tiles(*size))
+
+  def loss(hidden, **shards):
+    return head_logprobs(hidden, jnp.ones((2, 14)), jnp.zeros(6, int), **shards)[0].sum()
+
+  jax.grad(loss)(jnp.ones((6, 2)))
+  jax.grad(loss)(jnp.ones((6, 2)), vocab_shards=2, row_shards=3)
+  assert sizes == [(6, 14), (6, 14), (2, 7), (2, 7)]
+
+
+def test_gradient_of_the_entropy_with_an_impossible_token():
+  """Two tokens of probability 1/2 and one with a logit of -inf: at the maximum the slope is 0."""
+  head = jnp.array([[0.0, 0.0, -jnp.inf]])
+
+  def entropy(head):
+    return head_logprobs(jnp.ones((1, 1)), head, jnp.array([0]))[1].sum()
+
+  value, slope = jax.value_and_grad(entropy)(head)
+  np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+  np.testing.assert_allclose(slope, jnp.zeros((1, 3)), atol=1e-7)
+
+
+def test_products_of_bfloat16_accumulate_in_float32():
+  """Inspects the jaxpr of both passes: on a CPU the results happen to be equal either way."""
+  hidden, head = jnp.ones((3, 2), jnp.bfloat16), jnp.ones((2, 7), jnp.bfloat16)
+
+  def loss(hidden, head):
+    return head_logprobs(hidden, head, jnp.zeros(3, int))[0].sum()
+
+  program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head))
+  products = program.count("dot_general[")
+  assert products == program.count("preferred_element_type=float32") == 4  # one is recomputed
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 511, 512, 513, 1024, 1025, 49152, 151936])
@@ -285,18 +349,18 @@ def test_leading_axes_vmap_and_empty_batches(small_tiles):
   (logp, entropy), _ = tiled(hidden, head, a, b)
   flat = head_logprobs(hidden.reshape(-1, D), head, TOKENS.reshape(-1))
   each = jax.vmap(head_logprobs, in_axes=(0, None, 0))(hidden, head, TOKENS)
-  for got in (flat, each):
-    np.testing.assert_allclose(np.reshape(got[0], (B, T)), logp, rtol=1e-6)
-    np.testing.assert_allclose(np.reshape(got[1], (B, T)), entropy, rtol=1e-6)
+  for actual in (flat, each):
+    np.testing.assert_allclose(np.reshape(actual[0], (B, T)), logp, rtol=1e-6)
+    np.testing.assert_allclose(np.reshape(actual[1], (B, T)), entropy, rtol=1e-6)
   empty = head_logprobs(jnp.zeros((0, 3, D)), head, np.zeros((0, 3), int))
   assert [x.shape for x in empty] == [(0, 3), (0, 3)]
 
 
-def test_gradients_of_narrow_tokens(small_tiles):
+def test_8_bit_tokens(small_tiles):
   hidden, head, _, _ = inputs()
   tokens = (TOKENS % 200).astype(np.uint8)
-  got = head_logprobs(hidden, head, tokens)
-  np.testing.assert_array_equal(got[0], head_logprobs(hidden, head, tokens.astype(int))[0])
+  actual = head_logprobs(hidden, head, tokens)
+  np.testing.assert_array_equal(actual[0], head_logprobs(hidden, head, tokens.astype(int))[0])
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -353,10 +417,11 @@ def test_errors_of_head_logprobs():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("width", [64, 576])
-def test_no_logits_are_kept(width, dtype):
-  """Forward + backward need at most 0.4 of one float32 [B, T, V] array beside inputs and outputs.
+def test_no_logits_are_stored(width, dtype):
+  """Both passes need at most 0.4 of a float32 [B, T, V] array beside inputs and outputs.
 
-  Only compiled, never run. The way through the logits needs 5, see benchmarks/logprobs.py.
+  The program is compiled but not run. Going through the logits needs 5 such arrays, see
+  benchmarks/logprobs.py.
   """
   batch, length, vocab = 2, 512, 151_936
 
@@ -377,8 +442,8 @@ def test_no_logits_are_kept(width, dtype):
   assert temporary <= 0.4 * batch * length * vocab * 4
 
 
-def test_one_share_and_one_block_are_no_axes():
-  """Products of matrices: with one more axis, of length 1, the CPU backend copies its operands."""
+def test_a_single_shard_has_no_axis():
+  """XLA:CPU copies the operands of a product that has a further axis, even one of length 1."""
 
   def ranks(**parts):
     def loss(hidden, head):
@@ -386,8 +451,8 @@ def test_one_share_and_one_block_are_no_axes():
 
     shapes = jax.ShapeDtypeStruct((4, 2, 3), jnp.float32), jax.ShapeDtypeStruct((3, 8), jnp.float32)
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).as_text()
-    found = re.findall(r"dot_general.*: \((\S+), (\S+)\) ->", text)
-    return {operand.count("x") for pair in found for operand in pair}  # tensor<8x3xf32>
+    operands = re.findall(r"dot_general.*: \((\S+), (\S+)\) ->", text)
+    return {operand.count("x") for pair in operands for operand in pair}  # tensor<8x3xf32>
 
   # Hidden states [R, D], a tile [w, D] and its logits [R, w]; then [S, R, D] and [S, R, w] as well.
   assert ranks() == {2}

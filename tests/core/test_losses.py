@@ -1,4 +1,4 @@
-"""The loss: the derivation's formula and gradient, masking, metrics, robustness, errors."""
+"""Losses: the formula and gradient of the derivation, masking, metrics, robustness, errors."""
 
 import dataclasses
 from functools import partial
@@ -11,10 +11,10 @@ import pytest
 from grpo_jax import ALGORITHMS, Algorithm, grpo_loss, policy_loss, token_weights
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.kl import KLS
-from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.core.masks import AVERAGES
 from grpo_jax.core.ratios import RATIOS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
+from tests.helpers.arrays import assert_close
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
@@ -32,7 +32,7 @@ WEIGHTS = {
   "token": MASK / LENGTHS.sum(),
   "constant": MASK / (6 * 10),
 }
-# A row with every choice switched on. `ROWS` has each function of each choice at least once.
+# A row with a function for every choice. `ROWS` contains each function of each choice.
 EVERYTHING = Algorithm(
   trust_region="dual_clip",
   clip_low=0.2,
@@ -56,16 +56,15 @@ ROWS = {
     correction="token_truncate", correction_max=1.1, kl="k3_k2_gradient", beta=0.2
   ),
 }
-EVERY = pytest.mark.parametrize("name", ROWS)
+every_row = pytest.mark.parametrize("name", ROWS)
 ARRAYS = {"old_logp": OLD, "ref_logp": REF, "sampler_logp": SAMPLER}
 
 
-def close(got, wanted, rtol=2e-5, atol=2e-6):
-  np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=rtol, atol=atol)
+close = partial(assert_close, rtol=2e-5, atol=2e-6)
 
 
 def run(name, logp, advantages, mask, **arrays):
-  """(loss, metrics), gradient of a row."""
+  """Returns (loss, metrics), gradient of a row."""
   loss = partial(policy_loss, ROWS[name], max_length=10)
   call = jax.value_and_grad(lambda x: loss(x, advantages, mask, **arrays), has_aux=True)
   return call(jnp.asarray(logp))
@@ -76,13 +75,13 @@ def run(name, logp, advantages, mask, **arrays):
 
 @pytest.mark.parametrize("average", WEIGHTS)
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_the_final_loss_of_the_derivation(average, beta):
-  """Value and gradient of -(1/N) sum 1/|o| sum (exp(logp - sg(logp)) A - beta k3), in NumPy."""
+def test_final_loss_of_the_derivation(average, beta):
+  """Compares -(1/N) sum 1/|o| sum (exp(logp - sg(logp)) A - beta k3) with NumPy."""
   logp, ref = LOGP.astype(float), REF.astype(float)
   k3 = np.exp(ref - logp) - (ref - logp) - 1
   a = ADVANTAGES[..., None].astype(float)
-  wanted = np.sum(WEIGHTS[average] * -(1.0 * a - beta * k3))
-  by_hand = -(a - beta * (1 - np.exp(ref - logp))) * WEIGHTS[average]
+  expected = np.sum(WEIGHTS[average] * -(1.0 * a - beta * k3))
+  expected_gradient = -(a - beta * (1 - np.exp(ref - logp))) * WEIGHTS[average]
 
   def loss(logp):
     return grpo_loss(
@@ -90,8 +89,8 @@ def test_the_final_loss_of_the_derivation(average, beta):
     )
 
   (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(LOGP))
-  close(value, wanted)
-  close(gradient, by_hand)
+  close(value, expected)
+  close(gradient, expected_gradient)
   close(metrics["kl"], k3[MASK].mean())
   assert metrics["clip_ratio/region_mean"] == 0
   assert metrics["ratio/mean"] == metrics["ratio/max"] == 1
@@ -113,7 +112,7 @@ def test_off_policy_grpo_against_numpy():
   (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(LOGP))
   close(value, -np.sum(WEIGHTS["sequence"] * (objective - 0.04 * k3)))
   close(gradient, -WEIGHTS["sequence"] * slope)
-  assert high[MASK].any()  # the case has something to clip on both sides
+  assert high[MASK].any()  # the region binds on both sides
   assert low[MASK].any()
   close(metrics["clip_ratio/high_mean"], high[MASK].mean())
   close(metrics["clip_ratio/low_mean"], low[MASK].mean())
@@ -122,30 +121,30 @@ def test_off_policy_grpo_against_numpy():
   close(metrics["ratio/max"], ratio[MASK].max())
 
 
-def test_grpo_loss_is_the_row_grpo_with_its_own_defaults():
+def test_grpo_loss_is_the_row_grpo_with_other_defaults():
   row = dataclasses.replace(ALGORITHMS["grpo"], beta=0.04)
   arrays = {"old_logp": OLD, "ref_logp": REF}
-  one = grpo_loss(LOGP, ADVANTAGES, MASK, beta=0.04, **arrays)
-  other = policy_loss(row, LOGP, ADVANTAGES, MASK, **arrays)
-  jax.tree.map(np.testing.assert_array_equal, one, other)
+  actual = grpo_loss(LOGP, ADVANTAGES, MASK, beta=0.04, **arrays)
+  expected = policy_loss(row, LOGP, ADVANTAGES, MASK, **arrays)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
   plain = grpo_loss(LOGP, ADVANTAGES, MASK, old_logp=OLD)  # beta 0, clip 0.2, by sequence
   row = Algorithm(trust_region="clip", clip_low=0.2, clip_high=0.2)
   close(plain[0], policy_loss(row, LOGP, ADVANTAGES, MASK, old_logp=OLD)[0])
 
 
-# --- putting the parts together ------------------------------------------------------------------
+# --- all parts together --------------------------------------------------------------------------
 
 
 def test_all_parts_together():
-  """-(correction * objective - beta * kl), each part as its own test has it."""
+  """Compares -(correction * objective - beta * kl), each part written out in NumPy."""
   (value, metrics), gradient = run("everything", LOGP, ADVANTAGES, MASK, **ARRAYS)
   logp, old, ref, sampler = (x.astype(float) for x in (LOGP, OLD, REF, SAMPLER))
   a = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
   ratio = np.exp(logp - old)
   bounded = np.where(a > 0, np.minimum(ratio, 1.3), np.clip(ratio, 0.8, 3.0))
   inside = bounded == ratio
-  gap = np.exp(old - sampler)
-  correction = np.where((gap < 0.5) | (gap > 2.0), 0.0, gap)
+  sampler_ratio = np.exp(old - sampler)
+  correction = np.where((sampler_ratio < 0.5) | (sampler_ratio > 2.0), 0.0, sampler_ratio)
   k3 = np.exp(ref - logp) - (ref - logp) - 1
   weights = WEIGHTS["token"]
   close(value, -np.sum(weights * (correction * bounded * a - 0.1 * k3 * ratio)))
@@ -161,15 +160,15 @@ def test_all_parts_together():
   close(metrics[f"{name}/max"], correction[MASK].max())
 
 
-def test_the_smallest_correction_is_one_of_the_tokens():
-  """All ratios are 3 here: the masked slots must not bring in a smaller one."""
+def test_the_smallest_correction_is_that_of_a_token():
+  """All ratios are 3: masked slots must not add a smaller one."""
   row = Algorithm(correction="token_truncate", correction_max=5.0)
   sampler = LOGP - np.float32(np.log(3.0))
   _, metrics = policy_loss(row, LOGP, ADVANTAGES, MASK, sampler_logp=sampler)
   close(metrics["sampling/importance_sampling_ratio/min"], 3.0)
 
 
-def test_a_sequence_ratio_uses_the_tokens_of_the_mask_only():
+def test_a_sequence_ratio_ignores_masked_tokens():
   (value, metrics), gradient = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
   difference = np.where(MASK, (LOGP - OLD).astype(float), 0.0)
   ratio = np.exp(difference.sum(-1) / np.maximum(LENGTHS, 1))
@@ -178,30 +177,30 @@ def test_a_sequence_ratio_uses_the_tokens_of_the_mask_only():
   assert inside[LENGTHS > 0].any()
   present = LENGTHS > 0
   close(value, -np.sum(bounded * ADVANTAGES * present) / 6)
-  wanted = -(ratio * ADVANTAGES * inside)[..., None] * WEIGHTS["sequence"]
-  close(gradient, wanted)
+  expected = -(ratio * ADVANTAGES * inside)[..., None] * WEIGHTS["sequence"]
+  close(gradient, expected)
   close(metrics["ratio/max"], ratio[LENGTHS > 0].max())
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_on_policy_every_row_of_the_table_has_the_gradient_of_reinforce(name):
-  """-A times the weight: no clip binds at a ratio of 1, and a KL at its minimum has no slope."""
+def test_every_row_of_the_table_is_reinforce_on_policy(name):
+  """The gradient is -A times the weight: at a ratio of 1 no bound binds, and no KL has a slope."""
   row = ALGORITHMS[name]
 
   def loss(logp):
     return policy_loss(row, logp, ADVANTAGES, MASK, ref_logp=LOGP, max_length=10)[0]
 
-  wanted = -ADVANTAGES[..., None] * WEIGHTS[row.average]
-  close(jax.grad(loss)(jnp.asarray(LOGP)), wanted)
+  expected = -ADVANTAGES[..., None] * WEIGHTS[row.average]
+  close(jax.grad(loss)(jnp.asarray(LOGP)), expected)
 
 
-def test_advantages_may_be_given_per_token():
+def test_advantages_may_be_per_token():
   per_token = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape) * np.arange(1, T + 1)
   gradient = jax.grad(lambda x: policy_loss("reinforce", x, per_token, MASK)[0])(LOGP)
   close(gradient, -per_token * WEIGHTS["sequence"])
 
 
-def test_the_reference_is_only_watched_with_beta_zero():
+def test_the_reference_is_only_a_metric_with_beta_zero():
   (with_ref, metrics), gradient = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD, ref_logp=REF)
   (without, others), same = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
   assert with_ref == without
@@ -210,7 +209,7 @@ def test_the_reference_is_only_watched_with_beta_zero():
   close(metrics["kl"], (np.exp(REF - LOGP) - (REF - LOGP) - 1)[MASK].mean())
 
 
-def test_the_sampler_is_only_watched_without_a_correction():
+def test_the_sampler_is_only_a_metric_without_a_correction():
   arrays = {"old_logp": OLD, "sampler_logp": SAMPLER}
   (with_sampler, metrics), _ = run("gspo", LOGP, ADVANTAGES, MASK, **arrays)
   (without, _), _ = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
@@ -222,13 +221,13 @@ def test_the_sampler_is_only_watched_without_a_correction():
 @pytest.mark.parametrize("name", ["gspo", "dppo", "everything"])
 def test_without_old_logp_the_policy_is_its_own_old_policy(name):
   arrays = {k: v for k, v in ARRAYS.items() if k != "old_logp"}
-  one = run(name, LOGP, ADVANTAGES, MASK, old_logp=LOGP, **arrays)
-  other = run(name, LOGP, ADVANTAGES, MASK, **arrays)
-  jax.tree.map(close, one, other)
+  actual = run(name, LOGP, ADVANTAGES, MASK, **arrays)
+  expected = run(name, LOGP, ADVANTAGES, MASK, old_logp=LOGP, **arrays)
+  jax.tree.map(close, actual, expected)
 
 
-@EVERY
-def test_only_logp_gets_a_gradient(name):
+@every_row
+def test_only_logp_receives_a_gradient(name):
   def loss(others):
     return policy_loss(ROWS[name], LOGP, mask=MASK, max_length=10, **others)[0]
 
@@ -237,7 +236,7 @@ def test_only_logp_gets_a_gradient(name):
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(gradients))
 
 
-@EVERY
+@every_row
 def test_microbatches_with_global_weights_add_up(name):
   row = ROWS[name]
   weights = np.asarray(token_weights(MASK, row.average, max_length=10))
@@ -254,36 +253,52 @@ def test_microbatches_with_global_weights_add_up(name):
 
 def test_leading_axes_are_free():
   flat = {k: v.reshape(-1, T) for k, v in ARRAYS.items()}
-  got = policy_loss(
+  actual = policy_loss(
     EVERYTHING, LOGP.reshape(-1, T), ADVANTAGES.reshape(-1), MASK.reshape(-1, T), **flat
   )
-  jax.tree.map(close, got, policy_loss(EVERYTHING, LOGP, ADVANTAGES, MASK, **ARRAYS))
-  one = policy_loss("reinforce", LOGP[0, 0], ADVANTAGES[0, 0], MASK[0, 0])
-  close(one[0], -ADVANTAGES[0, 0])
+  jax.tree.map(close, actual, policy_loss(EVERYTHING, LOGP, ADVANTAGES, MASK, **ARRAYS))
+  loss, _ = policy_loss("reinforce", LOGP[0, 0], ADVANTAGES[0, 0], MASK[0, 0])
+  close(loss, -ADVANTAGES[0, 0])
 
 
-def test_an_average_of_your_own():
+def test_an_average_may_be_a_function():
   row = dataclasses.replace(ALGORITHMS["reinforce"], average=lambda mask, max_length: mask * 1.0)
   close(policy_loss(row, LOGP, ADVANTAGES, MASK)[0], -np.sum(LENGTHS * ADVANTAGES))
+
+
+def test_choices_may_be_functions():
+  """The row "everything", with its functions in place of their names."""
+  kinds = {
+    "ratio": RATIOS,
+    "trust_region": TRUST_REGIONS,
+    "kl": KLS,
+    "correction": CORRECTIONS,
+    "average": AVERAGES,
+  }
+  functions = {kind: table[getattr(EVERYTHING, kind)] for kind, table in kinds.items()}
+  row = dataclasses.replace(EVERYTHING, **functions)
+  actual = policy_loss(row, LOGP, ADVANTAGES, MASK, **ARRAYS)
+  expected = policy_loss(EVERYTHING, LOGP, ADVANTAGES, MASK, **ARRAYS)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # --- robustness ----------------------------------------------------------------------------------
 
 
-@EVERY
+@every_row
 def test_masked_slots_may_hold_anything(name):
-  """NaN and infinities in every argument at once: the same bits in value, metrics, gradient."""
+  """NaN and infinity in every argument change no bit of loss, metrics and gradient."""
   arrays = ARRAYS | {"weights": WEIGHTS["token"].astype(np.float32)}
   per_token = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
-  wanted = run(name, LOGP, per_token, MASK, **arrays)
-  assert not np.asarray(wanted[1])[~MASK].any()
+  expected = run(name, LOGP, per_token, MASK, **arrays)
+  assert not np.asarray(expected[1])[~MASK].any()
   for poisons in ([np.nan] * 6, [np.inf] * 6, [-np.inf] * 6, [np.inf, -np.inf, np.nan] * 2):
     bad = [
       np.where(MASK, x, np.float32(poison))
       for x, poison in zip((LOGP, per_token, *arrays.values()), poisons, strict=True)
     ]
-    got = run(name, bad[0], bad[1], MASK, **dict(zip(arrays, bad[2:], strict=True)))
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    actual = run(name, bad[0], bad[1], MASK, **dict(zip(arrays, bad[2:], strict=True)))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_the_advantage_of_an_empty_sequence_may_be_nan():
@@ -295,7 +310,7 @@ def test_the_advantage_of_an_empty_sequence_may_be_nan():
   )
 
 
-@EVERY
+@every_row
 def test_a_batch_without_tokens(name):
   (loss, metrics), gradient = run(name, LOGP, ADVANTAGES, np.zeros_like(MASK), **ARRAYS)
   assert loss == 0
@@ -311,9 +326,9 @@ def test_a_batch_of_width_zero():
   assert all(np.isfinite(value) for value in metrics.values())
 
 
-@EVERY
+@every_row
 def test_log_ratios_of_100_give_finite_loss_gradient_and_metrics(name):
-  """A documented clamp: exp goes on as a straight line above e^20."""
+  """exp continues as a straight line above e^20, as documented."""
   far = np.where(np.arange(T) % 2, 0.0, -100.0).astype(np.float32) * np.ones_like(LOGP)
   near = -100.0 - far
   full = np.ones_like(MASK)
@@ -322,17 +337,17 @@ def test_log_ratios_of_100_give_finite_loss_gradient_and_metrics(name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_inputs_are_computed_in_float32(dtype):
+def test_16_bit_inputs_are_computed_in_float32(dtype):
   narrow = [jnp.asarray(x, dtype) for x in (LOGP, ADVANTAGES, *ARRAYS.values())]
   wide = [x.astype(jnp.float32) for x in narrow]
-  got, wanted = (
+  actual, expected = (
     run("everything", x[0], x[1], MASK, **dict(zip(ARRAYS, x[2:], strict=True)))
     for x in (narrow, wide)
   )
-  assert got[0][0].dtype == jnp.float32
-  assert got[1].dtype == dtype  # the gradient comes back in the dtype of logp
-  jax.tree.map(close, got[0], wanted[0])
-  close(got[1].astype(jnp.float32), wanted[1], atol=0.01)
+  assert actual[0][0].dtype == jnp.float32
+  assert actual[1].dtype == dtype  # the gradient has the dtype of logp
+  jax.tree.map(close, actual[0], expected[0])
+  close(actual[1].astype(jnp.float32), expected[1], atol=0.01)
 
 
 def test_float64(x64):
@@ -354,9 +369,65 @@ def test_vmap_over_seeds():
     close(loss, policy_loss("gspo", logp, ADVANTAGES, MASK, old_logp=OLD)[0])
 
 
-def test_integer_masks_and_lists_are_taken():
-  got = policy_loss("grpo", LOGP.tolist(), ADVANTAGES.tolist(), MASK.astype(int), ref_logp=REF)
-  close(got[0], policy_loss("grpo", LOGP, ADVANTAGES, MASK, ref_logp=REF)[0])
+def test_integer_masks_and_lists_are_accepted():
+  actual = policy_loss("grpo", LOGP.tolist(), ADVANTAGES.tolist(), MASK.astype(int), ref_logp=REF)
+  close(actual[0], policy_loss("grpo", LOGP, ADVANTAGES, MASK, ref_logp=REF)[0])
+
+
+# --- metrics and functions of one's own ----------------------------------------------------------
+
+SMALL_LOGP = jnp.log(jnp.array([[[0.5, 0.25], [0.125, 0.5]]]))
+SMALL_MASK = jnp.array([[[True, True], [True, False]]])
+A = jnp.array([[1.0, -1.0]])
+
+
+def test_metrics_carry_no_gradient():
+  """A metric that is added to a loss by mistake must not train anything."""
+  row = dataclasses.replace(ALGORITHMS["grpo"], correction="token_truncate", correction_max=2.0)
+
+  def metrics(logp):
+    others = {
+      "old_logp": SMALL_LOGP - 0.5,
+      "ref_logp": SMALL_LOGP - 1.0,
+      "sampler_logp": SMALL_LOGP - 0.25,
+    }
+    return policy_loss(row, logp, A, SMALL_MASK, **others)[1]
+
+  slopes = jax.jacobian(metrics)(SMALL_LOGP)
+  assert {"kl", "ratio/mean", "sampling/importance_sampling_ratio/max"} <= set(slopes)
+  assert not any(slope.any() for slope in slopes.values())
+
+
+def test_with_beta_zero_an_infinite_kl_does_not_reach_the_loss():
+  """The reference excludes a token that was drawn."""
+  row = dataclasses.replace(ALGORITHMS["grpo"], beta=0.0)
+  ref = SMALL_LOGP.at[0, 0, 0].set(-np.inf)
+
+  def loss(logp):
+    return policy_loss(row, logp, A, SMALL_MASK, ref_logp=ref)
+
+  (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(SMALL_LOGP)
+  assert metrics["kl"] == np.inf
+  assert value == 0  # -(1/4 + 1/4 - 1/2): the weights, at ratio 1
+  np.testing.assert_allclose(slope, [[[-0.25, -0.25], [0.5, 0.0]]], rtol=1e-6)
+
+
+def test_functions_of_ones_own_receive_zeros_where_masked():
+  arguments = {}
+
+  def region(log_ratio, logp, old_logp, advantages):
+    arguments.update(log_ratio=log_ratio, logp=logp, old_logp=old_logp, advantages=advantages)
+    never = jnp.zeros(logp.shape, bool)
+    return jnp.where(SMALL_MASK, logp, np.nan), never, never
+
+  poison = jnp.where(SMALL_MASK, SMALL_LOGP, np.nan)
+  advantages = jnp.where(SMALL_MASK, A[..., None], np.nan)
+  row = Algorithm(trust_region=region)
+  loss, _ = policy_loss(row, poison, advantages, SMALL_MASK, old_logp=poison)
+  for name, array in arguments.items():
+    assert array[0, 1, 1] == 0, name
+  # -(log 1/2 + log 1/4) / 4 - (log 1/8) / 2, in units of log 2
+  np.testing.assert_allclose(loss, (3 / 4 + 3 / 2) * np.log(2), rtol=1e-6)
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -407,7 +478,7 @@ def test_errors_of_grpo_loss():
     grpo_loss(LOGP, ADVANTAGES, MASK, average="mean")
 
 
-def test_the_rows_here_have_every_choice():
+def test_rows_here_contain_every_choice():
   for kind, table in (
     ("ratio", RATIOS),
     ("trust_region", TRUST_REGIONS),
@@ -416,8 +487,3 @@ def test_the_rows_here_have_every_choice():
     ("average", AVERAGES),
   ):
     assert {getattr(row, kind) for row in ROWS.values()} == set(table)
-
-
-def test_an_algorithm_stands_for_itself():
-  assert lookup_algorithm(EVERYTHING) is EVERYTHING
-  assert lookup_algorithm("grpo") is ALGORITHMS["grpo"]

@@ -1,4 +1,4 @@
-"""Masks and token weights, by hand."""
+"""Masks and token weights: values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +25,25 @@ WEIGHTS = {
 }
 
 
-def test_the_first_eos_is_the_last_token_that_counts():
-  """In the middle, first, none, pad with the id of EOS, last."""
-  got = completion_mask(TOKENS, 2)
-  assert got.dtype == bool
-  assert (np.asarray(got) == ENDS_AT_2).all()
+def test_the_mask_ends_with_the_first_eos():
+  """EOS in the middle, first, absent, repeated as padding, and last."""
+  actual = completion_mask(TOKENS, 2)
+  assert actual.dtype == bool
+  assert (np.asarray(actual) == ENDS_AT_2).all()
 
 
 @pytest.mark.parametrize("eos_ids", [[6, 2], (2, 6), np.array([2, 6]), jnp.array([6, 2])])
-def test_any_of_several_eos_ids_ends(eos_ids):
-  wanted = np.array(
+def test_each_of_several_eos_ids_ends(eos_ids):
+  expected = np.array(
     [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], bool
   )
-  assert (np.asarray(completion_mask(TOKENS, eos_ids)) == wanted).all()
+  assert (np.asarray(completion_mask(TOKENS, eos_ids)) == expected).all()
 
 
 @pytest.mark.parametrize("eos_ids", [(), [], np.array([], int), 99])
 def test_without_an_eos_id_nothing_ends(eos_ids):
   assert np.asarray(completion_mask(TOKENS, eos_ids)).all()
+  assert completion_mask(jnp.array([0, 1, 5]), eos_ids).tolist() == [True, True, True]
 
 
 def test_leading_axes_are_free():
@@ -59,7 +60,7 @@ def test_narrow_token_types_do_not_wrap(dtype):
   assert (np.asarray(completion_mask(tokens, [2, 100_000])) == ENDS_AT_2).all()
 
 
-def test_the_mask_under_jit_and_vmap():
+def test_mask_under_jit_and_vmap():
   assert (np.asarray(jax.jit(completion_mask)(TOKENS, 2)) == ENDS_AT_2).all()
   each = jax.vmap(completion_mask, in_axes=(0, None))(TOKENS, jnp.array([2]))
   assert (np.asarray(each) == ENDS_AT_2).all()
@@ -77,10 +78,10 @@ def test_errors_of_the_mask():
 
 
 @pytest.mark.parametrize("average", WEIGHTS)
-def test_the_weights(average):
-  got = token_weights(MASK, average, max_length=10)
-  assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got, WEIGHTS[average], rtol=1e-6)
+def test_weights(average):
+  actual = token_weights(MASK, average, max_length=10)
+  assert actual.dtype == jnp.float32
+  np.testing.assert_allclose(actual, WEIGHTS[average], rtol=1e-6)
 
 
 def test_every_average_is_tested():
@@ -90,20 +91,33 @@ def test_every_average_is_tested():
 @pytest.mark.parametrize("average", WEIGHTS)
 def test_padding_and_leading_axes_do_not_change_the_weights(average):
   padded = np.pad(MASK, ((0, 0), (0, 0), (0, 3)))
-  got = token_weights(padded.reshape(4, 7), average, max_length=10)
-  wanted = np.pad(WEIGHTS[average], ((0, 0), (0, 0), (0, 3))).reshape(4, 7)
-  np.testing.assert_allclose(got, wanted, rtol=1e-6)
+  actual = token_weights(padded.reshape(4, 7), average, max_length=10)
+  expected = np.pad(WEIGHTS[average], ((0, 0), (0, 0), (0, 3))).reshape(4, 7)
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("average", WEIGHTS)
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 0), (0, 3, 4), (4,)])
-def test_a_batch_without_tokens_has_weights_of_zero(average, shape):
-  got = token_weights(np.zeros(shape, bool), average, max_length=10)
-  assert got.shape == shape
-  assert not np.asarray(got).any()
+def test_weights_of_a_batch_without_tokens_are_zero(average, shape):
+  actual = token_weights(np.zeros(shape, bool), average, max_length=10)
+  assert actual.shape == shape
+  assert not np.asarray(actual).any()
 
 
-def test_the_weights_of_one_sequence():
+@pytest.mark.parametrize("average", WEIGHTS)
+def test_weights_of_single_tokens(average):
+  """Three sequences of one token each: 1/3 with every average (max_length 1)."""
+  actual = token_weights(jnp.ones((3, 1), bool), average, max_length=1)
+  np.testing.assert_allclose(actual, np.full((3, 1), 1 / 3), rtol=1e-6)
+
+
+def test_a_single_token_is_its_own_mean():
+  mask = jnp.array([[True, False], [False, False]])
+  np.testing.assert_array_equal(token_weights(mask, "token"), [[1.0, 0.0], [0.0, 0.0]])
+  assert masked_mean(jnp.array([[3.0, 9.0], [9.0, np.nan]]), mask) == 3.0
+
+
+def test_weights_of_one_sequence():
   mask = np.array([True, True, False])
   assert token_weights(mask, "sequence").tolist() == [0.5, 0.5, 0.0]
   assert token_weights(mask, "constant", max_length=4).tolist() == [0.25, 0.25, 0.0]
@@ -113,17 +127,17 @@ def test_integer_masks_count_where_not_zero():
   np.testing.assert_allclose(token_weights(MASK * 3, "token"), WEIGHTS["token"], rtol=1e-6)
 
 
-def test_a_function_of_your_own_is_an_average():
-  """Every prompt the same weight (ScaleRL): 1 / (prompts · tokens of the prompt)."""
+def test_an_average_may_be_a_function():
+  """The same weight for every prompt (ScaleRL): 1 / (prompts · tokens of the prompt)."""
 
   def prompt(mask, max_length):
     return 1.0 / (mask.shape[0] * jnp.maximum(mask.sum((-2, -1), keepdims=True), 1)) * mask
 
-  wanted = [[[1 / 10] * 4, [1 / 10, 0, 0, 0]], [[0] * 4, [1 / 6, 1 / 6, 1 / 6, 0]]]
-  np.testing.assert_allclose(token_weights(MASK, prompt), wanted, rtol=1e-6)
+  expected = [[[1 / 10] * 4, [1 / 10, 0, 0, 0]], [[0] * 4, [1 / 6, 1 / 6, 1 / 6, 0]]]
+  np.testing.assert_allclose(token_weights(MASK, prompt), expected, rtol=1e-6)
 
 
-def test_the_weights_under_jit_vmap_and_float64(x64):
+def test_weights_under_jit_vmap_and_float64(x64):
   weights = jax.jit(token_weights, static_argnums=1)(MASK, "sequence")
   assert weights.dtype == jnp.float64
   np.testing.assert_allclose(weights, WEIGHTS["sequence"], rtol=1e-15)

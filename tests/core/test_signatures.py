@@ -1,4 +1,6 @@
-"""The shapes in the signatures are the shapes that go in and come out, checked at run time."""
+"""Checks the shapes in the signatures of public functions at run time."""
+
+import inspect
 
 import jax.numpy as jnp
 import pytest
@@ -6,6 +8,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 import grpo_jax
+from grpo_jax.core import corrections, kl, logprobs, ratios, trust_regions
 
 P, G, T, R, S, D, V = 2, 3, 4, 2, 5, 6, 7
 REWARDS = jnp.arange(P * G, dtype=jnp.float32).reshape(P, G)
@@ -38,12 +41,53 @@ CALLS = {
 }
 
 
+CALLS["advantages"] = lambda f: f("dr_grpo", REWARDS)
+SETTINGS = dict.fromkeys(
+  [
+    "clip_low", "clip_high", "clip_dual", "ratio_min", "ratio_max", "tau_positive", "tau_negative",
+    "divergence", "correction_min", "correction_max",
+  ],
+  2.0,
+)  # fmt: skip
+CHOICES = {
+  kl: (kl.KLS, (LOGP, LOGP, LOGP)),
+  ratios: (ratios.RATIOS, (LOGP, LOGP, MASK)),
+  trust_regions: (trust_regions.TRUST_REGIONS, (LOGP, LOGP, LOGP, LOGP)),
+  corrections: (corrections.CORRECTIONS, (LOGP, MASK)),
+}
+
+
+def checked(function):
+  return jaxtyped(typechecker=beartype)(function)
+
+
 @pytest.mark.parametrize("name", CALLS)
-def test_the_signature_holds(name):
-  CALLS[name](jaxtyped(typechecker=beartype)(getattr(grpo_jax, name)))
+def test_signatures_of_the_package(name):
+  CALLS[name](checked(getattr(grpo_jax, name)))
+
+
+@pytest.mark.parametrize("module", CHOICES, ids=lambda module: module.__name__)
+def test_signatures_of_the_choices(module):
+  """Every choice is public in its module, is documented with an example, and has typed shapes."""
+  table, arguments = CHOICES[module]
+  for function in table.values():
+    assert getattr(module, function.__name__) is function
+    assert ">>>" in function.__doc__
+    parameters = inspect.signature(function).parameters.values()
+    assert all(p.annotation is not p.empty for p in parameters)
+    settings = {p.name: SETTINGS[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    checked(function)(*arguments, **settings)
+    with pytest.raises(Exception, match=r"dimension|type|shape"):
+      checked(function)(*arguments[:-1], jnp.zeros((P, G)), **settings)
+
+
+def test_signatures_of_helpers():
+  checked(ratios.finite_exp)(LOGP)
+  checked(logprobs.soft_cap)(LOGP, 2.0)
+  checked(logprobs.soft_cap)(LOGP, None)
 
 
 def test_every_public_function_is_here():
   functions = {name for name in grpo_jax.__all__ if callable(getattr(grpo_jax, name))}
-  functions -= {"Algorithm"}
+  functions -= {"Algorithm", "Advantage"}
   assert functions == set(CALLS)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import grpo_jax
 from grpo_jax import ALGORITHMS, Algorithm, leave_one_out, multi_objective, policy_loss
-from grpo_jax.core.advantages import ADVANTAGES
 from tests.helpers import enumeration as world
 from tests.helpers.enumeration import Comparison, Expected
 
 PROMPT = np.arange(world.PROMPTS)[:, None]
+ADVANTAGES = {name: a for name, a in grpo_jax.ADVANTAGES.items() if a.rewards == ("total",)}
 GROUP = 3  # completions per prompt where the advantage matters
 FEW = 2  # and where it is leave_one_out, which is exact for any size
 DISTANCES = (0.5, 1.0)  # of the policy that drew the completions, in units of `world.SHIFT`
