@@ -153,6 +153,7 @@ class Run:
       c.rewards.workers,
       c.rewards.timeout,
       here={name: self.task.rewards[name] for name in [LEARNED] if name in self.task.rewards},
+      isolate=c.rewards.isolate,
     )
 
   def learner(self, on_skip: Callable[[SkippedUpdate], object] | None = None) -> Learner:
@@ -352,6 +353,12 @@ def _misfits(
     problems.append(
       f"the tokenizer of {c.model.source} has {tokenizer.vocab_size} ids, its model only "
       f"{model.vocab_size}"
+    )
+  if task.foreign and (c.rewards.workers == 0 or not c.rewards.isolate):
+    problems.append(
+      f"the rewards of task {task.name!r} are code of another package, which reads what the model "
+      "writes: it runs in isolated worker processes only; set rewards.workers to 1 or more and "
+      "rewards.isolate to true"
     )
   if model.labels:
     problems.append(

@@ -183,6 +183,8 @@ def default_config() -> ConfigDict:
   c.rewards = Section()
   c.rewards.workers = 1  # processes that run the reward functions; 0 = this one, unguarded
   c.rewards.timeout = 30.0  # seconds per completion; a slower one has no reward
+  # Reward processes get no network, no environment, and cannot write or start programs.
+  c.rewards.isolate = True
   c.rewards.allow_unscored = False  # go on although no completion of the first step was scored
 
   c.reward_model = Section()  # a learned reward, added to the task's

@@ -65,6 +65,7 @@ class Task:
   answer: Callable[[str], Hashable | None] | None = None
   step_rewards: StepRewards | None = None
   files: tuple[str, ...] = ()  # data and reward code; a run that is continued needs the same
+  foreign: bool = False  # rewards are somebody else's code, which runs in worker processes only
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:

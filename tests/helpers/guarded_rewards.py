@@ -90,7 +90,8 @@ def beat_forever(path):
 
   from grpo_jax.tasks.rewards.workers import RewardWorkers
 
-  RewardWorkers(partial(task), timeout=3600.0)(["p"], [[f"beat {path}"]], {"answer": ["a"]}, [[1]])
+  workers = RewardWorkers(partial(task), timeout=3600.0, isolate=False)
+  workers(["p"], [[f"beat {path}"]], {"answer": ["a"]}, [[1]])
 
 
 if __name__ == "__main__":

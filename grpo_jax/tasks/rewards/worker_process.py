@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import json
 import os
 import pickle
 import queue
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from grpo_jax.environments import isolation
 from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Task
 from grpo_jax.tasks.rewards.scoring import RewardError, score
 
@@ -47,21 +49,28 @@ GRACE = 10.0  # seconds after its time limit until a worker without a parent end
 def serve(connection: Connection) -> None:
   """Builds a task and scores batches until the parent process is gone.
 
-  The first message is the pickled factory of the task. It is answered by ("ready", weights). Every
-  further message is a pickled (timeout in seconds, *arguments of `score_task`). It is answered by
-  ("calling", function) before each call of a function, and then by ("done", result). An error is
-  answered by ("raised", message).
+  The first message is the pickled (factory of the task, whether to isolate). It is answered by
+  ("ready", [weights, layers]). Every further message is a pickled (timeout in seconds, *arguments
+  of `score_task`). It is answered by ("calling", function) before each call of a function, and then
+  by ("done", [rewards, accuracy]). An error is answered by ("raised", message).
+
+  Answers are JSON, never pickles: text of a model has been in this process.
   """
   os.set_inheritable(connection.fileno(), False)
+
+  def answer(kind: str, value: Any) -> None:
+    connection.send_bytes(json.dumps([kind, value]).encode())
+
   inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
   threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
   try:
-    task = pickle.loads(inbox.get())()
-    task = _with_announcements(task, lambda name: connection.send(("calling", name)))
+    make, isolate = pickle.loads(inbox.get())
+    task = _with_announcements(make(), lambda name: answer("calling", name))
+    layers = isolation.confine() if isolate else []
   except Exception as error:
-    connection.send(("raised", f"{type(error).__name__}: {error}"))
+    answer("raised", f"{type(error).__name__}: {error}")
     return
-  connection.send(("ready", {name: weight for name, (_, weight) in task.rewards.items()}))
+  answer("ready", [{name: weight for name, (_, weight) in task.rewards.items()}, layers])
   with open(os.devnull, "w") as devnull:
     while True:
       payload = inbox.get()
@@ -71,13 +80,27 @@ def serve(connection: Connection) -> None:
         # thread ends the process, unless a function never releases the GIL. This timer ends it
         # then: it does not need the GIL.
         faulthandler.dump_traceback_later(timeout + GRACE, exit=True, file=devnull)
-        answer = ("done", score_task(task, *arguments))
+        rewards, accuracy = score_task(task, *arguments)
+        values = {name: array.tolist() for name, array in rewards.items()}
+        reply = ("done", [values, accuracy.tolist()])
       except RewardError as error:
-        answer = ("raised", str(error))
+        reply = ("raised", f"{error}{_hint(error) if layers else ''}")
       except Exception as error:
-        answer = ("raised", f"{type(error).__name__}: {error}")
+        reply = ("raised", f"{type(error).__name__}: {error}")
       faulthandler.cancel_dump_traceback_later()
-      connection.send(answer)
+      answer(*reply)
+
+
+def _hint(error: BaseException | None) -> str:
+  """Returns what to do where isolation is the cause of an error."""
+  while error is not None and not isinstance(error, PermissionError):
+    error = error.__cause__
+  if error is None:
+    return ""
+  return (
+    "\nReward processes have no network, cannot write files and cannot start programs. If this "
+    "reward needs that, set rewards.isolate=false"
+  )
 
 
 def score_task(

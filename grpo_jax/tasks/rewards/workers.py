@@ -7,6 +7,7 @@ reward functions may be anything, including closures.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from grpo_jax.tasks.rewards.scoring import (
 )
 from grpo_jax.tasks.rewards.worker_process import START, score_task
 
+MESSAGE_BYTES = 2**28  # longest message of a worker
 START_SECONDS = 600.0  # time limit in seconds for building the task in a worker
 REMEDY = (
   "Name reward functions as 'path/to/file.py:function', or have them called in this process: "
@@ -144,6 +146,8 @@ class RewardWorkers:
     timeout: time limit in seconds for one call of all functions, on any number of completions.
     here: further rewards, name -> (function, weight), that are called in this process because they
       need its device. They have no time limit.
+    isolate: take network, writing, starting programs and the environment away from the workers
+      once they have built the task. A machine that cannot do it gets a warning.
 
   Raises:
     ValueError: an argument is out of range, or `make` cannot be pickled.
@@ -156,6 +160,7 @@ class RewardWorkers:
     timeout: float = 30.0,
     *,
     here: Rewards | None = None,
+    isolate: bool = True,
   ) -> None:
     if workers < 1 or not 0 < timeout < math.inf:
       raise ValueError(
@@ -163,13 +168,13 @@ class RewardWorkers:
         "seconds"
       )
     try:
-      pickled = pickle.dumps(make)
+      pickled = pickle.dumps((make, isolate))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
       raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
     self._timeout = timeout
     self._here = dict(here or {})
     self._whole_batches = True  # False once a batch was too slow as a whole
-    self._workers = [_Worker(pickled) for _ in range(workers)]
+    self._workers = [_Worker(pickled, isolate) for _ in range(workers)]
     for worker in self._workers:
       worker.start()
 
@@ -289,8 +294,8 @@ def _split(unit: Unit) -> list[Unit]:
 class _Worker:
   """A worker process: absent, starting (it builds the task), idle, or busy with a unit."""
 
-  def __init__(self, make: bytes) -> None:
-    self._make = make
+  def __init__(self, make: bytes, isolate: bool) -> None:
+    self._make, self._isolate = make, isolate
     self.connection: Connection | None = None
     self.weights: Mapping[str, float] | None = None
     self.unit: Unit | None = None
@@ -311,7 +316,7 @@ class _Worker:
       stdin=subprocess.DEVNULL,
       # Ctrl-C is for the parent, and processes that a function starts end with the worker.
       start_new_session=True,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},  # a function that uses jax gets no accelerator
+      env=_environment(self._isolate),
     )
     child.close()
     self._send(pickle.dumps(sys.path))
@@ -330,13 +335,23 @@ class _Worker:
   def receive(self) -> tuple[str, Any]:
     """Returns ("done", result), ("raised", message) or ("died", reason); ("", None): no event."""
     try:
-      kind, value = self.connection.recv()
+      kind, value = _message(self.connection.recv_bytes(MESSAGE_BYTES), self.unit)
     except (EOFError, OSError):
       kind, value = "died", f"process ({self._exit_reason()})"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+      self.kill()
+      raise RewardError(
+        f"a reward worker sent something else than rewards ({error}): a completion has changed it"
+      ) from error
     if kind == "calling":
       self.called = value
     elif kind == "ready":
-      self.weights, self._ready = value, True
+      (self.weights, layers), self._ready = value, True
+      if self._isolate and "landlock" not in layers:
+        warnings.warn(
+          "reward functions are not isolated on this machine: its kernel has no Landlock",
+          RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
     elif not self._ready:
       self.kill()
       reason = value if kind == "raised" else f"it ended its {value}"
@@ -361,6 +376,42 @@ class _Worker:
     except subprocess.TimeoutExpired:
       return "still running, but without its connection"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _environment(isolate: bool) -> dict[str, str]:
+  """Returns the environment of a worker; an isolated one sees no keys and no tokens."""
+  # A function that uses jax gets no accelerator.
+  own = {"JAX_PLATFORMS": "cpu"}
+  if not isolate:
+    return os.environ | own
+  plain = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
+  return {
+    name: value
+    for name, value in os.environ.items()
+    if name in plain or name.startswith(("LC_", "PYTHON", "OMP_", "OPENBLAS_", "COVERAGE"))
+  } | own
+
+
+def _message(payload: bytes, unit: Unit | None) -> tuple[str, Any]:
+  """Returns the (kind, value) of a message; everything in it is checked.
+
+  Raises:
+    ValueError, TypeError, KeyError: it is not a message of a worker.
+  """
+  kind, value = json.loads(payload)
+  if kind == "done":
+    rewards, accuracy = value
+    shape = tuple(part.stop - part.start for part in unit)
+    arrays = {str(name): np.array(rows, np.float64) for name, rows in rewards.items()}
+    # `reshape` raises for any other size; of size 0, the nested lists do not say the shape.
+    arrays = {name: array.reshape(shape) for name, array in arrays.items()}
+    return kind, (arrays, np.array(accuracy, np.float64).reshape(shape))
+  if kind == "ready":
+    weights, layers = value
+    return kind, ({str(name): float(weight) for name, weight in weights.items()}, list(layers))
+  if kind not in ("calling", "raised") or not isinstance(value, str):
+    raise ValueError(f"the message {payload[:80]!r}")
+  return kind, value
 
 
 def _events(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, str, Any]]:

@@ -1,0 +1,1 @@
+"""Runs what a model writes: environments of several turns, tools, and untrusted code."""
