@@ -196,7 +196,7 @@ def _parts_page(names: list[str]) -> str:
 def _part(title: str, sentence: str, names: list[str], tops: list[str]) -> list[str]:
   rows = [f"| [`{n}`]({n}.md) | {_summary(importlib.import_module(n))} |" for n in names]
   return [
-    f"## {title}", "", sentence, "", "| module | |", "|---|---|", *rows, "",
+    f"## {title}", "", sentence, "", "| module | content |", "|---|---|", *rows, "",
     "```{toctree}", ":hidden:", "", *tops, "```", "",
   ]  # fmt: skip
 

@@ -15,6 +15,7 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
 import api_pages  # noqa: E402
+from sphinx.domains.python import PyObject  # noqa: E402
 from sphinx.errors import ExtensionError  # noqa: E402
 
 import grpo_jax  # noqa: E402
@@ -48,6 +49,7 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature of a dataclass has them
 napoleon_custom_sections = [("Errors", "returns_style")]
 
 html_theme = "furo"
@@ -97,15 +99,18 @@ def _mend_links(app, document, content) -> None:
 
 
 # Arguments may be arrays of jax or of NumPy, which makes each type twice as long as it need be.
-_UNION = re.compile(
-  r"(?:~?jaxtyping\.)?(\w+)\[(?:~?jax(?:lib\._jax)?\.)?Array, ('[^']*')\] \| "
-  r"(?:~?jaxtyping\.)?\1\[(?:~?numpy\.)?ndarray, \2\]"
-)
+_ARRAY = re.compile(r"(?:~?jaxtyping\.)?(\w+)\[(?:~?jax(?:lib\._jax)?\.)?Array, ('[^']*')\]")
+_UNION = re.compile(r"(\w+\[)Array(, '[^']*'\]) \| (?:~?jaxtyping\.)?\1(?:~?numpy\.)?ndarray\2")
+# A function as a default, without its address.
+_FUNCTION = re.compile(r"<function (?:\w+\.)*(\w+)[^>]*>")
 
 
 def _shorten_signature(app, what, name, obj, options, signature, returns):
   def short(text):
-    return text and _UNION.sub(r"\1[Array, \2]", text)
+    if text:
+      text = _FUNCTION.sub(r"\1", _ARRAY.sub(r"\1[Array, \2]", text))
+      text = _UNION.sub(r"\1Array\2", text).replace("jaxlib._jax.Array", "Array")
+    return text
 
   return short(signature), short(returns)
 
@@ -135,6 +140,9 @@ def _literal_docstring(app, what, name, obj, options, lines) -> None:
 
 def setup(app) -> None:
   """Connects this file's functions to Sphinx's events."""
+  for field in PyObject.doc_field_types:
+    if field.name == "variable":
+      field.label = "Attributes"  # what the docstrings call them; Sphinx says "Variables"
   app.add_config_value("check_docstrings", True, "", [bool])
   app.connect("builder-inited", _write_inputs)
   app.connect("autodoc-process-signature", _shorten_signature)
