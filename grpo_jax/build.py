@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
 from grpo_jax import data, rollout, tasks, tokens
+from grpo_jax.core.advantages import lookup_advantage
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.distributed import hosts
@@ -365,9 +366,9 @@ def _misfits(
       f"model.source {c.model.source!r} is a classification model, which cannot write text: it can "
       "be a reward_model.source"
     )
-  if algorithm and algorithm.advantage == "process_advantages" and task.step_rewards is None:
+  if algorithm and rewards_steps(algorithm) and task.step_rewards is None:
     problems.append(
-      f"algorithm.advantage 'process_advantages' needs rewards for steps, and task {task.name!r} "
+      f"algorithm.advantage {algorithm.advantage!r} needs rewards for steps, and task {task.name!r} "
       "has no step_rewards; choose another advantage or give the task this function"
     )
   weights = {name: weight for name, (_, weight) in task.rewards.items()}
@@ -426,18 +427,22 @@ def update_config(c: ConfigDict) -> UpdateConfig:
   )
 
 
+def rewards_steps(algorithm: Algorithm) -> bool:
+  """Returns whether the advantage of an algorithm is computed from the rewards of steps."""
+  return "steps" in lookup_advantage(algorithm.advantage).rewards
+
+
 def rollout_config(c: ConfigDict, task: Task, algorithm: Algorithm, mesh: Mesh) -> RolloutConfig:
   """Returns the settings of a rollout."""
   parts = c.train.mini_batches * c.train.micro_batches
   deterministic_reduction = c.train.reduction == "deterministic"
   units = c.train.chunks if deterministic_reduction else mesh.shape["data"] * mesh.shape["fsdp"]
   smallest = units * parts
-  per_step = algorithm.advantage == "process_advantages"
   return RolloutConfig(
     group_size=c.rollout.group_size,
     algorithm=algorithm,
     reward_weights=tuple(weight for _, weight in task.rewards.values()),
-    step_rewards=task.step_rewards if per_step else None,
+    step_rewards=task.step_rewards if rewards_steps(algorithm) else None,
     max_resamples=c.rollout.max_resamples,
     mask_truncated=c.rollout.mask_truncated,
     pad_prompts_to_multiple=smallest * -(-c.rollout.prompts_per_step // (BATCH_SIZES * smallest)),

@@ -11,13 +11,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.advantages import ADVANTAGES, multi_objective, process_advantages
-from grpo_jax.core.algorithms import Algorithm
-from grpo_jax.core.checks import lookup
+from grpo_jax.core.algorithms import Algorithm, advantages
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import hosts
@@ -45,8 +44,8 @@ class RolloutConfig:
     group_size: G, completions per prompt.
     algorithm: a row of `ALGORITHMS` by name, or an `Algorithm`: its advantage, its average, and
       whether there is a KL term.
-    reward_weights: weight of each reward function, for the advantage `multi_objective`.
-    step_rewards: rewards of steps, for the advantage `process_advantages`.
+    reward_weights: weight of each reward function, for advantages that combine them.
+    step_rewards: rewards of steps, for advantages that are computed from them.
     max_resamples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups without a gradient
       are replaced by groups from up to this many further draws of examples. Where these do not
       suffice, some of them stay, so that P never changes. A group has a gradient if one of its
@@ -175,14 +174,20 @@ def make_batch(
     (batch, whether each of its prompts has a gradient).
   """
   out, scores, algorithm = scored.out, scored.scores, config.row
+  # Prompts are the first axis of everything that is laid out over the devices.
   rewards = {
-    "multi_objective": lambda: (np.stack([*scores.per_name.values()], -1),),
-    "process_advantages": lambda: _same_width(scored.step_rewards, scored.step_ends),
-  }.get(algorithm.advantage, lambda: (scores.total,))()
+    "rewards": scores.total,
+    "rewards_per_function": np.stack([*scores.per_name.values()], -1),
+  }
+  if scored.step_rewards is not None:
+    steps = _same_width(scored.step_rewards, scored.step_ends)
+    rewards["step_rewards"], rewards["step_ends"] = steps
   host = {
     "batch": (out.prompts, out.prompt_mask, out.tokens, out.mask, out.logp),
     "ended": out.ended | (not config.mask_truncated),
-    "rewards": tuple(a.astype(np.float32) if a.dtype == np.float64 else a for a in rewards),
+    "rewards": {
+      name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in rewards.items()
+    },
   }
   layout = sampler.prompt_sharding
   weights = np.asarray(config.reward_weights, np.float32)
@@ -323,20 +328,21 @@ def _make_batch(
   compute = partial(_advantages, algorithm)
   if replicated:  # statistics over rows have the same bits only where every device has all rows
     compute = deterministic.replicated(compute, layout.mesh)
-  advantages = compute(arrays["rewards"], reward_weights, sampled)
+  values = compute(arrays["rewards"], reward_weights, sampled)
   mask = sampled & arrays["ended"][..., None]
   weights = token_weights(mask, algorithm.average, max_length=max_length)
-  batch = Batch(prompts, prompt_mask, completions, mask, advantages, weights, logp)
-  has_gradient = (advantages != 0).any(range(1, advantages.ndim)) & mask.any((-2, -1))
+  batch = Batch(prompts, prompt_mask, completions, mask, values, weights, logp)
+  has_gradient = (values != 0).any(range(1, values.ndim)) & mask.any((-2, -1))
   return laid_out(batch, layout), laid_out(has_gradient, layout, P())
 
 
-def _advantages(algorithm: Algorithm, rewards: tuple, weights: jax.Array, sampled: jax.Array):
-  if algorithm.advantage == "multi_objective":
-    return multi_objective(jax.numpy.moveaxis(*rewards, -1, 0), weights)
-  if algorithm.advantage == "process_advantages":
-    return process_advantages(*rewards, sampled)
-  return lookup("advantage", ADVANTAGES, algorithm.advantage)(*rewards)
+def _advantages(
+  algorithm: Algorithm, rewards: dict[str, jax.Array], weights: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Returns the advantages of an algorithm from all rewards there are."""
+  per_function = jnp.moveaxis(rewards["rewards_per_function"], -1, 0)
+  rewards = {**rewards, "rewards_per_function": per_function}
+  return advantages(algorithm, **rewards, reward_weights=weights, mask=mask)
 
 
 def _same_width(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import rollout
+from grpo_jax import group_centered, process_advantages, rollout
+from grpo_jax.core.advantages import Advantage
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.learning import batch as batches
 from grpo_jax.learning.step import TrainState, make_train_step
@@ -333,3 +334,33 @@ def test_groups_of_equal_totals_may_have_a_gradient(params):
 def position(prompts, completions, **columns):
   """A reward that differs inside each group: the number of the completion."""
   return [float(i % 4) for i in range(len(completions))]
+
+
+def test_an_advantage_may_be_a_function_of_several_kinds_of_rewards(params):
+  """A sum of outcome and process, each as the library computes it alone."""
+
+  def both(rewards, step_rewards, step_ends, mask):
+    return 0.5 * group_centered(rewards)[..., None] + process_advantages(
+      step_rewards, step_ends, mask
+    )
+
+  task = dataclasses.replace(TASK, step_rewards=halves)
+  row = dataclasses.replace(ALGORITHMS["grpo"], advantage=Advantage(both, ("total", "steps")))
+  parts = [
+    dataclasses.replace(ALGORITHMS["grpo"], advantage=name)
+    for name in ("group_centered", "process_advantages")
+  ]
+  out, outcome, process = (
+    np.asarray(collect(params, one, task=task).batch.advantages) for one in (row, *parts)
+  )
+  mask = np.asarray(collect(params, row, task=task).batch.mask)
+  np.testing.assert_allclose(out * mask, (0.5 * outcome[..., None] + process) * mask, atol=1e-5)
+
+
+def test_a_plain_function_is_an_advantage(params):
+  row = dataclasses.replace(ALGORITHMS["grpo"], advantage=lambda r: 2 * group_centered(r))
+  out = collect(params, row)
+  total = out.scored.scores.total
+  np.testing.assert_allclose(
+    out.batch.advantages, 2 * (total - total.mean(-1, keepdims=True)), atol=1e-5
+  )

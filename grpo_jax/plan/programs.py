@@ -187,7 +187,7 @@ class Programs:
     """Returns a batch of `prompts` prompts; `scored` adds the log-probs that `score` computes."""
     r = self.config.rollout
     rows = (prompts, r.group_size, r.completion_length)
-    per_token = self.algorithm.advantage == "process_advantages"
+    per_token = build.rewards_steps(self.algorithm)
     logp = self._rows(*rows) if scored else None
     return Batch(
       prompts=self._rows(prompts, self.prompts.length, dtype=jnp.int32),
