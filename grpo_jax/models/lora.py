@@ -15,7 +15,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -268,3 +268,25 @@ _VARIANTS = ("use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "use_qal
 
 def _peft_name(name: str, layer: int, part: str) -> str:
   return f"base_model.model.{MATRICES[name].format(layer)}.lora_{part}.weight"
+
+
+def as_pattern(targets: str | Sequence[str]) -> str:
+  """Returns the regular expression of matrix names, from such an expression or a list of names.
+
+  Names as transformers writes them, such as "q_proj", are accepted.
+
+  Raises:
+    ValueError: text that is a list in quotes, whose brackets would be a class of letters.
+
+  Example:
+    >>> as_pattern(["q_proj", "down"]), as_pattern("(q|v)_proj")
+    ('q|down', '(q|v)')
+  """
+  if not isinstance(targets, str):
+    return "|".join(re.escape(name.removesuffix("_proj")) for name in targets)
+  if re.search(r"""['",]""", targets):
+    raise ValueError(
+      f"the LoRA pattern {targets!r} is text that looks like a list; write names with | between "
+      "them, such as 'q|v', or a list of names without quotes around it"
+    )
+  return targets.replace("_proj", "")

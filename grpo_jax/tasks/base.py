@@ -65,6 +65,7 @@ class Task:
   answer: Callable[[str], Hashable | None] | None = None
   step_rewards: StepRewards | None = None
   files: tuple[str, ...] = ()  # data and reward code; a run that is continued needs the same
+  canary: str = ""  # a wrong answer, scored after each batch: its rewards must stay what they were
   foreign: bool = False  # rewards are somebody else's code, which runs in worker processes only
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
+from grpo_jax.tasks.rewards import foreign
 
 FORMATS = ("completion", "chat")
 REWARDS = ("exact", "score")
@@ -107,7 +108,9 @@ def reasoning_gym_task(
   render = _chat_renderer(system) if format == "chat" else _render_completion
   sizes = {"eval": _apportion(eval_size, weights), "train": _apportion(train_size, weights)}
   splits = _draw_splits(parts, sizes, shots, seed, render, _compile(keep))
-  functions = _reward_functions([make() for _, make in parts], numeric_only=format == "chat")
+  functions = _reward_functions(
+    [(name, make()) for name, make in parts], numeric_only=format == "chat"
+  )
   return Task(
     name="reasoning_gym:" + "+".join(dict.fromkeys(name for name, _ in parts)),
     splits=splits,
@@ -115,6 +118,8 @@ def reasoning_gym_task(
     accuracy=functions["exact"],
     stop=("\n",) if format == "completion" else (),
     answer=number_answer if format == "chat" and _all_numeric(splits) else line_answer,
+    canary="banana",
+    foreign=any(name in foreign.CLEAN for name, _ in parts),
   )
 
 
@@ -161,11 +166,13 @@ def _all_numeric(splits: Mapping[str, Sequence[Example]]) -> bool:
   return all(isinstance(text, str) and NUMBER.fullmatch(text.strip()) for text in answers)
 
 
-def _reward_functions(datasets: Sequence[Dataset], numeric_only: bool) -> dict[str, RewardFunction]:
+def _reward_functions(
+  datasets: Sequence[tuple[str, Dataset]], numeric_only: bool
+) -> dict[str, RewardFunction]:
   """Returns the rewards "score" and "exact" of problems that name their dataset in column `part`.
 
   Args:
-    datasets: of the mixture, in order.
+    datasets: names and data sets of the mixture, in order.
     numeric_only: whether a numeric answer is searched for in the reply, which is prose in a chat.
   """
 
@@ -173,8 +180,9 @@ def _reward_functions(datasets: Sequence[Dataset], numeric_only: bool) -> dict[s
     answer, gold = text.strip(), entry["answer"]
     if numeric_only and isinstance(gold, str) and NUMBER.fullmatch(gold.strip()):
       answer = extract_number(answer)
+    name, dataset = datasets[part]
     try:
-      return float(datasets[part].score_answer(answer, entry))
+      return foreign.guarded_score(name, dataset.score_answer, answer, entry)
     except Exception:  # a few datasets raise on text they cannot parse, which is a wrong answer
       return 0.0
 

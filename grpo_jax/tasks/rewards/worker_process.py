@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import functools
 import json
+import math
 import os
 import pickle
 import queue
@@ -66,6 +67,7 @@ def serve(connection: Connection) -> None:
   try:
     make, isolate = pickle.loads(inbox.get())
     task = _with_announcements(make(), lambda name: answer("calling", name))
+    canary = _make_canary(task)
     layers = isolation.confine() if isolate else []
   except Exception as error:
     answer("raised", f"{type(error).__name__}: {error}")
@@ -81,6 +83,7 @@ def serve(connection: Connection) -> None:
         # then: it does not need the GIL.
         faulthandler.dump_traceback_later(timeout + GRACE, exit=True, file=devnull)
         rewards, accuracy = score_task(task, *arguments)
+        canary()
         values = {name: array.tolist() for name, array in rewards.items()}
         reply = ("done", [values, accuracy.tolist()])
       except RewardError as error:
@@ -89,6 +92,35 @@ def serve(connection: Connection) -> None:
         reply = ("raised", f"{type(error).__name__}: {error}")
       faulthandler.cancel_dump_traceback_later()
       answer(*reply)
+
+
+def _make_canary(task: Task) -> Callable[[], None]:
+  """Returns a check that the scorers still give a fixed wrong answer what they gave it at first.
+
+  A scorer that evaluates completions can be changed by one of them.
+  """
+  examples = task.splits.get("train") or task.splits.get("eval") if task.canary else None
+  if not examples:
+    return lambda: None
+  example = examples[0]
+  columns = {name: [value] for name, value in example.columns.items()}
+
+  def scores() -> list[tuple[str, float]]:
+    rewards, accuracy = score_task(task, True, [example.prompt], [[task.canary]], columns, None)
+    values = {**rewards, "accuracy": accuracy}
+    return [(name, float(value[0, 0])) for name, value in values.items()]
+
+  before = scores()
+
+  def check() -> None:
+    for (name, value), (_, now) in zip(before, scores()):
+      if value != now and not (math.isnan(value) and math.isnan(now)):
+        raise RewardError(
+          f"the scorer {name!r} of task {task.name!r} was changed by a completion: it gives the "
+          f"wrong answer {task.canary!r} {now:g} and gave it {value:g} at the start"
+        )
+
+  return check
 
 
 def _hint(error: BaseException | None) -> str:

@@ -92,3 +92,11 @@ def test_isolation_can_be_lifted_by_name(tmp_path):
 def test_what_a_worker_sends_is_data_and_checked(payload):
   with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
     _message(payload, (slice(0, 1), slice(0, 1)))
+
+
+def test_a_scorer_that_a_completion_changed_ends_the_run():
+  """Not even isolation keeps a completion from changing the process that evaluates it."""
+  with RewardWorkers(partial(hostile_rewards.task_with_canary), timeout=20.0) as pool:
+    assert (score(pool, "right"), score(pool, "banana")) == (1.0, 0.0)
+    with pytest.raises(RewardError, match=r"scorer 'right' of task 'hostile' was changed .* 1 and"):
+      score(pool, "rights.append('banana')")
