@@ -10,10 +10,11 @@ import jax
 import optax
 
 from grpo_jax.learning import TrainState, make_train_step
-from grpo_jax.models import load
+from grpo_jax.models import load_model
 from grpo_jax.rollout import RolloutConfig, collect
 from grpo_jax.sampling import Sampler
 from grpo_jax.tasks import Example, score_with
+from grpo_jax.tokens import load_tokenizer
 
 
 def vowels(prompts, completions, **columns):
@@ -21,19 +22,19 @@ def vowels(prompts, completions, **columns):
   return [sum(c in "aeiou" for c in text) / 8 for text in completions]
 
 
-def train(source: str = "random:tiny", steps: int = 40, learning_rate: float = 3e-3) -> list[float]:
-  model, params, tokenizer = load(source)
+def train(source: str = "random:tiny", steps: int = 40) -> list[float]:
+  """Returns the mean reward of each step."""
+  model, params = load_model(source)
   examples = [Example(prompt, {}, prompt) for prompt in ("one:", "two:", "three:", "four:")]
-  sampler = Sampler(model, tokenizer, prompt_length=16, completion_length=8, temperature=1.0)
+  sampler = Sampler(model, load_tokenizer(source), prompt_length=16, completion_length=8)
   config = RolloutConfig(group_size=16, algorithm="dr_grpo")
-  optimizer = optax.adam(learning_rate)
+  optimizer = optax.adam(3e-3 if source == "random:tiny" else 1e-5)
   state = TrainState.create(params, optimizer)
   step = make_train_step(model, config.algorithm, optimizer)
   rewards = []
   for i in range(steps):
-    rollout = collect(
-      sampler, state.params, examples, score_with(vowels), jax.random.key(i), config
-    )
+    scorer, key = score_with(vowels), jax.random.key(i)
+    rollout = collect(sampler, state.params, examples, scorer, key, config)
     state, metrics = step(state, rollout.batch)
     rewards.append(rollout.metrics["reward"])
     print(f"step {i}: reward {rewards[-1]:.3f}, loss {metrics['loss']:.4f}")

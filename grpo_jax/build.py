@@ -368,8 +368,8 @@ def _misfits(
     )
   if algorithm and rewards_steps(algorithm) and task.step_rewards is None:
     problems.append(
-      f"algorithm.advantage {algorithm.advantage!r} needs rewards for steps, and task {task.name!r} "
-      "has no step_rewards; choose another advantage or give the task this function"
+      f"algorithm.advantage {algorithm.advantage!r} needs rewards for steps, and task "
+      f"{task.name!r} has no step_rewards; choose another advantage or give the task this function"
     )
   weights = {name: weight for name, (_, weight) in task.rewards.items()}
   if not all(math.isfinite(weight) for weight in weights.values()) or not any(weights.values()):

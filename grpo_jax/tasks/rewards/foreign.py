@@ -1,8 +1,8 @@
-"""Guards the scorers of reasoning-gym: what of an answer reaches them, and what they say of it.
+"""Guards the scorers of reasoning-gym: checks the answers they get and the scores they give.
 
-Some of them hand the answer to `eval` or to a symbolic parser that does; some give the full score to
-answers that are wrong. `clean` lets only text through that can be nothing but data, and `confirm`
-holds a full score to a rule of our own. `docs/scorers.md` lists all data sets.
+Some of them hand the answer to `eval`, or to a symbolic parser that does; some give the full score
+to wrong answers. The functions of `CLEAN` let through only text that can be nothing but data; those
+of `CONFIRM` hold a full score to a rule. `docs/scorers.md` lists the data sets.
 """
 
 from __future__ import annotations
@@ -156,6 +156,19 @@ def finite(answer: str, entry: Mapping[str, Any]) -> bool:
   return not re.search(r"nan|inf", answer, re.IGNORECASE)
 
 
+def only_numbers(answer: str, entry: Mapping[str, Any]) -> bool:
+  """Returns whether an answer is a list of numbers with commas between them.
+
+  Example:
+    >>> only_numbers("-5.5625, 0.0", {}), only_numbers("-5.5625, 0.0-5.5625, 0.0", {})
+    (True, False)
+  """
+  try:
+    return all(math.isfinite(float(part)) for part in answer.split(","))
+  except ValueError:
+    return False
+
+
 def same_text(answer: str, entry: Mapping[str, Any]) -> bool:
   """Returns whether an answer is the right text, up to case and white space.
 
@@ -214,6 +227,7 @@ CONFIRM: dict[str, Confirm] = {
   "kakurasu": same_words,
   "knights_knaves": same_words,
   "letter_jumble": same_words,
+  "polynomial_equations": only_numbers,
   "sokoban": only_moves,
   "spell_backward": same_text,
   "survo": same_words,

@@ -39,7 +39,8 @@ def test_a_harmless_completion_is_scored(workers):
   "call",
   [
     "open('{file}', 'w')", "__import__('os').mkdir('{file}')", "__import__('os').remove('{there}')",
-    "__import__('os').system('touch {file}') and 1 / 0", "__import__('os').fork() and open('{file}', 'w')",
+    "__import__('os').system('touch {file}') and 1 / 0",
+    "__import__('os').fork() and open('{file}', 'w')",
     "__import__('subprocess').run(['touch', '{file}'])", "__import__('socket').socket()",
     "__import__('socket').create_connection(('127.0.0.1', {port}))",
     "__import__('os').kill({parent}, 0)", "__import__('os').chmod('{there}', 0)",
