@@ -1,94 +1,114 @@
-"""What a run is about to do, and about how long that takes here."""
+"""Describes a run before its first step, with an estimate of the time it takes on this machine."""
 
 import math
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.build import Run
 
-# Share of the rate of one large matrix product that a whole step reaches, and share of the groups
-# that have a signal and take part in the update. Both vary: the progress bar measures.
+# Share of the FLOP/s of one large matmul that a whole step reaches, and share of the groups that
+# are not zero-variance and take part in the update. Both vary between runs; the progress bar
+# replaces the estimate by a measurement.
 EFFICIENCY = 0.5
-INFORMATIVE = 0.5
+NONZERO_VARIANCE = 0.5
 
 
 def describe(config: ConfigDict, run: Run, start: int) -> str:
-  """Model, task, algorithm, sizes, devices, and the time that is left, as a few lines of text."""
+  """Formats model, task, algorithm, sizes, devices and the remaining time as five lines of text.
+
+  Args:
+    config: the config of the run.
+    run: the run that was built from it.
+    start: number of the first step to run.
+  """
   c, m = config, run.model.config
   train, held_out = len(run.task.splits["train"]), len(run.task.splits["eval"])
   devices = run.mesh.devices
   evaluations = 2 + (c.steps // c.eval.every if c.eval.every else 0)
-  operations = (c.steps - start) * step_flops(c, run) + evaluations * evaluation_flops(c, run)
-  seconds = operations / (matmul_rate() * devices.size * EFFICIENCY)
-  place = f"{devices.size} x {devices.flat[0].device_kind}"
+  flops = (c.steps - start) * step_flops(c, run) + evaluations * evaluation_flops(c, run)
+  seconds = flops / (matmul_rate() * devices.size * EFFICIENCY)
+  hardware = f"{devices.size} x {devices.flat[0].device_kind}"
   return "\n".join(
     [
-      f"model      {c.model.source}: {weights(run) / 1e6:.1f} M parameters, {m.layers} layers",
-      f"task       {run.task.name}: {train} problems to train on, {held_out} held out",
+      f"model      {c.model.source}: {count_parameters(run) / 1e6:.1f} M parameters, "
+      f"{m.layers} layers",
+      f"task       {run.task.name}: {train} training problems, {held_out} held out",
       f"algorithm  {c.algorithm.name}: {run.algorithm.source}",
       f"each step  {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions, "
       f"prompts of {run.sampler.prompt_length} and completions of up to "
       f"{c.rollout.completion_length} tokens",
-      f"steps      {start} to {c.steps} on {place}, about {duration(seconds)} by a speed probe",
+      f"steps      {start} to {c.steps} on {hardware}, about {format_duration(seconds)} by a speed "
+      "probe",
     ]
   )
 
 
-def weights(run: Run) -> int:
-  """Number of parameters."""
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(run.weights.shapes))
+def count_parameters(run: Run) -> int:
+  """Returns the number of parameters of the model."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.weights.shapes))
 
 
 def step_flops(config: ConfigDict, run: Run) -> float:
-  """Operations of one step: 2 per weight and token to generate, 6 to learn (8 to recompute layers).
+  """Estimates the FLOPs of one step: sampling, scoring under a reference, and the update.
 
-  A prompt is computed once per group in both, so its tokens count P times and not P·G times, and
-  they need no output projection. Without a KL term only groups with a signal are learned from.
+  Per weight and token: 2 to sample, 6 to learn (8 if remat recomputes the layers), and 2 to score
+  under a reference. A prompt is computed once per group in both, so its tokens count P times
+  instead of P·G times, and need no output projection. Without a KL term, zero-variance groups are
+  left out of the update.
   """
   c = config.rollout
-  kept = 1.0 if run.algorithm.beta > 0 else INFORMATIVE
-  learn = (8 if config.model.remat == "layers" else 6) * kept + (2 if run.algorithm.beta > 0 else 0)
-  return (2 + learn) * _weight_tokens(
-    run, c.prompts_per_step, c.prompts_per_step * c.group_size, c.completion_length
-  )
+  share = 1.0 if run.algorithm.beta > 0 else NONZERO_VARIANCE
+  learn = (8 if config.model.remat == "layers" else 6) * share
+  score = 2 if run.algorithm.beta > 0 else 0
+  completions = c.prompts_per_step * c.group_size
+  uses = _weight_uses(run, c.prompts_per_step, completions, c.completion_length)
+  return (2 + learn + score) * uses
 
 
 def evaluation_flops(config: ConfigDict, run: Run) -> float:
-  """Operations of one evaluation: the greedy answers, and the samples for pass@k."""
+  """Estimates the FLOPs of one evaluation: the greedy completions and the samples for pass@k."""
   problems = len(run.task.splits["eval"])
-  answers = problems * (1 + config.eval.samples)
+  completions = problems * (1 + config.eval.samples)
   prefills = problems * (2 if config.eval.samples else 1)
-  return 2 * _weight_tokens(run, prefills, answers, config.rollout.completion_length)
+  return 2 * _weight_uses(run, prefills, completions, config.rollout.completion_length)
 
 
-def _weight_tokens(run: Run, prompts: int, completions: int, length: int) -> float:
-  """Sum over tokens of the weights each of them meets."""
+def _weight_uses(run: Run, prompts: int, completions: int, length: int) -> float:
+  """Returns the number of weights that multiply a token, summed over the tokens."""
   m = run.model.config
   head = m.vocab_size * m.width
-  body = weights(run) - head * (1 if m.tied else 2)
+  body = count_parameters(run) - head * (1 if m.tied else 2)
   tokens = prompts * run.sampler.prompt_length + completions * (length - 1)
   return body * tokens + head * completions * length
 
 
 def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
-  """Operations per second of a large float32 matrix product on one device, the best of a few."""
+  """Measures the FLOP/s of a large float32 matmul on one device, the best of several.
+
+  Args:
+    size: number of rows and columns of the matrices.
+    repeats: number of measured matmuls.
+  """
   x = jnp.ones((size, size))
   multiply = jax.jit(jnp.matmul)
   multiply(x, x).block_until_ready()
   best = math.inf
   for _ in range(repeats):
-    began = time.perf_counter()
+    start = time.perf_counter()
     multiply(x, x).block_until_ready()
-    best = min(best, time.perf_counter() - began)
+    best = min(best, time.perf_counter() - start)
   return 2 * size**3 / best
 
 
-def duration(seconds: float) -> str:
-  """`90` -> `1.5 minutes`."""
+def format_duration(seconds: float) -> str:
+  """Formats a time in seconds with its largest unit.
+
+  >>> format_duration(90), format_duration(9000), format_duration(12.3)
+  ('1.5 minutes', '2.5 hours', '12 seconds')
+  """
   for unit, size in (("hours", 3600), ("minutes", 60)):
     if seconds >= size:
       return f"{seconds / size:.1f} {unit}"

@@ -97,7 +97,7 @@ def test_what_a_run_leaves(runs):
   assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
   assert list((whole / "tensorboard").iterdir())
   assert json.loads((whole / "config.json").read_text())["steps"] == 8
-  for word in ("parameters", "100 problems to train on, 3 held out", "8 prompts x 8 completions"):
+  for word in ("parameters", "100 training problems, 3 held out", "8 prompts x 8 completions"):
     assert word in output
   assert "before             after" in output
   assert "after 8 steps" in output
