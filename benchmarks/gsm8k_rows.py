@@ -1,7 +1,8 @@
-"""GSM8K's real rows: time to prepare and to read them, and what the graders say of gold answers.
+"""Times the preparation and reading of GSM8K, and grades its published answers.
 
-Every published solution, in each way of writing the answer, must be graded right; the same solution
-with its answer raised by 1 must be graded wrong, though the right number still stands in its text.
+Each published solution, in each style of writing the answer, must be graded right. The same
+solution with its answer raised by 1 must be graded wrong, though its text still holds the right
+number.
 
 Command   python benchmarks/gsm8k_rows.py --jsonl FOLDER   (with train.jsonl and test.jsonl)
 """
@@ -19,20 +20,21 @@ GRADED_BY = ("numeric", "exact", "math")
 
 
 def main() -> None:
+  """Prints the times and the verdicts."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--jsonl", help="folder with train.jsonl and test.jsonl; else downloaded")
+  parser.add_argument("--jsonl", help="folder with train.jsonl and test.jsonl; default: download")
   parser.add_argument("--graders", nargs="+", default=GRADED_BY)
   jsonl, graders = vars(parser.parse_args()).values()
   with tempfile.TemporaryDirectory() as folder:
-    for what in ("prepared in", "opened again in"):
+    for action in ("prepared in", "opened again in"):
       start = time.perf_counter()
       task = make_task("gsm8k", jsonl=jsonl, data_dir=folder)
-      print(f"{what} {time.perf_counter() - start:.2f} s")
+      print(f"{action} {time.perf_counter() - start:.2f} s")
     splits = task.splits
     for step in range(50):  # the first step loads grain
       start = start if step > 1 else time.perf_counter()
       data.examples(splits["train"], step, 64, seed=0)
-    print(f"64 shuffled examples of a step: {(time.perf_counter() - start) / 49 * 1e3:.2f} ms")
+    print(f"64 shuffled examples for a step: {(time.perf_counter() - start) / 49 * 1e3:.2f} ms")
     examples = []
     for name, split in splits.items():
       start = time.perf_counter()
@@ -44,7 +46,12 @@ def main() -> None:
 
 
 def grade(name: str, rows: list[dict[str, str]]) -> None:
-  """Prints how many gold answers and wrong answers get 1.0, for each way of writing them."""
+  """Prints the verdicts on right and wrong answers, for each style of writing them.
+
+  Args:
+    name: a grader of `GRADERS`.
+    rows: columns of the examples.
+  """
   gold = [row["answer"] for row in rows]
   wrong = [str(int(answer) + 1) for answer in gold]
   for style, (_, shown) in gsm8k.ANSWERS.items():

@@ -1,27 +1,27 @@
-"""`head_logprobs` against forming the logits: time and memory of forward + backward.
+"""Compares `head_logprobs` with full logits: time and memory of forward and backward pass.
 
     python -m benchmarks.logprobs --batch 4 --tokens 128 --width 576 --vocab 49152
 
-Both compute log-probabilities and entropy, and the gradients of a weighted sum of both to hidden
-states and head. They run in alternation in one process, so that a busy machine disturbs both
-alike. Memory is what XLA's compiled program asks for beside its arguments and results, in units
-of one float32 array [B, T, V]. Prints a table, then one JSON line per way.
+Both methods compute log-probabilities and entropy, and the gradients of a weighted sum of both with
+respect to hidden states and head. They alternate in one process, so that a busy machine disturbs
+both alike. Memory is the temporary memory of XLA's compiled program, in units of one float32 array
+[B, T, V]. The output is a table, then one JSON line per method.
 
-Measured on two cores of an AMD EPYC (jax 0.10.2), width 576, vocabulary 49152, float32, medians:
+Medians on two cores of an AMD EPYC (jax 0.10.2), hidden size 576, vocabulary 49152, float32:
 
-| tokens  | head that lies as | time / plain | memory of head_logprobs | memory of plain |
-|---------|-------------------|--------------|-------------------------|-----------------|
-| 4 x 128 | [V, D]            | 0.68         | 0.37                    | 4.0             |
-| 32 x 32 | [V, D]            | 0.65         | 0.17                    | 5.0             |
-| 64 x 6  | [V, D]            | 0.74         | 0.51                    | 4.0             |
-| 32 x 32 | [D, V]            | 0.55         | 0.73                    | 5.0             |
+| tokens  | layout of the head | time / plain | memory of head_logprobs | memory of plain |
+|---------|--------------------|--------------|-------------------------|-----------------|
+| 4 x 128 | [V, D]             | 0.68         | 0.37                    | 4.0             |
+| 32 x 32 | [V, D]             | 0.65         | 0.17                    | 5.0             |
+| 64 x 6  | [V, D]             | 0.74         | 0.51                    | 4.0             |
+| 32 x 32 | [D, V]             | 0.55         | 0.73                    | 5.0             |
 
-An embedding lies as [V, D]. With `--kernel` the head lies as [D, V], of which `head_logprobs` makes
-a copy that lies the other way, and another of its gradient.
+An embedding has the layout [V, D]. With `--kernel` the head has the layout [D, V], and
+`head_logprobs` makes a transposed copy of it and another of its gradient.
 
-`--peer trl` measures the functions that TRL's update, or Tunix's, calls, on the same numbers in a
-process of its own, in turns: log-probabilities with their gradient, and entropy without one.
-`besides` is what a process came to hold on top of what it held with its inputs ready.
+`--peer trl` or `--peer tunix` measures the functions that the peer's update calls, on the same
+inputs, in turns, in a process of its own: log-probabilities with their gradient, and entropy
+without one. `besides` is the peak memory of a process beyond its memory once its inputs are ready.
 """
 
 import argparse
@@ -53,7 +53,7 @@ COLUMNS = (
 
 
 def plain(hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The way that forms `[B, T, V]` logits."""
+  """Computes the same from full logits `[B, T, V]`."""
   logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
   return grpo_jax.token_logprobs(logits, tokens)
 
@@ -61,7 +61,13 @@ def plain(hidden: jax.Array, head: jax.Array, tokens: jax.Array) -> tuple[jax.Ar
 def compiled(
   function: Callable, inputs: tuple[jax.Array, ...], kernel: bool
 ) -> jax.stages.Compiled:
-  """Value and gradients of `sum(a * logp + b * entropy)`, ready to run."""
+  """Compiles value and gradients of `sum(a * logp + b * entropy)`.
+
+  Args:
+    function: `(hidden, head [D, V], tokens) -> (logp, entropy)`.
+    inputs: hidden states, head, tokens, a and b.
+    kernel: true if the head has the layout [D, V], false for [V, D].
+  """
 
   def loss(hidden, head, tokens, a, b):
     logp, entropy = function(hidden, head if kernel else head.T, tokens)
@@ -73,7 +79,14 @@ def compiled(
 def measure(
   batch: int, tokens: int, width: int, vocab: int, dtype: str, repeats: int, kernel: bool
 ) -> list[dict]:
-  """One row per way: median and spread in seconds, temporary memory."""
+  """Returns one row per method: median and quartiles in seconds, and temporary memory.
+
+  Args:
+    batch, tokens, width, vocab: B, T, D and V.
+    dtype: type of hidden states and head.
+    repeats: number of measured rounds.
+    kernel: true for a head of the layout [D, V].
+  """
   rng = np.random.default_rng(0)
   inputs = (
     jnp.asarray(rng.normal(size=(batch, tokens, width)), dtype),
@@ -119,7 +132,7 @@ def measure(
 
 
 def serve() -> None:
-  """`head_logprobs` as an engine: forward and backward a piece of work."""
+  """Serves `head_logprobs` as an engine: a unit of work is a forward and a backward pass."""
   channel = Channel()
   hidden, head, tokens, weights = (jnp.asarray(a) for a in head_inputs(**channel.settings["shape"]))
 
@@ -139,32 +152,37 @@ def serve() -> None:
 
 
 def beside_peers(shape: dict[str, int], peers: list[str], rounds: int, warmup: int) -> None:
-  """`head_logprobs` and what peers call, in turns; refuses numbers that differ."""
+  """Measures `head_logprobs` and the peers' functions in turns, and prints the rows.
+
+  Raises:
+    ValueError: the engines computed different log-probabilities.
+  """
   commands = alternate.commands_for("benchmarks.logprobs", {p: PEER_MODULES[p] for p in peers})
   results = alternate.alternate(commands, {"shape": shape}, rounds=rounds, warmup=warmup)
   rows = alternate.summarize(results, {"benchmark": "head", **shape}, {})
   for row in rows:
     row["range"] = "{:.2f} .. {:.2f}".format(*row["seconds_ratio_range"])
     row["besides_gib"] = (row["peak_bytes"] - row["ready_bytes"]) / 2**30
-  found = [row["logp"] for row in rows]
-  if not np.allclose(found, found[0], atol=1e-4):
-    raise ValueError(f"the engines did not compute the same: mean log-probabilities {found}")
+  logps = [row["logp"] for row in rows]
+  if not np.allclose(logps, logps[0], atol=1e-4):
+    raise ValueError(f"the engines disagree: their mean log-probabilities are {logps}")
   alternate.show(rows, COLUMNS)
 
 
 def main() -> None:
+  """Measures `head_logprobs` beside full logits or beside peers."""
   raw = argparse.RawTextHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--peer", choices=tuple(PEER_MODULES), action="append", default=[],
-                      help="beside head_logprobs instead of plain logits, in turns")  # fmt: skip
-  parser.add_argument("--batch", type=int, default=4, help="sequences")
+                      help="compare with this peer instead of with full logits")  # fmt: skip
+  parser.add_argument("--batch", type=int, default=4, help="number of sequences")
   parser.add_argument("--tokens", type=int, default=128, help="tokens per sequence")
-  parser.add_argument("--width", type=int, default=576, help="model width D")
-  parser.add_argument("--vocab", type=int, default=49152, help="vocabulary V")
+  parser.add_argument("--width", type=int, default=576, help="hidden size D")
+  parser.add_argument("--vocab", type=int, default=49152, help="vocabulary size V")
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-  parser.add_argument("--kernel", action="store_true", help="a head that lies as [D, V]")
-  parser.add_argument("--repeats", type=int, default=9, help="timed rounds of each way")
+  parser.add_argument("--kernel", action="store_true", help="a head of the layout [D, V]")
+  parser.add_argument("--repeats", type=int, default=9, help="measured rounds of each method")
   a = parser.parse_args()
   shape = {"batch": a.batch, "tokens": a.tokens, "width": a.width, "vocab": a.vocab}
   if a.worker:
@@ -176,7 +194,7 @@ def main() -> None:
 
 
 def beside_plain(**settings) -> None:
-  """`measure` as a table and JSON lines."""
+  """Prints `measure` as a table and JSON lines."""
   rows = measure(**settings)
   print(f"{'way':<16}{'median s':>10}{'quartiles':>22}{'x plain':>10}{'memory / [B,T,V]':>18}")
   for row in rows:

@@ -1,11 +1,11 @@
-"""Memory of a GRPO step: what XLA plans for the update, and the most that the process ever held.
+"""Measures the memory of a GRPO step: XLA's plan for the update, and the peak of the process.
 
     python -m benchmarks.memory --setting chat --peer trl
 
 The first table is `memory_analysis()` of the compiled update: its arguments (weights, optimizer
-state, batch), how much of them is donated to its results, and what it needs besides while it runs.
-The second is the peak resident memory of the whole process after some steps, compilation, tokenizer
-and libraries included, in the same processes as `benchmarks.step` uses.
+state, batch), the part of them that is donated to the results, and its temporary memory. The second
+table is the peak resident memory of the whole process after some steps, with compilation, tokenizer
+and libraries. The processes are those of `benchmarks.step`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PLANNED = (
   ("argument_gib", "arguments GiB", ".3f"),
   ("donated_gib", "donated GiB", ".3f"),
   ("output_gib", "results GiB", ".3f"),
-  ("temporary_gib", "besides GiB", ".3f"),
+  ("temporary_gib", "temporary GiB", ".3f"),
   ("logits", "x [P, G, T, V]", ".2f"),
 )
 HELD = (
@@ -33,7 +33,7 @@ HELD = (
 
 
 def planned(settings: dict[str, Any]) -> dict[str, Any]:
-  """What XLA plans for the update of a setting; nothing runs but the compiler."""
+  """Returns XLA's memory plan for the update of a setting, which is compiled and not run."""
   import jax
 
   from benchmarks import ours
@@ -57,13 +57,14 @@ def planned(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Measures both tables and prints them."""
   raw = argparse.RawTextHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   alternate.add_arguments(parser, tuple(PEER_MODULES))
   parser.set_defaults(rounds=2, warmup=1)
   parser.add_argument("--setting", choices=tuple(SETTINGS), default="two-shot")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                      help="a field of grpo_jax's config: train.micro_batches=4")  # fmt: skip
+                      help="a config field of grpo_jax, such as train.micro_batches=4")  # fmt: skip
   a = parser.parse_args(argv)
   settings = {
     "setting": a.setting,

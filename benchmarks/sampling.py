@@ -1,16 +1,15 @@
-"""Tokens per second of the sampler, of grpo_jax and of transformers' `generate`.
+"""Measures tokens per second of grpo_jax's sampler and of transformers' `generate`.
 
     python -m benchmarks.sampling --prompts 4 --group 8 --tokens 64 --peer transformers
 
-Prompt processing included; all completions have exactly `--tokens` tokens (grpo_jax is given a
-table of stops that no token reaches, transformers `min_new_tokens`), drawn at temperature 1 from
-the whole vocabulary, float32. `--group 1` gives every row a prompt of its own, so that nothing can
-be shared.
+The time includes the prefill. All completions have exactly `--tokens` tokens (grpo_jax gets a stop
+table that no token reaches, transformers `min_new_tokens`), sampled at temperature 1 from the whole
+vocabulary in float32. With `--group 1` each row has its own prompt, so nothing is shared.
 
-`of bound` compares with the least that a step of decoding can take: reading every weight once, at
-the speed at which the engine's process sums them up with all cores, measured before each round. At
-larger batches arithmetic, not memory, is the limit. `of products` compares with the products of all
-weights with so many rows, as the backend computes them, and nothing else.
+`of bound` is the share of the memory-bandwidth bound, at which a decode step reads each weight
+once. The rate of reading is that of a sum over all weights on all cores, measured in the engine's
+process before each round. At larger batches compute is the limit, not memory. `of products` is the
+share of the time of all weight matmuls with this number of rows on this backend.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from benchmarks import alternate
 from benchmarks.step import same_tokens
 
 PEER_MODULES = {"transformers": "benchmarks.peers.transformers_generate"}
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of a layer
 COLUMNS = (
   ("engine", "engine", ""),
   ("seconds", "wall s", ".2f"),
@@ -41,7 +40,7 @@ COLUMNS = (
 
 
 def serve() -> None:
-  """grpo_jax's sampler: one batch of completions a piece of work."""
+  """Serves grpo_jax's sampler as an engine: a unit of work is a batch of completions."""
   import jax
   import numpy as np
 
@@ -71,7 +70,7 @@ def serve() -> None:
 
 
 def reader(params: Any) -> Callable[[], Any]:
-  """A function that reads every weight once, by summing it."""
+  """Returns a function that reads each weight once, by summing all of them."""
   import jax
   import jax.numpy as jnp
 
@@ -80,7 +79,12 @@ def reader(params: Any) -> Callable[[], Any]:
 
 
 def multiplier(params: Any, rows: int) -> Callable[[], Any]:
-  """A function that multiplies `rows` vectors with every matrix, layers apart or stacked."""
+  """Returns a function that multiplies `rows` vectors by each matrix.
+
+  Args:
+    params: parameters with layers stacked or unstacked.
+    rows: number of vectors.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -97,7 +101,7 @@ def multiplier(params: Any, rows: int) -> Callable[[], Any]:
 
 
 def best(work: Callable[[], Any], rounds: int = 5) -> float:
-  """Seconds that `work` takes at best, after a first time that does not count."""
+  """Returns the shortest time of `work` in seconds, after a warm-up call."""
   import jax
 
   seconds = []
@@ -109,15 +113,16 @@ def best(work: Callable[[], Any], rounds: int = 5) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Measures the engines and prints their rows."""
   raw = argparse.RawTextHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   alternate.add_arguments(parser, tuple(PEER_MODULES))
   parser.add_argument("--kind", choices=("two-shot", "chat", "eight-shot"), default="chat")
-  parser.add_argument("--prompts", type=int, default=4, help="P")
-  parser.add_argument("--group", type=int, default=8, help="G; the batch is P x G rows")
-  parser.add_argument("--tokens", type=int, default=64, help="T, new tokens per row")
+  parser.add_argument("--prompts", type=int, default=4, help="number of prompts, P")
+  parser.add_argument("--group", type=int, default=8, help="group size G; the batch has P x G rows")
+  parser.add_argument("--tokens", type=int, default=64, help="new tokens per row, T")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                      help="of grpo_jax's activations")  # fmt: skip
+                      help="type of grpo_jax's activations")  # fmt: skip
   a = parser.parse_args(argv)
   if a.worker:
     serve()

@@ -1,19 +1,19 @@
-"""A whole GRPO step, sampling and update, of grpo_jax and of peers: time and memory.
+"""Measures time and memory of a whole GRPO step, of grpo_jax and of peers.
 
     python -m benchmarks.step --setting chat --peer trl
 
-A step is what a user waits for: G completions for each of P prompts, their rewards, the advantages,
-one AdamW update. Every engine has the same float32 weights, prompts, group size, optimizer and
-settings of the loss (GRPO without a KL term), and completions of exactly T tokens: grpo_jax is
-given a table of stops that no token reaches, TRL `min_new_tokens = T`, Tunix an end-of-text id that
-is no token. The rewards differ within every group, so that nobody leaves a group out. Each engine
-is a process of its own; they take turns, and the step is timed inside the process.
+A step samples G completions for each of P prompts, computes rewards and advantages, and makes one
+AdamW update. All engines have the same float32 weights, prompts, group size, optimizer and loss
+(GRPO without a KL term). All completions have exactly T tokens: grpo_jax gets a stop table that no
+token reaches, TRL `min_new_tokens = T`, and Tunix an end-of-text id that is not a token. Rewards
+differ within every group, so no engine can skip a group. Each engine is a process of its own. The
+engines take turns, and each times its step inside its process.
 
 Settings: two-shot is 8 x 8 x 6 with prompts of 29 tokens, chat 4 x 8 x 32 with 48, eight-shot
-4 x 8 x 32 with 159. CPU seconds are those of all threads of the engine's process; peak memory is
-the most the process ever held, its start and compilation included. `first s` is the first step,
-compilation included. `other cores` says how busy the machine was with something else: wall times
-count only where it is near 0.
+4 x 8 x 32 with 159. CPU seconds are those of all threads of the process. Peak memory is that of the
+process, its start and compilation included. `first s` is the time of the first step, compilation
+included. `other cores` is the number of cores that other programs used; wall times are reliable
+only if it is near 0.
 """
 
 import argparse
@@ -39,12 +39,13 @@ COLUMNS = (
 
 
 def main(argv: list[str] | None = None) -> None:
+  """Measures the engines and prints their rows."""
   raw = argparse.RawTextHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   alternate.add_arguments(parser, tuple(PEER_MODULES))
   parser.add_argument("--setting", choices=tuple(SETTINGS), default="two-shot")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                      help="a field of grpo_jax's config: train.micro_batches=4")  # fmt: skip
+                      help="a config field of grpo_jax, such as train.micro_batches=4")  # fmt: skip
   parser.add_argument("--learning-rate", type=float, default=1e-6)
   a = parser.parse_args(argv)
   if a.worker:
@@ -68,12 +69,19 @@ def main(argv: list[str] | None = None) -> None:
   for row in rows:
     row["peak_gib"] = row["peak_bytes"] / 2**30
     row["range"] = "{:.2f} .. {:.2f}".format(*row["cpu_seconds_ratio_range"])
-  print(SETTINGS[a.setting].what)
+  print(SETTINGS[a.setting].title)
   alternate.show(rows, COLUMNS)
 
 
 def same_tokens(results: dict) -> None:
-  """Every engine must have worked on as many tokens; ValueError names the one that did not."""
+  """Checks that all engines worked on the same number of tokens.
+
+  Args:
+    results: results of `alternate`.
+
+  Raises:
+    ValueError: the counts differ.
+  """
   for field in ("prompt_tokens", "completion_tokens"):
     counts = {name: {r[field] for r in result["records"]} for name, result in results.items()}
     if len(set.union(*counts.values())) > 1:

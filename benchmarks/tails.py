@@ -1,16 +1,17 @@
-"""What ended completions cost: sampling with long-tailed lengths, rows moved together or not.
+"""Measures what finished completions cost: long-tailed lengths, with and without compaction.
 
     python -m benchmarks.tails --prompts 4 --group 8 --tokens 128
 
-All variants run in one process, in turns, and draw the same completions: lengths are lognormal
-(median `--median` tokens, `--sigma`), by a table of stops in which every token ends a completion in
-as large a share of the vocabulary as the distribution says. `max_compactions` is what
-`generation.generate` takes: how often rows may move into arrays of half as many.
+All variants run in one process, in turns, and sample the same completions. Lengths are lognormal
+(median `--median` tokens, `--sigma`): in a stop table, as large a share of the vocabulary ends a
+completion at each token as the distribution asks for. `max_compactions` is an argument of
+`generate`: the largest number of times that rows move into arrays of half as many rows.
 """
 
 import argparse
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from grpo_jax.sampling import generate as generation
 from grpo_jax.tokens import encode_prompts
 
 COLUMNS = (
-  ("max_compactions", "max_compactions", ""),
+  ("max_compactions", "compactions", ""),
   ("cpu_seconds", "CPU s", ".2f"),
   ("gain", "gain", ".2f"),
   ("gain_range", "range", ""),
@@ -36,10 +37,17 @@ COLUMNS = (
 
 
 def lognormal_stops(median: float, sigma: float, length: int, vocab: int) -> np.ndarray:
-  """A table of stops: the state is the number of tokens so far, its last row the end.
+  """Returns a stop table [length + 1, vocab] that makes lengths lognormal.
 
-  Token number n ends a completion that has come so far with probability
-  `P(length <= n | length > n - 1)` of the lognormal, over a vocabulary in random order.
+  The state is the number of tokens so far; the last row is the end. Token number n ends a
+  completion that has reached it with probability `P(length <= n | length > n - 1)` of the
+  lognormal, over a vocabulary in random order.
+
+  Args:
+    median: median length in tokens.
+    sigma: standard deviation of the logarithm of the length.
+    length: largest number of tokens.
+    vocab: vocabulary size.
   """
 
   def cumulative(n: np.ndarray) -> np.ndarray:
@@ -51,81 +59,103 @@ def lognormal_stops(median: float, sigma: float, length: int, vocab: int) -> np.
   rng = np.random.default_rng(0)
   table = np.full((length + 1, vocab), length, np.int32)
   for state in range(length):
-    goes_on = rng.random(vocab, np.float32) >= hazard[state]
-    table[state, goes_on] = min(state + 1, length - 1)
+    continues = rng.random(vocab, np.float32) >= hazard[state]
+    table[state, continues] = min(state + 1, length - 1)
   return table
 
 
-def main(argv: list[str] | None = None) -> None:
-  raw = argparse.RawTextHelpFormatter
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-  parser.add_argument("--model", default=alternate.MODEL)
-  parser.add_argument("--prompts", type=int, default=4, help="P")
-  parser.add_argument("--group", type=int, default=8, help="G")
-  parser.add_argument("--tokens", type=int, default=128, help="T, the budget")
-  parser.add_argument("--median", type=float, default=24.0, help="length, tokens")
-  parser.add_argument("--sigma", type=float, default=0.8, help="of the logarithm of the length")
-  parser.add_argument("--max_compactions", type=int, nargs="+", default=[0, 1, 3])
-  parser.add_argument("--rounds", type=int, default=5)
-  a = parser.parse_args(argv)
-  prompts = make_prompts("chat", a.prompts)
-  sampler, params = ours.make_sampler(a.model, prompts, a.tokens, "float32")
-  tokens, mask, _ = encode_prompts(sampler.tokenizer, prompts, sampler.prompt_length)
-  vocab = sampler.model.config.vocab_size
-  table = jnp.asarray(lognormal_stops(a.median, a.sigma, a.tokens, vocab))
-  keys = [
-    generation.row_keys(jax.random.key(i), jnp.arange(a.prompts), a.group) for i in range(a.rounds)
-  ]
-  variants, compiled = {}, {}
-  for max_compactions in a.max_compactions:
-    generate = partial(
-      generation.generate, sampler.model, length=a.tokens, temperature=1.0,
-      pad_id=sampler.tokenizer.pad_id, max_compactions=max_compactions,
-    )  # fmt: skip
-    before = clock()
-    variants[max_compactions] = (
-      jax.jit(generate).lower(params, tokens, mask, keys[0], table).compile()
-    )
-    compiled[max_compactions] = since(before)["cpu_seconds"]
-  records = {max_compactions: [] for max_compactions in variants}
-  lengths = []
-  for i, key in enumerate(keys):
-    order = list(variants) if i % 2 == 0 else list(reversed(variants))
-    drawn = {}
-    for max_compactions in order:
+class Variants:
+  """Compiles the sampler once for each number of compactions.
+
+  Args:
+    a: the arguments of the command.
+
+  Attributes:
+    compile_seconds: number of compactions -> CPU seconds of its compilation.
+  """
+
+  def __init__(self, a: argparse.Namespace) -> None:
+    prompts = make_prompts("chat", a.prompts)
+    sampler, params = ours.make_sampler(a.model, prompts, a.tokens, "float32")
+    tokens, mask, _ = encode_prompts(sampler.tokenizer, prompts, sampler.prompt_length)
+    vocab = sampler.model.config.vocab_size
+    table = jnp.asarray(lognormal_stops(a.median, a.sigma, a.tokens, vocab))
+    self._inputs = lambda key: (params, tokens, mask, key, table)
+    self.keys = [
+      generation.row_keys(jax.random.key(i), jnp.arange(a.prompts), a.group)
+      for i in range(a.rounds)
+    ]
+    self._programs, self.compile_seconds = {}, {}
+    for count in a.max_compactions:
+      generate = partial(
+        generation.generate, sampler.model, length=a.tokens, temperature=1.0,
+        pad_id=sampler.tokenizer.pad_id, max_compactions=count,
+      )  # fmt: skip
       before = clock()
-      out = jax.block_until_ready(variants[max_compactions](params, tokens, mask, key, table))
-      records[max_compactions].append(since(before))
-      drawn[max_compactions] = np.asarray(out.tokens)
-    for max_compactions, one in drawn.items():
-      records[max_compactions][-1]["same"] = float(
-        (one == drawn[a.max_compactions[0]]).all(-1).mean()
-      )
+      self._programs[count] = jax.jit(generate).lower(*self._inputs(self.keys[0])).compile()
+      self.compile_seconds[count] = since(before)["cpu_seconds"]
+
+  def sample(self, count: int, key: jax.Array) -> generation.Completions:
+    """Samples with up to `count` compactions."""
+    return jax.block_until_ready(self._programs[count](*self._inputs(key)))
+
+
+def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
+  """Returns one row per number of compactions; gains are over the first one."""
+  variants = Variants(a)
+  records: dict[int, list[dict[str, float]]] = {count: [] for count in a.max_compactions}
+  lengths = []
+  for i, key in enumerate(variants.keys):
+    tokens = {}
+    for count in a.max_compactions if i % 2 == 0 else reversed(a.max_compactions):
+      before = clock()
+      out = variants.sample(count, key)
+      records[count].append(since(before))
+      tokens[count] = np.asarray(out.tokens)
+    for count in a.max_compactions:
+      same = (tokens[count] == tokens[a.max_compactions[0]]).all(-1)
+      records[count][-1]["same"] = float(same.mean())
     lengths.append(np.asarray(out.mask).sum(-1))
   rows = []
-  for max_compactions, mine in records.items():
-    cpu = np.array(
-      [[r["cpu_seconds"] for r in some] for some in (records[a.max_compactions[0]], mine)]
-    )
-    gains = cpu[0] / cpu[1]
+  for count, variant in records.items():
+    first = np.array([record["cpu_seconds"] for record in records[a.max_compactions[0]]])
+    cpu_seconds = np.array([record["cpu_seconds"] for record in variant])
+    gains = first / cpu_seconds
     rows.append(
       {
         "benchmark": "tails",
         **vars(a),
-        "max_compactions": max_compactions,
-        "cpu_seconds": float(np.median(cpu[1])),
+        "max_compactions": count,
+        "cpu_seconds": float(np.median(cpu_seconds)),
         "gain": float(np.median(gains)),
         "gain_range": f"{gains.min():.2f} .. {gains.max():.2f}",
-        "seconds": float(np.median([r["seconds"] for r in mine])),
-        "compile_cpu_seconds": compiled[max_compactions],
-        "same": float(np.mean([r["same"] for r in mine])),
+        "seconds": float(np.median([record["seconds"] for record in variant])),
+        "compile_cpu_seconds": variants.compile_seconds[count],
+        "same": float(np.mean([record["same"] for record in variant])),
         "mean_length": float(np.mean(lengths)),
-        "longest": float(np.mean([one.max() for one in lengths])),
+        "longest": float(np.mean([length.max() for length in lengths])),
         **alternate.machine(),
         **ours.about(),
       }
     )
-  alternate.show(rows, COLUMNS)
+  return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Measures all variants and prints their rows."""
+  raw = argparse.RawTextHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  parser.add_argument("--model", default=alternate.MODEL)
+  parser.add_argument("--prompts", type=int, default=4, help="number of prompts, P")
+  parser.add_argument("--group", type=int, default=8, help="group size, G")
+  parser.add_argument("--tokens", type=int, default=128, help="largest length in tokens, T")
+  parser.add_argument("--median", type=float, default=24.0, help="median length in tokens")
+  parser.add_argument(
+    "--sigma", type=float, default=0.8, help="deviation of the log length"
+  )
+  parser.add_argument("--max-compactions", type=int, nargs="+", default=[0, 1, 3])
+  parser.add_argument("--rounds", type=int, default=5)
+  alternate.show(measure(parser.parse_args(argv)), COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the model that all engines measure as a Hugging Face folder, which peers can load.
+"""Exports the model of the benchmarks as a Hugging Face folder, which peers can load.
 
 python -m benchmarks.peers.export_smollm2
 """

@@ -1,7 +1,7 @@
-"""transformers' `generate` as an engine: one batch of completions a piece of work.
+"""Serves transformers' `generate` as an engine: a unit of work is a batch of completions.
 
-Runs in TRL's environment; see `benchmarks.sampling`. Pure sampling at temperature 1 over the whole
-vocabulary, float32, its default (dynamic) cache, no compilation.
+Runs in TRL's environment; see `benchmarks.sampling`. It samples at temperature 1 from the whole
+vocabulary, in float32, with the default (dynamic) cache and without compilation.
 """
 
 import os
@@ -17,6 +17,7 @@ from benchmarks.worker import Channel
 
 
 def main() -> None:
+  """Serves the engine."""
   channel = Channel()
   s = channel.settings
   tokenizer = AutoTokenizer.from_pretrained(s["model"], padding_side="left")

@@ -1,7 +1,7 @@
-"""What TRL's update does with final hidden states, as an engine; see `benchmarks.logprobs`.
+"""Serves TRL's head as an engine: hidden states to log-probabilities; see `benchmarks.logprobs`.
 
-Logits, `selective_log_softmax` with its gradient, and `entropy_from_logits` without one, as in
-GRPOTrainer. Runs in TRL's environment.
+Like GRPOTrainer's update, it computes logits, `selective_log_softmax` with its gradient, and
+`entropy_from_logits` without one. Runs in TRL's environment.
 """
 
 import torch
@@ -13,6 +13,7 @@ from benchmarks.worker import Channel
 
 
 def main() -> None:
+  """Serves the engine."""
   channel = Channel()
   arrays = (torch.from_numpy(a) for a in head_inputs(**channel.settings["shape"]))
   hidden, head, tokens, weights = arrays

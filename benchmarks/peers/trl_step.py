@@ -1,8 +1,8 @@
-"""TRL's GRPOTrainer as an engine: one step of its own training loop a piece of work.
+"""Serves TRL's GRPOTrainer as an engine: a unit of work is one step of its training loop.
 
-Runs in TRL's environment; see `benchmarks.step`. The loop is `trainer.train()`; a callback waits
-for the command before each step and reports after it. Settings in TRL's favour: no gradient
-checkpointing, one micro-batch, no evaluation, no logging, no saving.
+Runs in TRL's environment; see `benchmarks.step`. The loop is `trainer.train()`. A callback waits
+for a request before each step and replies after it. The settings favour TRL: no gradient
+checkpointing, one micro-batch, no evaluation, no logging and no saving.
 """
 
 import os
@@ -23,42 +23,47 @@ STEPS = 64
 
 
 class Turns(TrainerCallback):
-  """Holds the training loop until its next step is asked for."""
+  """Holds the training loop before each step until it is requested.
 
-  def __init__(self, channel: Channel) -> None:
-    self.channel, self.record = channel, {}
+  Args:
+    channel: the pipe to the parent.
+    group: number of completions per prompt.
+  """
+
+  def __init__(self, channel: Channel, group: int) -> None:
+    self.channel, self.group, self.record = channel, group, {}
 
   def on_step_begin(self, args, state, control, **kwargs):
-    self.go_on = self.channel.wait()
-    if not self.go_on:
-      os._exit(0)  # the trainer has no way to leave before a step that it has begun
-    self._measured = self.channel.measure()
-    self.record = self._measured.__enter__()
+    """Waits for the request and starts the clock."""
+    if not self.channel.wait():
+      os._exit(0)  # TRL: a step that has begun cannot be cancelled
+    self._measurement = self.channel.measure()
+    self.record = self._measurement.__enter__()
 
   def on_step_end(self, args, state, control, **kwargs):
-    total = since(self._began, "update_")
-    self.record |= total
-    self._measured.__exit__(None, None, None)
+    """Stops the clock and replies."""
+    self.record |= since(self._update_start, "update_")
+    self._measurement.__exit__(None, None, None)
 
   def sampled(self, before, batch) -> None:
-    """Called when completions, rewards and advantages are there."""
+    """Records sampling, once completions, rewards and advantages are computed."""
     self.record |= since(before, "sampling_") | {
-      # Every prompt stands in the batch once per completion.
+      # The batch holds each prompt once per completion.
       "prompt_tokens": int(batch["prompt_mask"].sum()) // self.group,
       "completion_tokens": int(batch["completion_mask"].sum()),
     }
-    self._began = clock()
+    self._update_start = clock()
 
 
 def main() -> None:
+  """Serves the engine."""
   channel = Channel()
   settings = channel.settings
   shape = SETTINGS[settings["setting"]]
   rows = shape.prompts * shape.group
   tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
   model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
-  turns = Turns(channel)
-  turns.group = shape.group
+  turns = Turns(channel, shape.group)
   with tempfile.TemporaryDirectory() as folder:
     arguments = trl.GRPOConfig(
       output_dir=folder,
@@ -94,11 +99,11 @@ def main() -> None:
       processing_class=tokenizer,
       callbacks=[turns],
     )
-    plain = trainer._generate_and_score_completions
+    generate = trainer._generate_and_score_completions
 
     def timed(inputs):
       before = clock()
-      batch = plain(inputs)
+      batch = generate(inputs)
       turns.sampled(before, batch)
       return batch
 

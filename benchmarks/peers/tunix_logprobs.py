@@ -1,7 +1,7 @@
-"""What Tunix's update does with final hidden states, as an engine; see `benchmarks.logprobs`.
+"""Serves Tunix's head as an engine: hidden states to log-probabilities; see `benchmarks.logprobs`.
 
-Logits, `selective_log_softmax` with its gradient, and `compute_entropy_from_logits` without one.
-Runs in Tunix's environment.
+Like the update, it computes logits, `selective_log_softmax` with its gradient, and
+`compute_entropy_from_logits` without one. Runs in Tunix's environment.
 """
 
 import jax
@@ -15,6 +15,8 @@ from benchmarks.worker import Channel
 
 @jax.jit
 def work(hidden, head, tokens, weights):
+  """Computes the gradients of the weighted log-probabilities."""
+
   def loss(hidden, head):
     logits = hidden @ head.T
     logp = selective_log_softmax(logits, tokens)
@@ -25,6 +27,7 @@ def work(hidden, head, tokens, weights):
 
 
 def main() -> None:
+  """Serves the engine."""
   channel = Channel()
   arrays = [jnp.asarray(a) for a in head_inputs(**channel.settings["shape"])]
   channel.ready({"tunix": "0.1.7", "jax": jax.__version__})

@@ -1,7 +1,8 @@
-"""Tunix's GRPOLearner (vanilla rollout) as an engine: one of its global steps a piece of work.
+"""Serves Tunix's GRPOLearner as an engine: a unit of work is one of its global steps.
 
-Runs in Tunix's environment; see `benchmarks.step`. Its llama3 (0.1.7) ignores the config's
-rope_theta and always uses 1e6; that default is replaced here, or it would compute another model.
+Runs in Tunix's environment, with the vanilla rollout; see `benchmarks.step`. Tunix's llama3 (0.1.7)
+ignores the config's rope_theta and always uses 1e6. That default is replaced here, since the model
+would be another one otherwise.
 """
 
 import json
@@ -30,7 +31,7 @@ STEPS = 64
 
 
 def load(folder: Path, mesh: jax.sharding.Mesh) -> llama.Llama3:
-  """The model of a Hugging Face folder, float32."""
+  """Reads the model of a Hugging Face folder in float32."""
   c = json.loads((folder / "config.json").read_text())
   llama.apply_rope.__defaults__ = (c["rope_theta"],)
   config = llama.ModelConfig(
@@ -49,6 +50,13 @@ def load(folder: Path, mesh: jax.sharding.Mesh) -> llama.Llama3:
 
 
 def make_learner(settings: dict, tokenizer, prompt_length: int) -> GRPOLearner:
+  """Returns a learner for one of SETTINGS.
+
+  Args:
+    settings: settings from the parent.
+    tokenizer: tokenizer of the model.
+    prompt_length: number of tokens of each prompt.
+  """
   shape = SETTINGS[settings["setting"]]
   mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   actor = load(Path(settings["model"]), mesh)
@@ -72,7 +80,8 @@ def make_learner(settings: dict, tokenizer, prompt_length: int) -> GRPOLearner:
       rollout_config=RolloutConfig(
         max_tokens_to_generate=shape.tokens,
         max_prompt_length=prompt_length,
-        kv_cache_size=2 ** (prompt_length - 1).bit_length() + shape.tokens + 1,  # it pads so far
+        # Prompts are padded to a power of two.
+        kv_cache_size=2 ** (prompt_length - 1).bit_length() + shape.tokens + 1,
         temperature=1.0,
         top_p=None,
         top_k=None,
@@ -85,12 +94,13 @@ def make_learner(settings: dict, tokenizer, prompt_length: int) -> GRPOLearner:
 
 
 def main() -> None:
+  """Serves the engine."""
   channel = Channel()
   settings = channel.settings
   shape = SETTINGS[settings["setting"]]
   tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-  tokenizer.pad_token = "<|endoftext|>"  # Tunix masks by id, so it must not be the end of a turn
-  tokenizer.bos_token = None  # it would put one in front of every prompt
+  tokenizer.pad_token = "<|endoftext|>"  # Tunix masks by id: not the end of a turn
+  tokenizer.bos_token = None  # Tunix would prepend it to each prompt
   prompts = make_prompts(shape.kind, shape.prompts * STEPS)
   if shape.kind == "chat":
     prompts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
@@ -109,14 +119,14 @@ def main() -> None:
   def turn(*args):
     if not channel.wait():
       os._exit(0)
-    with channel.measure() as measured:
+    with channel.measure() as reply:
       before = clock()
       step(*args)
       jax.block_until_ready(nnx.state(learner.rl_cluster.actor_trainer.model))
       total = since(before)
       for name in total:
         record[f"update_{name}"] = total[name] - record[f"sampling_{name}"]
-      measured |= record
+      reply |= record
 
   learner._generate_and_compute_advantage, learner._run_global_step = timed_generate, turn
   channel.ready({"tunix": "0.1.7", "jax": jax.__version__})

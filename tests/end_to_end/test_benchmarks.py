@@ -83,7 +83,7 @@ def test_products_of_layers_apart_and_stacked():
 
 
 def test_tails(run):
-  small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --max_compactions 0 1"
+  small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --max-compactions 0 1"
   stay, move = run("tails", "--model", "random:tiny", *small.split())
   assert (stay["max_compactions"], move["max_compactions"]) == (0, 1)
   assert stay["gain"] == move["same"] == 1
