@@ -1,4 +1,4 @@
-"""grpo_jax as an engine: what `grpo_jax.train` does in a step, on completions of a fixed length."""
+"""Serves grpo_jax as an engine: steps of `grpo_jax.train`, with completions of a fixed length."""
 
 import dataclasses
 import json
@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.settings import SETTINGS, make_prompts
 from benchmarks.worker import Channel, clock, since
 from grpo_jax import config as configs
 from grpo_jax.build import build, to_sampling_params
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.learning.step import Batch, TrainState, make_train_step
+from grpo_jax.learning.step import Batch, TrainState
+from grpo_jax.learning.updates import make_update
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.load import open_weights
 from grpo_jax.rollout import collect
@@ -25,11 +27,16 @@ from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import encode_prompt, load_tokenizer
 
-STEPS = 64  # prompts are drawn for so many steps before they repeat
+STEPS = 64  # number of steps before the prompts repeat
 
 
-def make_config(settings: dict[str, Any], folder: Path) -> Any:
-  """The config of a run on one of SETTINGS; its prompts are written into `folder`."""
+def make_config(settings: dict[str, Any], folder: Path) -> ConfigDict:
+  """Returns the config of a run on one of SETTINGS.
+
+  Args:
+    settings: `setting`, `model`, `learning_rate` and `overrides`.
+    folder: folder that the prompts are written to.
+  """
   shape = SETTINGS[settings["setting"]]
   path = folder / "prompts.jsonl"
   prompts = make_prompts(shape.kind, shape.prompts * STEPS)
@@ -49,38 +56,41 @@ def make_config(settings: dict[str, Any], folder: Path) -> Any:
 
 
 class Engine:
-  """A run of one of SETTINGS, ready to step.
+  """Builds a run of one of SETTINGS and runs its steps.
+
+  Args:
+    settings: as in `make_config`.
 
   Attributes:
-    config, run: as `grpo_jax.train` has them, but that no token ends a completion.
-    update: the jitted train step.
-    state: changed by every step.
+    config, run: as in `grpo_jax.train`, except that no token ends a completion.
+    update: the jitted update.
+    state: the state of training, changed by each step.
   """
 
   def __init__(self, settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
       self.config = make_config(settings, Path(folder))
       run = build(self.config)
-      # Read now: the file of the prompts does not stay.
+      # Read the prompts now, since their file is temporary.
       run = dataclasses.replace(
         run, task=dataclasses.replace(run.task, splits={"train": list(run.task.splits["train"])})
       )
     self.run = dataclasses.replace(run, sampler=endless(run.sampler))
     self.state: TrainState = run.initial_state()
     self._scorer = score_in_process(run.task)
-    self.update = make_train_step(
+    self.update = make_update(
       run.model,
       run.algorithm,
       run.optimizer,
       run.schedule,
-      temperature=self.config.rollout.temperature,
-      micro_batches=self.config.train.micro_batches,
+      run.updates,
       with_adapters=run.with_adapters,
+      chunks=run.chunks,
     )
     self._step = 0
 
   def sample(self) -> Batch:
-    """Prompts, completions, rewards and advantages of the next step."""
+    """Returns the batch of the next step: prompts, completions and advantages."""
     run, step = self.run, self._step
     self._step += 1
     params, examples = run.to_sampling_params(self.state.params), run.examples(step)
@@ -88,52 +98,59 @@ class Engine:
     return jax.block_until_ready(out.batch)
 
   def empty_batch(self) -> Batch:
-    """A batch of the shape that `sample` gives, all zeros, without sampling."""
-    c, like = self.config.rollout, jax.numpy.zeros
+    """Returns a batch of zeros in the shape of `sample`."""
+    c, zeros = self.config.rollout, jnp.zeros
     rows = (c.prompts_per_step, c.group_size)
     prompts = (c.prompts_per_step, self.run.sampler.prompt_length)
     batch = Batch(
-      prompts=like(prompts, int),
-      prompt_mask=like(prompts, bool),
-      completions=like((*rows, c.completion_length), int),
-      mask=like((*rows, c.completion_length), bool),
-      advantages=like(rows),
-      weights=like((*rows, c.completion_length)),
-      sampler_logp=like((*rows, c.completion_length)),
+      prompts=zeros(prompts, int),
+      prompt_mask=zeros(prompts, bool),
+      completions=zeros((*rows, c.completion_length), int),
+      mask=zeros((*rows, c.completion_length), bool),
+      advantages=zeros(rows),
+      weights=zeros((*rows, c.completion_length)),
+      sampler_logp=zeros((*rows, c.completion_length)),
     )
     return jax.device_put(batch, self.run.sampler.prompt_sharding)
 
   def learn(self, batch: Batch) -> None:
-    """One update."""
-    self.state, measured = self.update(self.state, batch)
-    jax.block_until_ready((self.state, measured))
+    """Runs one update."""
+    self.state, metrics = self.update(self.state, batch)
+    jax.block_until_ready((self.state, metrics))
 
   def step(self) -> dict[str, Any]:
-    """A whole step; its parts' times, and the token counts that engines must agree on."""
+    """Runs a step; returns the times of its parts and the token counts that engines agree on."""
     before = clock()
     batch = self.sample()
     record = since(before, "sampling_")
     before = clock()
     self.learn(batch)
-    return record | since(before, "update_") | tokens_of(batch)
+    return record | since(before, "update_") | count_tokens(batch)
 
 
-def tokens_of(batch: Batch) -> dict[str, int]:
-  """Prompt tokens (each prompt once) and completion tokens of a batch."""
+def count_tokens(batch: Batch) -> dict[str, int]:
+  """Returns the numbers of prompt tokens (each prompt once) and completion tokens."""
   mask, completions = jax.device_get((batch.prompt_mask, batch.mask))
   return {"prompt_tokens": int(mask.sum()), "completion_tokens": int(completions.sum())}
 
 
 def endless(sampler: Sampler) -> Sampler:
-  """The sampler with stops that no token reaches: every completion has the full length."""
-  never = np.zeros((2, sampler.model.config.vocab_size), np.int32)
-  return dataclasses.replace(sampler, stop_table=never)
+  """Returns the sampler with a stop table without an end, so completions have the full length."""
+  table = np.zeros((2, sampler.model.config.vocab_size), np.int32)
+  return dataclasses.replace(sampler, stop_table=table)
 
 
 def make_sampler(
   source: str, prompts: Sequence[Any], tokens: int, dtype: str
 ) -> tuple[Sampler, Any]:
-  """A sampler for these prompts on one device, and its weights, laid out as a run lays them out."""
+  """Returns a sampler on one device and its parameters, in a run's layout.
+
+  Args:
+    source: source of the model, as in `model.source`.
+    prompts: prompts, for the largest length.
+    tokens: completion length in tokens.
+    dtype: type of the activations.
+  """
   weights, tokenizer = open_weights(source), load_tokenizer(source)
   mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
   model = Decoder(weights.config, dtype=jnp.dtype(dtype), place=meshes.placer(mesh))
@@ -148,12 +165,12 @@ def make_sampler(
 
 
 def about() -> dict[str, Any]:
-  """Versions and device of this engine."""
+  """Returns the version of jax and the device."""
   return {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
 
 
 def serve() -> None:
-  """The engine's process: one step a piece of work."""
+  """Serves the engine; a unit of work is one step."""
   channel = Channel()
   engine = Engine(channel.settings)
   channel.ready(about())

@@ -150,9 +150,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--group", type=int, default=8, help="group size, G")
   parser.add_argument("--tokens", type=int, default=128, help="largest length in tokens, T")
   parser.add_argument("--median", type=float, default=24.0, help="median length in tokens")
-  parser.add_argument(
-    "--sigma", type=float, default=0.8, help="deviation of the log length"
-  )
+  parser.add_argument("--sigma", type=float, default=0.8, help="deviation of the log length")
   parser.add_argument("--max-compactions", type=int, nargs="+", default=[0, 1, 3])
   parser.add_argument("--rounds", type=int, default=5)
   alternate.show(measure(parser.parse_args(argv)), COLUMNS)

@@ -109,12 +109,7 @@ class Run:
 
   @functools.cached_property
   def _to_sampling_params(self) -> Callable[[Params | None, Params], Params]:
-    make = partial(to_sampling_params, self.model, self.mesh)
-    shapes = jax.eval_shape(partial(make, None), self.weights.shapes)
-    layout = meshes.param_shardings(self.mesh, shapes, sampling=True)
-    if self.chunks:
-      make = deterministic.replicated(make, self.mesh)
-    return jax.jit(make, out_shardings=layout)
+    return make_to_sampling_params(self.model, self.mesh, self.weights.shapes, self.chunks)
 
   # --- the parts of the loop ----------------------------------------------------------------------
 
@@ -302,6 +297,23 @@ def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str
       f"{c.model.source} have {shape.head_dim}"
     )
   return ""
+
+
+def make_to_sampling_params(
+  model: Decoder, mesh: Mesh, shapes: Params, chunks: Chunks | None = None
+) -> Callable[[Params | None, Params], Params]:
+  """Returns the jitted `to_sampling_params`, `(base_params, params) -> params`.
+
+  Args:
+    model, mesh, chunks: as in `Run`.
+    shapes: shapes of all parameters of the model.
+  """
+  convert = partial(to_sampling_params, model, mesh)
+  converted = jax.eval_shape(partial(convert, None), shapes)
+  layout = meshes.param_shardings(mesh, converted, sampling=True)
+  if chunks:
+    convert = deterministic.replicated(convert, mesh)
+  return jax.jit(convert, out_shardings=layout)
 
 
 def to_sampling_params(

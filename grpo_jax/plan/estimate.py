@@ -207,7 +207,7 @@ def compile_program(programs: Programs, name: str) -> tuple[Memory, dict[str, tu
   }
 
 
-def _used_arguments(traced: Any, arguments: tuple) -> list[Any]:
+def _used_arguments(traced: jax.stages.Traced, arguments: tuple) -> list[Any]:
   """Returns the leaves of the arguments that a program uses; jit drops the others."""
   jaxpr = traced.jaxpr.jaxpr
   used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}

@@ -5,9 +5,9 @@ XLA's cost analysis cannot see into kernels.
 
 import math
 import re
-from typing import Any
 
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from grpo_jax.plan.hlo import Instruction
 
@@ -46,7 +46,7 @@ def kernel_cost(scope: str) -> tuple[float, float] | None:
   return (counts[0] * float(match.group(1)), float(match.group(2))) if counts else None
 
 
-def matmul_flops(jaxpr: Any, scope: str = "") -> tuple[float, float]:
+def matmul_flops(jaxpr: Jaxpr, scope: str = "") -> tuple[float, float]:
   """Counts the FLOPs of the matmuls of a traced program, over all devices.
 
   >>> import jax, jax.numpy as jnp
@@ -55,7 +55,7 @@ def matmul_flops(jaxpr: Any, scope: str = "") -> tuple[float, float]:
   (384.0, 0.0)
 
   Args:
-    jaxpr: a `jax.core.Jaxpr`.
+    jaxpr: the traced program.
     scope: named scopes of its caller.
 
   Returns:
@@ -85,7 +85,7 @@ def matmul_flops(jaxpr: Any, scope: str = "") -> tuple[float, float]:
   return once, iteration
 
 
-def _trip_count(equation: Any) -> float:
+def _trip_count(equation: JaxprEqn) -> float:
   """Returns how often an equation runs its inner jaxprs, over all devices."""
   params = equation.params
   if equation.primitive.name == "scan":
@@ -98,7 +98,7 @@ def _trip_count(equation: Any) -> float:
   return 1
 
 
-def _inner(equation: Any) -> list[Any]:
+def _inner(equation: JaxprEqn) -> list[Jaxpr]:
   """Returns the jaxprs inside an equation."""
   jaxprs = []
   for value in equation.params.values():

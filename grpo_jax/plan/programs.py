@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from grpo_jax import build, rollout, tasks, tokens
@@ -180,7 +181,7 @@ class Programs:
     shapes = jax.eval_shape(make, self.base_params, self.state.params)
     return self._params(shapes, sampling=True)
 
-  def _rows(self, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+  def _rows(self, *shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
 
   def batch(self, prompts: int, *, scored: bool = True) -> Batch:
@@ -244,10 +245,8 @@ class Programs:
 
   def to_sampling_params(self) -> Program:
     """Returns the conversion from trained to sampling parameters."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.sampling_params)
-    convert = partial(build.to_sampling_params, self.model, self.mesh)
-    jitted = jax.jit(convert, out_shardings=shardings)
-    return Program(jitted, (self.base_params, self.state.params))
+    convert = build.make_to_sampling_params(self.model, self.mesh, self.weights)
+    return Program(convert, (self.base_params, self.state.params))
 
   def sample(self) -> Program:
     """Returns the sampler of a whole step."""
@@ -291,7 +290,7 @@ def open_programs(
   if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:
     problems.append(
       f"rollout.completion_length is {c.rollout.completion_length}: with prompts of "
-      f"{prompts.length} tokens that exceeds the context of {c.model.source}, {shape.context} tokens"
+      f"{prompts.length} tokens that exceeds the context of {c.model.source}, {shape.context}"
     )
   if c.train.reduction != "fast":
     problems.append(

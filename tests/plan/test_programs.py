@@ -72,11 +72,13 @@ def described(tree):
 
 
 @pytest.mark.parametrize("overrides", [(), (*KL, "reference.sync_every=2"), ("lora.rank=2",)])
-def test_the_state_is_that_of_the_run(overrides):
+def test_state_and_sampling_params_are_those_of_the_run(overrides):
   c = load("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", *overrides)
-  run = build(c)
-  state = run.initial_state(moving_reference=c.reference.sync_every > 0)
-  assert described(open_programs(c, open_topology("cpu:8")).state) == described(state)
+  run, programs = build(c), open_programs(c, open_topology("cpu:8"))
+  state = run.initial_state()
+  assert described(programs.state) == described(state)
+  params = run.to_sampling_params(state.params)
+  assert described(programs.sampling_params) == described(params)
 
 
 def test_the_update_skips_spikes_if_the_run_does():
