@@ -1,11 +1,12 @@
-"""Qwen2.5-3B learns Countdown: reach a target number from three or four numbers.
+"""Trains Qwen2.5-3B on Countdown: reach a target number from three or four numbers.
 
-Hardware  one GPU of 80 GB (with remat), or a v5e-16 / v5p-8 (then --config.mesh.fsdp=-1 and
+Hardware  one GPU of 80 GB (with remat), or a v5e-16 / v5p-8 (with --config.mesh.fsdp=-1 and
           --config.mesh.data=1)
-Target    about 0.60 of new problems solved, what nano-aha-moment reports for this recipe (64
-          completions a step in groups of 4, 1e-6, KL 0.001) on one 80 GB GPU; 0.5B models fail at
-          it and from 1.5B on they learn to search (TinyZero)
-State     a recipe: checked and stepped on a tiny model by the tests, not run at full size by us
+Time      not measured
+Result    not run at full size; the tests load it and run one step with a tiny model
+Target    about 0.60 of new problems solved, as nano-aha-moment reports for this recipe (64
+          completions per step in groups of 4, learning rate 1e-6, KL 0.001) on one 80 GB GPU. 0.5B
+          models fail at this task; from 1.5B on, models learn to search (TinyZero)
 Command   python -m grpo_jax.train --config experiments/countdown_qwen2_5_3b.py --workdir runs/cd
 """
 

@@ -1,14 +1,15 @@
-"""Qwen2.5-0.5B-Instruct on GSM8K with DAPO's loss and dynamic sampling.
+"""Trains Qwen2.5-0.5B-Instruct on GSM8K with DAPO's loss and dynamic sampling.
 
-Hardware  one GPU of 40 GB or more, or a v5e-8 (then --config.mesh.fsdp=8)
-Target    greedy accuracy on the 1,319 test problems of at least 0.55 after 250 steps, from 0.496
-          before: what miles holds its end-to-end test to with this recipe (batch 32 x 8, 1e-6,
-          clip 0.2 / 0.28, 1,024 tokens); verl reports 0.567 with PPO
-State     a recipe: checked and stepped on a tiny model by the tests, not run at full size by us
+Hardware  one GPU of 40 GB or more, or a v5e-8 (with --config.mesh.fsdp=8)
+Time      not measured
+Result    not run at full size; the tests load it and run one step with a tiny model
+Target    greedy accuracy of at least 0.55 on the 1,319 test problems after 250 steps, from 0.496
+          before. The end-to-end test of miles asks for this with the same recipe (batch 32 x 8,
+          learning rate 1e-6, clip 0.2 / 0.28, 1,024 tokens). verl reports 0.567 with PPO
 Command   python -m grpo_jax.train --config experiments/gsm8k_qwen2_5_0_5b.py --workdir runs/gsm8k
 
-Without a network, --config.task.settings.jsonl=DIR names the folder with GSM8K's train.jsonl and
-test.jsonl, and --config.model.source=DIR the model's.
+Without a network, --config.task.settings.jsonl=DIR is the folder with GSM8K's train.jsonl and
+test.jsonl, and --config.model.source=DIR is the folder of the model.
 """
 
 from grpo_jax.config import default_config

@@ -1,10 +1,12 @@
-"""Qwen2.5-1.5B-Instruct on GSM8K with LoRA: adapters of rank 32 on every matrix of the layers.
+"""Trains Qwen2.5-1.5B-Instruct on GSM8K with LoRA.
 
-The reference model of the KL term is the base without adapters, so there is no second copy.
+Adapters of rank 32 are on every matrix of the layers.
+The reference of the KL term is the base model without adapters, so there is no second copy.
 
-Hardware  one GPU of 40 GB or more, or a v5e-8 (then --config.mesh.fsdp=8)
-Target    0.779 on the test problems, what verl reports for GRPO with LoRA on this model
-State     a recipe: checked and stepped on a tiny model by the tests, not run at full size by us
+Hardware  one GPU of 40 GB or more, or a v5e-8 (with --config.mesh.fsdp=8)
+Time      not measured
+Result    not run at full size; the tests load it and run one step with a tiny model
+Target    0.779 on the test problems, as verl reports for GRPO with LoRA on this model
 Command   python -m grpo_jax.train --config experiments/gsm8k_qwen2_5_1_5b_lora.py --workdir runs/l
 
 Afterwards, `python -m grpo_jax.export --workdir runs/l --out my-model` writes the merged model.

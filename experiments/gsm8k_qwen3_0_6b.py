@@ -1,10 +1,11 @@
-"""Qwen3-0.6B on GSM8K: sequence-level ratios (GSPO), two updates per rollout.
+"""Trains Qwen3-0.6B on GSM8K with sequence-level ratios (GSPO) and two updates per rollout.
 
-Hardware  one GPU of 80 GB, or a v5e-8 (then --config.mesh.fsdp=8)
-Target    greedy accuracy on the test problems of at least 0.71 after 60 steps, what miles holds its
-          end-to-end test to. Small models can also go down here (a careful public notebook lost ten
-          points), so compare with the evaluation before training, which the run prints
-State     a recipe: checked and stepped on a tiny model by the tests, not run at full size by us
+Hardware  one GPU of 80 GB, or a v5e-8 (with --config.mesh.fsdp=8)
+Time      not measured
+Result    not run at full size; the tests load it and run one step with a tiny model
+Target    greedy accuracy of at least 0.71 on the test problems after 60 steps, as the end-to-end
+          test of miles asks for. Small models can also lose accuracy here (ten points in a careful
+          public notebook), so compare with the evaluation before training, which the run prints
 Command   python -m grpo_jax.train --config experiments/gsm8k_qwen3_0_6b.py --workdir runs/qwen3
 """
 
@@ -24,7 +25,7 @@ def get_config():
   c.rollout.group_size = 8
   c.rollout.prompt_length = 320
   c.rollout.overlong = "drop"
-  c.rollout.completion_length = 2048  # it thinks before it answers
+  c.rollout.completion_length = 2048  # includes its reasoning before the answer
   c.rollout.mask_truncated = True
   c.algorithm.name = "gspo"
   c.optimizer.learning_rate = 1e-6

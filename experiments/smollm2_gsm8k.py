@@ -1,17 +1,17 @@
-"""SmolLM2-135M on GSM8K's real rows: the whole pipeline at a size that a CPU can walk through.
+"""Runs SmolLM2-135M on GSM8K: the whole pipeline on real data, at a size for a CPU.
 
-This is no learning experiment. The model solves about one problem in a hundred, so nearly all
-groups are wrong throughout and have no gradient. What it shows is the way of the data: GSM8K
-through tensorflow-datasets, few-shot prompts, sampling, grading by the number after ####.
+The model does not learn in this experiment. It solves about one problem in a hundred, so nearly all
+groups have only wrong completions and no gradient. The experiment shows the path of the data: GSM8K
+through tensorflow-datasets, few-shot prompts, sampling, and grading by the number after ####.
 
 Hardware  2 CPU cores, float32
-Time      35 s a step, 60 to 83 tokens a second (completions end after 50 tokens on average), on a
-          machine that had a little else to do; --config.steps=3 --config.task.settings.eval_size=20
+Time      35 s per step, 60 to 83 tokens per second (completions end after 50 tokens on average), on
+          a machine with some other load, with --config.steps=3 --config.task.settings.eval_size=20
 Result    0 of 40 test problems, as expected; 2 of the 160 completions sampled in 5 steps were right
-Graders   `python benchmarks/gsm8k_rows.py --jsonl DIR`: each of `numeric`, `exact` and `math` takes
-          all 8,792 published answers for right and none of them raised by 1
+Graders   by `python benchmarks/gsm8k_rows.py --jsonl DIR`, `numeric`, `exact` and `math` each grade
+          all 8,792 published answers as right, and none of them as right when raised by 1
 Command   python -m grpo_jax.train --config experiments/smollm2_gsm8k.py --workdir runs/smollm2
-          (--config.task.settings.jsonl=DIR for GSM8K's two files instead of a download)
+          (--config.task.settings.jsonl=DIR reads GSM8K's two files instead of downloading them)
 """
 
 from grpo_jax.config import default_config

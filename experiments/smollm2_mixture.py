@@ -1,20 +1,23 @@
-"""SmolLM2-135M learns a mixture: sums of two and of three numbers, and products.
+"""Trains SmolLM2-135M on a mixture: sums of two and of three numbers, and products.
 
-Harder than `smollm2_addition.py`: half of the problems are its sums of two two-digit numbers, a
-quarter are sums of three numbers and a quarter products of two numbers of one or two digits. Each
-stands after two solved examples of its kind; an answer ends at the line break. 3,000 problems are
-trained on and 200 others held out; the reward is 1 if the answer is exactly right.
+It is harder than `smollm2_addition.py`: half of the problems are the sums of two two-digit numbers
+of that file, a quarter are sums of three numbers, and a quarter are products of two numbers of one
+or two digits. Each problem follows two solved examples of its kind, and a completion ends at the
+line break. There are 3,000 training problems and 200 held-out ones. The reward is 1 if the answer
+is exactly right.
 
 Hardware  2 CPU cores, float32
-Result    greedy accuracy on the 200 held-out problems: 0.240 before; after 50 steps 0.500, 0.510
-          and 0.465 with seeds 0, 1 and 2 (standard errors 0.030 before, 0.035 after). By kind, from
-          the samples of seed 0: sums of two 0.31 -> 0.80, of three 0.08 -> 0.10, products 0.26 ->
-          0.30. What is sampled right now and then is learned; what hardly ever is, is not
+Time      not recorded; a step is as large as one of `smollm2_addition.py`
+Result    greedy accuracy on the 200 held-out problems: 0.240 before training, and 0.500, 0.510 and
+          0.465 after 50 steps with seeds 0, 1 and 2 (standard errors 0.030 before, 0.035 after). By
+          kind, from the samples of seed 0: sums of two 0.31 -> 0.80, sums of three 0.08 -> 0.10,
+          products 0.26 -> 0.30. The model learns what it sometimes samples right, and does not
+          learn what it hardly ever samples right
 Command   python -m grpo_jax.train --config experiments/smollm2_mixture.py --workdir runs/mixture
           (other seeds with --config.seed=1)
 
-With differences among the sums (0.13 before) the same settings learned nothing in 15 steps: entropy
-fell below 0.5 nats at once, and hardly any group was left with both right and wrong answers.
+With differences among the sums (accuracy 0.13 before) the same settings learned nothing in 15
+steps: entropy fell below 0.5 nats at once, and hardly any group had both right and wrong answers.
 """
 
 from grpo_jax.config import default_config

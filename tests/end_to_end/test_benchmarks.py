@@ -1,9 +1,10 @@
-"""Every benchmark runs at its smallest setting, and its numbers are put together as they say.
+"""Tests that benchmarks run at their smallest setting, and the arithmetic of their reports.
 
-Peers need environments of their own and are not run here; a stand-in engine speaks their protocol.
+Peers need environments of their own and do not run here; a stand-in engine speaks their protocol.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import alternate, cost, logprobs, sampling, settings, step
+from benchmarks import alternate, cost, logprobs, plans, sampling, settings, step, tails
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 
@@ -25,9 +26,9 @@ TINY = ("--model", "random:tiny", "--rounds", "1", "--warmup", "1")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Callable[..., list[dict]]:
-  """`run(module, *arguments)`: the JSON lines that a benchmark prints."""
-  # The tests run on eight made-up devices, benchmarks on what there is; what one has compiled, the
-  # next ones need not.
+  """A function `(module, *arguments) -> rows`, the JSON lines that a benchmark prints."""
+  # Tests run on eight virtual devices, benchmarks on the devices of the machine. They share a
+  # compilation cache.
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
@@ -37,7 +38,7 @@ def run(tmp_path_factory) -> Callable[..., list[dict]]:
 
 
 def _run(environment: dict[str, str], module: str, *arguments: str) -> list[dict]:
-  done = subprocess.run(
+  result = subprocess.run(
     [sys.executable, "-m", f"benchmarks.{module}", *arguments],
     cwd=ROOT,
     env=environment,
@@ -45,8 +46,8 @@ def _run(environment: dict[str, str], module: str, *arguments: str) -> list[dict
     text=True,
     timeout=600,
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+  assert result.returncode == 0, result.stderr[-3000:]
+  return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
 def test_step(run):
@@ -67,33 +68,33 @@ def test_sampling(run):
   assert 0 < row["of_products"] < 1
 
 
-def test_products_of_layers_apart_and_stacked():
+def test_matmuls_of_unstacked_and_stacked_layers():
   shape = ModelConfig(
     vocab_size=11, width=6, layers=2, heads=2, kv_heads=1, head_dim=2, mlp=8, biases=("q",)
   )
   stacked = Decoder(shape).init(jax.random.key(0))
   whole, logits = sampling.multiplier(stacked, rows=3)()
-  apart, same = sampling.multiplier(unstack(stacked), rows=3)()
-  assert (len(whole), len(apart), logits.shape) == (7, 14, (3, 11))
-  total = [float(sum(out.sum() for out in found)) for found in (whole, apart)]
+  unstacked, other_logits = sampling.multiplier(unstack(stacked), rows=3)()
+  assert (len(whole), len(unstacked), logits.shape) == (7, 14, (3, 11))
+  total = [float(sum(out.sum() for out in products)) for products in (whole, unstacked)]
   assert total[0] == pytest.approx(total[1], rel=1e-4)
-  ones = np.ones((3, 6)) @ np.asarray(stacked["embed"]).T
-  for got in (logits, same):
-    np.testing.assert_allclose(got, ones, rtol=1e-5, atol=1e-6)
+  expected = np.ones((3, 6)) @ np.asarray(stacked["embed"]).T
+  for actual in (logits, other_logits):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_tails(run):
   small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --max-compactions 0 1"
-  stay, move = run("tails", "--model", "random:tiny", *small.split())
-  assert (stay["max_compactions"], move["max_compactions"]) == (0, 1)
-  assert stay["gain"] == move["same"] == 1
-  assert 1 <= stay["mean_length"] <= stay["longest"] <= 6
+  plain, compacted = run("tails", "--model", "random:tiny", *small.split())
+  assert (plain["max_compactions"], compacted["max_compactions"]) == (0, 1)
+  assert plain["gain"] == compacted["same"] == 1
+  assert 1 <= plain["mean_length"] <= plain["longest"] <= 6
 
 
 @pytest.mark.slow
 def test_memory(run):
   update, process = run("memory", "--setting", "smallest", *TINY)
-  # The state is donated: nearly all of the arguments become results.
+  # The state is donated, and is nearly all of the arguments.
   assert 0.9 * update["argument_gib"] < update["donated_gib"] <= update["argument_gib"]
   assert 0 < process["start_gib"] <= process["peak_gib"]
 
@@ -105,10 +106,10 @@ def test_cost(run, tmp_path):
   assert row["tokens"] == 8 + 2 * 4
   assert row["plain_tokens"] == 2 * (8 + 4)
   assert row["update_gib"] > 0
-  kept = tmp_path / "rows.jsonl"
-  kept.write_text(json.dumps(row) + "\n")
-  (again,) = run("cost", "--rows", str(kept), "--figure", str(tmp_path / "cost.png"))
-  # Printed numbers are rounded, so that a fit to them is another one.
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text(json.dumps(row) + "\n")
+  (again,) = run("cost", "--rows", str(rows), "--figure", str(tmp_path / "cost.png"))
+  # Printed numbers are rounded, so a fit to them differs.
   assert {k: v for k, v in again.items() if "predicted" not in k} == {
     k: v for k, v in row.items() if "predicted" not in k
   }
@@ -120,12 +121,12 @@ def test_logprobs(run):
   assert [row["way"] for row in run("logprobs", *small)] == ["head_logprobs", "plain logits"]
 
 
-def test_the_head_as_an_engine(capsys):
+def test_the_head_engine(capsys):
   shape = {"batch": 2, "tokens": 3, "width": 8, "vocab": 16}
   logprobs.beside_peers(shape, [], rounds=1, warmup=1)
   row = json.loads(capsys.readouterr().out.splitlines()[-1])
   hidden, head, tokens, _ = settings.head_inputs(**shape)
-  p = np.exp(hidden @ head.T)  # small enough for no shift
+  p = np.exp(hidden @ head.T)  # small enough to need no shift
   chosen = np.take_along_axis(p / p.sum(-1, keepdims=True), tokens[..., None], -1)
   assert row["logp"] == pytest.approx(np.log(chosen).mean(), rel=1e-4)
 
@@ -134,7 +135,7 @@ STAND_IN = """
 import time
 from benchmarks.worker import Channel
 channel = Channel()
-print("what a library prints must not reach the parent")
+print("prints of a library must not reach the parent")
 channel.ready({"version": "1"})
 while channel.wait():
   with channel.measure() as record:
@@ -155,7 +156,7 @@ def test_engines_take_turns():
     assert all(record["seconds"] >= 0.05 > record["cpu_seconds"] for record in result["records"])
 
 
-def test_a_dead_engine_shows_its_log():
+def test_the_error_of_a_dead_engine_shows_its_log():
   command = [sys.executable, "-c", "raise SystemExit('no such weights')"]
   with pytest.raises(RuntimeError, match="no such weights"):
     alternate.alternate({alternate.OURS: command}, {}, rounds=1, warmup=0)
@@ -177,7 +178,7 @@ def test_ratios():
   assert peer["rate"] == 2.5
 
 
-def test_different_work_is_refused():
+def test_different_token_counts_are_an_error():
   def result(tokens: int) -> dict:
     return {"records": [{"prompt_tokens": tokens, "completion_tokens": 3}]}
 
@@ -185,7 +186,7 @@ def test_different_work_is_refused():
     step.same_tokens({"grpo_jax": result(58), "peer": result(60)})
 
 
-def test_prompts_are_solved_right_and_never_change():
+def test_prompts_are_solved_correctly_and_reproducible():
   for kind in ("two-shot", "eight-shot"):
     prompts = settings.make_prompts(kind, 3)
     assert prompts == settings.make_prompts(kind, 5)[:3]
@@ -208,3 +209,24 @@ def test_cost_model_recovers_its_constants():
   cost.add_model(rows)
   np.testing.assert_allclose([row["plain_predicted_seconds"] for row in rows],
                              [row["plain"] for row in rows], rtol=1e-6)  # fmt: skip
+
+
+def test_the_share_of_ending_tokens_makes_lengths_lognormal():
+  """Of a median of 4 tokens, half end by the fourth; all have to end by the eighth."""
+  table = tails.lognormal_stops(4.0, 0.8, length=8, vocab=20_000)
+  continues = [(table[state] != 8).mean() for state in range(8)]
+  assert np.prod(continues[:4]) == pytest.approx(0.5, abs=0.02)
+  z = np.log(2 / 4) / 0.8  # of a length of 2
+  assert np.prod(continues[:2]) == pytest.approx(1 - 0.5 * math.erfc(-z / 2**0.5), abs=0.02)
+  assert table[8].tolist() == [8] * 20_000  # the end is never left
+  assert set(table[3].tolist()) == {4, 8}
+
+
+def test_the_page_of_plans_shows_its_records():
+  records = [json.loads(line) for line in plans.RECORDS.read_text().splitlines()]
+  assert plans.page(records) == (ROOT / "docs" / "plans.md").read_text()
+  (row,) = [r for r in records if (r["model"], r["slice"]) == ("Qwen/Qwen3-8B", "v5e-16")]
+  decoding = row["work"]["decode"]
+  text = plans.row(row)
+  assert f"{decoding['seconds'] * (1024 - 1):.2f} s, {decoding['limit']}" in text
+  assert "**no**" in text

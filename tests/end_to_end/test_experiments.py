@@ -1,4 +1,4 @@
-"""Every experiment is loaded, checked and stepped once, with a tiny model in its own's place."""
+"""Tests that every experiment loads and takes one step, with a tiny model in place of its own."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from grpo_jax.config import load
 from grpo_jax.run.metrics import read_metrics
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
-# What makes it small; everything else is the experiment's own.
+# Overrides that make a run small; all other fields are those of the experiment.
 SMALL = [
   "--config.model.source=random:tiny",
   "--config.model.dtype=float32",
@@ -47,7 +47,7 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_it_takes_a_step(path, tmp_path, data_dir):
+def test_an_experiment_takes_a_step(path, tmp_path, data_dir):
   name = load(str(path)).task.name
   sizes = SIZES[name] + ([f"--config.task.settings.data_dir={data_dir}"] if name == "gsm8k" else [])
   config = load(str(path), SMALL + sizes)
@@ -60,13 +60,13 @@ def test_it_takes_a_step(path, tmp_path, data_dir):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_it_says_what_it_needs(path):
+def test_a_docstring_names_hardware_and_command(path):
   text = path.read_text(encoding="utf-8").split('"""')[1]
   assert "Hardware" in text
   assert f"--config experiments/{path.name} --workdir" in text
 
 
-def test_build_of_a_lora_experiment_trains_adapters_only():
+def test_a_lora_experiment_trains_only_its_adapters():
   overrides = [*SMALL, "--config.task.name=letters", "--config.lora.rank=2"]
   run = build(load("experiments/tiny.py", overrides))
   state, base_params = run.initial_state(), run.base_params

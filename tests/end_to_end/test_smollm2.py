@@ -1,4 +1,4 @@
-"""The pretrained model itself: `make test-slow`."""
+"""Tests the pretrained model: `make test-slow`."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ pytestmark = [
   ),
 ]
 ADDITION = "experiments/smollm2_addition.py"
-# On the eight devices of the tests, which cannot each hold a state of its own in 24 GiB.
+# The state is sharded over the eight devices of the tests: eight copies do not fit into 24 GiB.
 ONE_BATCH = ["--config.eval.batch_prompts=16", "--config.rollout.prompts_per_step=16",
              "--config.mesh.data=1", "--config.mesh.fsdp=-1"]  # fmt: skip
 
@@ -32,7 +32,7 @@ def run():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_recorded_logprobs_are_the_trainers(run, temperature):
+def test_the_update_computes_the_logprobs_that_the_sampler_recorded(run, temperature):
   state = run.initial_state()
   prompts = [example.prompt for example in run.task.splits["train"][:8]]
   params = run.to_sampling_params(state.params)
