@@ -111,6 +111,10 @@ class Run:
   def _to_sampling_params(self) -> Callable[[Params | None, Params], Params]:
     return make_to_sampling_params(self.model, self.mesh, self.weights.shapes, self.chunks)
 
+  def matmul_precision(self) -> contextlib.AbstractContextManager[object]:
+    """Sets the precision of matmuls for everything that is traced inside; see the config."""
+    return matmul_precision(self.config)
+
   # --- the parts of the loop ----------------------------------------------------------------------
 
   @property
@@ -243,6 +247,17 @@ def build(config: ConfigDict) -> Run:
     new_adapters=adapters,
     chunks=chunks,
   )
+
+
+def matmul_precision(c: ConfigDict) -> contextlib.AbstractContextManager[object]:
+  """Returns a context in which programs are traced with the precision that a config asks for.
+
+  By default, a float32 matmul is a single bfloat16 pass on a TPU and TF32 on a GPU.
+  """
+  choice = c.model.matmul_precision
+  if choice == "auto":
+    choice = "highest" if c.model.dtype == "float32" else "default"
+  return jax.default_matmul_precision(choice)
 
 
 def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:

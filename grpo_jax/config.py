@@ -21,6 +21,7 @@ from ml_collections.config_dict import placeholder
 # Fields that hold one of a few words.
 VALUES = {
   "model.dtype": ("float32", "bfloat16"),
+  "model.matmul_precision": ("auto", "default", "high", "highest"),
   "model.remat": ("none", "dots", "layers"),
   "model.attention": ("auto", "tiled", "splash", "cudnn"),
   "rollout.overlong": ("error", "drop"),
@@ -151,6 +152,9 @@ def default_config() -> ConfigDict:
   c.model = Section()
   c.model.source = "random:tiny"  # folder, .gguf file, package:NAME, random:NAME or hub id
   c.model.dtype = "float32"  # of activations: float32 or bfloat16; weights stay float32
+  # Of float32 matmuls on TPUs (one bfloat16 pass by default) and GPUs (TF32): highest, high or
+  # default; auto is highest where the dtype is float32. CPUs always compute in float32.
+  c.model.matmul_precision = "auto"
   # What the backward pass recomputes: none, dots (everything but weight matmuls: half the memory
   # of none for hardly more time) or layers (everything: a third more work).
   c.model.remat = "dots"

@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
   folder = arguments.out or (arguments.workdir and Path(arguments.workdir) / "eval")
   about = {"model": settings.model.source, "task": run.task.name, "split": "eval"}
   metrics: list[dict[str, float]] = []
-  with run.scorer() as scorer:
+  with run.matmul_precision(), run.scorer() as scorer:
     for step, params in stages.items():
       result = evaluate(
         run.sampler,

@@ -89,11 +89,12 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   score = make_scoring(r.model, config, **options)
   gradients = make_gradients(r.model, r.algorithm, config, **options)
   update = make_update(r.model, r.algorithm, r.optimizer, r.schedule, config, **options)
-  logp = np.asarray(score(state.params, batch, base_params))
-  params = _named(state.params)
-  grads, *_ = gradients(state.params, batch, base_params)
-  grads = _named(grads)
-  state, metrics = update(state, batch, base_params)
+  with r.matmul_precision():
+    logp = np.asarray(score(state.params, batch, base_params))
+    params = _named(state.params)
+    grads, *_ = gradients(state.params, batch, base_params)
+    grads = _named(grads)
+    state, metrics = update(state, batch, base_params)
   return Replayed(
     metrics={name: float(value) for name, value in metrics.items()},
     recorded=dump.recorded["metrics"],

@@ -111,7 +111,7 @@ def identity_of(run: Run, experiment: str | Path | None) -> dict[str, str]:
 
 def _train(run: Run, out: Output, watch: compilation.Watch) -> dict[str, float]:
   """Runs the loop from the newest checkpoint to the last step."""
-  with out, run.scorer() as scorer, Signals() as signals:
+  with out, run.matmul_precision(), run.scorer() as scorer, Signals() as signals:
     start, state = out.resume(run.initial_state(), run.evaluates_at)
     out.print(describe(run.config, run, start))
     recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)

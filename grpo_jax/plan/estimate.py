@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from grpo_jax.build import matmul_precision
 from grpo_jax.errors import first_line
 from grpo_jax.plan.cost import Cost, Counter
 from grpo_jax.plan.flops import matmul_flops
@@ -122,7 +123,8 @@ def make_plan(
     key = (name, *programs.mesh.shape.values(), *_settings_of(config, name))
     if key not in compiled:
       log(f"compiling {name} ...")
-      compiled[key] = compile_program(programs, name)
+      with matmul_precision(config):
+        compiled[key] = compile_program(programs, name)
     memory[name], parts = compiled[key]
     for part, (cost, excess) in parts.items():
       seconds, limit = roofline(cost, topology.chip) or (None, None)

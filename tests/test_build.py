@@ -1,0 +1,89 @@
+"""The objects of a run: what the config says of matmul precision stands in the programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grpo_jax.build import build
+from grpo_jax.config import load
+from grpo_jax.learning.step import Batch
+from grpo_jax.sampling.generate import generate
+
+SMALL = ("rollout.prompts_per_step=8", "rollout.group_size=2", "rollout.completion_length=4")
+
+
+def make_run(*changes):
+  return build(load("experiments/tiny.py", [f"--config.{change}" for change in (*SMALL, *changes)]))
+
+
+def batch_of(run):
+  rows = (8, 2, 4)
+  batch = Batch(
+    prompts=jnp.zeros((8, 4), jnp.int32),
+    prompt_mask=jnp.ones((8, 4), bool),
+    completions=jnp.zeros(rows, jnp.int32),
+    mask=jnp.ones(rows, bool),
+    advantages=jnp.ones(rows[:2]),
+    weights=jnp.ones(rows),
+    sampler_logp=jnp.zeros(rows),
+  )
+  return jax.device_put(batch, run.sampler.prompt_sharding)
+
+
+def programs(run):
+  """The update and the sampler, as functions of arrays."""
+  state, batch = run.initial_state(), batch_of(run)
+  update = run.learner()._update
+  params = run.to_sampling_params(state.params)
+  keys = jax.random.split(jax.random.key(0), (8, 2))
+  stops = jnp.zeros((2, 257), jnp.int32).at[0, 256].set(1)
+  prompts = (batch.prompts, batch.prompt_mask, keys, stops)
+
+  def sample(params, *arguments):
+    return generate(run.model, params, *arguments, length=4, temperature=1.0, pad_id=256)
+
+  return {"update": (update, (state, batch)), "sample": (sample, (params, *prompts))}
+
+
+def products(jaxpr):
+  """All matmuls of a program, those inside of loops and calls too."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      yield equation
+    for value in equation.params.values():
+      for inner in value if isinstance(value, list | tuple) else [value]:
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from products(inner)
+
+
+@pytest.mark.parametrize("name", ["update", "sample"])
+@pytest.mark.parametrize(
+  ("changes", "precision"),
+  [((), "HIGHEST"), (("model.matmul_precision=default",), "DEFAULT"),
+   (("model.matmul_precision=high",), "HIGH")],
+)  # fmt: skip
+def test_float32_matmuls_have_the_precision_of_the_config(name, changes, precision):
+  run = make_run(*changes)
+  function, arguments = programs(run)[name]
+  with run.matmul_precision():
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+  found = {str(equation.params["precision"][0] or "DEFAULT") for equation in products(jaxpr)}
+  assert len([*products(jaxpr)]) > 10
+  assert found == {precision}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_lowered_programs_say_so_for_accelerators(platform):
+  """A default matmul is one bfloat16 pass on a TPU and TF32 on a GPU."""
+  run = make_run()
+  function, arguments = programs(run)["sample"]
+  texts = []
+  for context in (run.matmul_precision(), jax.default_matmul_precision("default")):
+    with context:
+      traced = jax.jit(function).trace(*arguments)
+      texts.append(traced.lower(lowering_platforms=(platform,)).as_text())
+  highest, default = ([l for l in text.splitlines() if "dot_general" in l] for text in texts)
+  assert len(highest) > 10
+  assert all("HIGHEST" in line for line in highest)
+  assert not any("HIGHEST" in line for line in default)
