@@ -1,4 +1,4 @@
-"""A trained model as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+"""Exports a model as a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
 python -m grpo_jax.export --workdir DIR --out HF_DIR                # the newest checkpoint of a run
 python -m grpo_jax.export --config experiments/X.py --out HF_DIR    # its model, untrained
@@ -31,13 +31,13 @@ from grpo_jax.run import checkpoint, console
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer
 
-# What of a source folder goes along: tokenizer, chat template, generation settings, licence.
+# Files of a source folder that are copied: tokenizer, chat template, generation settings, licence.
 COPIED = (
   "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
   "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Fields of config.json that are not of the written model.
+# Fields of the source's config.json that do not hold for the exported model.
 _DROPPED = ("auto_map", "quantization_config", "torch_dtype")
 
 
@@ -50,35 +50,38 @@ def export_model(
   *,
   shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
-  """Writes the folder `out`: weights, config.json, tokenizer, chat template, generation settings.
+  """Writes a folder with weights, config.json, tokenizer, chat template and generation settings.
 
   Loading it gives the same parameters bit for bit in float32, and rounded once in the other dtypes.
-  Nothing is at `out` before all is written.
+  The folder appears at `out` only when it is complete.
 
   Args:
-    params: of the decoder, layers stacked; adapters merged (`lora.merge`).
-    source: where the model came from (see `models.sources`): its tokenizer goes along.
+    config: of the model.
+    params: of the decoder, layers stacked, adapters merged (`lora.merge`).
+    source: origin of the model (see `models.io.sources`), from which the tokenizer is taken.
+    out: the folder to write; must be missing or empty.
     dtype: of the weights, a key of DTYPES.
-    shard_bytes: largest weights file.
+    shard_bytes: maximum size of a weights file in bytes.
 
   Returns:
-    The names of the files.
+    The names of the files, sorted.
 
-  Raises FileExistsError if `out` holds anything; ValueError for parameters that do not fit, or
-  that the dtype cannot hold.
+  Raises:
+    FileExistsError: `out` is not an empty folder.
+    ValueError: the parameters do not fit the config, or the dtype cannot hold their values.
   """
   out = Path(out).resolve()
   if dtype not in DTYPES:
     raise ValueError(f"dtype is {dtype!r}, known: {', '.join(DTYPES)}")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out} exists and is not an empty folder: nothing is overwritten")
-  found = resolve(source)
+  origin = resolve(source)
   out.parent.mkdir(parents=True, exist_ok=True)
   partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
   partial.chmod(0o755)
   try:
-    raw = _save_tokenizer(source, found, partial)
-    write_json(partial / "config.json", _config_json(config, found, raw) | {"dtype": dtype})
+    ids = _save_tokenizer(source, origin, partial)
+    write_json(partial / "config.json", _config_json(config, origin, ids) | {"dtype": dtype})
     if parse(read_json(partial / "config.json"), str(out)) != config:
       raise ValueError(f"{config} is not the model of {source}")
     write_weights(config, params, partial, dtype, shard_bytes)
@@ -89,24 +92,28 @@ def export_model(
   return sorted(file.name for file in out.iterdir())
 
 
-def _config_json(config: ModelConfig, found: Source, ids: dict[str, Any]) -> dict[str, Any]:
-  """The source's own config.json where it has one for this model alone, else a new one."""
-  if found.kind != "folder":
+def _config_json(config: ModelConfig, origin: Source, ids: dict[str, Any]) -> dict[str, Any]:
+  """Returns the source's own config.json if it describes this model alone, else a new one.
+
+  Args:
+    ids: token ids that a new one should name.
+  """
+  if origin.kind != "folder":
     return describe(config) | ids
-  path = Path(found.location) / "config.json"
+  path = Path(origin.location) / "config.json"
   raw = read_json(path)
   family, _ = find_family(raw, str(path))
   if FAMILIES[family].wraps:
-    stated = {**raw.get("text_config", {}), **raw}
-    return describe(config) | {name: stated[name] for name in _TOKEN_IDS if name in stated}
+    merged = {**raw.get("text_config", {}), **raw}
+    return describe(config) | {name: merged[name] for name in _TOKEN_IDS if name in merged}
   return {name: value for name, value in raw.items() if name not in _DROPPED}
 
 
-def _save_tokenizer(source: str, found: Source, folder: Path) -> dict[str, Any]:
-  """Writes what the source has of a tokenizer; the ids that config.json should then name."""
-  if found.kind == "folder":
+def _save_tokenizer(source: str, origin: Source, folder: Path) -> dict[str, Any]:
+  """Writes the source's tokenizer; returns the token ids that a new config.json should name."""
+  if origin.kind == "folder":
     for pattern in COPIED:
-      for file in Path(found.location).glob(pattern):
+      for file in Path(origin.location).glob(pattern):
         shutil.copyfile(file, folder / file.name)
     return {}
   tokenizer = load_tokenizer(source)
@@ -122,9 +129,20 @@ def _save_tokenizer(source: str, found: Source, folder: Path) -> dict[str, Any]:
 
 
 def read_trained(workdir: str | Path, step: int | None = None) -> tuple[int, Any]:
-  """(step, what was trained) of a checkpoint, as numpy arrays; None is the newest.
+  """Reads the trained parameters of a checkpoint, on any number of devices.
 
-  Reads neither optimizer state nor layouts, so any machine with the memory will do.
+  Reads neither optimizer state nor shardings, so any machine with enough memory will do.
+
+  Args:
+    workdir: the work directory of a run.
+    step: of the checkpoint; None is the newest one without damage.
+
+  Returns:
+    (step, trained parameters or adapters as NumPy arrays).
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+    ValueError: it is damaged; for None, all of them are.
   """
   import orbax.checkpoint as ocp
 
@@ -137,33 +155,38 @@ def read_trained(workdir: str | Path, step: int | None = None) -> tuple[int, Any
     steps = sorted(manager.all_steps())
     if not steps or (step is not None and step not in steps):
       raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; there are: {steps}")
-    chosen = _whole(folder, steps[::-1] if step is None else [step])
-    wanted = {"params": jax.tree.map(lambda _: 0, manager.item_metadata(chosen)["params"])}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    chosen = _first_without_damage(folder, steps[::-1] if step is None else [step])
+    like = {"params": jax.tree.map(lambda _: 0, manager.item_metadata(chosen)["params"])}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+    arguments = ocp.args.PyTreeRestore(item=like, restore_args=as_numpy, partial_restore=True)
     return chosen, manager.restore(chosen, args=arguments)["params"]
 
 
-def _whole(folder: Path, steps: list[int]) -> int:
-  """The first of the steps whose checkpoint is not damaged; says which are."""
+def _first_without_damage(folder: Path, steps: list[int]) -> int:
+  """Returns the first of the steps whose checkpoint is not damaged; warns about those before it."""
   for step in steps:
-    wrong = checkpoint.find_damage(folder / str(step))
-    if not wrong:
+    problems = checkpoint.find_damage(folder / str(step))
+    if not problems:
       return step
-    print(f"warning: checkpoint {step} is damaged: {wrong[0]}; it is left out", file=sys.stderr)
-  raise ValueError(f"every checkpoint in {folder} that was asked for is damaged: {steps}")
+    print(f"warning: checkpoint {step} is damaged: {problems[0]}; it is skipped", file=sys.stderr)
+  raise ValueError(f"all of these checkpoints in {folder} are damaged: {steps}")
 
 
 @console.guarded()
 def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns its exit code."""
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.export", description=__doc__)
   parser.add_argument("--workdir", help="a work directory: its config, and one of its checkpoints")
   parser.add_argument("--config", help="an experiment file, for its model before training")
-  parser.add_argument("--out", required=True, help="the folder to write; not there, or empty")
-  parser.add_argument("--step", type=int, help="of the checkpoint; the newest if not given")
-  parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the weights")
+  parser.add_argument("--out", required=True, help="the folder to write; must be missing or empty")
+  parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
   parser.add_argument(
-    "--adapter", action="store_true", help="of a LoRA run: only the adapters, as `peft` loads them"
+    "--dtype", default="float32", choices=list(DTYPES), help="dtype of the weights"
+  )
+  parser.add_argument(
+    "--adapter",
+    action="store_true",
+    help="write only the adapters of a LoRA run, as `peft` loads them",
   )
   arguments, overrides = parser.parse_known_args(argv)
   try:
@@ -177,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if (arguments.workdir is None) == (arguments.config is None):
-    raise ValueError("give --workdir (a run) or --config (an experiment), one of them")
+    raise ValueError("give either --workdir (a run) or --config (an experiment)")
   if arguments.config:
     settings, trained = configs.load(arguments.config, overrides), None
   else:

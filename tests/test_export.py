@@ -1,6 +1,6 @@
-"""Export: what is written loads as the same model, or nothing is written.
+"""Tests that an exported folder loads as the same model, and that a failed export leaves nothing.
 
-That PyTorch transformers loads it too is checked by fixtures/interop.py, where torch is installed.
+`fixtures/interop.py` checks that PyTorch transformers loads it too, where torch is installed.
 """
 
 import json
@@ -32,27 +32,27 @@ NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.fl
 CHAT = [{"role": "user", "content": "12 + 34"}]
 
 
-def assert_same(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  jax.tree.map(np.testing.assert_array_equal, got, want)
+def assert_same(params, expected):
+  assert jax.tree.structure(params) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("name", sorted(f.name for f in (FIXTURES / "families").iterdir()))
 def test_an_exported_model_loads_bit_for_bit(tmp_path, name, dtype):
-  """Random float32 numbers, so that the narrow dtypes have something to round, once."""
+  """Random float32 numbers, so that conversion to the narrow dtypes rounds."""
   source, rng = str(FIXTURES / "families" / name), np.random.default_rng(0)
   config, params = load(source)
   params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), params)
   export_model(config, params, source, tmp_path / "out", dtype)
-  again, loaded = load(str(tmp_path / "out"))
-  assert again == config
+  loaded_config, loaded = load(str(tmp_path / "out"))
+  assert loaded_config == config
   assert_same(loaded, jax.tree.map(lambda a: a.astype(NUMPY[dtype]).astype(np.float32), params))
   stored = load_file(tmp_path / "out" / "model.safetensors")
   assert {value.dtype for value in stored.values()} == {np.dtype(NUMPY[dtype])}
 
 
-def test_the_files_are_those_of_transformers(tmp_path):
+def test_an_export_has_the_files_of_transformers(tmp_path):
   config, params = load(str(LLAMA))
   files = export_model(config, params, str(LLAMA), tmp_path / "out")
   assert files == sorted(f.name for f in LLAMA.iterdir() if f.name != "expected.npz")
@@ -64,10 +64,10 @@ def test_the_files_are_those_of_transformers(tmp_path):
   for name, value in original.items():
     np.testing.assert_array_equal(stored[name], value, err_msg=name)
   for file in (tmp_path / "out").iterdir():
-    assert file.stat().st_mode & 0o044 == 0o044, f"{file.name} can be read by its owner only"
+    assert file.stat().st_mode & 0o044 == 0o044, f"only its owner can read {file.name}"
 
 
-def test_a_large_model_is_several_files_with_an_index(tmp_path):
+def test_a_large_model_is_split_into_files_with_an_index(tmp_path):
   config, params = load(str(LLAMA))
   out = tmp_path / "out"
   export_model(config, params, str(LLAMA), out, shard_bytes=40_000)
@@ -83,7 +83,7 @@ def test_a_large_model_is_several_files_with_an_index(tmp_path):
   assert_same(load(str(out))[1], params)
 
 
-def test_a_multimodal_source_becomes_its_language_model(tmp_path):
+def test_a_multimodal_source_is_exported_as_its_language_model(tmp_path):
   source = FIXTURES / "families" / "gemma3_multimodal"
   config, params = load(str(source))
   export_model(config, params, str(source), tmp_path / "out", "bfloat16")
@@ -93,7 +93,7 @@ def test_a_multimodal_source_becomes_its_language_model(tmp_path):
   assert raw["eos_token_id"] == 2
 
 
-def test_a_source_without_a_folder_gets_all_its_files(tmp_path):
+def test_a_source_that_is_not_a_folder_gets_all_files(tmp_path):
   tiny_gguf.write(tmp_path / "model.gguf")
   for source, out in ((str(tmp_path / "model.gguf"), "gguf"), ("random:tiny", "random")):
     config, params = load(source)
@@ -101,16 +101,16 @@ def test_a_source_without_a_folder_gets_all_its_files(tmp_path):
     export_model(config, params, source, out)
     assert load(str(out))[0] == config
     assert_same(load(str(out))[1], params)
-    ours, written = load_tokenizer(source), load_tokenizer(str(out))
+    original, written = load_tokenizer(source), load_tokenizer(str(out))
     text = "12 + 34 = 46, hé\n日本 <tool>"
-    assert written.encode(text) == ours.encode(text)
-    assert written.decode(ours.encode(text)) == text
-    assert written.chat(CHAT) == ours.chat(CHAT)
-    assert (written.eos_ids, written.pad_id) == (ours.eos_ids, ours.pad_id)
+    assert written.encode(text) == original.encode(text)
+    assert written.decode(original.encode(text)) == text
+    assert written.chat(CHAT) == original.chat(CHAT)
+    assert (written.eos_ids, written.pad_id) == (original.eos_ids, original.pad_id)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_fields_that_are_not_of_the_written_model_are_left_out(tmp_path):
+def test_fields_that_do_not_hold_for_the_exported_model_are_dropped(tmp_path):
   source = Path(shutil.copytree(LLAMA, tmp_path / "source"))
   raw = json.loads((source / "config.json").read_text())
   del raw["dtype"]
@@ -123,13 +123,13 @@ def test_fields_that_are_not_of_the_written_model_are_left_out(tmp_path):
   assert not {"auto_map", "torch_dtype"} & set(written)
 
 
-# --- nothing, or all of it ------------------------------------------------------------------------
+# --- all or nothing ------------------------------------------------------------------------------
 
 
 def test_nothing_is_overwritten(tmp_path):
   config, params = load(str(LLAMA))
   (tmp_path / "out").mkdir()
-  export_model(config, params, str(LLAMA), tmp_path / "out")  # an empty folder will do
+  export_model(config, params, str(LLAMA), tmp_path / "out")  # an empty folder is allowed
   (tmp_path / "file").write_text("mine")
   for taken in ("out", "file"):
     before = sorted(tmp_path.rglob("*"))
@@ -142,14 +142,14 @@ def test_a_failed_export_leaves_nothing(tmp_path):
   config, params = load(str(LLAMA))
   large = params | {"embed": np.full_like(params["embed"], 1e6)}
   adapted = lora.with_adapters(params, lora.init(jax.random.key(0), params, "q", 2))
-  for wrong, dtype, message in (
+  for bad_params, dtype, message in (
     (large, "float16", r"model\.embed_tokens\.weight holds NaN or infinity as float16"),
     (adapted, "float32", r"layers/q_lora_a: \(2, 32, 2\), expected None"),
     ({"embed": params["embed"]}, "float32", "final_norm: None, expected "),
     (params | {"embed": params["embed"][:5]}, "float32", r"embed: \(5, 32\), expected \(128, 32\)"),
   ):
     with pytest.raises(ValueError, match=message):
-      export_model(config, wrong, str(LLAMA), tmp_path / "out", dtype)
+      export_model(config, bad_params, str(LLAMA), tmp_path / "out", dtype)
     assert not list(tmp_path.iterdir())
   with pytest.raises(ValueError, match="dtype is 'int8', known: float32, bfloat16, float16"):
     export_model(config, params, str(LLAMA), tmp_path / "out", "int8")
@@ -162,7 +162,7 @@ def test_a_failed_export_leaves_nothing(tmp_path):
 
 
 def save_run(workdir, trained, steps, **changes):
-  """A work directory of a run from tiny_llama that has saved after each of `steps`."""
+  """Writes a work directory of a run from tiny_llama with checkpoints of `steps`."""
   settings = default_config()
   with settings.unlocked():
     settings.model.source = str(LLAMA)
@@ -189,7 +189,7 @@ def test_a_run_is_exported_by_one_command(tmp_path, capsys):
     ([*command, str(tmp_path / "old")], "not an empty folder"),
     ([*command, str(tmp_path / "x"), "--step", "4"], "no checkpoint of step 4"),
     ([*command, str(tmp_path / "x"), "--adapter"], "--adapter is for the --workdir of a run with"),
-    (["--out", "x"], "give --workdir"),
+    (["--out", "x"], "give either --workdir"),
     (["--out", "x", "--workdir", str(tmp_path)], "not a work directory"),
   ):
     assert export.main(arguments) == 2
@@ -207,11 +207,11 @@ def test_a_lora_run_is_exported_merged_or_as_adapters(tmp_path):
   merged = load(str(tmp_path / "merged"))[1]
   for name in ("q", "down"):
     a, b = (adapters["layers"][f"{name}_lora_{part}"] for part in "ab")
-    want = params["layers"][name] + 3.0 * np.einsum("lir,lro->lio", a, b)
-    np.testing.assert_allclose(merged["layers"][name], want, atol=1e-5)
+    expected = params["layers"][name] + 3.0 * np.einsum("lir,lro->lio", a, b)
+    np.testing.assert_allclose(merged["layers"][name], expected, atol=1e-5)
     merged["layers"][name] = params["layers"][name]
   assert_same(merged, params)
   assert export.main([*command, str(tmp_path / "adapters"), "--adapter"]) == 0
-  found, rank, alpha = lora.load_peft(tmp_path / "adapters", config)
+  loaded, rank, alpha = lora.load_peft(tmp_path / "adapters", config)
   assert (rank, alpha) == (2, 6.0)
-  assert_same(found, adapters)
+  assert_same(loaded, adapters)

@@ -1,4 +1,4 @@
-"""What `faults.py` does to runs: moments to kill them at, damage to their files, small disks."""
+"""Harms runs for `faults.py`: moments to kill them at, damage to their files, small disks."""
 
 import os
 import random
@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from grpo_jax.run import checkpoint
-from tools.faulty_runs import Run, being_saved, checkpoints, steps_written
+from tools.faulty_runs import Run, checkpoints, steps_written, unfinished_checkpoints
 
 
 def pick(rng: random.Random, low: float, high: float) -> float:
+  """Draws a number between `low` and `high`."""
   return low + (high - low) * rng.random()
 
 
@@ -27,23 +28,25 @@ def _after(seconds: float) -> bool:
 
 
 def starting(run: Run, rng: random.Random) -> bool:
+  """Waits for a moment while the run starts."""
   return _after(pick(rng, 0.2, 4.0))
 
 
 def stepping(run: Run, rng: random.Random) -> bool:
-  """Anywhere in a step: sampling, rewards, the update, its line and samples."""
+  """Waits for a moment in a step: sampling, rewards, the update, its metrics and samples."""
   first, more = steps_written(run.workdir), rng.randint(1, 4)
-  run.until(lambda: "steps " in run.output)  # the loop begins; it drops what it will run again
+  run.until(lambda: "steps " in run.output)  # the loop has started: it has removed later samples
   first = min(first, steps_written(run.workdir))
   return run.until(lambda: steps_written(run.workdir) >= first + more) and _after(pick(rng, 0, 0.1))
 
 
 def saving(run: Run, rng: random.Random) -> bool:
+  """Waits until a checkpoint is being written."""
   return run.until(lambda: fresh(run)) and _after(pick(rng, 0, 0.03))
 
 
 def renaming(run: Run, rng: random.Random) -> bool:
-  """The digests stand in the folder, the next thing is its name."""
+  """Waits until a checkpoint has its digests; the rename comes next."""
   digests = checkpoint.DIGESTS
   return run.until(lambda: any((p / digests).exists() for p in fresh(run))) and _after(
     pick(rng, 0, 0.003)
@@ -51,14 +54,14 @@ def renaming(run: Run, rng: random.Random) -> bool:
 
 
 def committed(run: Run, rng: random.Random) -> bool:
-  """A new checkpoint has its name, an old one is removed."""
+  """Waits until a checkpoint has its final name; an old one is removed next."""
   before = set(checkpoints(run.workdir))
   return run.until(lambda: set(checkpoints(run.workdir)) - before) and _after(pick(rng, 0, 0.01))
 
 
 def fresh(run: Run) -> list[Path]:
-  """Folders of this process's unfinished checkpoints: those of earlier ones go before its loop."""
-  return being_saved(run.workdir) if "steps " in run.output else []
+  """Returns the unfinished checkpoints of this process; earlier ones go before its loop starts."""
+  return unfinished_checkpoints(run.workdir) if "steps " in run.output else []
 
 
 MOMENTS = {
@@ -74,25 +77,29 @@ MOMENTS = {
 
 
 def largest(folder: Path) -> Path:
+  """Returns the largest file in a folder."""
   return max((p for p in folder.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
 
 
 def flip_a_bit(path: Path) -> None:
+  """Flips one bit in the middle of a file."""
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
   path.write_bytes(content)
 
 
 def truncate(path: Path) -> None:
+  """Cuts a file to half its size."""
   os.truncate(path, path.stat().st_size // 2)
 
 
 def remove(path: Path) -> None:
+  """Removes a file."""
   path.unlink()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-  """Every file but the lock, which names the process that had it last."""
+  """Returns the content of every file but the lock, which names the process that held it last."""
   files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
   return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -101,24 +108,29 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def small_disk(place: Path) -> Iterator[tuple[Path, Callable, Callable]]:
-  """(a work directory, leaves so many KiB to a run, makes room): a tmpfs, or a limit on files."""
-  place.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
-  if subprocess.run(mount, capture_output=True, check=False).returncode:
-    size = lambda: (place / "metrics.jsonl").stat().st_size  # noqa: E731
+def small_disk(folder: Path) -> Iterator[tuple[Path, Callable, Callable]]:
+  """Makes a disk that can fill up: a tmpfs, or without the right to mount, a limit on file sizes.
 
-    def limit(run: Run, kib: int) -> None:  # not allowed to mount: no file may be larger
+  Yields:
+    (work directory on it, function of a run and a number of KiB that leaves it no more space than
+    that, function that makes room again).
+  """
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+  if subprocess.run(mount, capture_output=True, check=False).returncode:
+    size = lambda: (folder / "metrics.jsonl").stat().st_size  # noqa: E731
+
+    def limit(run: Run, kib: int) -> None:
       resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (size() + kib * 1024,) * 2)
 
-    yield place, limit, lambda: None
+    yield folder, limit, lambda: None
     return
 
   def remount(run: Run | None, kib: int) -> None:
-    size = shutil.disk_usage(place).used // 1024 + kib
-    subprocess.run(["mount", "-o", f"remount,size={size}k", str(place)], check=True)
+    size = shutil.disk_usage(folder).used // 1024 + kib
+    subprocess.run(["mount", "-o", f"remount,size={size}k", str(folder)], check=True)
 
   try:
-    yield place, remount, lambda: remount(None, 65536)
+    yield folder, remount, lambda: remount(None, 65536)
   finally:
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", str(folder)], check=True)

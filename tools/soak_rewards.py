@@ -1,33 +1,34 @@
-"""The reward of `soak.py`: now and then it kills its process, hangs, or takes its time.
+"""Rewards completions for `soak.py`, and at times kills its process, hangs, or is slow.
 
-Which completion does what follows from its text alone, so that a run can be had a second time.
+What happens follows from the text of the completion alone, so that a run can be repeated.
 """
 
 import hashlib
 import os
 import time
 
-DIES, HANGS, SLOW, NONE = 1 / 2000, 1 / 8000, 1 / 200, 1 / 100  # shares of the completions
+# Shares of the completions that kill the process, hang, are slow, and get no reward.
+KILLS, HANGS, SLOW, NONE = 1 / 2000, 1 / 8000, 1 / 200, 1 / 100
 
 
 def letters(prompts, completions, **columns):
-  """Share of lower-case letters."""
+  """Returns the share of lower-case letters."""
   return [_score(prompt, text) for prompt, text in zip(prompts, completions)]
 
 
 def _score(prompt, text):
   draw = int.from_bytes(hashlib.sha256(f"{prompt}\n{text}".encode()).digest()[:6]) / 2**48
-  for share, happen in ((DIES, _die), (HANGS, _hang), (SLOW, _wait), (NONE, None)):
+  for share, action in ((KILLS, _exit), (HANGS, _hang), (SLOW, _wait), (NONE, None)):
     draw -= share
-    if draw < 0 and happen is None:
+    if draw < 0 and action is None:
       return None
     if draw < 0:
-      happen()
+      action()
       break
   return sum(letter.isascii() and letter.islower() for letter in text) / max(len(text), 1)
 
 
-def _die():
+def _exit():
   os._exit(3)
 
 

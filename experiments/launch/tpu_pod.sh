@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One run on all hosts of a Cloud TPU slice: a v5e-8 (one host), or a pod.
+# Starts one run on all hosts of a Cloud TPU slice: a v5e-8 (one host), or a pod.
 #
-#   export TPU=name ZONE=us-west4-a            # PROJECT=... if it is not gcloud's own
+#   export TPU=name ZONE=us-west4-a            # PROJECT=... if it is not gcloud's default
 #   experiments/launch/tpu_pod.sh setup        # copies this folder (a fresh clone) to all hosts
 #   experiments/launch/tpu_pod.sh train CONFIG WORKDIR [--config.a.b=value ...]
 #
-# WORKDIR has to be on a file system that all hosts share (NFS, or a bucket mounted with gcsfuse):
+# WORKDIR must be on a file system that all hosts share (NFS, or a bucket mounted with gcsfuse):
 # every host writes its part of a checkpoint there. The same command continues a run.
-# DRY_RUN=1 prints the commands instead.
+# DRY_RUN=1 prints the commands instead of running them.
 set -euo pipefail
 
 usage() {
@@ -36,7 +36,7 @@ case "${1:-}" in
   train)
     (($# >= 3)) || usage
     arguments=$(printf '%q ' --config "$2" --workdir "$3" "${@:4}")
-    # On these machines nothing in the environment says that there are other hosts: hence `auto`.
+    # The environment of these machines does not mention the other hosts: hence `auto`.
     gcloud_tpu ssh "$TPU" --command="cd grpo_jax && \
 GRPO_JAX_CLUSTER=auto .venv/bin/python -u -m grpo_jax.train $arguments"
     ;;

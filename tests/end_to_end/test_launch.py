@@ -1,6 +1,6 @@
-"""The launch scripts: their syntax, what they would run, and that the program understands it.
+"""Tests the syntax of the launch scripts and the commands that they run.
 
-Nothing here reaches a cluster: the clients are stand-ins that print how they were called.
+Nothing here reaches a cluster: stand-ins for the clients print their arguments.
 """
 
 import os
@@ -44,14 +44,14 @@ def test_the_shell_scripts_are_sound(script):
 
 def test_the_tpu_script_starts_the_run_on_every_host(tmp_path):
   stand_in(tmp_path, "gcloud", 'printf "%s\\n" "$@"')
-  called = shell(
+  completed = shell(
     LAUNCH / "tpu_pod.sh", "train", "a file.py", "/mnt/runs/x", "--config.model.source=a b",
     path=str(tmp_path), TPU="pod", ZONE="here",
   )  # fmt: skip
-  lines = called.stdout.splitlines()
+  lines = completed.stdout.splitlines()
   assert lines[:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod", lines[5]]
   assert lines[6:] == ["--zone=here", "--worker=all"]
-  # What the hosts' shell makes of it, with a python that shows its arguments.
+  # The hosts' shell parses it, with a stand-in for python that prints its arguments.
   remote = lines[5].removeprefix("--command=")
   stand_in(tmp_path, "python", 'printf "%s\\n" "$GRPO_JAX_CLUSTER" "$@"')
   (tmp_path / "grpo_jax/.venv/bin").mkdir(parents=True)
@@ -64,48 +64,47 @@ def test_the_tpu_script_starts_the_run_on_every_host(tmp_path):
   assert cluster.detect({"GRPO_JAX_CLUSTER": "auto"}) == {}
 
 
-def test_the_tpu_script_says_how_it_is_used():
-  called = shell(LAUNCH / "tpu_pod.sh")
-  assert called.returncode == 2
-  assert "setup" in called.stderr
-  assert "CONFIG WORKDIR" in called.stderr
+def test_the_tpu_script_prints_its_usage():
+  completed = shell(LAUNCH / "tpu_pod.sh")
+  assert completed.returncode == 2
+  assert "setup" in completed.stderr
+  assert "CONFIG WORKDIR" in completed.stderr
   dry = shell(LAUNCH / "tpu_pod.sh", "setup", TPU="pod", ZONE="here", PROJECT="p", DRY_RUN="1")
   assert dry.stdout.count("--project=p") == 2
   assert "pip" in dry.stdout
 
 
-def test_the_slurm_script_gives_every_process_its_place(tmp_path):
+def test_the_slurm_script_gives_every_process_an_address(tmp_path):
   stand_in(tmp_path, "scontrol", 'echo "$@" >&2; printf "node07\\nnode08\\n"')
-  # srun starts a process on each node with its number in SLURM_PROCID.
+  # srun starts a process on each node, with its index in SLURM_PROCID.
   stand_in(
     tmp_path,
     "srun",
     "for i in 0 1; do SLURM_PROCID=$i bash -c 'echo \"$SLURM_PROCID $JAX_COORDINATOR_ADDRESS $*\"' "
     '_ "$@"; done',
   )
-  called = shell(
+  completed = shell(
     LAUNCH / "slurm.sbatch", "x.py", "/runs/x", "--config.steps=3",
     path=str(tmp_path), SLURM_JOB_NODELIST="node[07-08]", SLURM_JOB_ID="123456", SLURM_NTASKS="2",
   )  # fmt: skip
-  assert called.returncode == 0, called.stderr
-  assert "show hostnames node[07-08]" in called.stderr
+  assert completed.returncode == 0, completed.stderr
+  assert "show hostnames node[07-08]" in completed.stderr
   command = (
     "--kill-on-bad-exit=1 .venv/bin/python -u -m grpo_jax.train --config x.py --workdir /runs/x "
     "--config.steps=3"
   )
   address = "node07:23456"
-  assert called.stdout.splitlines() == [f"{i} {address} {command}" for i in range(2)]
-  found = cluster.detect(
+  assert completed.stdout.splitlines() == [f"{i} {address} {command}" for i in range(2)]
+  arguments = cluster.detect(
     {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "JAX_COORDINATOR_ADDRESS": address}
   )
-  assert (found["coordinator_address"], found["num_processes"], found["process_id"]) == (
-    address, 2, 1,
-  )  # fmt: skip
+  names = ("coordinator_address", "num_processes", "process_id")
+  assert [arguments[name] for name in names] == [address, 2, 1]
   assert shell(LAUNCH / "slurm.sbatch", "x.py").returncode == 2
 
 
-def test_the_job_set_starts_as_many_hosts_as_it_says():
-  """By hand, after the JobSet and Job APIs: the sizes agree, and every pod knows its place."""
+def test_the_job_set_is_consistent():
+  """By the JobSet and Job APIs: the numbers of hosts agree, and every pod knows its index."""
   jobs = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
   assert (jobs["apiVersion"], jobs["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
   [replicated] = jobs["spec"]["replicatedJobs"]
@@ -122,7 +121,7 @@ def test_the_job_set_starts_as_many_hosts_as_it_says():
   assert {"containerPort": int(port)} in container["ports"]
   index = values["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
   assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-  # A restart of one pod alone would not find the others' collectives: the set restarts as a whole.
+  # A pod restarted alone could not join the others' collectives: the whole set restarts.
   assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
   assert jobs["spec"]["failurePolicy"]["maxRestarts"] > 0
   chips = 1
@@ -136,7 +135,7 @@ def test_the_job_set_starts_as_many_hosts_as_it_says():
   assert Path(config.removeprefix("--config=")).is_file()
 
 
-def test_the_container_copies_what_is_there():
+def test_the_container_copies_files_that_exist():
   lines = Path("Containerfile").read_text().splitlines()
   copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
   assert copied

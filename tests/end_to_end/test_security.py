@@ -1,4 +1,4 @@
-"""Data is never code; paths stay in their folders; the pinned versions are known."""
+"""Tests that data is never run, that paths stay in their folders, and that pins are sound."""
 
 import ast
 import io
@@ -20,14 +20,14 @@ from tools import audit_pins
 TINY = Path("tests/fixtures/tiny_llama")
 FILES = sorted([*Path("grpo_jax").rglob("*.py"), *Path("experiments").rglob("*.py")])
 
-# Modules that read objects which name their own classes, and so may run anything.
+# Modules that read objects which name their own classes, and may therefore run anything.
 UNSAFE = {
   "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch",
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "unsafe_load", "full_load"}
-# A worker gets its task from the process that starts it, by pipe: never from a file.
+# A worker gets its task through a pipe from the process that starts it, never from a file.
 MAY_PICKLE = {"grpo_jax/tasks/rewards/workers.py", "grpo_jax/tasks/rewards/worker_process.py"}
-# What a user names as a program: an experiment file, a reward's file or module, and this package.
+# These import what a user names as a program: an experiment file, a reward's file or module.
 MAY_IMPORT = {
   "grpo_jax/config.py",
   "grpo_jax/tasks/rewards/loading.py",
@@ -36,27 +36,27 @@ MAY_IMPORT = {
 
 
 def offences(path, source):
-  """What a file does that only those in the lists above may."""
-  found = []
+  """Returns what a file does that only the files in the lists above may do."""
+  names = []
   for node in ast.walk(ast.parse(source)):
     modules = []
     if isinstance(node, ast.Import):
       modules = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and not node.level:
       modules = [node.module]
-    found += [m for m in modules if m.split(".")[0] in UNSAFE and path not in MAY_PICKLE]
+    names += [m for m in modules if m.split(".")[0] in UNSAFE and path not in MAY_PICKLE]
     if isinstance(node, ast.Call):
       name = getattr(node.func, "attr", getattr(node.func, "id", ""))
       plain = isinstance(node.func, ast.Name) or name not in ("eval", "compile")
       if name in CALLS and plain:
-        found.append(name)
+        names.append(name)
       if name in ("exec_module", "import_module", "run_path", "run_module"):
-        found += [name] if path not in MAY_IMPORT else []
+        names += [name] if path not in MAY_IMPORT else []
       for keyword in node.keywords:
         on = not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
         if keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and on:
-          found.append(keyword.arg)
-  return found
+          names.append(keyword.arg)
+  return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -65,7 +65,7 @@ def test_no_file_runs_data(path):
 
 
 @pytest.mark.parametrize(
-  ("source", "wanted"),
+  ("source", "expected"),
   [
     ("import pickle", ["pickle"]),
     ("def f():\n  from torch import load", ["torch"]),
@@ -79,22 +79,22 @@ def test_no_file_runs_data(path):
     ("re.compile(x); ast.literal_eval(x); model.eval()", []),
   ],
 )
-def test_what_is_looked_for_is_found(source, wanted):
-  assert offences("grpo_jax/new.py", source) == wanted
+def test_each_offence_is_found(source, expected):
+  assert offences("grpo_jax/new.py", source) == expected
 
 
-def test_a_config_is_a_program_and_is_said_to_be(tmp_path):
+def test_pages_of_modules_say_that_a_config_is_a_program(tmp_path):
   for file in MAY_IMPORT - {"grpo_jax/tasks/rewards/worker_process.py"}:
     assert "file" in Path(file).read_text(encoding="utf-8").split('"""')[1]
   assert "runs as one: load only files that you would run" in config.__doc__.replace("\n", " ")
-  # What a finished run says about itself is data: JSON, read back without running anything.
+  # The config of a finished run is data: JSON, read back without running anything.
   with pytest.raises(ValueError, match="is not an override"):
     config.override(config.default_config(), ["__import__('os').system('true')"])
   loaded = config.override(config.default_config(), ["--config.model.source=__import__('os')"])
   assert loaded.model.source == "__import__('os')"
 
 
-def test_what_rows_of_data_name_is_text(tmp_path):
+def test_names_in_rows_of_data_stay_text(tmp_path):
   marker = tmp_path / "ran"
   code = tmp_path / "evil.py"
   code.write_text(f"open({str(marker)!r}, 'w')\ndef right(**columns):\n  return []\n")
@@ -160,13 +160,13 @@ def test_a_source_cannot_name_a_path_by_its_form(source):
     resolve(source)
 
 
-def test_hosts_exchange_arrays_and_no_objects():
+def test_hosts_exchange_arrays_but_no_objects():
   with pytest.raises(ValueError, match="allow_pickle"):
-    hosts._unpack(_saved(np.array([{}])))
-  assert hosts._unpack(_saved(np.arange(2)))["a"].tolist() == [0, 1]
+    hosts._unpack(_archive(np.array([{}])))
+  assert hosts._unpack(_archive(np.arange(2)))["a"].tolist() == [0, 1]
 
 
-def _saved(array):
+def _archive(array):
   file = io.BytesIO()
   np.savez(file, a=array)
   return file.getvalue()
@@ -175,20 +175,24 @@ def _saved(array):
 # --- pins -----------------------------------------------------------------------------------------
 
 
-def test_pins_are_exact_and_meet_the_needs():
+def test_pins_are_exact_and_meet_the_requirements():
   assert audit_pins.pins("jax==0.10.2\n# a\nA_b[x]==1.0 # c\n") == {"jax": "0.10.2", "a-b": "1.0"}
   for line in ("jax>=0.10", "jax", "git+https://example.com/jax", "--index-url x", "jax==0.10.*"):
-    with pytest.raises(ValueError, match="no exact pin"):
+    with pytest.raises(ValueError, match="is not an exact pin"):
       audit_pins.pins(line)
-  assert audit_pins.lowest("\n    jax>=0.10.2\n    numpy\n    m[x]\n") == {
-    "jax": "0.10.2", "numpy": "0", "m": "0",
-  }  # fmt: skip
-  found = audit_pins.problems(
+  setup = (
+    "[options]\ninstall_requires =\n  jax>=0.6\n  numpy\n[options.extras_require]\n"
+    "train =\n  jax>=0.10.2\n  m[x]\ntest =\n  grpo_jax[all]\ntpu =\n  jax[tpu]>=9\n  libtpu\n"
+  )
+  assert audit_pins.lowest(setup) == {"jax": "0.10.2", "numpy": "0", "m": "0"}
+  with pytest.raises(ValueError, match="neither a name nor name>=version"):
+    audit_pins.lowest("[options]\ninstall_requires =\n  jax<1\n")
+  lines = audit_pins.problems(
     {"jax": "0.10.2", "jinja2": "3.1.5"},
     {"jax": "0.11", "flax": "0"},
     {"jax": "0.10.3", "tqdm": "4.66.2", "idna": "3.10"},
   )
-  assert [line.split(":")[0] for line in found] == ["jax", "jax", "flax", "jinja2", "tqdm"]
+  assert [line.split(":")[0] for line in lines] == ["jax", "jax", "flax", "jinja2", "tqdm"]
 
 
 def test_the_pins_of_this_project_hold():
