@@ -1,8 +1,9 @@
-"""A skipped update once more, and where its numbers went wrong.
+"""Runs a skipped update again and shows where its numbers went wrong.
 
 `python -m grpo_jax.replay WORKDIR/skipped/step_000012_update_0 [--tokens 10]` reads the state and
-the batch of the dump, makes the update again with the program of the run, and says whether it
-comes out the same, bit for bit. Exit code 0 if so, 1 if not, 2 for a mistake.
+the batch of the dump, runs the update again with the program of the run, and reports whether the
+metrics are the same bit for bit. The exit code is 0 if they are, 1 if not, 2 for a mistake in the
+command.
 """
 
 import argparse
@@ -32,15 +33,15 @@ Named = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-  """An update made again.
+  """An update that was run again.
 
   Attributes:
-    metrics: what came out, with loss and grad_norm.
-    recorded: what the run saw.
+    metrics: metrics of the update, with loss and grad_norm.
+    recorded: metrics that the run recorded.
     tokens: per-token numbers by name, [P, G, T], in the order in which they are computed.
-    mask: [P, G, T], the tokens that count.
+    mask: [P, G, T], true for tokens in the loss.
     params, grads: trained parameters and their gradients by name.
-    state: what the update left.
+    state: the state after the update.
   """
 
   metrics: dict[str, float]
@@ -52,33 +53,40 @@ class Replayed:
   state: TrainState
 
   def differing(self) -> list[str]:
-    """Metrics that are not the recorded ones, bit for bit (a NaN is a NaN)."""
+    """Returns the names of metrics that are not the recorded ones bit for bit; NaN equals NaN."""
     names = sorted(set(self.metrics) | set(self.recorded))
-    none = object()
+    missing = object()
     return [
       name
       for name in names
-      if not _same(self.metrics.get(name, none), self.recorded.get(name, none))
+      if not _same(self.metrics.get(name, missing), self.recorded.get(name, missing))
     ]
 
-  def stages(self) -> list[tuple[str, int, int, list[int]]]:
-    """(name, numbers that are not finite, how many there are, where the first one is).
+  def non_finite(self) -> list[tuple[str, int, int, list[int]]]:
+    """Returns (name, count of non-finite numbers, count of all, index of the first non-finite).
 
-    In the order in which an update reads and computes them, without those that are all finite.
+    Arrays are in the order in which an update reads and computes them; finite ones are left out.
     """
     kinds = {"parameter": self.params, "token": self.tokens, "gradient": self.grads}
-    found = []
-    for kind, named in kinds.items():
-      for name, values in named.items():
+    rows = []
+    for kind, arrays in kinds.items():
+      for name, values in arrays.items():
         mask = self.mask if kind == "token" else np.ones(values.shape, bool)
-        bad = np.argwhere(~np.isfinite(values) & mask)
-        if len(bad):
-          found.append((f"{kind} {name}", len(bad), int(mask.sum()), bad[0].tolist()))
-    return found
+        indices = np.argwhere(~np.isfinite(values) & mask)
+        if len(indices):
+          rows.append((f"{kind} {name}", len(indices), int(mask.sum()), indices[0].tolist()))
+    return rows
 
 
 def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
-  """Makes the update of a dump again. Errors: ConfigError where the config cannot be built here."""
+  """Runs the update of a dump again.
+
+  Args:
+    run: the run of the dump's config; None builds it.
+
+  Raises:
+    ConfigError: the config cannot be built on this machine.
+  """
   c = configs.from_saved(dump.config)
   compilation.use_cache(c.compilation_cache, dump.path.absolute().parents[1])
   r = build(c) if run is None else run
@@ -107,35 +115,44 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
 
 
 def report(replayed: Replayed, recorded: dict[str, Any], tokens: int) -> str:
-  """What is printed: the numbers, the first that is not finite, the worst tokens, gradients."""
+  """Returns the text of the command: metrics, non-finite numbers, and the worst tokens.
+
+  Args:
+    recorded: the record of the dump.
+    tokens: number of tokens to show.
+  """
   r, lines = replayed, [f"step {recorded['step']}, update {recorded['update']}"]
   differing = r.differing()
   lines += [
     f"  {name:42} {value:<14.8g}" + (f" recorded {r.recorded.get(name)}" * (name in differing))
     for name, value in r.metrics.items()
   ]
-  same = "bit for bit what was recorded"
+  same = "bit for bit as recorded"
   lines.append(f"equal: {'no: ' + ', '.join(differing) if differing else 'yes, ' + same}")
-  stages = r.stages()
-  lines.append(f"first not finite: {stages[0][0]}, at {stages[0][3]}" if stages else _all_finite(r))
-  lines += [f"  {name}: {bad} of {count}, first at {at}" for name, bad, count, at in stages]
+  rows = r.non_finite()
+  lines.append(f"first non-finite: {rows[0][0]}, at {rows[0][3]}" if rows else _all_finite(r))
+  lines += [f"  {name}: {bad} of {count}, first at {index}" for name, bad, count, index in rows]
   lines += ["", "worst tokens: prompt, completion, token"]
   lines.append(" " * 14 + "".join(f"{name:>14}" for name in r.tokens))
-  for place in worst_tokens(r, tokens):
-    cells = "".join(f"{values[place]:14.6g}" for values in r.tokens.values())
-    lines.append(f"  {','.join(map(str, place)):12}{cells}")
+  for index in worst_tokens(r, tokens):
+    cells = "".join(f"{values[index]:14.6g}" for values in r.tokens.values())
+    lines.append(f"  {','.join(map(str, index)):12}{cells}")
   return "\n".join(lines)
 
 
 def worst_tokens(replayed: Replayed, count: int) -> list[tuple[int, ...]]:
-  """Tokens with the most numbers that are not finite, then those that weigh most in the loss."""
+  """Returns the indices (prompt, completion, token) of the worst tokens.
+
+  Tokens with the most non-finite numbers come first, then those with the largest weight in the
+  loss.
+  """
   t = replayed.tokens
   bad = sum((~np.isfinite(values)).astype(int) for values in t.values())
   with np.errstate(all="ignore"):
     size = np.nan_to_num(np.abs(t["ratio"] * t["advantages"] * t["weights"]))
   order = np.lexsort((-size.ravel(), -bad.ravel(), ~replayed.mask.ravel()))
-  found = [np.unravel_index(i, size.shape) for i in order[: min(count, replayed.mask.sum())]]
-  return [tuple(int(i) for i in place) for place in found]
+  indices = [np.unravel_index(i, size.shape) for i in order[: min(count, replayed.mask.sum())]]
+  return [tuple(int(i) for i in index) for index in indices]
 
 
 def _all_finite(r: Replayed) -> str:
@@ -147,15 +164,16 @@ def _all_finite(r: Replayed) -> str:
 
 
 def _per_token(logp: np.ndarray, batch: Batch) -> Named:
-  """What the loss of each token is made of."""
-  held = {name: np.asarray(a) for name, a in batch.arrays().items()}
-  advantages = held["advantages"]
+  """Returns what the loss of each token is computed from."""
+  arrays = {name: np.asarray(a) for name, a in batch.arrays().items()}
+  advantages = arrays["advantages"]
   advantages = advantages[..., None] if advantages.ndim == 2 else advantages
-  inputs = {n: held[n] for n in ("weights", "sampler_logp", "ref_logp", "old_logp") if n in held}
+  names = ("weights", "sampler_logp", "ref_logp", "old_logp")
+  inputs = {name: arrays[name] for name in names if name in arrays}
   with np.errstate(all="ignore"):
-    ratio = np.exp(logp - held.get("old_logp", logp))
-  spread = np.broadcast_to(advantages, logp.shape)
-  return {"advantages": spread, **inputs, "logp": logp, "ratio": ratio}
+    ratio = np.exp(logp - arrays.get("old_logp", logp))
+  per_token = np.broadcast_to(advantages, logp.shape)
+  return {"advantages": per_token, **inputs, "logp": logp, "ratio": ratio}
 
 
 def _named(tree: Any) -> Named:
@@ -173,8 +191,8 @@ def _same(a: Any, b: Any) -> bool:
 @console.guarded()
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.replay", description=__doc__)
-  parser.add_argument("dump", help="a folder that a run left under WORKDIR/skipped/")
-  parser.add_argument("--tokens", type=int, default=10, help="tokens to show")
+  parser.add_argument("dump", help="a folder under WORKDIR/skipped/")
+  parser.add_argument("--tokens", type=int, default=10, help="number of tokens to show")
   arguments = parser.parse_args(argv)
   try:
     dump = dumps.read(arguments.dump)
@@ -184,10 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   print(report(replayed, dump.recorded, arguments.tokens))
   here = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-  other = [f"{name} {dump.recorded[name]}, here {it}" for name, it in here.items()
-           if dump.recorded[name] != it]  # fmt: skip
-  if other:
-    print("the run had another " + "; ".join(other))
+  changes = [f"{name} was {dump.recorded[name]}, here it is {value}" for name, value in here.items()
+             if dump.recorded[name] != value]  # fmt: skip
+  if changes:
+    print("not the machine of the run: " + "; ".join(changes))
   return 1 if replayed.differing() else 0
 
 

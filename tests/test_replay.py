@@ -200,7 +200,7 @@ def test_a_dump_is_replayed_exactly_and_names_the_culprit(runs, capsys):
   text = capsys.readouterr().out
   assert "step 2, update 0" in text
   assert "equal: yes, bit for bit" in text
-  assert "first not finite: token advantages, at [3, 1, 0]" in text
+  assert "first non-finite: token advantages, at [3, 1, 0]" in text
   worst = text.split("worst tokens")[1].splitlines()[2:]
   assert len(worst) == 4
   assert all(line.split()[0].startswith("3,1,") and "inf" in line for line in worst[:2])

@@ -1,20 +1,20 @@
-"""Sums in one order whatever the number of devices: the same bits on any data-parallel width.
+"""Adds in one order on any number of devices: the same bits on any data-parallel width.
 
-Floating-point sums depend on their order, and the compiler's order on the shapes that a device
-holds. Here a batch is cut into a fixed number of chunks, all of one shape. A device computes its
-chunks one after another; their results meet and are added chunk by chunk, 0 to the last.
+Floating-point sums depend on their order, and XLA's order depends on the shapes that a device
+holds. Here a batch is cut into a fixed number of chunks of one shape. Each device computes its
+chunks one after another, and their results are added chunk by chunk, from 0 to the last.
 
-Chunks are dealt out: with D devices, round_ i computes chunks i D to i D + D - 1, one on each. What is
-added in round i are the gradients of round i - 1, which the loop has carried over: no device fuses
-the addition into the computation of a gradient, where a multiply-add would round once and not
-twice. The compiler must not know the number of rounds either, or it would unroll a single one.
+Chunks are dealt out in rounds. With D devices, round i computes chunks i·D to i·D + D - 1, one on
+each device. Round i adds the gradients of round i - 1, which the loop carries over. So XLA cannot
+fuse the addition into the computation of a gradient, where a multiply-add would round once instead
+of twice. The trip count is hidden from XLA: it would unroll a one-iteration loop.
 
-It costs: each device holds the whole parameters and about three whole gradients while it computes;
-gradients are exchanged after every round instead of once; and completions are sampled chunk by chunk
-as well, because the last bit of a logit can decide on a token. Where reading the weights limits
-decoding, that takes chunks / devices times as long. Layers are not computed again in the backward
-pass (`model.remat` is none): what XLA fuses there depends on the devices. On one kind of device and
-one version of JAX.
+The costs: each device holds all parameters and about three whole gradients. Gradients are exchanged
+after every round instead of once. Completions are sampled chunk by chunk too, because the last bit
+of a logit can decide a token; where reading the weights limits decoding, that takes
+chunks / devices times as long. Layers cannot be recomputed in the backward pass (`model.remat` must
+be none): what XLA fuses there depends on the devices. The bits are the same only on one kind of
+device and with one version of JAX.
 """
 
 import dataclasses
@@ -30,18 +30,19 @@ from jax.sharding import PartitionSpec as P
 
 from grpo_jax.distributed.mesh import BATCH
 
-AXES = BATCH[0]  # what the chunks are dealt out over
+AXES = BATCH[0]  # mesh axes that chunks are dealt out over
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-  """How a batch is cut.
+  """Cuts a batch into chunks and deals them out over a mesh.
 
   Attributes:
-    count: chunks; the prompts of a batch are a multiple of it, and it is one of the width.
+    count: number of chunks. Divides the number of prompts; a multiple of the number of devices.
     mesh: data-parallel over `data` and `fsdp`.
 
-  Errors: ValueError where the mesh does not fit.
+  Raises:
+    ValueError: the mesh has a `tensor` axis, or its number of devices does not divide `count`.
   """
 
   count: int
@@ -50,29 +51,35 @@ class Chunks:
   def __post_init__(self) -> None:
     if self.mesh.shape["tensor"] != 1 or self.count % self.width:
       raise ValueError(
-        f"train.reduction 'deterministic' needs mesh.tensor=1 and data x fsdp that divides train.chunks="
-        f"{self.count}; the mesh is {dict(self.mesh.shape)}"
+        "train.reduction 'deterministic' needs mesh.tensor=1 and data x fsdp that divides "
+        f"train.chunks={self.count}; the mesh is {dict(self.mesh.shape)}"
       )
 
   @property
   def width(self) -> int:
-    """Devices that chunks are dealt out over."""
+    """The number of devices that chunks are dealt out over."""
     return math.prod(self.mesh.shape[axis] for axis in AXES)
 
   @property
   def rounds(self) -> int:
-    """Chunks of a device."""
+    """The number of chunks per device."""
     return self.count // self.width
 
   def over(self, body: Callable, out_specs: Any) -> Callable:
-    """`body(rounds, params, chunks of this device [rounds, p, ...], base_params)` on every device.
+    """Returns `body` mapped over the devices.
 
-    As a function of (params, rows with prompts as their first axis, base_params, a mask of them).
+    Args:
+      body: `(rounds, params, chunks of this device [rounds, p, ...], base_params) -> tree`.
+      out_specs: partition specs of its results, over `AXES`.
+
+    Returns:
+      A function of (params, arrays with prompts as their first axis, base_params, a mask with
+      prompts as its first axis).
     """
 
     def call(params: Any, batch: Any, base_params: Any, mask: jax.Array) -> Any:
       dealt = jax.tree.map(lambda a: a.reshape(self.rounds, self.width, -1, *a.shape[1:]), batch)
-      # Always `rounds`, but nothing that the compiler could see through.
+      # Hides the trip count from XLA: it would unroll a one-iteration loop.
       rounds = jnp.where(mask.sum() >= 0, self.rounds, 0)
 
       def local(rounds: jax.Array, params: Any, dealt: Any, base_params: Any) -> Any:
@@ -90,35 +97,36 @@ class Chunks:
 
 
 def make_gradient(loss: Callable, chunks: Chunks) -> Callable:
-  """`(params, batch, base_params) -> (gradients, losses, metrics, tokens)`, in chunks.
+  """Returns the gradient `(params, batch, base_params) -> (grads, losses, metrics, tokens)`.
 
   Args:
-    loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of parts of a batch add up.
+    loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of the chunks of a batch
+      add up to its loss.
 
-  Returns: the sum of the gradients, whole on every device; loss, metrics and number of tokens of
-  each chunk, [S], in order. They are for another program to combine: here even a division may be
-  computed in one way for an array in parts and in another for a whole one.
+  Returns:
+    A jitted function whose gradient is the sum over chunks, whole on every device. Loss, metrics
+    and number of tokens are those of each chunk in order, [S]. Another program combines them: in
+    this one, XLA may compute even a division differently for a sharded and a whole array.
   """
   gradient, width = jax.value_and_grad(loss, has_aux=True), chunks.width
 
-  def body(rounds: jax.Array, params: Any, mine: Any, base_params: Any) -> Any:
-    def one(index: jax.Array) -> Any:
-      part = _take(mine, index)
-      (value, metrics), grads = gradient(params, part, base_params)
-      return grads, {"loss": value, "tokens": part.mask.sum(), **metrics}
+  def body(rounds: jax.Array, params: Any, own: Any, base_params: Any) -> Any:
+    def one_chunk(index: jax.Array) -> Any:
+      chunk = _take(own, index)
+      (value, metrics), grads = gradient(params, chunk, base_params)
+      return grads, {"loss": value, "tokens": chunk.mask.sum(), **metrics}
 
-    def round_(index: jax.Array, carry: Any) -> Any:
+    def one_round(index: jax.Array, carry: Any) -> Any:
       total, pending, numbers = carry
-      grads, found = one(index)
-      numbers = jax.tree.map(lambda a, new: a.at[index].set(new), numbers, found)
+      grads, new = one_chunk(index)
+      numbers = jax.tree.map(lambda a, b: a.at[index].set(b), numbers, new)
       return _add(total, pending), _exchange(grads, width), numbers
 
-    shapes = jax.eval_shape(one, jnp.int32(0))
-    received = jax.eval_shape(partial(_split, width=width), shapes[0])
-    pending = _zeros(received)
+    shapes = jax.eval_shape(one_chunk, jnp.int32(0))
+    pending = _zeros(jax.eval_shape(partial(_split, width=width), shapes[0]))
     total = jax.tree.map(lambda a: a[0], pending)
     numbers = jax.tree.map(lambda a: jnp.zeros((chunks.rounds, *a.shape), a.dtype), shapes[1])
-    total, pending, numbers = jax.lax.fori_loop(0, rounds, round_, (total, pending, numbers))
+    total, pending, numbers = jax.lax.fori_loop(0, rounds, one_round, (total, pending, numbers))
     total = _add(total, pending)
     return total, jax.tree.map(lambda a: a[:, None], numbers)
 
@@ -131,43 +139,49 @@ def make_gradient(loss: Callable, chunks: Chunks) -> Callable:
     tokens, losses = numbers.pop("tokens"), numbers.pop("loss")
     return grads, losses, numbers, tokens
 
-  whole = NamedSharding(chunks.mesh, P())
-  return jax.jit(call, out_shardings=whole)
+  return jax.jit(call, out_shardings=NamedSharding(chunks.mesh, P()))
 
 
 def in_chunks(function: Callable, chunks: Chunks) -> Callable:
-  """`(params, rows, shared, mask) -> function(params, rows, shared)`, chunk by chunk.
+  """Returns `(params, rows, shared, mask) -> function(params, rows, shared)`, chunk by chunk.
+
+  The result is called inside `jit`.
 
   Args:
-    function: of rows, arrays with prompts as their first axis, to a tree of such arrays; rows do
-      not look at each other.
+    function: maps arrays with prompts as their first axis to a tree of such arrays; each row
+      depends on itself alone.
 
-  The result is called inside `jit`; `mask` is any mask with prompts as its first axis.
+  Returns:
+    A function whose `mask` is any mask with prompts as its first axis.
   """
 
-  def body(rounds: jax.Array, params: Any, mine: Any, shared: Any) -> Any:
-    def one(index: jax.Array | int) -> Any:
-      return function(params, _take(mine, index), shared)
+  def body(rounds: jax.Array, params: Any, own: Any, shared: Any) -> Any:
+    def one_chunk(index: jax.Array | int) -> Any:
+      return function(params, _take(own, index), shared)
 
-    def round_(index: jax.Array, found: Any) -> Any:
-      return jax.tree.map(lambda a, new: a.at[index].set(new), found, one(index))
+    def one_round(index: jax.Array, results: Any) -> Any:
+      return jax.tree.map(lambda a, new: a.at[index].set(new), results, one_chunk(index))
 
-    shapes = jax.eval_shape(lambda: one(0))
-    found = jax.tree.map(lambda a: jnp.zeros((chunks.rounds, *a.shape), a.dtype), shapes)
-    found = jax.lax.fori_loop(0, rounds, round_, found)
-    return jax.tree.map(lambda a: a[:, None], found)
+    shapes = jax.eval_shape(lambda: one_chunk(0))
+    results = jax.tree.map(lambda a: jnp.zeros((chunks.rounds, *a.shape), a.dtype), shapes)
+    results = jax.lax.fori_loop(0, rounds, one_round, results)
+    return jax.tree.map(lambda a: a[:, None], results)
 
   run = chunks.over(body, P(None, AXES))
 
   def call(params: Any, rows: Any, shared: Any, mask: jax.Array) -> Any:
-    found = run(params, rows, shared, mask)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), found)
+    results = run(params, rows, shared, mask)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), results)
 
   return call
 
 
 def make_score(score: Callable, chunks: Chunks) -> Callable:
-  """Jitted `(params, batch, base_params=None) -> logp` of `score(params, batch, base_params)`, in chunks."""
+  """Returns the jitted `(params, batch, base_params=None) -> score(...)`, chunk by chunk.
+
+  Args:
+    score: `(params, batch, base_params) -> logp [P, G, T]`.
+  """
   run = in_chunks(score, chunks)
 
   def call(params: Any, batch: Any, base_params: Any = None) -> jax.Array:
@@ -177,7 +191,7 @@ def make_score(score: Callable, chunks: Chunks) -> Callable:
 
 
 def replicated(function: Callable, mesh: Mesh) -> Callable:
-  """`function`, computed whole and in the same way on every device."""
+  """Returns `function` computed whole and in the same way on every device."""
   return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
 
 
@@ -190,7 +204,7 @@ def _zeros(shapes: Any) -> Any:
 
 
 def _split(grads: Any, width: int) -> Any:
-  """Each gradient as [width, n]: one row for each device, filled up with zeros."""
+  """Returns each gradient as [width, n], one row per device, padded with zeros."""
 
   def one(a: jax.Array) -> jax.Array:
     return jnp.pad(a.ravel(), (0, -a.size % width)).reshape(width, -1)
@@ -199,12 +213,12 @@ def _split(grads: Any, width: int) -> Any:
 
 
 def _exchange(grads: Any, width: int) -> Any:
-  """[width, n]: this device's row of the gradients of all devices, in their order."""
+  """Returns this device's row of the gradients of all devices in order, [width, n]."""
   return jax.tree.map(lambda a: jax.lax.all_to_all(a, AXES, 0, 0), _split(grads, width))
 
 
 def _add(total: Any, pending: Any) -> Any:
-  """The rows of `pending` added to `total` one after another."""
+  """Adds the rows of `pending` to `total`, one after another."""
 
   def one(total: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.lax.scan(lambda sum_, row: (sum_ + row, None), total, rows)[0]

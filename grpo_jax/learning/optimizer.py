@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind a global-norm clip, with a warm-up and a decay."""
+"""Builds the optimizer: AdamW behind a global-norm clip, with a warm-up and a decay."""
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,18 @@ SCHEDULES = {"constant": _constant, "linear": _linear, "cosine": _cosine}
 def learning_rate_schedule(
   *, learning_rate: float, schedule: str, warmup_steps: int, steps: int, final_fraction: float
 ) -> optax.Schedule:
-  """Learning rate at each optimizer step, from 0.
+  """Returns the learning rate as a function of the optimizer step, counted from 0.
 
   Args:
     learning_rate: the peak.
-    schedule: `constant`, `linear` or `cosine`, after the warm-up.
-    warmup_steps: steps of linear rise; the first step has `learning_rate / (warmup_steps + 1)`.
-    steps: where the decay ends, warm-up included.
-    final_fraction: share of the peak that is left at the end of the decay.
+    schedule: decay after the warm-up: `constant`, `linear` or `cosine`.
+    warmup_steps: number of steps of linear rise; the first step has
+      `learning_rate / (warmup_steps + 1)`.
+    steps: step at which the decay ends, warm-up included.
+    final_fraction: share of the peak at the end of the decay.
+
+  Raises:
+    ValueError: there is no schedule of that name.
 
   Example:
     >>> rate = learning_rate_schedule(learning_rate=1.0, schedule="linear", warmup_steps=1,
@@ -40,12 +44,12 @@ def learning_rate_schedule(
   """
   if schedule not in SCHEDULES:
     raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
-  after = SCHEDULES[schedule](learning_rate, max(steps - warmup_steps, 1), final_fraction)
+  decay = SCHEDULES[schedule](learning_rate, max(steps - warmup_steps, 1), final_fraction)
   if warmup_steps == 0:
-    return after
+    return decay
   start = learning_rate / (warmup_steps + 1)
-  rise = optax.linear_schedule(start, learning_rate, warmup_steps)
-  return optax.join_schedules([rise, after], [warmup_steps])
+  warmup = optax.linear_schedule(start, learning_rate, warmup_steps)
+  return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def make_optimizer(
@@ -57,9 +61,24 @@ def make_optimizer(
   weight_decay: float,
   clip_norm: float,
 ) -> optax.GradientTransformation:
-  """AdamW on gradients whose global norm is held to `clip_norm` (0 = not clipped).
+  """Returns AdamW on gradients whose global norm is clipped.
 
-  Weight decay is decoupled and applies to matrices, not to norm weights.
+  Args:
+    schedule: learning rate by step.
+    beta1, beta2, eps: decay rates of the two moments, and the constant added to the denominator.
+    weight_decay: decoupled weight decay; applies to matrices, not to norm weights.
+    clip_norm: largest global norm of the gradient; 0 does not clip.
+
+  References:
+    Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+
+  Example:
+    >>> optimizer = make_optimizer(optax.constant_schedule(0.1), beta1=0.9, beta2=0.99, eps=0.0,
+    ...                            weight_decay=0.0, clip_norm=1.0)
+    >>> params = {"w": jnp.ones(2)}
+    >>> updates, _ = optimizer.update({"w": jnp.array([3.0, -4.0])}, optimizer.init(params), params)
+    >>> updates["w"].round(3).tolist()  # Adam's first update has the size of the learning rate
+    [-0.1..., 0.1...]
   """
   adamw = optax.adamw(
     schedule, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=_is_matrix
@@ -68,8 +87,9 @@ def make_optimizer(
 
 
 def _clip(limit: float) -> optax.GradientTransformation:
-  """`optax.clip_by_global_norm`, but a product: XLA's CPU backend keeps quotients in memory."""
+  """Returns `optax.clip_by_global_norm`, written as a product."""
 
+  # XLA:CPU: the quotient of optax's version is kept in memory for the whole gradient.
   def clip(grads: optax.Updates, _: optax.Params) -> optax.Updates:
     norm = optax.tree.norm(grads)
     return optax.tree.scale(jnp.where(norm < limit, 1.0, limit / norm), grads)
@@ -78,7 +98,7 @@ def _clip(limit: float) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: dict) -> dict:
-  """True on weights that multiply; norm weights are vectors, stacked or not."""
+  """Returns a tree that is true for matrices; norm weights are vectors, stacked or not."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: "norm" not in jax.tree_util.keystr(path), params
   )
