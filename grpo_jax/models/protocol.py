@@ -31,7 +31,9 @@ class Model(Protocol):
   """Describes a language model as functions of its parameters.
 
   The G completions of one prompt form a group. A model whose arrays lie on several devices may also
-  have `vocab_shards` and `prompt_shards`, the number of shards of its head and of a batch.
+  have `vocab_shards` and `prompt_shards`, the number of shards of its head and of a batch. A model
+  that decodes faster from another layout of its parameters may have
+  `for_decoding(params, platform)`, which returns them in that layout.
 
   Axes: P prompts, G completions per prompt, N prompt tokens (left-padded), T completion tokens,
   D hidden size, V vocabulary.

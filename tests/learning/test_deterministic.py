@@ -1,4 +1,4 @@
-"""Sums in chunks: the same bits on 1, 2, 4 and 8 devices, where the compiler's own differ."""
+"""Tests that sums in chunks have the same bits on 1, 2, 4 and 8 devices, where XLA's differ."""
 
 import dataclasses
 import math
@@ -15,18 +15,17 @@ from grpo_jax.config import check, load
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import deterministic
-from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState, make_score, make_train_step
 from grpo_jax.run import checkpoint
 from grpo_jax.run.metrics import read_metrics
-from tests.learning.test_step import MODEL, make_batch, step_once
+from tests.helpers.learning import MODEL, assert_trees_close, bits, make_batch, step_once
 
 RATE = optax.constant_schedule(1e-2)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(RATE))
 
 
 def wide_batch():
-  """16 prompts, no two of them replicated."""
+  """Returns 16 prompts, no two of them alike."""
   batch = jax.tree.map(lambda a: jnp.concatenate([a] * 4), make_batch(average="token"))
   rng = np.random.default_rng(1)
   return dataclasses.replace(
@@ -37,12 +36,8 @@ def wide_batch():
   )
 
 
-def bits(tree):
-  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
 def two_steps(shape, in_chunks=True):
-  """Bits of (state, log-probs, metrics) after two steps with clipping, AdamW and a KL term."""
+  """Returns bits of (state, log-probs, metrics) after two steps with clipping, AdamW and KL."""
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   chunks = deterministic.Chunks(8, mesh) if in_chunks else None
   algorithm = dataclasses.replace(ALGORITHMS["grpo"], beta=0.1)
@@ -53,8 +48,7 @@ def two_steps(shape, in_chunks=True):
     return jax.device_put(tree, meshes.param_shardings(mesh, tree))
 
   params = put(MODEL.init(jax.random.key(0)))
-  rest = jax.device_put((jnp.int32(0), History.new()), meshes.replicated(mesh))
-  state = TrainState(rest[0], params, put(OPTIMIZER.init(params)), history=rest[1])
+  state = TrainState.create(params, OPTIMIZER)
   batch = jax.device_put(wide_batch(), meshes.batch_sharding(mesh))
   with jax.transfer_guard("disallow"):
     for _ in range(2):
@@ -83,33 +77,32 @@ def test_a_step_has_the_same_bits_on_every_width(shape, on_one_device):
 
 
 @pytest.mark.slow
-def test_the_compilers_own_order_has_not():
-  """What the tests above are for."""
+def test_xlas_own_order_has_other_bits():
+  """This is why the tests above are needed."""
   assert two_steps((1, 1, 1), in_chunks=False) != two_steps((8, 1, 1), in_chunks=False)
 
 
-def test_slots_are_the_gradient_of_the_whole():
+def test_chunks_add_up_to_the_gradient_of_the_whole():
   params = MODEL.init(jax.random.key(0))
   batch = wide_batch()
   whole, metrics = step_once(params, batch, ALGORITHMS["dapo"])
   chunks = deterministic.Chunks(8, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
-  got, in_chunks = step_once(params, batch, ALGORITHMS["dapo"], chunks=chunks)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-6)
+  updated, in_chunks = step_once(params, batch, ALGORITHMS["dapo"], chunks=chunks)
+  assert_trees_close(updated, whole, 1e-6)
   assert set(in_chunks) == set(metrics)
   for name, value in metrics.items():
     np.testing.assert_allclose(in_chunks[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def test_rows_come_back_in_their_order():
-  """With eight chunks on two devices: twice the rows, and 100 times the chunk's first."""
+  """With eight chunks on two devices: twice each row, plus 100 times the first of its chunk."""
   mesh = meshes.make_mesh((2, 1, 1), jax.devices()[:2])
   run = deterministic.in_chunks(
     lambda params, rows, _: params * rows + 100 * rows[:1], deterministic.Chunks(8, mesh)
   )
   rows = jnp.arange(16.0)
-  got = jax.jit(run)(jnp.float32(2), rows, None, rows > -1)
-  np.testing.assert_array_equal(got, 2 * rows + 100 * (np.arange(16) // 2 * 2))
+  result = jax.jit(run)(jnp.float32(2), rows, None, rows > -1)
+  np.testing.assert_array_equal(result, 2 * rows + 100 * (np.arange(16) // 2 * 2))
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
@@ -141,7 +134,7 @@ OPTIONS = [
 
 
 def run_on(patch, width, workdir, *options):
-  """A run that sees only so many devices."""
+  """Trains on the first `width` devices; returns bits of the state, metrics, and samples."""
   devices = jax.devices()[:width]
   patch.setattr(jax, "devices", lambda *_: devices)
   patch.setattr(jax, "device_count", lambda *_: width)

@@ -1,4 +1,4 @@
-"""AdamW by hand in float64, its clip, its schedules, and where the new state is written."""
+"""Tests AdamW by hand in float64, its clip, its schedules, and where the new state is written."""
 
 import math
 
@@ -55,7 +55,7 @@ def by_hand(clip: float) -> dict:
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 100.0])
 def test_adamw_by_hand(clip):
-  """The norms of the two gradients are 5 and 0.5: a clip at 1 takes hold of the first alone."""
+  """The norms of the two gradients are 5 and 0.5: a clip at 1 changes the first alone."""
   optimizer = make_optimizer(optax.constant_schedule(RATE), **SETTINGS, clip_norm=clip)
   params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
   state = optimizer.init(params)
@@ -63,12 +63,10 @@ def test_adamw_by_hand(clip):
     grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
     updates, state = optimizer.update(grads, state, params)
     params = optax.apply_updates(params, updates)
-  jax.tree.map(
-    lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5), params, by_hand(clip)
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, by_hand(clip))
 
 
-def test_gradients_of_zero_are_not_scaled():
+def test_a_gradient_of_zero_is_not_scaled():
   optimizer = make_optimizer(
     optax.constant_schedule(RATE), **SETTINGS | {"weight_decay": 0.0}, clip_norm=1.0
   )
@@ -80,7 +78,7 @@ def test_gradients_of_zero_are_not_scaled():
 
 
 @pytest.mark.parametrize(
-  ("name", "wanted"),
+  ("name", "expected"),
   [
     ("constant", [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0]),
     ("linear", [1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.2]),
@@ -88,16 +86,16 @@ def test_gradients_of_zero_are_not_scaled():
     ("cosine", [1 / 3, 2 / 3, 1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2]),
   ],
 )
-def test_schedules_by_hand(name, wanted):
+def test_schedules_by_hand(name, expected):
   rate = learning_rate_schedule(
     learning_rate=1.0, schedule=name, warmup_steps=2, steps=6, final_fraction=0.2
   )
-  got = [rate(step) for step in (0, 1, 2, 3, 4, 6)]
-  np.testing.assert_allclose(got, wanted, rtol=1e-5)
+  rates = [rate(step) for step in (0, 1, 2, 3, 4, 6)]
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
   assert rate(100) == rate(6)
 
 
-def test_no_schedule_of_that_name():
+def test_an_unknown_schedule_is_refused():
   with pytest.raises(ValueError, match="unknown schedule 'cosin'; known: constant, linear, cosine"):
     learning_rate_schedule(
       learning_rate=1.0, schedule="cosin", warmup_steps=0, steps=1, final_fraction=0.0
@@ -105,12 +103,12 @@ def test_no_schedule_of_that_name():
 
 
 def test_the_new_state_is_written_over_the_old():
-  """Beside its arguments the optimizer's part of a step needs next to nothing."""
+  """The optimizer's part of a step needs less than 1 % of its arguments as temporary memory."""
   optimizer = make_optimizer(optax.constant_schedule(RATE), **SETTINGS, clip_norm=1.0)
   params = {"embed": jnp.zeros((512, 256)), "layers": {"q": jnp.zeros((4, 256, 128))}}
   state = TrainState(jnp.int32(0), params, optimizer.init(params))
   apply = jax.jit(make_apply(optimizer, lambda count: RATE, 0.0), donate_argnums=0)
   plan = apply.lower(state, params, jnp.float32(0), {}).compile().memory_analysis()
-  held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-  assert plan.alias_size_in_bytes >= 3 * held
-  assert plan.temp_size_in_bytes < 0.01 * held
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert plan.alias_size_in_bytes >= 3 * size
+  assert plan.temp_size_in_bytes < 0.01 * size

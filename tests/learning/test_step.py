@@ -1,4 +1,4 @@
-"""One step: micro-batches and traces, and the gradient that the loss alone gives."""
+"""Tests one step: its gradient, its temperature, its traces, and the state before it."""
 
 import dataclasses
 import math
@@ -12,16 +12,25 @@ import pytest
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.learning.batch import Batch, mini_batches
-from grpo_jax.learning.reduction import average, combine
-from grpo_jax.learning.step import TrainState, make_score, make_train_step, move_reference
-from grpo_jax.models.config import ModelConfig
+from grpo_jax.learning.skipping import History
+from grpo_jax.learning.step import (
+  TrainState,
+  make_score,
+  make_train_step,
+  move_reference,
+  score_batch,
+)
 from grpo_jax.models.decoder import Decoder
 from tests.helpers import plain
-
-CONFIG = ModelConfig(vocab_size=19, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
-MODEL = Decoder(CONFIG)
-RATE = 0.1
+from tests.helpers.learning import (
+  CONFIG,
+  MODEL,
+  RATE,
+  assert_trees_close,
+  bits,
+  make_batch,
+  step_once,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,62 +38,7 @@ def params():
   return MODEL.init(jax.random.key(0))
 
 
-def make_batch(ref=False, average="sequence"):
-  rng = np.random.default_rng(0)
-  lengths = rng.integers(1, 6, (4, 3))
-  lengths[0, 0] = 5
-  mask = np.arange(5) < lengths[..., None]
-  prompt_mask = np.arange(4) >= np.array([0, 1, 2, 0])[:, None]
-  batch = Batch(
-    prompts=jnp.asarray(rng.integers(0, 19, (4, 4)), jnp.int32),
-    prompt_mask=jnp.asarray(prompt_mask),
-    completions=jnp.asarray(rng.integers(0, 19, (4, 3, 5)), jnp.int32),
-    mask=jnp.asarray(mask),
-    advantages=jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
-    weights=token_weights(jnp.asarray(mask), average, max_length=6),
-    sampler_logp=jnp.asarray(-rng.random((4, 3, 5)), jnp.float32),
-  )
-  if ref:
-    batch = dataclasses.replace(batch, ref_logp=batch.sampler_logp - 0.3)
-  return batch
-
-
-def step_once(
-  params, batch, algorithm, micro_batches=1, temperature=0.7, base_params=None, **options
-):
-  """(new params, metrics) of one plain SGD step, so that the update is the gradient."""
-  step = make_train_step(
-    MODEL,
-    algorithm,
-    optax.sgd(RATE),
-    lambda count: RATE,
-    temperature=temperature,
-    micro_batches=micro_batches,
-    **options,
-  )
-  optimizer_state = optax.sgd(RATE).init(params)
-  copy = jax.tree.map(jnp.copy, params)  # the step takes its state over
-  state, metrics = step(TrainState(jnp.int32(0), copy, optimizer_state), batch, base_params)
-  assert int(state.step) == 1
-  return state.params, metrics
-
-
-def assert_trees_close(got, want, atol):
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
-    np.testing.assert_allclose(a, b, atol=atol, err_msg=jax.tree_util.keystr(path))
-
-
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_micro_batches_change_nothing(params, name, micro_batches):
-  algorithm = ALGORITHMS[name]
-  batch = make_batch(ref=True, average=algorithm.average)
-  whole, metrics = step_once(params, batch, algorithm)
-  parts, part_metrics = step_once(params, batch, algorithm, micro_batches)
-  assert_trees_close(parts, whole, 1e-6)
-  assert set(metrics) == set(part_metrics)
-  for key, value in metrics.items():
-    np.testing.assert_allclose(part_metrics[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+# --- the gradient ---------------------------------------------------------------------------------
 
 
 def test_the_update_is_the_gradient_of_the_derivations_loss(params):
@@ -107,13 +61,14 @@ def test_the_update_is_the_gradient_of_the_derivations_loss(params):
     return total / 6
 
   value, gradient = jax.value_and_grad(loss)(params)
-  new, metrics = step_once(params, batch, ALGORITHMS["reinforce"])
+  updated, metrics = step_once(params, batch, ALGORITHMS["reinforce"])
   np.testing.assert_allclose(metrics["loss"], value, atol=1e-5)
   np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
-  assert_trees_close(new, jax.tree.map(lambda p, g: p - RATE * g, params, gradient), 1e-5)
+  assert_trees_close(updated, jax.tree.map(lambda p, g: p - RATE * g, params, gradient), 1e-5)
 
 
-def test_what_lies_behind_the_end_of_a_completion_changes_nothing(params):
+def test_masked_tokens_change_nothing(params):
+  """Neither their ids nor infinities in what was recorded about them."""
   batch = make_batch(ref=True)
   other = dataclasses.replace(
     batch,
@@ -121,89 +76,10 @@ def test_what_lies_behind_the_end_of_a_completion_changes_nothing(params):
     sampler_logp=jnp.where(batch.mask, batch.sampler_logp, jnp.nan),
     ref_logp=jnp.where(batch.mask, batch.ref_logp, jnp.inf),
   )
-  want, metrics = step_once(params, batch, ALGORITHMS["grpo"])
-  got, other_metrics = step_once(params, other, ALGORITHMS["grpo"])
-  assert_trees_close(got, want, 1e-6)
+  expected, metrics = step_once(params, batch, ALGORITHMS["grpo"])
+  updated, other_metrics = step_once(params, other, ALGORITHMS["grpo"])
+  assert_trees_close(updated, expected, 1e-6)
   np.testing.assert_allclose(other_metrics["kl"], metrics["kl"], rtol=1e-5)
-
-
-def test_a_step_traces_once(params):
-  traces = []
-
-  class Counting(Decoder):
-    def score(self, *args):
-      traces.append(1)
-      return super().score(*args)
-
-  optimizer = optax.adam(1e-3)
-  step = make_train_step(
-    Counting(CONFIG),
-    ALGORITHMS["dapo"],
-    optimizer,
-    lambda count: 1e-3,
-    temperature=1.0,
-  )
-  copy = jax.tree.map(jnp.copy, params)
-  state = TrainState(jnp.int32(0), copy, optimizer.init(copy))
-  for _ in range(3):
-    state, _ = step(state, make_batch())
-  assert len(traces) == 1
-
-
-def test_the_reference_scorer_gives_the_plain_models_logprobs(params):
-  batch = make_batch()
-  logp = make_score(MODEL, temperature=0.7)(params, batch)
-  prompt = np.asarray(batch.prompts[1])[1:]
-  n = int(batch.mask[1, 2].sum())
-  want = plain.completion_logprobs(
-    CONFIG, params, prompt, np.asarray(batch.completions[1, 2, :n]), temperature=0.7
-  )
-  np.testing.assert_allclose(logp[1, 2, :n], want, atol=1e-5)
-  assert (np.asarray(logp)[~np.asarray(batch.mask)] == 0).all()
-
-
-def test_combine_weights_by_tokens():
-  metrics = {
-    "kl": jnp.array([1.0, 4.0]),
-    "x/max": jnp.array([3.0, 2.0]),
-    "x/min": jnp.array([3.0, 2.0]),
-  }
-  got = combine(metrics, jnp.array([0.25, 0.75]))
-  assert {name: float(value) for name, value in got.items()} == {
-    "kl": 3.25,
-    "x/max": 3.0,
-    "x/min": 2.0,
-  }
-
-
-# --- several updates per rollout, base_params parameters, a moving reference ---------------------------
-
-
-def test_mini_batches_are_the_batch_in_a_new_order():
-  batch = dataclasses.replace(make_batch(), advantages=jnp.arange(12.0).reshape(4, 3))
-  parts = list(mini_batches(batch, 2, 2, (0, 7)))
-  assert [part.mask.shape[0] for part in parts] == [2] * 4
-  first = [np.asarray(part.advantages[:, 0] // 3).astype(int).tolist() for part in parts]
-  assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == [0, 1, 2, 3]
-  for part, rows in zip(parts, first):
-    np.testing.assert_array_equal(part.completions, batch.completions[np.array(rows)])
-    np.testing.assert_array_equal(part.weights, 2 * batch.weights[np.array(rows)])
-
-  def orders(seed):
-    return [np.asarray(p.advantages).tolist() for p in mini_batches(batch, 2, 2, seed)]
-
-  assert orders((0, 7)) == orders((0, 7))
-  assert len({str(orders((0, step))) for step in range(6)}) > 1
-  assert next(mini_batches(batch, 1, 1, (0, 7))) is batch
-
-
-def test_the_mean_of_the_mini_batches_is_the_update_of_the_whole(params):
-  batch = make_batch(average="token")
-  whole, _ = step_once(params, batch, ALGORITHMS["dapo"])
-  parts = [
-    step_once(params, part, ALGORITHMS["dapo"])[0] for part in mini_batches(batch, 2, 1, (0, 1))
-  ]
-  assert_trees_close(jax.tree.map(lambda a, b: (a + b) / 2, *parts), whole, 1e-6)
 
 
 def test_the_ratio_is_to_the_old_logprobs_of_the_batch(params):
@@ -212,14 +88,14 @@ def test_the_ratio_is_to_the_old_logprobs_of_the_batch(params):
   logp = make_score(MODEL, temperature=0.7)(params, batch)
   batch = dataclasses.replace(batch, old_logp=logp - 0.5)
   _, metrics = step_once(params, batch, ALGORITHMS["dapo"])
-  weight = np.asarray(batch.mask).sum(-1)
-  want = weight[np.asarray(batch.advantages) > 0].sum() / weight.sum()
-  np.testing.assert_allclose(metrics["clip_ratio/high_mean"], want, rtol=1e-6)
-  assert 0.1 < want < 0.9
+  tokens = np.asarray(batch.mask).sum(-1)
+  expected = tokens[np.asarray(batch.advantages) > 0].sum() / tokens.sum()
+  np.testing.assert_allclose(metrics["clip_ratio/high_mean"], expected, rtol=1e-6)
+  assert 0.1 < expected < 0.9
   assert float(metrics["clip_ratio/low_mean"]) == 0
 
 
-def test_only_what_is_not_frozen_is_trained(params):
+def test_base_params_are_not_trained(params):
   batch = make_batch(average="token")
   whole, _ = step_once(params, batch, ALGORITHMS["dapo"])
   base_params = {name: leaf for name, leaf in params.items() if name != "final_norm"}
@@ -236,60 +112,52 @@ def test_only_what_is_not_frozen_is_trained(params):
   np.testing.assert_allclose(metrics["grad_norm"], jnp.linalg.norm(change), rtol=1e-3)
 
 
-def test_the_reference_moves_by_its_share():
-  state = TrainState(jnp.int32(3), {"a": jnp.array([1.0, 5.0])}, (), {"a": jnp.array([3.0, 1.0])})
-  moved = move_reference(state, 0.25)
-  np.testing.assert_array_equal(moved.reference["a"], [2.5, 2.0])
-  np.testing.assert_array_equal(moved.params["a"], [1.0, 5.0])
-  assert int(moved.step) == 3
+def test_an_algorithm_by_name_and_no_schedule(params):
+  batch = make_batch(average="token", temperature=0.7)
+  expected, metrics = step_once(params, batch, ALGORITHMS["dapo"])
+  optimizer = optax.sgd(RATE)
+  step = make_train_step(MODEL, "dapo", optimizer)
+  state, plain_metrics = step(TrainState.create(params, optimizer), batch)
+  assert bits(state.params) == bits(expected)
+  assert set(metrics) - set(plain_metrics) == {"learning_rate"}
+  with pytest.raises(ValueError, match="dapoo"):
+    make_train_step(MODEL, "dapoo", optimizer)(TrainState.create(params, optimizer), batch)
 
 
-def test_metrics_of_several_updates():
-  got = average([{"kl": jnp.float32(1), "x/max": jnp.float32(2)}, {"kl": 3.0, "x/max": 1.0}])
-  assert {name: float(value) for name, value in got.items()} == {"kl": 2.0, "x/max": 2.0}
+# --- log-probs and the temperature ----------------------------------------------------------------
 
 
-# --- one compilation, the same layout -------------------------------------------------------------
-
-
-@pytest.fixture
-def compilations():
-  """Programs that are compiled (or read from the cache) while the test runs."""
-  seen = []
-
-  def listen(event, *_, **__):
-    if event == "/jax/core/compile/backend_compile_duration":
-      seen.append(1)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  yield seen
-  jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
-def test_a_state_keeps_its_layout_so_a_batch_size_is_compiled_for_once(shape, compilations):
-  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
-  config = dataclasses.replace(CONFIG, vocab_size=20)  # the table is split over both axes
-  model, optimizer = Decoder(config, place=meshes.placer(mesh)), optax.adam(1e-3)
-
-  def put(tree):
-    return jax.device_put(tree, meshes.param_shardings(mesh, tree))
-
-  params = put(model.init(jax.random.key(0)))
-  step = make_train_step(
-    model, ALGORITHMS["dapo"], optimizer, lambda count: 1e-3, temperature=1.0, micro_batches=2
+def test_the_scorer_gives_the_plain_models_logprobs(params):
+  batch = make_batch()
+  logp = make_score(MODEL, temperature=0.7)(params, batch)
+  prompt = np.asarray(batch.prompts[1])[1:]
+  n = int(batch.mask[1, 2].sum())
+  expected = plain.completion_logprobs(
+    CONFIG, params, prompt, np.asarray(batch.completions[1, 2, :n]), temperature=0.7
   )
-  zero = jax.device_put(jnp.int32(0), meshes.replicated(mesh))
-  state = TrainState(zero, params, put(optimizer.init(params)))
-  batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), make_batch())
-  batch = jax.device_put(batch, meshes.batch_sharding(mesh))
-  layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-  assert len({leaf.spec for leaf in jax.tree.leaves(layout)}) > 3
-  compilations.clear()
-  for count in (1, 1, 1):
-    state, _ = step(state, batch)
-    assert len(compilations) == count
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == layout
+  np.testing.assert_allclose(logp[1, 2, :n], expected, atol=1e-5)
+  assert (np.asarray(logp)[~np.asarray(batch.mask)] == 0).all()
+
+
+def test_the_temperature_of_the_batch_is_the_one_that_counts(params):
+  """Given, recorded, or both, the numbers are the same; at another one they are not."""
+  recorded, unknown = make_batch(temperature=0.7), make_batch()
+  expected = bits(score_batch(MODEL, params, unknown, 0.7))
+  assert bits(score_batch(MODEL, params, recorded)) == expected
+  assert bits(score_batch(MODEL, params, recorded, 0.7)) == expected
+  assert bits(score_batch(MODEL, params, unknown, 1.0)) != expected
+
+
+def test_a_temperature_that_differs_is_an_error_when_the_step_is_traced(params):
+  optimizer = optax.sgd(RATE)
+  step = make_train_step(MODEL, "dapo", optimizer, temperature=1.0)
+  message = "temperature is 1.0, but the batch was sampled at 0.7"
+  with pytest.raises(ValueError, match=message):
+    step.trace(TrainState.shapes(params, optimizer), make_batch(temperature=0.7))
+  with pytest.raises(ValueError, match=message):
+    make_score(MODEL, temperature=1.0)(params, make_batch(temperature=0.7))
+  with pytest.raises(ValueError, match="sampling temperature is unknown"):
+    make_score(MODEL)(params, make_batch())
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
@@ -302,7 +170,7 @@ def test_micro_batches_of_the_scorer_change_nothing(params, micro_batches):
 
 
 def test_the_scorer_needs_less_memory_in_micro_batches():
-  """Four parts of a batch that is large against the model take about a quarter of the room."""
+  """Four micro-batches of a batch that is large against the model take about a quarter."""
   batch = jax.tree.map(lambda a: jnp.tile(a, (8,) + (1,) * (a.ndim - 1)), make_batch())
   shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
   sizes = [
@@ -314,3 +182,139 @@ def test_the_scorer_needs_less_memory_in_micro_batches():
     for count in (1, 4)
   ]
   assert sizes[1] < 0.4 * sizes[0]
+
+
+# --- the state ------------------------------------------------------------------------------------
+
+
+def test_the_first_state_by_hand():
+  params = {"w": jnp.array([1.0, 2.0])}
+  optimizer = optax.adam(0.1)
+  state = TrainState.create(params, optimizer)
+  assert int(state.step) == 0
+  assert bits(state.opt_state) == bits(optimizer.init(params))
+  assert bits(state.history) == bits(History.new())
+  assert state.reference is None
+  shapes = TrainState.shapes(params, optimizer)
+  assert jax.tree.structure(shapes) == jax.tree.structure(state)
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
+    lambda a: (a.shape, a.dtype), state
+  )
+
+
+def test_a_step_deletes_nothing_that_was_passed_to_create(params):
+  """`reference=params` of old met a donated buffer at the second step."""
+  optimizer, batch = optax.sgd(RATE), make_batch(ref=True, temperature=0.7)
+  state = TrainState.create(params, optimizer, reference=params)
+  before = bits(params)
+  step = make_train_step(MODEL, "grpo", optimizer)
+  for _ in range(2):
+    state, _ = step(state, batch)
+  assert bits(params) == bits(state.reference) == before != bits(state.params)
+  own = jax.tree.map(jnp.copy, params)
+  step(TrainState.create(own, optimizer, copy=False), batch)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(own))
+
+
+def test_an_optimizer_that_keeps_the_parameters_keeps_its_own_copy(params):
+  """One array must not be donated twice."""
+  keeps = optax.GradientTransformation(lambda params: params, lambda g, kept, _: (g, kept))
+  optimizer, batch = optax.chain(keeps, optax.sgd(RATE)), make_batch(temperature=0.7)
+  state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer, copy=False)
+  before = bits(state.opt_state)
+  state, _ = make_train_step(MODEL, "dapo", optimizer)(state, batch)
+  assert bits(state.opt_state) == before
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
+def test_the_optimizer_state_lies_as_the_table_of_shardings_has_it(shape):
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
+  params = jax.jit(MODEL.init, out_shardings=meshes.param_shardings(mesh, shapes))(
+    jax.random.key(0)
+  )
+  state = TrainState.create(params, optax.adam(0.1), reference=params)
+  shardings = jax.tree.map(lambda a: a.sharding, state)
+  assert shardings.opt_state == meshes.param_shardings(mesh, state.opt_state)
+  assert shardings.params == shardings.reference == meshes.param_shardings(mesh, params)
+  assert {shardings.step, *jax.tree.leaves(shardings.history)} == {meshes.replicated(mesh)}
+  shapes = TrainState.shapes(params, optax.adam(0.1), reference=params)
+  assert jax.tree.map(lambda a: a.sharding, shapes) == shardings
+
+
+def test_a_state_and_its_dict():
+  params = {"w": jnp.ones(2)}
+  state = TrainState.create(params, optax.sgd(0.1), reference=params)
+  tree = state.to_dict()
+  assert list(tree) == ["step", "params", "opt_state", "reference", "history"]
+  assert set(tree["history"]) == {"log_norm", "counted", "skipped"}
+  assert jax.tree.structure(TrainState.from_dict(tree)) == jax.tree.structure(state)
+  assert bits(TrainState.from_dict(tree)) == bits(state)
+  bare = dataclasses.replace(state, reference=None, history=None)
+  assert set(bare.to_dict()) == {"step", "params", "opt_state"}
+  assert TrainState.from_dict(bare.to_dict()).history is None
+
+
+def test_the_reference_moves_by_its_share():
+  state = TrainState(jnp.int32(3), {"a": jnp.array([1.0, 5.0])}, (), {"a": jnp.array([3.0, 1.0])})
+  moved = move_reference(state, 0.25)
+  np.testing.assert_array_equal(moved.reference["a"], [2.5, 2.0])
+  np.testing.assert_array_equal(moved.params["a"], [1.0, 5.0])
+  assert int(moved.step) == 3
+
+
+# --- one compilation, the same sharding -----------------------------------------------------------
+
+
+def test_a_step_traces_once(params):
+  traces = []
+
+  class Counting(Decoder):
+    def score(self, *args):
+      traces.append(1)
+      return super().score(*args)
+
+  optimizer = optax.adam(1e-3)
+  step = make_train_step(
+    Counting(CONFIG), ALGORITHMS["dapo"], optimizer, lambda count: 1e-3, temperature=1.0
+  )
+  state = TrainState.create(params, optimizer)
+  for _ in range(3):
+    state, _ = step(state, make_batch())
+  assert len(traces) == 1
+
+
+@pytest.fixture
+def compilations():
+  """Programs that are compiled (or read from the cache) while the test runs."""
+  events = []
+
+  def listen(event, *_, **__):
+    if event == "/jax/core/compile/backend_compile_duration":
+      events.append(1)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield events
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
+def test_a_state_keeps_its_sharding_so_each_batch_size_compiles_once(shape, compilations):
+  mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
+  config = dataclasses.replace(CONFIG, vocab_size=20)  # the table is split over both axes
+  model, optimizer = Decoder(config, place=meshes.placer(mesh)), optax.adam(1e-3)
+  params = model.init(jax.random.key(0))
+  params = jax.device_put(params, meshes.param_shardings(mesh, params))
+  step = make_train_step(
+    model, ALGORITHMS["dapo"], optimizer, lambda count: 1e-3, temperature=1.0, micro_batches=2
+  )
+  state = TrainState.create(params, optimizer)
+  batch = jax.tree.map(lambda a: jnp.concatenate([a, a]), make_batch())
+  batch = jax.device_put(batch, meshes.batch_sharding(mesh))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  assert len({leaf.spec for leaf in jax.tree.leaves(shardings)}) > 3
+  compilations.clear()
+  for count in (1, 1, 1):
+    state, _ = step(state, batch)
+    assert len(compilations) == count
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings

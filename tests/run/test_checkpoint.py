@@ -201,3 +201,15 @@ def test_a_state_that_is_not_finite_is_not_saved(run, place):
     with pytest.raises(checkpoint.NotFiniteError, match=rf"step 9 holds NaN.*{place}.*step {last}"):
       checkpoints.save(9, dataclasses.replace(state, **{place: bad}))
   assert contents(run) == before
+
+
+def test_an_old_checkpoint_without_a_history_is_read(tmp_path):
+  params = {"w": jnp.arange(4.0)}
+  state = TrainState.create(params, optax.adam(0.1))
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(1, dataclasses.replace(state, history=None))
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    restored = checkpoints.restore(1, state)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state)):
+    np.testing.assert_array_equal(a, b)
