@@ -1,6 +1,6 @@
-"""The reward of `my_task_jsonl.py`: is the capital in the answer?"""
+"""The reward of `my_task_jsonl.py`."""
 
 
-def right(prompts, completions, answer, **columns):
-  """1.0 where the completion names the answer, one number per completion."""
-  return [float(a.lower() in text.lower()) for text, a in zip(completions, answer)]
+def largest(prompts, completions, numbers, **columns):
+  """Returns 1.0 where the completion is the largest number and nothing else, 0.0 elsewhere."""
+  return [float(text.strip() == str(max(n))) for text, n in zip(completions, numbers)]
