@@ -55,6 +55,9 @@ class Task:
     answer: extracts the answer from a completion, None if there is none. Evaluation takes a
       majority vote over these answers.
     step_rewards: rewards the steps of a completion, for algorithms with process rewards.
+    files: files of the data and the reward functions; a continued run needs the same contents.
+    canary: a wrong answer that is scored after each batch; its rewards must never change.
+    foreign: the rewards are other people's code, which runs in worker processes only.
   """
 
   name: str
@@ -64,9 +67,9 @@ class Task:
   stop: tuple[str, ...] = ()
   answer: Callable[[str], Hashable | None] | None = None
   step_rewards: StepRewards | None = None
-  files: tuple[str, ...] = ()  # data and reward code; a run that is continued needs the same
-  canary: str = ""  # a wrong answer, scored after each batch: its rewards must stay what they were
-  foreign: bool = False  # rewards are somebody else's code, which runs in worker processes only
+  files: tuple[str, ...] = ()
+  canary: str = ""
+  foreign: bool = False
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:

@@ -76,17 +76,19 @@ def accuracy_of(
   return ExactlyOne(function), ANSWERS.get(_metric_name(accuracy, function))
 
 
-def files_of(rewards: Any) -> tuple[str, ...]:
-  """Returns the Python files in the setting of a task's rewards, in their order.
+def files_of(rewards: Reward | Sequence[Reward | None] | None) -> tuple[str, ...]:
+  """Returns the Python files that the functions of rewards are in, without repetitions.
+
+  Built-in rewards and functions of modules do not count.
 
   Example:
-    >>> files_of({"mine": "my_task/reward.py:score", "exact": "exact"})
+    >>> files_of(["my_task/reward.py:score", "exact", {"name": "length", "target": 20}])
     ('my_task/reward.py',)
   """
   if isinstance(rewards, Mapping):
     rewards = list(rewards.values())
   if isinstance(rewards, list | tuple):
-    return tuple(dict.fromkeys(file for one in rewards for file in files_of(one)))
+    return tuple(dict.fromkeys(file for reward in rewards for file in files_of(reward)))
   if callable(rewards):
     source = inspect.getsourcefile(rewards) if inspect.isfunction(rewards) else None
     return (source,) if source else ()

@@ -7,7 +7,13 @@ import pickle
 import pytest
 
 from grpo_jax.tasks.rewards.graders import GRADERS
-from grpo_jax.tasks.rewards.loading import ExactlyOne, accuracy_of, load_function, weighted
+from grpo_jax.tasks.rewards.loading import (
+  ExactlyOne,
+  accuracy_of,
+  files_of,
+  load_function,
+  weighted,
+)
 
 
 def length(prompts, completions, **columns):
@@ -88,3 +94,13 @@ def test_exactly_one_has_the_signature_of_its_function():
   accuracy = pickle.loads(pickle.dumps(ExactlyOne(needs_answer)))
   assert list(inspect.signature(accuracy).parameters) == ["completions", "answer", "columns"]
   assert accuracy(prompts=[""] * 3, completions=[""] * 3, answer=[1] * 3) == [1.0, 0.0, 1.0]
+
+
+def test_the_files_of_rewards_are_listed_once():
+  assert files_of([length, "a.py:f", "math:sqrt", half, "numeric", "a.py:g", None]) == (
+    __file__,
+    "a.py",
+  )
+  assert files_of("dir/b.py:f") == ("dir/b.py",)
+  assert files_of({"mine": "a.py:f", "built in": "exact"}) == ("a.py",)
+  assert files_of(None) == files_of(math.sqrt) == ()
