@@ -136,12 +136,19 @@ def _table(rows: dict[str, object]) -> list[str]:
   """Returns a table of frozen dataclasses by name: a line each, without unset fields."""
   if not all(dataclasses.is_dataclass(row) for row in rows.values()):
     return [f"Keys: {', '.join(f'`{key}`' for key in rows)}.", ""]
-  text = ["| name | fields | source |", "|---|---|---|"]
+  has_source = any(hasattr(row, "source") for row in rows.values())
+  columns = ["name", "fields", "source"] if has_source else ["name", "fields"]
+  text = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
   for name, row in rows.items():
     fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "source"}
-    shown = (f"`{k}={v!r}`" for k, v in fields.items() if v not in (None, "none", 0.0))
-    text.append(f"| `{name}` | {', '.join(shown)} | {getattr(row, 'source', '')} |")
+    shown = (f"`{k}={_short(v)}`" for k, v in fields.items() if v not in (None, "none", 0.0))
+    cells = [f"`{name}`", ", ".join(shown), *([row.source] if has_source else [])]
+    text.append(f"| {' | '.join(cells)} |")
   return [*text, ""]
+
+
+def _short(value: object) -> str:
+  return value.__name__ if inspect.isroutine(value) else repr(value)
 
 
 def _home(name: str) -> str:

@@ -117,7 +117,7 @@ def _shorten_signature(app, what, name, obj, options, signature, returns):
 
 # A name or formula in single backticks (perhaps over a line's end), or a character that
 # reStructuredText would read as markup.
-_MARKUP = re.compile(r"``.+?``|(?<!`)`([^`]+)`(?!`)|[*|]|(?<=\w)_(?!\w)", re.DOTALL)
+_MARKUP = re.compile(r"``.+?``|(?<!`)`([^`]+)`(?!`)|\*(?! - )|\||(?<=\w)_(?!\w)", re.DOTALL)
 
 
 def _literal(match: re.Match) -> str:
@@ -131,10 +131,23 @@ def _literal(match: re.Match) -> str:
   return f"{glue[0]}``{' '.join(match[1].split())}``{glue[1]}"
 
 
+# A Markdown table: a head, a line of dashes, and rows, with one indentation.
+_TABLE = re.compile(r"^( *)\|.*\|\n\1\|[-| ]+\|\n(?:\1\|.*\|(?:\n|\Z))+", re.MULTILINE)
+
+
+def _list_table(match: re.Match) -> str:
+  indent, (head, _, *rows) = match[1], match[0].strip().splitlines()
+  lines = [f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
+  for row in [head, *rows]:
+    first, *rest = (cell.strip() for cell in row.strip().strip("|").split("|"))
+    lines += [f"{indent}   * - {first}", *(f"{indent}     - {cell}" for cell in rest)]
+  return "\n".join(["", *lines, "", ""])
+
+
 def _literal_docstring(app, what, name, obj, options, lines) -> None:
   """Writes a docstring's single backticks as literals, and escapes the characters of formulas."""
   blocks = re.split(r"(^\s*>>>.*?(?:\n\s*\n|\Z))", "\n".join(lines), flags=re.DOTALL | re.MULTILINE)
-  blocks[::2] = [_MARKUP.sub(_literal, block) for block in blocks[::2]]
+  blocks[::2] = [_MARKUP.sub(_literal, _TABLE.sub(_list_table, block)) for block in blocks[::2]]
   lines[:] = "".join(blocks).split("\n")
 
 

@@ -41,6 +41,11 @@ def test_the_pure_functions_example_runs():
   assert bool((scope["gradient"][1] == 0).all())  # its rewards are all equal
 
 
+def test_the_loop_is_the_file_that_it_names():
+  example = (ROOT / "examples" / "loop.py").read_text(encoding="utf-8")
+  assert blocks("python")[1] == example, "copy examples/loop.py into the README"
+
+
 def test_the_task_of_ones_own_runs(tmp_path):
   for file in ("questions.jsonl", "reward.py", "my_task.py"):
     (tmp_path / file).write_text(block_of(file), encoding="utf-8")
@@ -90,6 +95,8 @@ def test_commands_name_modules_and_files_that_exist():
   for module in re.findall(r"python -m ((?:grpo_jax|benchmarks)[\w.]*)", README):
     path = ROOT / module.replace(".", "/")
     assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+  for file in re.findall(r"`((?:examples|experiments|tests)/[\w/.]+)`", README):
+    assert (ROOT / file).exists(), file
   for target in re.findall(r"make ([a-z-]+)", README):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
