@@ -80,17 +80,22 @@ def test_an_error_can_name_every_package_of_an_extra(extra):
   assert packages <= set().union(*provided)
 
 
-def test_the_pinned_versions_are_those_that_setup_cfg_allows():
-  lines = (ROOT / "requirements.txt").read_text().splitlines()
-  pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+def pins(file):
+  """Versions by package of a requirements file; every line of it has to pin one."""
+  lines = (ROOT / file).read_text().splitlines()
   versions = {}
-  for pin in pins:
+  for pin in (Requirement(line) for line in lines if line and not line.startswith("#")):
     (specifier,) = pin.specifier
     assert specifier.operator == "==", pin
     versions[canonicalize_name(pin.name)] = specifier.version
-  wanted = requirements() + requirements("test")
-  assert set(versions) == names(wanted) | {"jaxlib"}
-  for requirement in wanted:
+  return versions
+
+
+def test_the_pinned_versions_are_those_that_setup_cfg_allows():
+  required = requirements() + requirements("test") + requirements("docs")
+  versions = pins("requirements.txt") | pins("requirements-docs.txt")
+  assert set(versions) == names(required) | {"jaxlib"}
+  for requirement in required:
     assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 

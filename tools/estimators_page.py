@@ -5,13 +5,13 @@ python -m tools.estimators_page > docs/estimators.md
 
 from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import ALGORITHMS
 from tests.helpers import enumeration as world
 from tests.helpers import estimators as cases
+from tests.helpers.arrays import float64
 from tests.helpers.enumeration import Comparison
 
 EXACT = 1e-9  # of a relative bias: far above rounding in float64, far below any real bias
@@ -272,5 +272,5 @@ As before, but the trainer does not know an older policy: the sampler itself is 
 
 
 if __name__ == "__main__":
-  with jax.enable_x64(True):
+  with float64():
     print(page(), end="")

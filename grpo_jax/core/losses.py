@@ -123,8 +123,8 @@ def policy_loss(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> mask = jnp.ones((1, 2, 3), bool)
-    >>> logp, advantages = jnp.full((1, 2, 3), -1.0), jnp.array([[1.0, -1.0]])
+    >>> mask = jnp.ones((1, 2, 4), bool)
+    >>> logp, advantages = jnp.full((1, 2, 4), -1.0), jnp.array([[1.0, -1.0]])
     >>> loss, metrics = policy_loss("dapo", logp, advantages, mask)
     >>> float(loss), sorted(metrics)[0]
     (0.0, 'clip_ratio/high_mean')

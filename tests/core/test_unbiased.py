@@ -25,13 +25,14 @@ from grpo_jax import (
 from tests.helpers import enumeration as world
 from tests.helpers import enumeration_plain as plain
 from tests.helpers import estimators as cases
+from tests.helpers.arrays import float64
 from tests.helpers.enumeration import compare
 from tools import estimators_page
 
 
 @pytest.fixture(autouse=True, scope="module")
-def float64():
-  with jax.enable_x64(True):
+def x64():
+  with float64():
     yield
 
 
