@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import grpo_jax
+from grpo_jax import config
 from grpo_jax.models.io.families import FAMILIES
 from grpo_jax.tasks import TASKS
 
@@ -52,7 +53,7 @@ def test_the_task_of_ones_own_runs(tmp_path):
   environment = dict(os.environ, XLA_FLAGS="", PYTHONPATH=str(ROOT))
   command = re.search(r"python -m grpo_jax\.train --config my_task\.py[^\n`]*", README).group(0)
   command = command.replace("python ", f"{sys.executable} ", 1)
-  small = "--config.model.source=random:tiny --config.steps=2 --config.rollout.completion_length=4"
+  small = "--config.model.source=random:tiny --config.steps=2 --config.rollout.prompts_per_step=2"
   done = subprocess.run(
     f"{command} {small}",
     shell=True,
@@ -63,6 +64,26 @@ def test_the_task_of_ones_own_runs(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert "after 2 steps" in done.stdout
+
+
+def test_the_task_of_ones_own_is_the_experiment():
+  folder = ROOT / "experiments" / "my_task"
+  assert (
+    (folder / "questions.jsonl").read_text(encoding="utf-8").startswith(block_of("questions.jsonl"))
+  )
+  scopes = [{}, {}]
+  for code, scope in zip((block_of("reward.py"), (folder / "reward.py").read_text()), scopes):
+    exec(code, scope)
+  for scope in scopes:
+    assert scope["largest"]([], [" 63", "63 59", "15"], [[59, 63, 15]] * 3) == [1.0, 0.0, 0.0]
+  scope = {}
+  exec(block_of("my_task.py"), scope)
+  short = scope["get_config"]()
+  experiment = config.load(str(ROOT / "experiments" / "my_task_jsonl.py"))
+  assert short.steps == experiment.steps
+  assert short.rollout == experiment.rollout
+  assert short.algorithm == experiment.algorithm
+  assert short.optimizer.learning_rate == experiment.optimizer.learning_rate
 
 
 def test_the_table_of_algorithms_has_every_row_with_its_paper():
