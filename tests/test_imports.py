@@ -38,7 +38,7 @@ ALLOWED = {
   "grpo_jax.core*": f"grpo_jax.core {ARRAYS}",
   # Families of interchangeable members.
   "grpo_jax.models.config": HELPERS,
-  "grpo_jax.models.protocol": f"grpo_jax.models.config {ARRAYS}",
+  "grpo_jax.models.protocol": f"grpo_jax.core.checks grpo_jax.models.config {ARRAYS}",
   "grpo_jax.models.io*": (
     "grpo_jax.models.config grpo_jax.models.io grpo_jax.models.protocol grpo_jax.models.rope "
     f"{HELPERS} {ARRAYS} safetensors gguf huggingface_hub tokenizers"

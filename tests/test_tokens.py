@@ -17,7 +17,7 @@ from grpo_jax.tokens import (
   load_tokenizer,
 )
 from tests.helpers import tiny_gguf
-from tests.models.io.test_weights import REAL, TIED, UNTIED, needs_real_model
+from tests.helpers.model_files import REAL, TIED, UNTIED, needs_real_model
 
 TEXT = "12 + 34 = 46\n\n  naïve 東京 🙂\tI'll go.  "
 HELLO = [{"role": "user", "content": "hi"}]

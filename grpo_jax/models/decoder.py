@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Bool, DTypeLike, Float, Int
 
-from grpo_jax.core.checks import lookup
+from grpo_jax.core.checks import Array, lookup
 from grpo_jax.models.attention import (
   cached_attention,
   layer_window,

@@ -6,7 +6,9 @@ Nothing here knows Flax: parameters are a tree of arrays, and a model is a few f
 
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax.core.checks import Array
 
 # A tree of arrays, such as the nested dict that a Flax linen module returns from `init`.
 Params: TypeAlias = Any

@@ -2,8 +2,6 @@
 
 import inspect
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from grpo_jax.models.config import ModelConfig
@@ -33,25 +31,3 @@ def test_a_config_has_the_facts_of_the_protocol():
   facts = [name for name, value in vars(ModelShape).items() if isinstance(value, property)]
   assert facts == ["vocab_size", "softcap"]
   assert [getattr(Decoder(CONFIG).config, name) for name in facts] == [8, None]
-
-
-def test_a_model_of_the_protocol_can_replace_the_decoder():
-  """A decode loop that uses nothing but the protocol gives the hidden states of `score`."""
-
-  def hidden_states(model: Model, params, prompts, mask, completions):
-    first, prefix = model.prefill(params, prompts, mask)
-    cache = model.empty_cache(params, *completions.shape)
-    hidden = [jnp.broadcast_to(first[:, None], (*completions.shape[:2], first.shape[-1]))]
-    for t in range(completions.shape[2] - 1):
-      step, cache = model.decode(params, completions[..., t], jnp.int32(t), prefix, mask, cache)
-      hidden.append(step)
-    return jnp.stack(hidden, axis=2)
-
-  model = Decoder(CONFIG)
-  params = model.init(jax.random.key(0))
-  prompts = jnp.array([[0, 3, 5], [1, 2, 7]])
-  mask = prompts > 0
-  completions = jnp.arange(2 * 2 * 3).reshape(2, 2, 3) % 8
-  actual = hidden_states(model, params, prompts, mask, completions)
-  expected = model.score(params, prompts, mask, completions)
-  assert abs(actual - expected).max() < 1e-5

@@ -1,21 +1,14 @@
-"""config.json to ModelConfig and back: published files, and all that the decoder does not compute.
+"""Tests config.json to ModelConfig: published files, and everything the decoder does not compute.
 
-The published files are shortened to the fields that say something about the computation, and a few
-that must not.
+The published files are shortened to the fields that affect the computation, and a few that must
+not.
 """
-
-import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 
 from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.families import FAMILIES, parse
-from grpo_jax.models.io.json_files import read_json
-from grpo_jax.models.io.writer import describe
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 LLAMA = {
   "architectures": ["LlamaForCausalLM"],
   "vocab_size": 128,
@@ -142,7 +135,7 @@ PUBLISHED = {
       qk_norm=True,
     ),
   ),
-  # Only what differs from the defaults of its class stands in this file.
+  # This file holds only the fields that differ from the defaults of its class.
   "gemma-3-4b-it": (
     {
       "architectures": ["Gemma3ForConditionalGeneration"],
@@ -185,28 +178,9 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_files_are_understood(name):
+def test_published_files_are_parsed(name):
   raw, expected = PUBLISHED[name]
   assert parse(raw, name) == expected
-
-
-def all_configs():
-  yield from ((name, expected) for name, (_, expected) in PUBLISHED.items())
-  for folder in (*sorted((FIXTURES / "families").iterdir()), FIXTURES / "tiny_llama"):
-    yield folder.name, parse(read_json(folder / "config.json"), folder.name)
-
-
-@pytest.mark.parametrize(("name", "config"), [pytest.param(*c, id=c[0]) for c in all_configs()])
-def test_a_description_reads_back(name, config):
-  raw = json.loads(json.dumps(describe(config)))
-  assert parse(raw, name) == config
-  assert raw["architectures"][0] != "Gemma3ForConditionalGeneration"  # it has no vision tower
-
-
-def test_what_no_family_computes_is_not_described():
-  config = parse(LLAMA, "x")
-  with pytest.raises(ValueError, match="no family of llama, mistral, qwen2"):
-    describe(dataclasses.replace(config, qk_norm=True, attn_softcap=2.0))
 
 
 def test_defaults_of_llama():
@@ -216,25 +190,25 @@ def test_defaults_of_llama():
 
 
 @pytest.mark.parametrize(
-  "stated",
+  "fields",
   [
     {"rope_theta": 123.0, "rope_scaling": {"type": "linear", "factor": 2}},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 123.0, "factor": 2.0}},
   ],
 )
-def test_rope_as_older_and_newer_versions_write_it(stated):
-  config = parse(LLAMA | stated, "x")
+def test_rope_fields_of_older_and_newer_versions(fields):
+  config = parse(LLAMA | fields, "x")
   assert (config.rope_theta, config.rope_scaling) == (123.0, RopeScaling("linear", 2.0))
 
 
-def test_yarn_as_qwen_writes_it():
+def test_yarn_fields_of_qwen():
   scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-  found = parse(LLAMA | {"rope_scaling": scaling}, "x").rope_scaling
-  # 1 + ln(4) / 10, and the turns of Peng et al. 2023: 1 and 32.
-  assert found == RopeScaling("yarn", 4.0, 32768, low=1.0, high=32.0, amplitude=1.138629436111989)
+  parsed = parse(LLAMA | {"rope_scaling": scaling}, "x").rope_scaling
+  # 1 + ln(4) / 10, and the numbers of turns of Peng et al. 2023: 1 and 32.
+  assert parsed == RopeScaling("yarn", 4.0, 32768, low=1.0, high=32.0, amplitude=1.138629436111989)
 
 
-def test_layers_with_a_window():
+def test_local_layers_of_qwen_and_mistral():
   qwen = LLAMA | {
     "architectures": ["Qwen2ForCausalLM"],
     "num_hidden_layers": 3,
@@ -255,11 +229,11 @@ def test_layers_with_a_window():
 def test_a_classifier_has_as_many_labels_as_names():
   raw = LLAMA | {"architectures": ["LlamaForSequenceClassification"]}
   assert parse(raw | {"id2label": {"0": "LABEL_0"}}, "x").labels == 1
-  assert parse(raw, "x").labels == 2  # what transformers does
+  assert parse(raw, "x").labels == 2  # the default of transformers
   assert parse(LLAMA, "x").labels == 0
 
 
-def test_the_model_type_counts_where_no_architecture_is_named():
+def test_the_model_type_is_used_without_architectures():
   raw = {**LLAMA, "model_type": "qwen2"}
   del raw["architectures"]
   assert parse(raw, "x").biases == ("q", "k", "v")
@@ -300,13 +274,13 @@ def test_the_model_type_counts_where_no_architecture_is_named():
     ),
   ],
 )
-def test_what_the_decoder_does_not_compute(changes, message):
+def test_unsupported_configs_are_refused(changes, message):
   with pytest.raises(ValueError, match=message) as caught:
     parse(LLAMA | changes, "folder/config.json")
   assert str(caught.value).startswith("folder/config.json: ")
 
 
-def test_remote_code_of_a_known_architecture_is_passed_over():
+def test_remote_code_of_a_known_architecture_is_ignored():
   assert parse(LLAMA | {"auto_map": {"AutoModel": "modeling.Model"}}, "x") == parse(LLAMA, "x")
 
 

@@ -12,7 +12,7 @@ from grpo_jax.models.config import ModelConfig, RopeScaling
 from grpo_jax.models.io.gguf import undo_rope_order
 from grpo_jax.models.load import load, open_weights
 from tests.helpers import tiny_gguf
-from tests.models.io.test_weights import assert_holds
+from tests.helpers.model_files import assert_holds
 
 FAMILIES = Path(__file__).parents[2] / "fixtures" / "families"
 
