@@ -1,4 +1,4 @@
-"""Writes what a run leaves in its work directory: metrics, samples, checkpoints, the curve."""
+"""Writes the files of a run to its work directory: metrics, samples, checkpoints, the curve."""
 
 import contextlib
 import sys
@@ -15,16 +15,17 @@ from grpo_jax.run.workdir import WorkdirError
 
 
 class Output(contextlib.AbstractContextManager):
-  """The files and the console of one run; only the first host writes, all hosts call.
+  """Writes the files of one run and shows its progress. All hosts call it; the first one writes.
 
-  Metrics of a step are written when the next step is, so that no step waits for the device.
+  The metrics of a step are written with the next step, so that no step waits for the device. Call
+  `resume` before anything else. Use it as a context manager.
 
   Args:
     workdir: the work directory.
-    steps: steps of the whole run, for the progress bar.
-    keep: number of newest checkpoints to keep.
-    samples: completions shown on the console at a time.
-    samples_every: steps between the completions shown; 0 shows none.
+    steps: number of steps of the whole run.
+    keep: number of checkpoints to keep, the newest ones.
+    samples: number of completions to print at a time.
+    samples_every: number of steps between printed completions; 0 prints none.
   """
 
   def __init__(
@@ -41,21 +42,26 @@ class Output(contextlib.AbstractContextManager):
     self._checkpoints = checkpoint.Checkpoints(workdir, keep)
     self._open = contextlib.ExitStack()
     self._open.enter_context(self._checkpoints)
-    self._num_tokens, self._step_began = 0.0, time.monotonic()
+    self._num_tokens, self._step_start = 0.0, time.monotonic()
 
   def resume(
     self, state: TrainState, evaluates_at: Callable[[int], bool] = lambda step: True
   ) -> tuple[int, TrainState]:
-    """Returns (number of finished steps, state) of the newest whole checkpoint, or (0, `state`).
+    """Restores the newest checkpoint without damage and opens the files.
 
-    Opens the files. Metrics and samples of later steps are dropped, as those steps run again; the
-    evaluation after the last finished step stays unless it is done again.
+    Metrics and samples of later steps are removed, as these steps run again. The evaluation after
+    the last finished step is kept unless it is done again.
 
     Args:
-      evaluates_at: whether the run evaluates before a step.
+      state: state with the shapes, dtypes and shardings to restore to.
+      evaluates_at: tells whether the run evaluates before a step.
+
+    Returns:
+      (number of finished steps, state); (0, `state`) if there is no checkpoint.
 
     Raises:
-      WorkdirError: the work directory holds more steps than the run has; nothing is changed.
+      WorkdirError: the work directory holds more steps than the run has (nothing is changed), or
+        all checkpoints are damaged.
     """
     start, state = self._checkpoints.resume(state, _warn)
     if start > self._steps:
@@ -73,12 +79,12 @@ class Output(contextlib.AbstractContextManager):
     return start, state
 
   def print(self, text: str) -> None:
-    """Shows lines of text above the progress bar."""
+    """Prints lines of text above the progress bar."""
     self._writer.print(text)
 
   def start_step(self) -> None:
-    """Starts the clock of a step; evaluations before it are not part of its time."""
-    self._step_began = time.monotonic()
+    """Starts the clock of a step; an evaluation before this call does not count as its time."""
+    self._step_start = time.monotonic()
 
   def write_step(
     self,
@@ -87,8 +93,15 @@ class Output(contextlib.AbstractContextManager):
     samples: Sequence[Mapping[str, Any]],
     num_tokens: int,
   ) -> None:
-    """Writes the metrics and samples of a step, with its time and tokens."""
-    seconds = time.monotonic() - self._step_began
+    """Writes the metrics and samples of a step, with its time and its tokens.
+
+    Args:
+      step: number of the step.
+      values: metrics; scalars, on the device or not.
+      samples: one mapping per completion.
+      num_tokens: number of tokens of the step: prompts (each once) and completions.
+    """
+    seconds = time.monotonic() - self._step_start
     self._num_tokens += num_tokens
     timing = {
       "step_time": seconds,
@@ -101,24 +114,33 @@ class Output(contextlib.AbstractContextManager):
       self._writer.print_samples(samples[: self._samples])
 
   def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
-    """Writes the metrics and samples of an evaluation; one without metrics is not written."""
+    """Writes the metrics and samples of an evaluation, if it has metrics."""
     self._late.flush()
     if evaluation.metrics:
       self._writer.write(step, evaluation.metrics)
       self._writer.write_samples(step, evaluation.samples, kind="eval")
 
   def save(self, steps: int, state: TrainState) -> None:
-    """Starts saving the state after `steps` steps; the metrics before it are on disk by then."""
+    """Starts saving the state after `steps` steps, once the metrics of these steps are on the disk.
+
+    Raises:
+      SaveError: this checkpoint, or an earlier one in the background, could not be written.
+      NotFiniteError: the parameters or the optimizer state hold NaN or infinity.
+    """
     self._late.flush()
     self._writer.sync()
     self._checkpoints.save(steps, state)
 
   def check(self) -> None:
-    """Raises SaveError if a checkpoint written in the background has failed; does not wait."""
+    """Checks for errors in the background without waiting.
+
+    Raises:
+      SaveError: the last checkpoint could not be written.
+    """
     self._checkpoints.check()
 
   def draw_curve(self) -> None:
-    """Draws `curve.png`."""
+    """Draws `curve.png` from the metrics."""
     if hosts.is_first():
       plots.draw_curve(self.workdir)
 

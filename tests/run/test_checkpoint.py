@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import checkpoint, workdir
 
@@ -186,6 +187,14 @@ def test_a_save_that_fails_is_explained(run):
     checkpoints.save(4, state_after(4))
   assert "the checkpoint of step 4 could not be saved: " in str(caught.value)
   assert "MiB are free on the file system at " in str(caught.value)
+
+
+def test_a_checkpoint_without_a_history_is_restored_with_a_new_one(run):
+  """Versions before skipped updates did not save one."""
+  like = dataclasses.replace(state_after(0), history=History.new())
+  with checkpoint.Checkpoints(run, keep=3) as checkpoints:
+    restored = checkpoints.restore(3, like)
+  assert equal(restored, dataclasses.replace(state_after(3), history=History.new()))
 
 
 @pytest.mark.parametrize("place", ["params", "opt_state"])
