@@ -28,8 +28,8 @@ def test_the_loop_learns():
 def test_the_loop_with_a_kl_term_and_two_updates_learns():
   rewards, kl = load("loop_kl").train()
   assert gain(rewards) > 0.2
-  assert kl[0] == pytest.approx(0, abs=1e-6)  # the policy starts as its reference
-  assert kl[-1] > 1e-3
+  assert 0 < kl[0] < 1  # the mean of two updates: none at the first, which starts at the reference
+  assert kl[-1] > 2 * kl[0]
 
 
 @pytest.mark.parametrize("name", ["jax", "nnx", "equinox"])
