@@ -281,6 +281,7 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 @console.guarded()
 def main(argv: list[str] | None = None) -> int:
+  """Runs the command and returns its exit code."""
   from grpo_jax.build import build
 
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.evaluate", description=__doc__)

@@ -190,6 +190,7 @@ def _same(a: Any, b: Any) -> bool:
 
 @console.guarded()
 def main(argv: list[str] | None = None) -> int:
+  """Runs the command and returns its exit code."""
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.replay", description=__doc__)
   parser.add_argument("dump", help="a folder under WORKDIR/skipped/")
   parser.add_argument("--tokens", type=int, default=10, help="number of tokens to show")

@@ -222,6 +222,7 @@ def _json(config: ConfigDict) -> dict[str, Any]:
 
 @console.guarded()
 def main(argv: list[str] | None = None) -> int:
+  """Runs the command and returns its exit code."""
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.train", description=__doc__)
   parser.add_argument("--config", required=True, help="an experiment file; it is run as a program")
   parser.add_argument("--workdir", required=True, help="everything the run leaves; made if missing")

@@ -181,19 +181,19 @@ class NoWriter:
     pass
 
   def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-    pass
+    """Does nothing."""
 
   def sync(self) -> None:
-    pass
+    """Does nothing."""
 
   def write_samples(self, *arguments: Any, **options: Any) -> None:
-    pass
+    """Does nothing."""
 
   def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-    pass
+    """Does nothing."""
 
   def print(self, text: str) -> None:
-    pass
+    """Does nothing."""
 
   def __enter__(self) -> NoWriter:
     return self
