@@ -10,8 +10,8 @@ from typing import Any, TextIO
 class GuardedStream:
   """Wraps a text stream so that writing to it never raises.
 
-  A character that the encoding lacks becomes an escape, such as `\\u221a`. What a closed or broken
-  stream does not take is dropped.
+  A character that the encoding lacks becomes an escape, such as `\\u221a`. Text that a closed or
+  broken stream does not accept is dropped.
 
   Args:
     stream: the stream; None (there is no console) drops everything.
@@ -21,7 +21,7 @@ class GuardedStream:
     self._stream = stream
 
   def write(self, text: str) -> int:
-    """Writes what can be written; returns the length of the text."""
+    """Writes the text, as far as possible; returns its length."""
     if self._stream is not None:
       # RuntimeError: a signal handler prints while the main program does.
       with contextlib.suppress(OSError, ValueError, RuntimeError):
@@ -33,13 +33,13 @@ class GuardedStream:
     return len(text)
 
   def flush(self) -> None:
-    """Flushes; a stream that is gone is no error."""
+    """Flushes the stream; does nothing if it is closed or broken."""
     if self._stream is not None:
       with contextlib.suppress(OSError, ValueError, RuntimeError):
         self._stream.flush()
 
   def isatty(self) -> bool:
-    """Returns whether the stream is a terminal."""
+    """Tells whether the stream is a terminal."""
     try:
       return self._stream is not None and self._stream.isatty()
     except ValueError:  # closed
@@ -51,7 +51,7 @@ class GuardedStream:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-  """Guards standard output and standard error of a command."""
+  """Guards standard output and standard error while the body runs."""
   before = sys.stdout, sys.stderr
   sys.stdout, sys.stderr = map(GuardedStream, before)
   try:
@@ -63,7 +63,7 @@ def guarded() -> Iterator[None]:
 
 
 def _drop_unwritten(stream: TextIO | None) -> None:
-  """Points a broken stream to nowhere, or Python fails to flush it at exit."""
+  """Redirects a broken stream to the null device, as Python would fail to flush it at exit."""
   try:
     if stream is not None:
       stream.flush()

@@ -1,7 +1,7 @@
-"""Remembers the files a run was started with, so that one that was edited is not used in silence.
+"""Records digests of the files that a run was started with, so that edits to them are noticed.
 
 A resumed run is the same run only if its data, rewards, experiment file and chat template are the
-same. Their SHA-256 digests stand in `identity.json` of the work directory.
+same. `identity.json` in the work directory holds their SHA-256 digests.
 """
 
 import hashlib
@@ -15,21 +15,26 @@ IDENTITY = "identity.json"
 
 
 def digests(files: Iterable[str | Path], texts: Mapping[str, str]) -> dict[str, str]:
-  """Returns the SHA-256 of each file by its path as given, and of each text by its name.
+  """Computes the SHA-256 of files and texts.
 
-  A folder counts as all the files in it.
+  Args:
+    files: paths of files, and of folders, which stand for all files in them.
+    texts: further texts by name.
+
+  Returns:
+    Digest by path, as it is given here, or by name.
   """
   sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
   for file in map(Path, files):
     parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
     for part in parts:
-      with part.open("rb") as opened:
-        sums[str(part)] = hashlib.file_digest(opened, "sha256").hexdigest()
+      with part.open("rb") as content:
+        sums[str(part)] = hashlib.file_digest(content, "sha256").hexdigest()
   return sums
 
 
 def read(workdir: str | Path) -> dict[str, str] | None:
-  """Returns the digests a work directory was started with; None if it has none.
+  """Reads the digests of the files that a run was started with; None if there are none.
 
   Raises:
     WorkdirError: the file is damaged.
@@ -49,14 +54,18 @@ def read(workdir: str | Path) -> dict[str, str] | None:
 
 
 def write(workdir: str | Path, sums: Mapping[str, str]) -> None:
-  """Writes the digests of a run, whole or not at all."""
+  """Writes the digests of a run atomically."""
   text = json.dumps(dict(sums), indent=2, sort_keys=True) + "\n"
   write_whole(Path(workdir) / IDENTITY, text)
 
 
 def changed(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-  """Returns the names of files and texts that are in both and differ.
+  """Returns the names of files and texts that both hold with different digests, sorted.
 
-  A file that only one of them has is a change of the config, which is checked apart.
+  A name that only one of them holds is a change of the config, which is checked elsewhere.
+
+  Example:
+    >>> changed({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"})
+    ['b']
   """
   return sorted(name for name, digest in now.items() if saved.get(name, digest) != digest)

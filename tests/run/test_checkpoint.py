@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import checkpoint, workdir
 
@@ -189,14 +188,6 @@ def test_a_save_that_fails_is_explained(run):
   assert "MiB are free on the file system at " in str(caught.value)
 
 
-def test_a_checkpoint_without_a_history_is_restored_with_a_new_one(run):
-  """Versions before skipped updates did not save one."""
-  like = dataclasses.replace(state_after(0), history=History.new())
-  with checkpoint.Checkpoints(run, keep=3) as checkpoints:
-    restored = checkpoints.restore(3, like)
-  assert equal(restored, dataclasses.replace(state_after(3), history=History.new()))
-
-
 @pytest.mark.parametrize("place", ["params", "opt_state"])
 def test_a_state_that_is_not_finite_is_not_saved(run, place):
   state = state_after(9)
@@ -212,7 +203,8 @@ def test_a_state_that_is_not_finite_is_not_saved(run, place):
   assert contents(run) == before
 
 
-def test_an_old_checkpoint_without_a_history_is_read(tmp_path):
+def test_an_old_checkpoint_without_a_history_is_restored(tmp_path):
+  """Versions before skipped updates did not save one."""
   params = {"w": jnp.arange(4.0)}
   state = TrainState.create(params, optax.adam(0.1))
   with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
