@@ -199,10 +199,11 @@ def batch_whitened(
 
 
 def max_rl(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
-  """Returns `A = (r - mean) / mean` within the group, 0 where the mean is 0, as MaxRL does.
+  """Returns `A = (r - mean) / |mean|` within the group, 0 where the mean is 0, as MaxRL does.
 
   With rewards of 0 and 1, for which it is meant, it follows the gradient of the log success rate,
-  so prompts that are rarely solved get more weight.
+  so prompts that are rarely solved get more weight. The paper divides by the mean, which is never
+  negative there; with rewards below 0 its sign would make the worst answer the best.
 
   Args:
     rewards: rewards in reward units, usually 0 and 1; NaN = not scored.
@@ -220,7 +221,7 @@ def max_rl(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
   """
   rewards, scored = _rewards(rewards)
   mean = rewards.sum(-1, keepdims=True) / jnp.maximum(scored.sum(-1, keepdims=True), 1)
-  return _center(rewards, scored, -1) / jnp.where(mean == 0, jnp.inf, mean)
+  return _center(rewards, scored, -1) / jnp.where(mean == 0, jnp.inf, jnp.abs(mean))
 
 
 def multi_objective(

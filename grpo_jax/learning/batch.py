@@ -129,6 +129,9 @@ def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> 
   the batch, and the mean over the mini-batches of an epoch equals it. One mini-batch in one epoch
   is the batch as it is.
 
+  The order and the cuts depend on the number of real prompts only. The number of empty ones, which
+  `select` adds, depends on the mesh.
+
   Args:
     count: number of equal mini-batches; divides the number of prompts.
     seed: integers that determine the order, such as (seed of the run, step).
@@ -136,12 +139,22 @@ def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> 
   if count == epochs == 1:
     yield batch
     return
-  prompts = batch.mask.shape[0]
-  layout = batch.mask.sharding
+  size, layout = batch.mask.shape[0] // count, batch.mask.sharding
+  real = int(jax.device_get(_count_real(batch.mask, layout)))
   for epoch in range(epochs):
-    order = np.random.default_rng([*seed, epoch]).permutation(prompts)
-    for rows in np.split(order, count):
+    order = np.random.default_rng([*seed, epoch]).permutation(real)
+    for rows in np.array_split(order, count):
+      # Empty prompts come last: the first of them is number `real`.
+      rows = np.pad(rows, (0, size - len(rows)), constant_values=real)
       yield _mini_batch(batch, hosts.to_all(rows, layout), count, layout)
+
+
+@partial(jax.jit, static_argnums=1)
+def _count_real(mask: jax.Array, layout: Sharding) -> jax.Array:
+  """Returns the number of prompts up to the last one with an unmasked token."""
+  numbers = jnp.arange(1, mask.shape[0] + 1)
+  count = jnp.max(jnp.where(mask.any((1, 2)), numbers, 0))
+  return laid_out(count, layout, P()) if isinstance(layout, NamedSharding) else count
 
 
 @partial(jax.jit, static_argnums=(2, 3))

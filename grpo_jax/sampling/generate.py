@@ -86,7 +86,9 @@ def draw(
   z = jnp.pad(z, padding, constant_values=-jnp.inf).reshape(*z.shape[:-1], blocks, width)
   p = jnp.exp(z)
   sums = p.sum(-1)
-  uniform = _per_key(lambda key: jax.random.uniform(key, (2,)), keys)
+  # The middle of a float's cell: exactly 0 would pick the first entry that is not impossible, with
+  # a chance of 2^-23, however small its probability is.
+  uniform = _per_key(lambda key: jax.random.uniform(key, (2,)) + 2.0**-24, keys)
   block = _invert(sums, uniform[..., 0])
   inside = jnp.take_along_axis(z, block[..., None, None], axis=-2)[..., 0, :]
   column = _invert(jnp.exp(inside), uniform[..., 1])

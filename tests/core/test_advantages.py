@@ -402,3 +402,10 @@ def test_errors_of_the_table():
     Advantage(gdpo, rewards=())
   with pytest.raises(ValueError, match=r"^function must be callable, got 'max_rl'"):
     Advantage("max_rl")
+
+
+def test_max_rl_keeps_the_order_of_rewards_below_zero():
+  """(r - mean) / |mean| by hand: means -2 and -0.5."""
+  rewards = jnp.array([[-1.0, -2.0, -3.0, -2.0], [1.0, -1.0, -1.0, -1.0]])
+  expected = [[0.5, 0.0, -0.5, 0.0], [3.0, -1.0, -1.0, -1.0]]
+  np.testing.assert_allclose(grpo_jax.max_rl(rewards), expected, rtol=1e-6)

@@ -138,3 +138,29 @@ def test_the_sharding_stays():
   for part in parts:
     for name, array in part.arrays().items():
       assert array.sharding.is_equivalent_to(layout, array.ndim), name
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(1, 2), (2, 3)])
+def test_mini_batches_do_not_depend_on_the_number_of_empty_prompts(epochs, count):
+  """The padding of a batch grows with the mesh; which prompts go together must not."""
+  real = 7
+
+  def order(size):
+    batch = Batch(
+      prompts=jnp.arange(size)[:, None],
+      prompt_mask=jnp.ones((size, 1), bool),
+      completions=jnp.zeros((size, 2, 3), jnp.int32),
+      mask=jnp.broadcast_to((jnp.arange(size) < real)[:, None, None], (size, 2, 3)),
+      advantages=jnp.ones((size, 2)),
+      weights=jnp.ones((size, 2, 3)),
+      sampler_logp=jnp.zeros((size, 2, 3)),
+    )
+    parts = mini_batches(batch, count, epochs, (0, 5))
+    return [np.asarray(p.prompts[np.asarray(p.mask).any((1, 2))])[:, 0].tolist() for p in parts]
+
+  small, large = order(12), order(24)
+  assert small == large
+  assert len(small) == epochs * count
+  for epoch in range(epochs):
+    own = [number for part in small[epoch * count : (epoch + 1) * count] for number in part]
+    assert sorted(own) == list(range(real))

@@ -275,3 +275,15 @@ def test_rows_that_have_ended_stop_costing(params):
   assert sorted(decoded) == want
   assert at == len(shapes) - 1
   assert sum(chunks * width for _, (chunks, width) in want) < 0.7 * 12 * len(want)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0 - 2.0**-23])
+def test_the_ends_of_the_uniform_draw_nothing_improbable(monkeypatch, end):
+  """Tokens of probability 4e-18 come first and last, and so do whole blocks of them."""
+  likely = 150
+  logits = np.full((1, 300), -40.0, np.float32)
+  logits[0, likely] = 0.0
+  monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, end, jnp.float32))
+  token, logp, _ = generation.draw(jnp.asarray(logits), jax.random.split(jax.random.key(0), 1))
+  assert int(token[0]) == likely
+  assert float(logp[0]) == pytest.approx(0.0, abs=1e-6)
