@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, DTypeLike, Float, Int
 
 from grpo_jax.core.checks import Array
+from grpo_jax.core.logprobs import soft_cap
 
 KeysValues = tuple[Array, Array]
 
@@ -111,10 +112,7 @@ def group_attention(
     prefix: keys and values of the prompts; None if there are none.
     prefix_mask: true where a query sees a prompt token.
     scale: factor on `q · k`.
-    softcap: scores become `softcap * tanh(scores / softcap)`; None disables it.
-
-  References:
-    Gemma Team 2024, Gemma 2, arXiv 2408.00118, section 2 (soft cap).
+    softcap: soft cap of the scores, `logprobs.soft_cap`; None disables it.
   """
   k, v = own
   prompts, group, length, heads, dim = q.shape
@@ -213,9 +211,7 @@ def _scores(equation: str, q: Array, keys: Array, mask: Array, softcap: float | 
   """Returns scores in float32 or wider, `MASKED` where a query does not see a key."""
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum(equation, q, keys, preferred_element_type=dtype)
-  if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  return jnp.where(mask, scores, MASKED)
+  return jnp.where(mask, soft_cap(scores, softcap), MASKED)
 
 
 def _joint_softmax(to_prefix: Array, to_own: Array, dtype: DTypeLike) -> list[Array]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.core.logprobs import token_logprobs
+from grpo_jax.core.logprobs import soft_cap, token_logprobs
 from grpo_jax.models.protocol import Cache, Model, Params
 from grpo_jax.sampling import compaction
 
@@ -238,8 +238,7 @@ def _pick(
   """Returns token number `index` of each row, its log-probability and its entropy."""
   table = table.astype(hidden.dtype)
   logits = jnp.einsum("cgd,vd->cgv", hidden, table, preferred_element_type=jnp.float32)
-  if softcap is not None:
-    logits = softcap * jnp.tanh(logits / softcap)
+  logits = soft_cap(logits, softcap)
   if temperature > 0:
     keys = _per_key(lambda key: jax.random.fold_in(key, index), keys)
     tokens, logp, entropy = draw(logits / temperature, keys)
