@@ -54,6 +54,8 @@ class Tokenizer:
     self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
     self.pad_id: int = self.eos_ids[0] if fast.pad_token_id is None else fast.pad_token_id
     self.bos_id: int | None = fast.bos_token_id
+    # Special ids that are not part of a text: they begin, end or pad it.
+    self._markers = {*self.eos_ids, self.pad_id, self.bos_id} & set(fast.all_special_ids)
 
   @property
   def chat_template(self) -> str:
@@ -62,13 +64,24 @@ class Tokenizer:
     return template if isinstance(template, str) else json.dumps(template) if template else ""
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, with a BOS id if and only if the tokenizer itself adds one."""
-    return self._fast.encode(text, verbose=False)
+    """Returns the ids of `text`, with a BOS id if and only if the tokenizer itself adds one.
+
+    What a tokenizer adds after every text, such as an EOS id, is left out: a completion follows.
+    """
+    ids = self._fast.encode(text, verbose=False)
+    plain = self._fast.encode(text, add_special_tokens=False, verbose=False)
+    for start in range(len(ids) - len(plain), -1, -1):
+      if ids[start : start + len(plain)] == plain:
+        return ids[: start + len(plain)]
+    return ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids` without special tokens."""
-    ids = [int(i) for i in ids]
-    return self._fast.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Returns the text of `ids`, without what begins, ends or pads a text.
+
+    Other special tokens, such as <think>, are part of the text.
+    """
+    ids = [i for i in map(int, ids) if i not in self._markers]
+    return self._fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
   def chat(self, messages: Messages) -> list[int]:
     """Returns the ids of a conversation, up to and including the start of the assistant's turn."""
@@ -81,7 +94,7 @@ class Tokenizer:
     """
     if isinstance(prompt, str):
       if self._fast.chat_template is None:
-        return self.encode(prompt + completion)
+        return self._fast.encode(prompt + completion, verbose=False)
       prompt = [{"role": "user", "content": prompt}]
     return self._apply_template([*prompt, {"role": "assistant", "content": completion}])
 
@@ -95,7 +108,7 @@ class Tokenizer:
     self._fast.save_pretrained(str(folder))
 
   def pieces(self) -> list[bytes]:
-    """Returns the bytes that each id adds to the text; b"" for special tokens and unused ids."""
+    """Returns the bytes that each id adds to the text; b"" for unused ids and those left out."""
     backend = self._fast.backend_tokenizer
     is_byte_level = "ByteLevel" in str(backend.decoder)
     to_bytes = _byte_level_bytes if is_byte_level else _sentence_piece_bytes
@@ -104,7 +117,7 @@ class Tokenizer:
     for token, i in backend.get_vocab(with_added_tokens=True).items():
       if i not in added:
         pieces[i] = to_bytes(token)
-      elif not added[i].special:
+      elif i not in self._markers:
         pieces[i] = added[i].content.encode("utf-8")
     return pieces
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpo_jax.sampling.stopping import stop_table
 from grpo_jax.tokens import (
   ByteTokenizer,
   Tokenizer,
@@ -269,3 +270,67 @@ def test_smollm2_tokenizer():
   pieces = tokenizer.pieces()
   assert sum(b"\n" in piece for piece in pieces) == 129
   assert b"".join(pieces[i] for i in tokenizer.encode(TEXT)) == TEXT.encode()
+
+
+def edited_tokenizer(tmp_path, edit):
+  """A copy of the fixture whose tokenizer.json `edit` has changed."""
+  folder = tmp_path / "model"
+  shutil.copytree(UNTIED, folder)
+  path = folder / "tokenizer.json"
+  spec = json.loads(path.read_text(encoding="utf-8"))
+  edit(spec)
+  path.write_text(json.dumps(spec), encoding="utf-8")
+  return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("before", [[], ["<|im_start|>"]])
+def test_what_a_tokenizer_adds_after_a_text_is_left_out(tmp_path, before):
+  """A prompt that ends in EOS would have its completion follow the end of a text."""
+
+  def edit(spec):
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+
+    def special(name):
+      return {"SpecialToken": {"id": name, "type_id": 0}}
+
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    spec["post_processor"] = {
+      "type": "TemplateProcessing",
+      "single": [*map(special, before), text, special("<|im_end|>")],
+      "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+      "special_tokens": {
+        name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (*before, "<|im_end|>")
+      },
+    }
+
+  tokenizer, plain = edited_tokenizer(tmp_path, edit), load_tokenizer(str(UNTIED))
+  ids = tokenizer.encode("12 + 34")
+  assert ids[len(before) :] == plain.encode("12 + 34")
+  assert ids[-1] not in tokenizer.eos_ids
+  assert len(ids) == len(before) + len(plain.encode("12 + 34"))
+
+
+def test_special_tokens_that_are_tags_stay_in_the_text(tmp_path):
+  tags = ("<think>", "</think>", "<answer>", "</answer>")
+
+  def edit(spec):
+    first = max(token["id"] for token in spec["added_tokens"]) + 1
+    first = max(first, *spec["model"]["vocab"].values()) + 1
+    for k, name in enumerate(tags):
+      spec["added_tokens"].append({
+        "id": first + k, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True,
+      })  # fmt: skip
+
+  tokenizer = edited_tokenizer(tmp_path, edit)
+  text = "<think>1</think><answer>2</answer>"
+  ids = tokenizer.encode(text)
+  assert len(ids) == 6
+  tokens = np.array([[[*ids, tokenizer.eos_ids[0]]]])
+  assert decode_completions(tokenizer, tokens, np.ones_like(tokens, bool)) == [[text]]
+  pieces = tokenizer.pieces()
+  assert b"".join(pieces[i] for i in tokens[0, 0]) == text.encode()
+  table, state = stop_table(pieces, ["</answer>"], tokenizer.eos_ids, len(pieces)), 0
+  for i in ids:
+    state = int(table[state, i])
+  assert state == len(table) - 1
