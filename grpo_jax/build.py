@@ -79,8 +79,15 @@ class Run:
   # --- parameters ---------------------------------------------------------------------------------
 
   def loaded_params(self) -> Params:
-    """Reads the model's parameters from before training, straight into their layout."""
-    return self.weights.read(meshes.param_shardings(self.mesh, self.weights.shapes))
+    """Reads the model's parameters from before training, straight into their layout.
+
+    Raises:
+      ConfigError: the files hold NaN or infinity.
+    """
+    try:
+      return self.weights.read(meshes.param_shardings(self.mesh, self.weights.shapes))
+    except ValueError as error:
+      raise configs.ConfigError([f"model.source {self.config.model.source!r}: {error}"]) from error
 
   @functools.cached_property
   def base_params(self) -> Params | None:

@@ -7,7 +7,6 @@ python -m grpo_jax.export --config experiments/X.py --out HF_DIR    # its model,
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from grpo_jax import config as configs
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.families import FAMILIES, find_family, parse
+from grpo_jax.models.io.folders import new_folder
 from grpo_jax.models.io.json_files import read_json, write_json
 from grpo_jax.models.io.sources import Source, resolve
 from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weights
@@ -73,22 +73,13 @@ def export_model(
   out = Path(out).resolve()
   if dtype not in DTYPES:
     raise ValueError(f"dtype is {dtype!r}, known: {', '.join(DTYPES)}")
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise FileExistsError(f"{out} exists and is not an empty folder: nothing is overwritten")
   origin = resolve(source)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-  partial.chmod(0o755)
-  try:
+  with new_folder(out) as partial:
     ids = _save_tokenizer(source, origin, partial)
     write_json(partial / "config.json", _config_json(config, origin, ids) | {"dtype": dtype})
     if parse(read_json(partial / "config.json"), str(out)) != config:
       raise ValueError(f"{config} is not the model of {source}")
     write_weights(config, params, partial, dtype, shard_bytes)
-    partial.replace(out)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
   return sorted(file.name for file in out.iterdir())
 
 

@@ -4,6 +4,7 @@ Imports neither jax nor flax, so that a model file can be read, listed or planne
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -91,3 +92,19 @@ class ModelConfig:
   window: int = 0
   local_layers: tuple[bool, ...] = ()
   local_rope_theta: float | None = None
+
+
+def check_numbers(config: ModelConfig, where: str) -> None:
+  """Checks the numbers of a config that was read from a file.
+
+  Raises:
+    ValueError: a number is not finite or out of range; the message names it and the file.
+  """
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      continue
+    positive = field.name not in ("labels", "window", "norm_eps", "norm_offset")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+      limit = "a finite number above 0" if positive else "a finite number of at least 0"
+      raise ValueError(f"{where}: {field.name} is {value}, it must be {limit}")

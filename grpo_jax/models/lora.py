@@ -24,6 +24,7 @@ import numpy as np
 
 from grpo_jax.core.checks import Array
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.io.folders import new_folder
 from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.weights import ROWS, shapes_of
 from grpo_jax.models.protocol import Params
@@ -183,9 +184,13 @@ def save_peft(adapters: Adapters, out: str | Path, *, alpha: float, base_name: s
 
   Args:
     adapters: the adapters.
-    out: folder to write; created if it does not exist.
+    out: folder to write; must be missing or empty.
     alpha: numerator of the scale `alpha / rank`.
     base_name: hub id or folder of the base model; peft can load the base from there.
+
+  Raises:
+    FileExistsError: `out` is not an empty folder. Nothing is overwritten, and the folder appears
+      whole or not at all.
   """
   from safetensors.numpy import save_file
 
@@ -204,9 +209,9 @@ def save_peft(adapters: Adapters, out: str | Path, *, alpha: float, base_name: s
     "lora_alpha": alpha,
     "target_modules": [MATRICES[name].split(".")[-1] for name, *_ in _pairs(adapters)],
   }
-  out.mkdir(parents=True, exist_ok=True)
-  save_file(tensors, out / _WEIGHTS, metadata={"format": "pt"})
-  (out / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  with new_folder(out) as partial:
+    save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+    (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, float]:

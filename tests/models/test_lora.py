@@ -308,3 +308,12 @@ def test_peft_loads_what_we_write():
   spec.loader.exec_module(interop)
   for source in (FIXTURES / "tiny_llama", FIXTURES / "tiny_llama_tied"):
     assert interop.check(source) < 5e-5
+
+
+def test_adapters_are_not_written_over_a_full_folder(tmp_path):
+  (tmp_path / "adapter_config.json").write_text("precious")
+  adapters = lora.init(jax.random.key(0), shapes_of(CONFIG), "q", 2)
+  with pytest.raises(FileExistsError, match="nothing is overwritten"):
+    lora.save_peft(adapters, tmp_path, alpha=4.0, base_name="x")
+  assert (tmp_path / "adapter_config.json").read_text() == "precious"
+  assert len(list(tmp_path.iterdir())) == 1

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import PyTree
 
-from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.config import ModelConfig, check_numbers
 from grpo_jax.models.io.gguf import read_gguf
 from grpo_jax.models.io.safetensors import Index, Tensor, read_folder
 from grpo_jax.models.io.sources import Source
@@ -112,17 +112,35 @@ class Weights:
 
     Args:
       shardings: the parameter tree of shardings; None returns numpy arrays.
+
+    Raises:
+      ValueError: a parameter holds NaN or infinity.
     """
+    parts = jax.tree_util.tree_map_with_path(_finite, self.parts)
     if shardings is None:
-      return jax.tree.map(
-        lambda shape, part: part((slice(None),) * shape.ndim), self.shapes, self.parts
-      )
+      return jax.tree.map(lambda shape, part: part((slice(None),) * shape.ndim), self.shapes, parts)
     return jax.tree.map(
       lambda shape, part, layout: jax.make_array_from_callback(shape.shape, layout, _once(part)),
       self.shapes,
-      self.parts,
+      parts,
       shardings,
     )
+
+
+def _finite(path: tuple[Any, ...], part: Part) -> Part:
+  """Returns `part` with a check of the numbers it reads."""
+
+  def read(index: Index) -> np.ndarray:
+    values = part(index)
+    if not np.isfinite(values).all():
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise ValueError(
+        f"the weights of {name} hold NaN or infinity: the file is damaged, or was written after "
+        "training went wrong; use another copy"
+      )
+    return values
+
+  return read
 
 
 def _once(part: Part) -> Part:
@@ -148,6 +166,7 @@ def open_files(source: Source) -> Weights:
   """
   read = read_gguf if source.kind == "gguf" else read_folder
   config, tensors = read(Path(source.location))
+  check_numbers(config, source.location)
   names = "gguf" if source.kind == "gguf" else "hf"
   return Weights(config, shapes_of(config), _parts(config, tensors, names, source.location))
 

@@ -1,18 +1,22 @@
 """Tests the table of parameters, and that every tensor that does not fit it is an error."""
 
 import dataclasses
+import json
 import math
+import shutil
 import weakref
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.sources import Source
 from grpo_jax.models.io.weights import ROWS, file_shape, open_files, rows_of, shapes_of
+from grpo_jax.models.load import open_weights
 from tests.helpers.model_files import UNTIED, edit_tensors
 
 SOURCE = Source("folder", str(UNTIED))
@@ -164,3 +168,32 @@ def test_a_host_holds_its_shards_and_one_more_parameter():
   parameters = [leaf.size * 4 for leaf in jax.tree.leaves(weights.shapes)]
   assert max(peaks) <= 2 * max(parameters) < sum(parameters) / 3
   assert sum(sizes) == sum(parameters)  # no part is read twice for two devices
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, bad):
+  folder = tmp_path / "model"
+  shutil.copytree("tests/fixtures/tiny_llama", folder)
+  tensors = dict(load_file(folder / "model.safetensors"))
+  tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = bad
+  save_file(tensors, folder / "model.safetensors")
+  with pytest.raises(ValueError, match=r"the weights of layers/up hold NaN or infinity"):
+    open_weights(str(folder)).read()
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [("rope_theta", 0), ("rope_theta", -1.0), ("rms_norm_eps", -1e-6), ("rms_norm_eps", "1e999")],
+)
+def test_numbers_of_a_config_are_finite_and_in_range(tmp_path, field, value):
+  folder = tmp_path / "model"
+  shutil.copytree("tests/fixtures/tiny_llama", folder)
+  text = (folder / "config.json").read_text()
+  config = json.loads(text)
+  config[field] = value
+  for parameters in ("rope_parameters", "rope_scaling"):
+    if field == "rope_theta" and isinstance(config.get(parameters), dict):
+      config[parameters][field] = value
+  (folder / "config.json").write_text(json.dumps(config).replace('"1e999"', "1e999"))
+  with pytest.raises(ValueError, match=r"must be a finite number"):
+    open_weights(str(folder))
