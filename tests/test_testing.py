@@ -1,4 +1,4 @@
-"""The invariance suite: it passes on our functions and catches a planted bug of each class."""
+"""The invariance suite: our functions pass it, and each check catches planted bugs."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ from tests.helpers import published_losses
 
 MAX_LENGTH = 8
 
-# One row per average and kind of region; tests/core/test_losses.py goes through all choices.
+# A row for each average and kind of trust region; tests/core/test_losses.py has all choices.
 ROWS = {name: ALGORITHMS[name] for name in ("grpo", "gspo", "dppo")} | {
   "everything": dataclasses.replace(
     ALGORITHMS["grpo"],
@@ -32,7 +32,7 @@ ROWS = {name: ALGORITHMS[name] for name in ("grpo", "gspo", "dppo")} | {
 
 
 def ours(row):
-  """The loss of a row, and the arrays it takes, in the form the checks want."""
+  """Returns the loss of a row in the form that the checks need, and the arrays that it takes."""
   arrays = ["old_logp"]
   if row.beta > 0:
     arrays.append("ref_logp")
@@ -77,7 +77,7 @@ def test_our_advantages_pass(name):
   testing.check_constant_group(function)
   if name in ("group_centered", "leave_one_out"):
     testing.check_shift_scale(function, scale="equivariant")
-  elif name != "max_rl":  # relative to the mean: scale-free, but a shift is a change
+  elif name != "max_rl":  # relative to the mean: invariant to scale, but not to a shift
     testing.check_shift_scale(function)
 
 
@@ -87,7 +87,7 @@ def test_our_mask_and_logprobs_pass():
 
 
 def reinforce(logp, advantages, mask):
-  """-A logp, summed: the planted bugs below are one change away from it."""
+  """Returns the sum of -A logp; the planted bugs below are one change away from it."""
   return -jnp.sum(jnp.where(mask, logp * advantages[:, None], 0.0))
 
 
@@ -147,7 +147,7 @@ def absolute_advantage(logp, advantages, mask):
 
 
 def clip_at_one(logp, advantages, mask, old_logp):
-  """With both bounds at 1, `minimum` and `clip` share the gradient out between equal branches."""
+  """Clips at 1, where `minimum` and `clip` split the gradient between equal branches."""
   ratio, a = jnp.exp(logp - old_logp), advantages[:, None]
   bounded = jnp.minimum(ratio * a, jnp.clip(ratio, 1.0, 1.0) * a)
   return -jnp.sum(jnp.where(mask, bounded, 0.0))
@@ -198,11 +198,11 @@ def not_scaled(rewards):
   return _deviation(rewards) / 2.0
 
 
-def spread_of_the_others(rewards):
+def deviation_of_the_others(rewards):
   others = 1.0 - jnp.eye(rewards.shape[1])
   mean = rewards @ others / (rewards.shape[1] - 1)
-  spread = jnp.abs(rewards[:, None, :] - mean[:, :, None]) * others
-  return (rewards - mean) / (spread.sum(-1) / (rewards.shape[1] - 1) + 1e-4)
+  deviation = jnp.abs(rewards[:, None, :] - mean[:, :, None]) * others
+  return (rewards - mean) / (deviation.sum(-1) / (rewards.shape[1] - 1) + 1e-4)
 
 
 def without_eos(tokens, eos_ids):
@@ -221,7 +221,7 @@ PLANTED += [
   (testing.check_constant_group, tiny_eps, {}),
   (testing.check_shift_scale, mean_of_squares, {}),
   (testing.check_shift_scale, not_scaled, {}),
-  (testing.check_shift_scale, spread_of_the_others, {}),
+  (testing.check_shift_scale, deviation_of_the_others, {}),
   (testing.check_shift_scale, grpo_jax.max_rl, {"scale": None}),
   (testing.check_shift_scale, grpo_jax.group_normalized, {"scale": "equivariant"}),
   (testing.check_eos, without_eos, {}),
@@ -240,7 +240,7 @@ def test_a_planted_bug_is_caught(check, function, settings):
     check(function, **settings)
   assert isinstance(caught.value, AssertionError)
   text = str(caught.value)
-  assert text.startswith(caught.value.property)
+  assert text.startswith(f"This property does not hold: {caught.value.property}\n")
   assert caught.value.found in text
   assert all(f"{name} =" in text for name in caught.value.arrays)
 
@@ -250,30 +250,32 @@ def test_every_check_is_tested():
   assert checks == {check.__name__ for check, _, _ in PLANTED}
 
 
-def test_the_counterexample_is_the_first_one_with_its_arrays():
+def test_the_first_counterexample_is_raised_with_its_arrays():
   with pytest.raises(testing.Counterexample) as caught:
     testing.check_eos(lambda tokens, eos_ids: tokens != 0)
   assert caught.value.found == "EOS 0 is also the pad"
-  assert caught.value.property.startswith("The first end-of-sequence token is trained on")
+  assert caught.value.property == (
+    "the mask ends with the first end-of-sequence token, for any pad id."
+  )
   assert caught.value.arrays["tokens"].tolist() == [[5, 6, 0, 0], [5, 6, 7, 7]]
-  assert caught.value.arrays["got"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-  assert caught.value.arrays["wanted"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+  assert caught.value.arrays["actual"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+  assert caught.value.arrays["expected"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
-def test_a_misspelt_scale_is_an_error():
+def test_an_unknown_scale_is_an_error():
   with pytest.raises(ValueError, match="scale must be 'invariant', 'equivariant' or None, got 'no"):
     testing.check_shift_scale(grpo_jax.group_normalized, scale="none")
 
 
-# What each check is expected to say; numbers that rounding may change are left out.
+# The report expected of each check, without numbers that depend on rounding.
 FOUND = {
   published_losses.tunix_k1_loss: "a weight depends on logp or A",
-  published_losses.easydel_cispo: "a weight of the wrong sign",
-  published_losses.marin_dapo: r"equal lengths, parts of \(2, 2\)",
+  published_losses.easydel_cispo: "a weight has the wrong sign",
+  published_losses.marin_dapo: r"equal lengths, micro-batches of \(2, 2\)",
   published_losses.sequence_mean: "unequal lengths",
   published_losses.nanochat_loss: "unequal lengths",
-  published_losses.maxtext_loss: "nan in the masked slots of logp: another loss",
-  published_losses.skyrl_loss: "nan in the masked slots of logp: another gradient",
+  published_losses.maxtext_loss: "nan in the masked slots of logp: the loss differs",
+  published_losses.skyrl_loss: "nan in the masked slots of logp: the gradient differs",
   published_losses.marin_kl_mean: "the second sequence is empty",
   published_losses.tunix_mask: "EOS 0 is also the pad",
   published_losses.lmpo_mask: "EOS 9 comes first",
@@ -287,11 +289,11 @@ FOUND = {
 @pytest.mark.parametrize(
   "row", published_losses.DEFECTS, ids=[row.function.__name__ for row in published_losses.DEFECTS]
 )
-def test_the_defect_of_a_published_loss_is_found(row):
+def test_defects_of_published_losses_are_reported(row):
   assert re.match(FOUND[row.function], row.report)
 
 
-def test_the_table_in_the_documentation_is_the_one_that_is_printed():
+def test_the_documentation_has_the_printed_table():
   document = (Path(__file__).parents[1] / "docs" / "invariances.md").read_text(encoding="utf-8")
-  for row in published_losses.table():  # the last column may round otherwise elsewhere
+  for row in published_losses.table():  # without the last column, which depends on rounding
     assert row.rsplit("|", 2)[0] in document

@@ -13,10 +13,14 @@ Array = jax.Array | np.ndarray
 
 def _as_array(name: str, value: Array) -> jax.Array:
   """Returns a jax array, or raises ValueError with the name."""
+  error = None
   try:
-    return jnp.asarray(value)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{name} must be an array of numbers, got {value!r:.200}") from error
+    # jax 0.5 reads None as NaN.
+    if all(leaf is not None for leaf in jax.tree.leaves(value, is_leaf=lambda x: x is None)):
+      return jnp.asarray(value)
+  except (TypeError, ValueError) as caught:
+    error = caught
+  raise ValueError(f"{name} must be an array of numbers, got {value!r:.200}") from error
 
 
 def as_float(name: str, value: Array) -> jax.Array:

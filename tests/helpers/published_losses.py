@@ -1,8 +1,8 @@
-"""Published losses, transcribed with their defects, and the check that finds each.
+"""Published losses, transcribed with their defects, and the check that finds each defect.
 
-`python -m tests.helpers.published_losses` prints the table of `docs/invariances.md`. The functions are our
-own few lines of each project's formula at the version named, reduced to the part that the check
-looks at; most of the projects do other things well, and some have mended these since.
+`python -m tests.helpers.published_losses` prints the table of `docs/invariances.md`. Each function
+restates in a few lines the formula of a project at the named version, reduced to the part that the
+check examines. Some of the projects have fixed these defects since.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from grpo_jax import testing
 
 
 def tunix_k1_loss(logp, advantages, mask, ref_logp):
-  """KL estimator k1 inside the loss: the reference drops out of the gradient."""
+  """KL estimator k1 in the loss: its gradient does not depend on the reference."""
   ratio = jnp.exp(logp - jax.lax.stop_gradient(logp))
   per_token = -ratio * advantages[:, None] + 0.04 * (logp - ref_logp)
   lengths = jnp.maximum(mask.sum(-1), 1)
@@ -24,12 +24,12 @@ def tunix_k1_loss(logp, advantages, mask, ref_logp):
 
 
 def tunix_mask(tokens, eos_ids):
-  """All tokens that are not the pad, which is 0."""
+  """The mask is true on all tokens that are not the pad token, 0."""
   return tokens != 0
 
 
 def lmpo_mask(tokens, eos_ids):
-  """`argmax` of the EOS positions, whose 0 is read as "there is none"."""
+  """`argmax` of the EOS positions, with 0 taken for "no EOS"."""
   is_eos = jnp.isin(tokens, jnp.array(eos_ids))
   first = jnp.argmax(is_eos, -1, keepdims=True)
   return jnp.arange(tokens.shape[-1])[None, :] <= jnp.where(first == 0, tokens.shape[-1], first)
@@ -43,37 +43,37 @@ def easydel_cispo(logp, advantages, mask):
 
 
 def marin_dapo(logp, advantages, mask):
-  """Each sequence is divided by the tokens of the batch, then the mean over sequences is taken."""
+  """The mean over sequences of a sum that is already divided by the tokens of the batch."""
   objective = jnp.where(mask, jnp.exp(logp - jax.lax.stop_gradient(logp)), 0.0)
   return -jnp.mean((objective * advantages[:, None]).sum(-1) / jnp.maximum(mask.sum(), 1))
 
 
 def marin_kl_mean(logp, advantages, mask, ref_logp):
-  """The mean KL of a sequence divides by its length without a guard."""
+  """The mean KL of a sequence divides by its length, which may be 0."""
   kl = jnp.expm1(ref_logp - logp) - (ref_logp - logp)
   return jnp.mean(jnp.sum(jnp.where(mask, kl, 0.0), -1) / mask.sum(-1))
 
 
 def sequence_mean(logp, advantages, mask):
-  """The textbook average of GRPO; MaxText accumulates it with token counts."""
+  """GRPO's average over sequences, accumulated with token counts."""
   per_token = jnp.where(mask, -logp * advantages[:, None], 0.0)
   return jnp.mean(per_token.sum(-1) / jnp.maximum(mask.sum(-1), 1))
 
 
 def maxtext_loss(logp, advantages, mask, old_logp):
-  """The mask multiplies after `exp`; the old log-probs are padded with -inf."""
+  """The mask multiplies after `exp`, and the old log-probs are padded with -inf."""
   ratio = jnp.exp(logp - old_logp)
   return -jnp.sum(ratio * advantages[:, None] * mask.astype(float)) / jnp.maximum(mask.sum(), 1)
 
 
 def skyrl_loss(logp, advantages, mask, old_logp):
-  """One `where`, after `exp`: right in value, its gradient still multiplies by infinity."""
+  """A single `where`, after `exp`: the value is right, but the gradient multiplies by infinity."""
   ratio = jnp.exp(logp - old_logp)
   return -jnp.sum(jnp.where(mask, ratio * advantages[:, None], 0.0))
 
 
 def nemo_advantages(rewards):
-  """Leave-one-out baseline, and a leave-one-out spread from E[x^2] - E[x]^2."""
+  """A leave-one-out standard deviation from E[x^2] - E[x]^2."""
   others = 1.0 - jnp.eye(rewards.shape[1])
   count = max(rewards.shape[1] - 1, 1)
   baseline = rewards @ others / count
@@ -82,14 +82,14 @@ def nemo_advantages(rewards):
 
 
 def openrlhf_advantages(rewards):
-  """A tiny epsilon under a spread that is rounding noise where all rewards are equal."""
+  """A tiny eps beside a standard deviation that is rounding noise if all rewards are equal."""
   mean = rewards.mean(-1, keepdims=True)
   std = jnp.std(rewards, -1, keepdims=True, ddof=min(rewards.shape[1] - 1, 1))
   return (rewards - mean) / (std + 1e-9)
 
 
 def verl_advantages(rewards):
-  """A group of one has no mean subtracted: its advantage is its reward."""
+  """In a group of one no mean is subtracted: the advantage is the reward."""
   if rewards.shape[1] == 1:
     return rewards / (1.0 + 1e-6)
   mean, std = rewards.mean(-1, keepdims=True), jnp.std(rewards, -1, keepdims=True, ddof=1)
@@ -97,12 +97,12 @@ def verl_advantages(rewards):
 
 
 def nanochat_loss(logp, advantages, mask):
-  """The token mean of one pass; passes are averaged."""
+  """The token mean of each micro-batch, averaged over micro-batches."""
   return -jnp.sum(jnp.where(mask, logp * advantages[:, None], 0.0)) / jnp.maximum(mask.sum(), 1)
 
 
 def mllm_jax_logprobs(logits, tokens, temperature):
-  """`log_softmax(logits) / T` for `log_softmax(logits / T)`."""
+  """`log_softmax(logits) / T` instead of `log_softmax(logits / T)`."""
   logps = jax.nn.log_softmax(logits, -1) / temperature
   return jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0]
 
@@ -113,7 +113,7 @@ def _token_share(part, whole):
 
 @dataclasses.dataclass(frozen=True)
 class Defect:
-  """One row of the table: `check(function, **settings)` must raise."""
+  """A row of the table: `check(function, **settings)` must raise Counterexample."""
 
   project: str
   function: Callable
@@ -126,7 +126,7 @@ class Defect:
 
   @functools.cached_property
   def report(self) -> str:
-    """What the check says about it; "nothing" would mean that it is not found."""
+    """The report of the check, or "nothing" if it does not find the defect."""
     try:
       self.check(self.function, **self.settings)
     except testing.Counterexample as counterexample:
@@ -155,8 +155,8 @@ DEFECTS = (
 
 
 def table() -> list[str]:
-  """The rows of the table, as Markdown."""
-  rows = ["| check | project, version | defect | what the check reports |", "|---|---|---|---|"]
+  """Returns the lines of the table in Markdown."""
+  rows = ["| check | project, version | defect | report of the check |", "|---|---|---|---|"]
   for row in DEFECTS:
     rows.append(f"| `{row.check.__name__}` | {row.project} | {row.defect} | {row.report} |")
   return rows
