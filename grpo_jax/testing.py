@@ -298,7 +298,9 @@ def check_shift_scale(
   rewards = rng.integers(0, 8, (3, 8)).astype(np.float32) / 128
   expected = np.asarray(advantages(jnp.asarray(rewards)))
   for shift in (1.0, -32.0, 1024.0):
-    require(f"other advantages for rewards shifted by {shift:g}", rewards + np.float32(shift), expected)
+    require(
+      f"other advantages for rewards shifted by {shift:g}", rewards + np.float32(shift), expected
+    )
   if scale is None:
     return
   rewards = rng.integers(0, 8, (3, 8)).astype(np.float32)
