@@ -1,4 +1,4 @@
-"""Rows moved together: against a plain statement of what may lie where, on random patterns."""
+"""Tests compaction on random patterns, against a plain statement of which row may lie where."""
 
 import itertools
 
@@ -10,13 +10,13 @@ from grpo_jax.sampling import compaction
 
 
 def needed(live, width):
-  """Chunks that the rows of one block [P, G] take."""
+  """Returns the number of chunks that the live rows of one shard [P, G] take."""
   return sum(-(-int(row.sum()) // width) for row in live)
 
 
-def test_shapes_halve_the_rows_whatever_their_number():
+def test_shapes_halve_any_number_of_rows():
   for prompts, group in ((4, 8), (1, 1), (3, 5), (50, 1), (1, 16)):
-    rows = [one.chunks * one.width for one in compaction.shapes(prompts, group, 30)]
+    rows = [shape.chunks * shape.width for shape in compaction.shapes(prompts, group, 30)]
     assert rows[0] == prompts * group
     assert rows[-1] == 1
     for before, after in itertools.pairwise(rows):
@@ -25,7 +25,7 @@ def test_shapes_halve_the_rows_whatever_their_number():
   assert len(compaction.shapes(4, 8, 0)) == 1
 
 
-def test_living_rows_keep_their_numbers_and_share_chunks_with_their_prompt_alone():
+def test_live_rows_keep_their_numbers_and_share_chunks_with_their_prompt_alone():
   prompts, group, shards = 4, 6, 3
   rng = np.random.default_rng(shards)
   for share in (0.2, 0.5):
@@ -37,14 +37,14 @@ def test_living_rows_keep_their_numbers_and_share_chunks_with_their_prompt_alone
     rows = np.broadcast_to(number, alive.shape).reshape(shards * prompts, group)
     live, width = alive.reshape(rows.shape), group
     for shape in smaller:
-      room = all(needed(block, shape.width) <= shape.chunks for block in alive)
+      room = all(needed(shard, shape.width) <= shape.chunks for shard in alive)
       assert bool(compaction.fits(row_map, jnp.asarray(live), shape)) == room
       if not room:
         continue
-      row_map, moved = compaction.regroup(row_map, jnp.asarray(live), shape)
-      rows = np.asarray(moved.rows(jnp.asarray(rows)))
-      of_prompt = np.asarray(moved.chunks(jnp.asarray(of_prompt)))
-      live, width = np.asarray(moved.valid), shape.width
+      row_map, gather = compaction.regroup(row_map, jnp.asarray(live), shape)
+      rows = np.asarray(gather.rows(jnp.asarray(rows)))
+      of_prompt = np.asarray(gather.chunks(jnp.asarray(of_prompt)))
+      live, width = np.asarray(gather.valid), shape.width
       assert rows.shape == live.shape == (shards * shape.chunks, width)
       for b in range(shards):
         part = slice(b * shape.chunks, (b + 1) * shape.chunks)
@@ -54,25 +54,25 @@ def test_living_rows_keep_their_numbers_and_share_chunks_with_their_prompt_alone
       np.testing.assert_array_equal(original_index[live], rows[live])
       # Some of the rows end before the next shape.
       alive &= rng.random(alive.shape) < 0.7
-      block = np.repeat(np.arange(shards), shape.chunks)[:, None]
-      live = live & alive.reshape(shards, -1)[block, rows]
+      shard = np.repeat(np.arange(shards), shape.chunks)[:, None]
+      live = live & alive.reshape(shards, -1)[shard, rows]
 
 
-def test_rows_come_back_where_they_were():
-  """Arrays with a leading axis too, as a stacked cache has one."""
+def test_rows_return_to_their_original_index():
+  """Also in arrays with a leading axis, such as a stacked cache."""
   live = jnp.asarray([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]], bool)
   row_map = compaction.start(1, compaction.Shape(3, 4))
   values = jnp.arange(2 * 12 * 5).reshape(2, 3, 4, 5)
-  row_map, moved = compaction.regroup(row_map, live, compaction.Shape(3, 1))
-  small = moved.rows(values, axis=-3)
+  row_map, gather = compaction.regroup(row_map, live, compaction.Shape(3, 1))
+  small = gather.rows(values, axis=-3)
   np.testing.assert_array_equal(small[:, :, 0], values[:, [0, 2, 2], [1, 0, 3]])
-  np.testing.assert_array_equal(moved.chunks(values, axis=1)[:, :, 0], values[:, [0, 2, 2], 0])
+  np.testing.assert_array_equal(gather.chunks(values, axis=1)[:, :, 0], values[:, [0, 2, 2], 0])
   back = compaction.scatter_rows(values[0], row_map, -small[0])
   np.testing.assert_array_equal(back, jnp.where(live[..., None], -values[0], values[0]))
 
 
 def test_no_row_leaves_its_device():
-  """The compiled move of a batch cut over eight devices exchanges nothing but the decision."""
+  """Compiled over eight devices, a compaction exchanges nothing but whether the rows fit."""
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   first, smaller = compaction.shapes(2, 4, 1)
@@ -80,8 +80,8 @@ def test_no_row_leaves_its_device():
   def move(live, rows):
     row_map = compaction.start(8, first)
     fits = compaction.fits(row_map, live, smaller)
-    row_map, moved = compaction.regroup(row_map, live, smaller)
-    small = moved.rows(rows) * 2
+    row_map, gather = compaction.regroup(row_map, live, smaller)
+    small = gather.rows(rows) * 2
     return fits, small, compaction.scatter_rows(rows, row_map, small)
 
   live = jax.device_put(jnp.arange(64).reshape(16, 4) % 2 == 0, layout)

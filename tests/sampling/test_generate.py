@@ -1,4 +1,4 @@
-"""The sampler: exact draws, one stream per row, and the log-probabilities that the trainer gets."""
+"""Tests exact draws, one random stream per row, and log-probs that are the trainer's."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ MASK = jnp.array([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]], bool)
 
 
 def stop_at(*ids):
-  """The table of these ids; of none: a completion never ends."""
+  """Returns the stop table of these ids; without ids a completion never ends."""
   if not ids:
     return jnp.zeros((2, 23), jnp.int32)
   return jnp.asarray(stop_table([], [], ids, vocab_size=23))
@@ -74,24 +74,25 @@ def keys(step, ids=(0, 1, 2), group=4):
 def test_draw_inverts_the_distribution_function():
   """Against the definition in float64: u picks the first token whose cumulative sum exceeds it."""
   p = np.array([0.1, 0.0, 0.3, 0.05, 0.0, 0.55])
-  for u, want in ((0.0, 0), (0.099, 0), (0.1001, 2), (0.399, 2), (0.41, 3), (0.46, 5), (1.0, 5)):
-    got = generation._invert(jnp.asarray(p, jnp.float32), jnp.float32(u))
-    assert int(got) == want, (u, int(got))
+  cases = ((0.0, 0), (0.099, 0), (0.1001, 2), (0.399, 2), (0.41, 3), (0.46, 5), (1.0, 5))
+  for u, expected in cases:
+    index = generation._invert(jnp.asarray(p, jnp.float32), jnp.float32(u))
+    assert int(index) == expected, (u, int(index))
 
 
 def test_draw_has_the_right_frequencies():
   logits = jnp.log(jnp.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 1e-30]))
-  many = jax.random.split(jax.random.key(3), 40000)
-  tokens = np.asarray(generation.draw(jnp.broadcast_to(logits, (40000, 7)), many)[0])
-  share = np.bincount(tokens, minlength=7) / 40000
-  want = np.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 0.0])
-  error = 4.5 * np.sqrt(want * (1 - want) / 40000)  # 4.5 standard errors
-  assert (np.abs(share - want) <= error).all(), share
-  assert share[6] == 0
+  keys = jax.random.split(jax.random.key(3), 40000)
+  tokens = np.asarray(generation.draw(jnp.broadcast_to(logits, (40000, 7)), keys)[0])
+  frequencies = np.bincount(tokens, minlength=7) / 40000
+  p = np.array([0.5, 0.2, 0.2, 0.06, 0.03, 0.01, 0.0])
+  error = 4.5 * np.sqrt(p * (1 - p) / 40000)  # 4.5 standard errors
+  assert (np.abs(frequencies - p) <= error).all(), frequencies
+  assert frequencies[6] == 0
 
 
-def test_draw_measures_what_it_draws():
-  """Against float64, with a token that cannot come, and rows far from 0."""
+def test_draw_returns_logprob_and_entropy():
+  """Against float64, with a token of probability 0, and rows far from 0."""
   logits = np.random.default_rng(0).normal(size=(50, 11)) * 3 + np.linspace(-80, 80, 50)[:, None]
   logits[:, 4] = -np.inf
   tokens, logp, entropy = generation.draw(
@@ -100,8 +101,8 @@ def test_draw_measures_what_it_draws():
   p = np.exp(logits - logits.max(-1, keepdims=True))
   p /= p.sum(-1, keepdims=True)
   np.testing.assert_allclose(logp, np.log(p[np.arange(50), tokens]), atol=2e-5)
-  want = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
-  np.testing.assert_allclose(entropy, want, atol=2e-5)
+  expected = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)
+  np.testing.assert_allclose(entropy, expected, atol=2e-5)
 
 
 def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
@@ -138,7 +139,7 @@ def test_steps_differ_and_one_step_repeats(params):
     assert len({tuple(row) for row in np.asarray(first.tokens[p]).tolist()}) > 1
 
 
-def test_how_the_batch_is_split_changes_no_sample(params):
+def test_splitting_the_batch_changes_no_sample(params):
   whole = run(params, PROMPTS, MASK, keys(0), STOP)
   for p in range(3):
     part = run(params, PROMPTS[p : p + 1], MASK[p : p + 1], keys(0, ids=(p,)), STOP)
@@ -146,8 +147,8 @@ def test_how_the_batch_is_split_changes_no_sample(params):
   smaller = run(params, PROMPTS, MASK, keys(0, group=2), STOP)
   np.testing.assert_array_equal(smaller.tokens, whole.tokens[:, :2])
   order = jnp.array([2, 0, 1])
-  moved = run(params, PROMPTS[order], MASK[order], keys(0, ids=(2, 0, 1)), STOP)
-  np.testing.assert_array_equal(moved.tokens, whole.tokens[order])
+  reordered = run(params, PROMPTS[order], MASK[order], keys(0, ids=(2, 0, 1)), STOP)
+  np.testing.assert_array_equal(reordered.tokens, whole.tokens[order])
 
 
 def test_greedy_is_the_argmax_of_the_plain_model(params):
@@ -182,7 +183,7 @@ def test_completions_end_with_the_stop_token_and_are_padded_after_it(params):
 
 
 def test_a_stop_string_over_several_tokens_ends_a_completion(params):
-  """Every token is one letter; without the string the completions are the same, and go on."""
+  """Every token is one letter; without stop strings the same completions continue."""
   letters = [b"abc"[i % 3 : i % 3 + 1] for i in range(23)]
   table = jnp.asarray(stop_table(letters, ["ab", "cc"], [], vocab_size=23))
   free = run(params, PROMPTS, MASK, keys(0, group=8), stop_at(), length=6, pad_id=1)
@@ -201,7 +202,7 @@ def test_a_stop_string_over_several_tokens_ends_a_completion(params):
 
 
 def test_the_loop_ends_when_all_rows_have_stopped(params):
-  """Every token stops: one decode step would already be one too many."""
+  """Every token stops a completion, so there is no decode step."""
   calls = []
 
   class Counting(Decoder):
@@ -232,21 +233,21 @@ def test_a_single_token_budget(params):
 
 
 @pytest.mark.parametrize(("max_compactions", "prompt_shards"), [(3, 1), (1, 3)])
-def test_moving_rows_together_changes_nothing(params, max_compactions, prompt_shards):
-  """Against the plain loop, where rows end one by one, all at once, and not at all."""
+def test_compaction_changes_nothing(params, max_compactions, prompt_shards):
+  """Against the loop without it, where rows end one by one, all at once, and not at all."""
   for stop in (stop_at(2, 5, 6), stop_at(*range(23)), stop_at(22)):
-    plainly, packed = (
-      run(params, PROMPTS, MASK, keys(0), stop, length=20, pad_id=1, **how)
-      for how in ({}, {"max_compactions": max_compactions, "prompt_shards": prompt_shards})
+    expected, compacted = (
+      run(params, PROMPTS, MASK, keys(0), stop, length=20, pad_id=1, **options)
+      for options in ({}, {"max_compactions": max_compactions, "prompt_shards": prompt_shards})
     )
     for name in ("tokens", "mask", "ended"):
-      np.testing.assert_array_equal(getattr(packed, name), getattr(plainly, name), err_msg=name)
-    np.testing.assert_allclose(packed.logp, plainly.logp, atol=1e-5)
-    np.testing.assert_allclose(packed.entropy, plainly.entropy, atol=1e-5)
+      np.testing.assert_array_equal(getattr(compacted, name), getattr(expected, name), name)
+    np.testing.assert_allclose(compacted.logp, expected.logp, atol=1e-5)
+    np.testing.assert_allclose(compacted.entropy, expected.entropy, atol=1e-5)
 
 
-def test_rows_that_have_ended_stop_costing(params):
-  """Every decode step computes the smallest shape that holds the rows which still live."""
+def test_finished_rows_cost_nothing(params):
+  """Every decode step computes the smallest shape that holds the live rows."""
   decoded = []
 
   class Counting(Decoder):
@@ -263,18 +264,18 @@ def test_rows_that_have_ended_stop_costing(params):
   jax.effects_barrier()
   lengths = np.asarray(out.mask).sum(-1)
   shapes = [(3, 4), (6, 1), (3, 1), (2, 1)]
-  want, at = [], 0
+  expected, at = [], 0
   for index in range(lengths.max() - 1):
-    live = (lengths > index + 1).sum(-1)  # which need the token after number `index`
+    live = (lengths > index + 1).sum(-1)  # rows with a token after number `index`
     while at + 1 < len(shapes):
       chunks, width = shapes[at + 1]
       if sum(-(-int(n) // width) for n in live) > chunks:
         break
       at += 1
-    want.append((index, shapes[at]))
-  assert sorted(decoded) == want
+    expected.append((index, shapes[at]))
+  assert sorted(decoded) == expected
   assert at == len(shapes) - 1
-  assert sum(chunks * width for _, (chunks, width) in want) < 0.7 * 12 * len(want)
+  assert sum(chunks * width for _, (chunks, width) in expected) < 0.7 * 12 * len(expected)
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0 - 2.0**-23])

@@ -1,4 +1,4 @@
-"""Prompts of any length through the sampler: few programs, and padding that changes nothing."""
+"""Tests prompts of any length: few programs, padding that changes nothing, one temperature."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ TRACED = []
 
 
 class Counting(Decoder):
-  """Notes every trace of a program: the length of its prompts."""
+  """Records each trace of a program: the length of its prompts."""
 
   def prefill(self, params, tokens, mask):
     TRACED.append(tokens.shape[1])
@@ -34,7 +34,7 @@ def sample(prompts, sampler=SAMPLER, seed=0):
   return sampler(PARAMS, prompts, jax.random.key(seed), group=2, temperature=1.0)
 
 
-def test_batches_are_padded_to_quarters_of_the_longest_prompt():
+def test_batches_are_padded_to_quarters_of_the_prompt_length():
   for limit in (1, 15, 16, 46, 63, 64, 65, 320, 1000):
     sizes = [padded_length(n, limit) for n in range(1, limit + 1)]
     assert len(set(sizes)) <= 4
@@ -54,15 +54,15 @@ def test_nothing_compiles_after_warm_up():
   assert sorted(TRACED) == [32, 64, 96, 100]
 
 
-def test_the_length_that_a_batch_is_padded_to_changes_no_completion():
-  alone, beside = sample(["12+", "x" * 9]), sample(["12+", "x" * 90])
-  assert alone.prompts.shape[1] == 32
-  assert beside.prompts.shape[1] == 96
-  np.testing.assert_array_equal(alone.tokens[0], beside.tokens[0])
-  np.testing.assert_allclose(alone.logp[0], beside.logp[0], atol=1e-5)
+def test_padding_changes_no_completion():
+  short, long = sample(["12+", "x" * 9]), sample(["12+", "x" * 90])
+  assert short.prompts.shape[1] == 32
+  assert long.prompts.shape[1] == 96
+  np.testing.assert_array_equal(short.tokens[0], long.tokens[0])
+  np.testing.assert_allclose(short.logp[0], long.logp[0], atol=1e-5)
 
 
-def test_all_hosts_pad_to_the_longest_prompt_of_any(monkeypatch):
+def test_hosts_pad_to_the_longest_prompt_of_all_hosts(monkeypatch):
   """Another host's prompts have 70 tokens."""
 
   def gathered(longest):
@@ -72,8 +72,8 @@ def test_all_hosts_pad_to_the_longest_prompt_of_any(monkeypatch):
   assert sample(["x", "yy"]).prompts.shape[1] == 96
 
 
-def test_a_table_of_stops_of_ones_own():
-  """Tokens 0..119 end at once, 120..263 after the next; and none ever does."""
+def test_a_stop_table_of_ones_own():
+  """Tokens 0..119 end a completion, 120..263 end it after the next token; or none ends it."""
   table = np.full((3, 264), 2, np.int32)
   table[0, 120:] = 1
   out = sample(["a", "b", "c"], dataclasses.replace(SAMPLER, stop_table=table))
@@ -84,3 +84,62 @@ def test_a_table_of_stops_of_ones_own():
   assert sample(["a"], endless).lengths.tolist() == [[3, 3]]
   with pytest.raises(ValueError, match=r"stop_table has shape \(3, 4\), must be \[S, V\]"):
     dataclasses.replace(SAMPLER, stop_table=jnp.zeros((3, 4), int))
+
+
+# --- the temperature ------------------------------------------------------------------------------
+
+
+def test_the_temperature_is_given_once_and_recorded():
+  """The logits of the head are cold at 0.01: nearly greedy, unlike at 1."""
+  cold = dataclasses.replace(SAMPLER, temperature=0.01)
+  key = jax.random.key(0)
+  at_hundredth, greedy, hot = (
+    cold(PARAMS, ["12+"], key, group=4, temperature=temperature) for temperature in (None, 0.0, 1.0)
+  )
+  assert [out.temperature for out in (at_hundredth, greedy, hot)] == [0.01, 0.0, 1.0]
+  assert sample(["a"]).temperature == 1.0
+  assert at_hundredth.entropy[:, :, 0].max() < hot.entropy[:, :, 0].min()
+  np.testing.assert_array_equal(hot.tokens, SAMPLER(PARAMS, ["12+"], key, group=4).tokens)
+  assert (greedy.tokens == greedy.tokens[:, :1]).all()
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+  message = "must be finite and 0 [(]greedy[)] or above"
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(SAMPLER, temperature=temperature)
+  with pytest.raises(ValueError, match=message):
+    SAMPLER(PARAMS, ["a"], jax.random.key(0), group=1, temperature=temperature)
+
+
+# --- the layout for decoding ----------------------------------------------------------------------
+
+
+def test_stacked_parameters_are_unstacked_by_the_sampler():
+  """On CPUs the layers of `decode` are a tuple, whatever layout is passed in."""
+  layouts = []
+
+  class Recording(Decoder):
+    def decode(self, params, *rest):
+      layouts.append(type(params["layers"]))
+      return super().decode(params, *rest)
+
+  sampler = dataclasses.replace(SAMPLER, model=Recording(CONFIG))
+  stacked = sampler(MODEL.init(jax.random.key(0)), ["12+"], jax.random.key(0), group=2)
+  assert set(layouts) == {tuple}
+  unstacked = sampler(PARAMS, ["12+"], jax.random.key(0), group=2)
+  np.testing.assert_array_equal(stacked.tokens, unstacked.tokens)
+
+
+def test_a_model_without_a_layout_for_decoding_is_sampled_as_it_is():
+  class Minimal:
+    """The functions of the protocol, and nothing else."""
+
+    config, head, prefill = CONFIG, MODEL.head, MODEL.prefill
+    decode, empty_cache, score = MODEL.decode, MODEL.empty_cache, MODEL.score
+
+  sampler = dataclasses.replace(SAMPLER, model=Minimal())
+  out = sampler(MODEL.init(jax.random.key(0)), ["12+"], jax.random.key(0), group=2)
+  np.testing.assert_array_equal(
+    out.tokens, SAMPLER(PARAMS, ["12+"], jax.random.key(0), group=2).tokens
+  )

@@ -1,4 +1,4 @@
-"""The stop table against the definition: run over the text, byte by byte, in plain Python."""
+"""Tests the stop table against its definition, byte by byte over the text in plain Python."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ PIECES = [b"a", b"b", b"ab", b"ba", b"", b"aab", b"bb\n", b"\n", "é".encode()[:
 
 
 def ends_at(tokens, strings, ids):
-  """Index of the token after which the completion has ended, by searching the text; or None."""
+  """Returns the index of the ending token, or None, by searching the text."""
   text = b""
   for i, token in enumerate(tokens):
     text += PIECES[token]
@@ -39,19 +39,19 @@ def table_ends_at(table, tokens):
     ([], [1, 3]),
   ],
 )
-def test_it_ends_where_the_text_first_holds_a_stop_string(strings, ids):
+def test_a_completion_ends_where_its_text_first_holds_a_stop_string(strings, ids):
   table = stop_table(PIECES, strings, ids, vocab_size=12)
   rng = np.random.default_rng(0)
   ended = 0
   for _ in range(300):
     tokens = rng.integers(0, len(PIECES), 12).tolist()
-    want = ends_at(tokens, strings, ids)
-    assert table_ends_at(table, tokens) == want, tokens
-    ended += want is not None
+    expected = ends_at(tokens, strings, ids)
+    assert table_ends_at(table, tokens) == expected, tokens
+    ended += expected is not None
   assert ended > 10
 
 
-def test_the_end_is_never_left_and_tokens_beyond_the_tokenizer_change_nothing():
+def test_the_end_is_never_left_and_tokens_without_text_change_nothing():
   table = stop_table(PIECES, ["abab"], [7], vocab_size=12)
   assert (table[-1] == len(table) - 1).all()
   np.testing.assert_array_equal(table[:, 10], np.arange(len(table)))
@@ -76,7 +76,7 @@ def test_several_bytes_of_a_byte_tokenizer():
     ([], [12], r"stop ids \[12\] must be in 0..11"),
   ],
 )
-def test_what_it_refuses(strings, ids, message):
+def test_wrong_arguments_are_refused(strings, ids, message):
   with pytest.raises(ValueError, match=message):
     stop_table(PIECES, strings, ids, vocab_size=12)
   with pytest.raises(ValueError, match="10 pieces for a vocabulary of 9"):
