@@ -458,3 +458,24 @@ def test_a_single_shard_has_no_axis():
   assert ranks() == {2}
   assert ranks(row_shards=2) == {2, 3}
   assert ranks(vocab_shards=2) == {2, 3}
+
+
+def test_narrow_hidden_states_meet_the_head_as_in_the_sampler():
+  """The sampler's product: both factors in bfloat16, summed in float32."""
+  rng = np.random.default_rng(3)
+  hidden = jnp.asarray(rng.normal(size=(7, 32)), jnp.bfloat16)
+  head = jnp.asarray(rng.normal(size=(32, 40)), jnp.float32)
+  tokens = jnp.asarray(rng.integers(0, 40, 7))
+  logits = jnp.einsum(
+    "td,dv->tv", hidden, head.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+  )
+  expected = token_logprobs(logits, tokens)
+  logp, entropy = head_logprobs(hidden, head, tokens)
+  np.testing.assert_allclose(logp, expected[0], atol=2e-6)
+  np.testing.assert_allclose(entropy, expected[1], atol=2e-6)
+  gradient = jax.grad(lambda head: head_logprobs(hidden, head, tokens)[0].sum())(head)
+  assert gradient.dtype == jnp.float32
+  wanted = jax.grad(
+    lambda head: token_logprobs(hidden.astype(jnp.float32) @ head, tokens)[0].sum()
+  )(head.astype(jnp.bfloat16).astype(jnp.float32))
+  np.testing.assert_allclose(gradient, wanted, atol=0.05)

@@ -26,6 +26,10 @@ class RewardError(ValueError):
   """A reward function raised, or did not return one number per completion."""
 
 
+# Squares of larger rewards, summed over a batch, leave float32.
+LARGEST = 1e15
+
+
 def score(
   rewards: Rewards,
   prompts: Sequence[Prompt],
@@ -267,10 +271,11 @@ def _to_numbers(label: str, values: Any, arguments: Arguments) -> Float[np.ndarr
         number = float(value)
       except OverflowError:  # an integer beyond the range of floats: treat it as infinite
         number = math.inf
-    if math.isinf(number):
+    if abs(number) > LARGEST:
       raise RewardError(
         f"{label} returned {type(value).__name__} {_abridged(value)} at position {i}: it must be a "
-        f"finite number, or None where it does not apply\n{_show_at(arguments, i)}"
+        f"finite number of at most {LARGEST:g} either way, or None where it does not apply\n"
+        f"{_show_at(arguments, i)}"
       )
     out[i] = number
   return out

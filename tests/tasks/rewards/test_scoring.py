@@ -275,3 +275,12 @@ def test_long_texts_are_shown_without_their_middle():
   prompt, completion = show_completion("p" * 1000, "c" * 398).split("\n")
   assert prompt == f"  prompt:     '{'p' * 199} ... {'p' * 199}'"
   assert completion == f"  completion: '{'c' * 398}'"  # 400 characters with its quotes
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e16])
+def test_rewards_that_float32_statistics_cannot_hold_are_refused(value):
+  def extreme(prompts, completions, **columns):
+    return [value] * len(completions)
+
+  with pytest.raises(RewardError, match=r"extreme.*a finite number of at most 1e\+15"):
+    score({"extreme": (extreme, 1.0)}, ["p"], [["a"]], {})
