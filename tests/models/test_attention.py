@@ -1,4 +1,4 @@
-"""Attention of a group, all at once and in blocks of queries, against one query after another."""
+"""Tests attention of a group, untiled and tiled, against a loop over single queries."""
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,13 @@ def arrays():
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def one_query_after_another(q, k, v, prefix_k, prefix_v, softcap, window):
-  """In float64, from the definition: a softmax over the keys that a query sees."""
+def attention_by_query(q, k, v, prefix_k, prefix_v, softcap, window):
+  """Computes the definition in float64: a softmax over the keys that a query sees."""
   out = np.zeros((P, G, S, H, D))
   for p, g, s, h in np.ndindex(P, G, S, H):
-    seen = np.flatnonzero(PROMPT_MASK[p])
-    keys = [*prefix_k[p, seen, h // (H // K)], *k[p, g, : s + 1, h // (H // K)]]
-    values = [*prefix_v[p, seen, h // (H // K)], *v[p, g, : s + 1, h // (H // K)]]
+    visible = np.flatnonzero(PROMPT_MASK[p])
+    keys = [*prefix_k[p, visible, h // (H // K)], *k[p, g, : s + 1, h // (H // K)]]
+    values = [*prefix_v[p, visible, h // (H // K)], *v[p, g, : s + 1, h // (H // K)]]
     if window:
       keys, values = keys[-window:], values[-window:]
     scores = np.array(keys) @ q[p, g, s, h] / np.sqrt(D)
@@ -39,7 +39,7 @@ def one_query_after_another(q, k, v, prefix_k, prefix_v, softcap, window):
 
 
 def group(q, k, v, prefix_k, prefix_v, softcap, window):
-  """As the decoder asks for it."""
+  """Calls group attention as the decoder does."""
   count, slots = PROMPT_MASK.sum(-1)[:, None], jnp.arange(S)
   in_prompt = jnp.maximum(jnp.cumsum(PROMPT_MASK, -1) - 1, 0)
 
@@ -53,8 +53,8 @@ def group(q, k, v, prefix_k, prefix_v, softcap, window):
   return tile_queries(attend, q, N + S)
 
 
-def tiled_attention(monkeypatch, size, keys):
-  """Blocks of `size` queries that see `keys` keys each, however short the sequence."""
+def force_tiles(monkeypatch, size, keys):
+  """Makes tiles of `size` queries with `keys` keys each, however short the sequence."""
   monkeypatch.setattr(attention, "UNTILED_SCORES", 1)
   monkeypatch.setattr(attention, "TILE_SCORES", size * keys)
 
@@ -63,27 +63,27 @@ def tiled_attention(monkeypatch, size, keys):
 @pytest.mark.parametrize(("softcap", "window"), CASES.values(), ids=CASES)
 def test_every_query_sees_its_keys(softcap, window, size, monkeypatch):
   if size:
-    tiled_attention(monkeypatch, size, N + S)
-  got = jax.jit(lambda *a: group(*a, softcap, window))(*arrays())
+    force_tiles(monkeypatch, size, N + S)
+  actual = jax.jit(lambda *a: group(*a, softcap, window))(*arrays())
   wide = [np.asarray(a, np.float64) for a in arrays()]
-  np.testing.assert_allclose(got, one_query_after_another(*wide, softcap, window), atol=1e-5)
+  np.testing.assert_allclose(actual, attention_by_query(*wide, softcap, window), atol=1e-5)
 
 
-def test_gradients_in_blocks_are_those_of_all_at_once(monkeypatch):
+def test_gradients_of_tiles_equal_untiled_gradients(monkeypatch):
   weights = jnp.asarray(np.random.default_rng(1).normal(size=(P, G, S, H, D)), jnp.float32)
 
   def gradients():
     return jax.jit(jax.grad(lambda *a: jnp.sum(group(*a, 1.5, 5) * weights), range(5)))(*arrays())
 
-  whole = gradients()
-  tiled_attention(monkeypatch, 2, N + S)
-  for got, want in zip(gradients(), whole, strict=True):
-    assert jnp.abs(want).max() > 0.1
-    np.testing.assert_allclose(got, want, atol=1e-5)
+  untiled = gradients()
+  force_tiles(monkeypatch, 2, N + S)
+  for actual, expected in zip(gradients(), untiled, strict=True):
+    assert jnp.abs(expected).max() > 0.1
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_a_model_in_blocks_is_the_same_model(monkeypatch):
-  """Windows of some layers, prompts with left padding, prefill, log-probs and gradients."""
+def test_a_tiled_model_computes_the_same(monkeypatch):
+  """Covers local layers, left-padded prompts, prefill, hidden states and gradients."""
   config = ModelConfig(
     vocab_size=37, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24,
     window=4, local_layers=(True, False), attn_softcap=2.0,
@@ -101,10 +101,10 @@ def test_a_model_in_blocks_is_the_same_model(monkeypatch):
     (_, hidden), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return hidden, gradient, model.prefill(params, prompts, jnp.asarray(PROMPT_MASK))[0]
 
-  whole = compute()
-  tiled_attention(monkeypatch, 2, N)  # and one query of a completion, which sees more keys
-  for got, want in zip(jax.tree.leaves(compute()), jax.tree.leaves(whole), strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  untiled = compute()
+  force_tiles(monkeypatch, 2, N)  # and one query of a completion, which sees more keys
+  for actual, expected in zip(*map(jax.tree.leaves, (compute(), untiled)), strict=True):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_grows_with_the_length_and_not_its_square(monkeypatch):
@@ -121,7 +121,7 @@ def test_memory_grows_with_the_length_and_not_its_square(monkeypatch):
     program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
     return program.memory_analysis().temp_size_in_bytes
 
-  assert temporaries(1024) > 1024**2 * 4  # all at once
+  assert temporaries(1024) > 1024**2 * 4  # untiled
   monkeypatch.setattr(attention, "UNTILED_SCORES", 512**2)
   monkeypatch.setattr(attention, "TILE_SCORES", 2**14)
   short, long = temporaries(1024), temporaries(2048)

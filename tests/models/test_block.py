@@ -1,4 +1,4 @@
-"""The products of a layer: their gradients are those of `h @ w`, computed the cheaper way."""
+"""Tests that the products of a layer have the gradients of `h @ w`, computed the cheaper way."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def operands(sizes, dtype=jnp.float32):
   return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def pulled_back(function, h, weight, dy):
+def value_and_vjp(function, h, weight, dy):
   value, back = jax.vjp(function, h, weight)
   return value, *back(dy)
 
@@ -25,38 +25,40 @@ def pulled_back(function, h, weight, dy):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_gradients_are_those_of_a_matrix_product(sizes, dtype):
   h, weight, dy = operands(sizes, dtype)
-  got = pulled_back(matmul, h, weight, dy)
-  # by definition, in float64; what is rounded to bfloat16 has 8 bits
-  wide = [np.asarray(one, np.float64) for one in (h, weight, dy)]
-  wanted = (
+  results = value_and_vjp(matmul, h, weight, dy)
+  # The definition in float64; bfloat16 has 8 bits.
+  wide = [np.asarray(array, np.float64) for array in (h, weight, dy)]
+  definition = (
     wide[0] @ wide[1],
     wide[2] @ wide[1].T,
     sum(np.outer(a, b) for a, b in zip(wide[0].reshape(30, -1), wide[2].reshape(30, -1))),
   )
-  for one, want in zip(got, wanted, strict=True):
-    assert one.dtype == dtype
-    error = 1e-5 if dtype == jnp.float32 else 2**-8 * np.abs(want).max()
-    np.testing.assert_allclose(np.asarray(one, np.float64), want, atol=error)
+  for actual, expected in zip(results, definition, strict=True):
+    assert actual.dtype == dtype
+    error = 1e-5 if dtype == jnp.float32 else 2**-8 * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, atol=error)
 
 
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_with_no_batch_dims_saveable])
-def test_it_can_be_recomputed_and_mapped(policy):
+def test_matmul_can_be_rematerialized_and_vmapped(policy):
   h, weight, _ = operands(SIZES["widens"])
 
-  def twice(times):
+  def gradient(multiply):
     def loss(h, weight):
-      return jnp.sum(jnp.sin(times(jnp.sin(times(h, weight)), weight.T)) * h)
+      return jnp.sum(jnp.sin(multiply(jnp.sin(multiply(h, weight)), weight.T)) * h)
 
     return jax.grad(jax.checkpoint(loss, policy=policy), (0, 1))
 
-  got = jax.vmap(twice(matmul), (0, None))(h, weight)
-  want = jax.vmap(twice(jnp.matmul), (0, None))(h, weight)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+  actual = jax.vmap(gradient(matmul), (0, None))(h, weight)
+  expected = jax.vmap(gradient(jnp.matmul), (0, None))(h, weight)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected
+  )
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_the_narrower_factor_is_the_one_that_is_transposed(sizes):
-  """The matmul over all rows takes the wider factor as it lies: it stands on the right."""
+def test_the_narrower_factor_is_transposed(sizes):
+  """The product over all rows has the wider factor, which is not transposed, on the right."""
   h, weight, dy = operands(sizes)
   program = jax.make_jaxpr(lambda h, w, dy: jax.vjp(matmul, h, w)[1](dy))(h, weight, dy)
   (over_rows,) = (

@@ -1,4 +1,4 @@
-"""The decoder: a prompt shared by its group gives what one row per completion gives."""
+"""Tests that a prompt shared by its group gives the same as one row per completion."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def case():
   model = Decoder(CONFIG)
   params = model.init(jax.random.key(0))
   noise = jax.random.normal(jax.random.key(1), (3, CONFIG.width)) * 0.3
-  params["layers"]["attn_norm"] = 1.0 + noise  # norms of 1 would hide a missing multiply
+  params["layers"]["attn_norm"] = 1.0 + noise  # norms of 1 would hide a missing product
   prompts, mask = np.zeros((3, 6), np.int32), np.zeros((3, 6), bool)
   for row, ids in enumerate(PROMPTS):
     prompts[row, 6 - len(ids) :], mask[row, 6 - len(ids) :] = ids, True
@@ -37,7 +37,7 @@ def shared_logp(model, params, prompts, mask, completions):
 
 
 def plain_logp(params, completions):
-  """[P, G, T] log-probabilities from the independent row-by-row decoder, 0 where masked."""
+  """Returns log-probabilities [P, G, T] of the independent row-by-row decoder, 0 where masked."""
   rows = []
   for p, prompt in enumerate(PROMPTS):
     for g in range(2):
@@ -49,8 +49,8 @@ def plain_logp(params, completions):
 
 def test_score_equals_one_row_per_completion(case):
   model, params, prompts, mask, completions, keep = case
-  got = jnp.where(keep, shared_logp(model, params, prompts, mask, completions), 0.0)
-  np.testing.assert_allclose(got, plain_logp(params, completions), atol=1e-5)
+  actual = jnp.where(keep, shared_logp(model, params, prompts, mask, completions), 0.0)
+  np.testing.assert_allclose(actual, plain_logp(params, completions), atol=1e-5)
 
 
 def test_gradients_equal_one_row_per_completion(case):
@@ -60,9 +60,10 @@ def test_gradients_equal_one_row_per_completion(case):
     params
   )
   rows = jax.grad(lambda p: (weights * plain_logp(p, completions)).sum())(params)
-  for path, got in jax.tree_util.tree_leaves_with_path(shared):
-    want = dict(jax.tree_util.tree_leaves_with_path(rows))[path]
-    np.testing.assert_allclose(got, want, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+  by_path = dict(jax.tree_util.tree_leaves_with_path(rows))
+  for path, actual in jax.tree_util.tree_leaves_with_path(shared):
+    name = jax.tree_util.keystr(path)
+    np.testing.assert_allclose(actual, by_path[path], atol=1e-5, err_msg=name)
 
 
 def test_padding_of_prompts_and_completions_changes_nothing(case):
@@ -75,20 +76,20 @@ def test_padding_of_prompts_and_completions_changes_nothing(case):
   np.testing.assert_allclose(padded, narrow, atol=1e-5)
 
 
-def test_prefill_and_decode_are_one_forward(case):
+def test_prefill_and_decode_equal_score(case):
   model, params, prompts, mask, completions, _ = case
-  want = model.score(params, prompts, mask, completions)
+  expected = model.score(params, prompts, mask, completions)
   for layout in (params, unstack(params)):
     hidden, prefix = model.prefill(layout, prompts, mask)
-    np.testing.assert_allclose(hidden, want[:, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(hidden, expected[:, 0, 0], atol=1e-5)
     cache = model.empty_cache(layout, 3, 2, 3)
     for t in range(3):
       hidden, cache = model.decode(layout, completions[..., t], jnp.int32(t), prefix, mask, cache)
-      np.testing.assert_allclose(hidden, want[:, :, t + 1], atol=1e-5)
+      np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=1e-5)
 
 
 def test_layout_changes_nothing(case):
-  """Not a bit, operation by operation; compiled, what is fused rounds otherwise."""
+  """Not a bit when run operation by operation; compiled programs fuse and round differently."""
   model, params, prompts, mask, completions, _ = case
 
   def both(score):
@@ -100,10 +101,10 @@ def test_layout_changes_nothing(case):
     np.testing.assert_array_equal(*both(model.score))
 
 
-def test_remat_changes_what_is_kept_and_no_gradient(case):
-  """Kept per layer: the more a policy recomputes, the fewer elements go to the backward pass."""
+def test_remat_changes_the_residuals_and_no_gradient(case):
+  """The more a policy recomputes, the fewer elements it saves for the backward pass."""
   _, params, *data, keep = case
-  kept, gradients = {}, {}
+  saved, gradients = {}, {}
   for policy in REMAT:
     model = Decoder(CONFIG, remat=policy)
 
@@ -111,17 +112,17 @@ def test_remat_changes_what_is_kept_and_no_gradient(case):
       return jnp.sum(jnp.sin(shared_logp(model, p, *data)) * keep)
 
     _, back = jax.vjp(loss, params)
-    kept[policy] = sum(leaf.size for leaf in jax.tree.leaves(back))
+    saved[policy] = sum(leaf.size for leaf in jax.tree.leaves(back))
     (gradients[policy],) = back(jnp.float32(1.0))
-  assert kept["layers"] < kept["dots"] < kept["none"]
+  assert saved["layers"] < saved["dots"] < saved["none"]
   for policy in ("dots", "layers"):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients[policy], gradients["none"]
     )
-  # what lies between: outputs of the seven products but `down`, whose sum is the next layer's input
+  # The difference: outputs of all products except `down`, which is in the input of the next layer.
   c, rows = CONFIG, 3 * (6 + 2 * 3)
   outputs = c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim + c.width + 2 * c.mlp
-  assert kept["dots"] - kept["layers"] == c.layers * rows * outputs
+  assert saved["dots"] - saved["layers"] == c.layers * rows * outputs
 
 
 def test_an_unknown_remat_is_refused(case):
@@ -139,7 +140,7 @@ def test_untied_head_is_used(case):
 
 
 def rows_through(jaxpr, contraction: int, out: int) -> int:
-  """Rows multiplied with weights of shape [contraction, out], summed over all matmuls."""
+  """Counts the rows multiplied with weights [contraction, out], over all matmuls of a jaxpr."""
   total = 0
   for eqn in jaxpr.eqns:
     inner = [
@@ -154,7 +155,7 @@ def rows_through(jaxpr, contraction: int, out: int) -> int:
 
 
 def test_a_prompt_passes_through_the_model_once(case):
-  """Counted in the traced program: rows that meet the MLP's weights, per layer."""
+  """Counts the rows multiplied with the weights of the MLP in the jaxpr, per layer."""
   model, params, prompts, mask, completions, _ = case
   c = CONFIG
 
