@@ -1,21 +1,21 @@
-"""Does a test notice when a line of `grpo_jax/core` is wrong?
+"""Tests whether the tests notice a wrong line of `grpo_jax/core`.
 
-    python -m tools.mutants                    # all files; `--only terms.py`, `--jobs 2`
-    python -m tools.mutants > docs/mutants.md  # and record the result
+    python -m tools.mutants                    # all files; `--only kl.py`, `--jobs 2`
+    python -m tools.mutants > docs/mutants.md  # writes the page
 
-Each mutant is one small change of one expression: an operator, a constant, an argument, a
-`stop_gradient` left out. jax and pytest are imported once; every mutant gets a fork in which an
-import hook serves the changed module. A first run without changes records which tests execute which
-statement and how long each takes: a mutant meets the tests of its module first, then all that
-execute it, then all there are, and is done with when one of them fails. One that runs into the
-time limit counts as noticed.
+Each mutant is one small change of one expression: another operator, constant or argument, or a
+missing `stop_gradient`. jax and pytest are imported once. Every mutant runs in a fork, in which an
+import hook serves the changed module. A first run without changes records the statements that each
+test executes and its duration. A mutant runs the tests of its module, then the other tests that
+execute its statement, then all others, until one of them fails. A mutant that exceeds the time
+limit counts as noticed.
 
-Survivors that cannot be noticed are listed with the reason in `mutants_explained.py`, and meet the
-tests of their module only. The command fails when there are others, or a reason without a survivor.
+`mutants_explained.py` lists the survivors that no test can notice, with the reason; they run the
+tests of their module only. The command fails if there are other survivors, or if a reason has no
+survivor.
 
-`--record FILE` appends each verdict to FILE as it comes, and takes those over that stand there, as
-long as the mutated file and the test file that noticed are unchanged; if not, that test is the
-first one tried.
+`--record FILE` appends each verdict to FILE, and reuses the verdicts in it whose mutated file and
+noticing test file are unchanged. If they have changed, that test is tried first.
 """
 
 import argparse
@@ -32,19 +32,15 @@ from tools.mutants_forks import CORE, prepare, record_baseline, run_all
 from tools.mutants_page import reason, report
 from tools.mutations import Mutant, find_mutants
 
-_TESTED = (
-  *("advantages", "masks", "terms", "logprobs", "losses", "algorithms", "golden", "signatures"),
-  *("testing", "core_more", "unbiased"),
-)
-TESTS = [*[f"tests/test_{name}.py" for name in _TESTED], "grpo_jax/core"]
+TESTS = ["tests/core", "tests/test_testing.py", "grpo_jax/core"]
 
 
 def rounds(mutant: Mutant, baseline: dict, first: str) -> list[list[str]]:
-  """Which tests to try, quick ones first: the module's own, those that execute it, all others."""
+  """Returns the tests to try, quick ones first: those of the module, those that execute it, all."""
   every = sorted(baseline["seconds"], key=lambda t: (t != first, baseline["seconds"][t]))
   hit = [mutant.file, mutant.statement]
   executing = [t for t in every if not mutant.function or hit in baseline["hits"][t]]
-  homes = (f"tests/test_{mutant.file}", "tests/test_core_more", f"grpo_jax/core/{mutant.file}")
+  homes = (f"tests/core/test_{mutant.file}", f"grpo_jax/core/{mutant.file}")
   own = [t for t in executing if t.startswith(homes) or t == first]
   if reason(mutant):
     return [own or executing]
@@ -53,18 +49,19 @@ def rounds(mutant: Mutant, baseline: dict, first: str) -> list[list[str]]:
 
 
 def judge(todo: dict[Mutant, list[list[str]]], jobs: int, limit: float) -> Iterator[tuple]:
-  """(mutant, verdict, by which test), with the rounds of each."""
+  """Yields (mutant, verdict, noticing test); `todo` holds the rounds of tests of each mutant."""
   kills: dict[str, int] = {}
   while todo:
     left = {}
 
     def this_round(todo=todo):
-      for m, (now, *_) in todo.items():  # what noticed much already comes first
+      for m, (now, *_) in todo.items():  # tests that noticed many mutants come first
         yield m, now[:1] + sorted(now[1:], key=lambda t: -kills.get(f"{m.file} {t}", 0))
 
     for mutant, verdict, by in run_all(this_round(), jobs, limit):
       kills[f"{mutant.file} {by}"] = kills.get(f"{mutant.file} {by}", 0) + 1
-      progress(f"{mutant.file}:{mutant.line} {verdict} {by}: {mutant.before} -> {mutant.after}")
+      place = f"{mutant.file} {mutant.function}"
+      progress(f"{place} {verdict} {by}: {mutant.before} -> {mutant.after}")
       later = todo[mutant][1:]
       if later and verdict == "survived":
         left[mutant] = later
@@ -75,7 +72,7 @@ def judge(todo: dict[Mutant, list[list[str]]], jobs: int, limit: float) -> Itera
 
 
 class Record:
-  """Verdicts in a file of JSON lines; the last one of a mutant counts."""
+  """Keeps verdicts in a file of JSON lines; the last one of each mutant counts."""
 
   def __init__(self, path: str | None):
     self.path, self.rows = path, {}
@@ -84,16 +81,18 @@ class Record:
       self.rows = {" ".join(row["mutant"]): row for row in rows}
 
   def verdict(self, mutant: Mutant) -> str | None:
-    """What is known and still holds. Unexplained survivors are tried again: tests may be new."""
+    """Returns a verdict that still holds, or None. Unexplained survivors are tried again."""
     row = self.rows.get(" ".join(mutant.key))
     if not row or row["digests"] != self._digests(mutant, row["by"]):
       return None
     return None if row["verdict"] == "survived" and not reason(mutant) else row["verdict"]
 
   def first(self, mutant: Mutant) -> str:
+    """Returns the test that noticed this mutant before, or an empty string."""
     return self.rows.get(" ".join(mutant.key), {"by": ""})["by"]
 
   def add(self, mutant: Mutant, verdict: str, by: str) -> None:
+    """Appends a verdict to the file."""
     if self.path:
       row = {"mutant": mutant.key, "verdict": verdict, "by": by}
       with open(self.path, "a") as file:
@@ -105,7 +104,7 @@ class Record:
 
 
 def judge_all(mutants: list[Mutant], args: argparse.Namespace) -> dict[Mutant, str]:
-  """The verdicts, in the order of `mutants`; runs in the copy that `prepare` made."""
+  """Returns the verdicts in the order of `mutants`. Runs in the copy that `prepare` makes."""
   record = Record(args.record)
   verdicts = {m: record.verdict(m) for m in mutants}
   todo = [m for m in mutants if not verdicts[m]]

@@ -1,8 +1,8 @@
-"""Mutants that no test can notice, and why."""
+"""Lists the mutants that no test can notice, with the reasons."""
 
 _AT_ZERO = "advantages of 0 give an objective of 0 either way"
 
-# "file: line": {"change": reason}; "#3" at the end: the third place in that line.
+# "file: line": {"change": reason}; "#3" at the end is the third place in that line.
 EXPLAINED: dict[str, dict[str, str]] = {
   "advantages.py: count = jnp.maximum(where.sum(axis, keepdims=True), 1)": {
     "1 -> 2": "relative to the smallest of their group, fewer than two rewards sum up to 0",

@@ -22,7 +22,7 @@ CORE = Path("grpo_jax/core")  # in the copy that `prepare` makes
 
 def prepare(folder: str) -> None:
   """Loads what every fork needs; works on a copy, so that files may change meanwhile."""
-  for name in ("grpo_jax", "tests", "docs"):
+  for name in ("grpo_jax", "tests", "docs", "tools"):
     shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__"))
   shutil.copy(ROOT / "setup.cfg", folder)
   os.chdir(folder)
