@@ -18,7 +18,7 @@ demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
 
 # Under a minute on two cores, for use at every change. Compiled programs are kept in .cache, so the
-# first run in a checkout takes about twice as long.
+# first run in a checkout takes two to three times as long.
 check: lint
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/python -m pytest -n 2 $(CHECK)
