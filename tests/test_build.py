@@ -1,11 +1,14 @@
 """The objects of a run: what the config says of matmul precision stands in the programs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax.build import build
-from grpo_jax.config import load
+from grpo_jax.build import build, make_algorithm
+from grpo_jax.config import CHOICES, default_config, load
+from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
 from grpo_jax.learning.step import Batch
 from grpo_jax.sampling.generate import generate
 
@@ -87,3 +90,40 @@ def test_the_lowered_programs_say_so_for_accelerators(platform):
   assert len(highest) > 10
   assert all("HIGHEST" in line for line in highest)
   assert not any("HIGHEST" in line for line in default)
+
+
+CHANGES = [
+  (row, field.name)
+  for row, algorithm in ALGORITHMS.items()
+  for field in dataclasses.fields(algorithm)
+  if isinstance(getattr(algorithm, field.name), float)
+]
+
+
+@pytest.mark.parametrize(("row", "name"), CHANGES)
+def test_every_number_of_every_row_can_be_set_on_the_command_line(row, name):
+  value = getattr(ALGORITHMS[row], name) + (0.25 if name != "clip_dual" else 1.0)
+  if name == "beta" and ALGORITHMS[row].kl == "none":
+    value = 0.0  # without an estimator there is no KL term
+  overrides = [f"--config.algorithm.name={row}", f"--config.algorithm.{name}={value}"]
+  c = load("experiments/tiny.py", overrides)
+  algorithm = make_algorithm(c.algorithm)
+  assert getattr(algorithm, name) == value
+  assert algorithm == dataclasses.replace(ALGORITHMS[row], **{name: value})
+
+
+def test_the_rows_have_numbers_of_every_kind():
+  """So that the test above leaves none out: what a row may hold stands in the config."""
+  fields = set(default_config().algorithm) - {"name", *CHOICES}
+  held = {f.name for f in dataclasses.fields(Algorithm)} - {"source", *CHOICES}
+  assert fields == held
+
+
+def whitened(rewards):
+  return rewards - rewards.mean()
+
+
+def test_a_function_named_by_its_file_is_the_advantage():
+  c = load("experiments/tiny.py", ["--config.algorithm.advantage=tests/test_build.py:whitened"])
+  rewards = jnp.array([[1.0, 0.0], [0.0, 0.0]])
+  assert make_algorithm(c.algorithm).advantage(rewards).tolist() == [[0.75, -0.25], [-0.25, -0.25]]
