@@ -28,9 +28,9 @@ score to one of them, or evaluates the answer; the other {others} of {count} gav
 full scores are right: a problem may have several solutions, and a number may be rounded.
 
 What is done: an answer that a scorer would evaluate reaches it as checked text only (`CLEAN`); a
-full score is held to a rule (`CONFIRM`); a scorer that misjudges right answers is replaced (`REPLACED`).
-All three are in `grpo_jax/tasks/rewards/foreign.py`, and all rewards run in isolated processes.
-Empty answers score 0 everywhere. Written by `python -m tools.scorers > docs/scorers.md`.
+full score is held to a rule (`CONFIRM`); a scorer that misjudges right answers is replaced
+(`REPLACED`). All three are in `grpo_jax/tasks/rewards/foreign.py`, and all rewards run in isolated
+processes. Empty answers score 0 everywhere. Written by `python -m tools.scorers > docs/scorers.md`.
 
 | data set | wrong answers with full score, of {per_set} | with the guard | guard | example |
 |---|---|---|---|---|"""

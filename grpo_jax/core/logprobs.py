@@ -219,8 +219,8 @@ def _tile_logits(hidden, head, start, width, temperature, softcap, dtype):
   """Returns scaled logits of a tile, `d logits / d (hidden @ head)`, and the tile of the head."""
   s, b = _axes(hidden, head)
   tile = jax.lax.dynamic_slice_in_dim(_bits(head), start, width, axis=-2).view(head.dtype)
-  # Narrow hidden states meet a head of their own dtype, as they do in the sampler: multiplied with a
-  # wider one, the same tokens would have other log-probs.
+  # Narrow hidden states meet a head of their own dtype, as they do in the sampler. With a wider
+  # head, the same tokens would have other log-probs.
   tile = tile.astype(hidden.dtype)
   raw = jnp.einsum(f"{s}rd,{b}wd->{s}r{b}w", hidden, tile, preferred_element_type=dtype)
   capped, slope = _soft_cap_and_slope(raw, softcap)

@@ -46,7 +46,8 @@ def test_a_dump_is_read_back(state, recorder, tmp_path):
   (path,) = skipped.complete(tmp_path)
   assert path == skipped.folder(tmp_path, 4, 0)
   assert recorder.lines == [
-    f"step 4, update 0 skipped: loss nan, gradient norm 2; see why: python -m grpo_jax.replay {path}"
+    "step 4, update 0 skipped: loss nan, gradient norm 2; see why: "
+    f"python -m grpo_jax.replay {path}"
   ]
   assert recorder.advice().endswith(f"DUMP, for {path}")
   dump = skipped.read(path)
