@@ -74,7 +74,8 @@ class Output(contextlib.AbstractContextManager):
     writer = make(self.workdir, self._steps, resume_step=start, keep_evaluation=not again)
     self._writer = self._open.enter_context(writer)
     self._late = metrics.OneStepLate(self._writer.write)
-    self._num_tokens = metrics.last(self.workdir, "num_tokens", 0)
+    # Only the first host writes metrics; the file may not exist yet for the others.
+    self._num_tokens = metrics.last(self.workdir, "num_tokens", 0) if hosts.is_first() else 0
     self.start_step()
     return start, state
 
