@@ -258,7 +258,7 @@ def own_run(folder):
 @pytest.mark.slow
 def test_a_reward_that_raises_on_one_host_ends_all_hosts_with_its_message(tmp_path):
   (first, output), (second, other) = run(own_run(tmp_path), 2, devices=1, FAILS="1")
-  assert first == cluster.FAILED
+  assert first == cluster.FAILED, output
   assert "scoring the completions failed on process 1 of 2: RewardError" in output
   assert "RuntimeError: the judge is down" in output
   assert second not in (0, cluster.FAILED)
@@ -318,7 +318,7 @@ with hosts.session(heartbeat=100, wait=3.0):
 @pytest.mark.slow
 def test_a_host_that_waits_too_long_dumps_its_stacks_and_ends():
   (first, output), (second, _) = run(["-c", STUCK], 2, devices=1)
-  assert first == cluster.FAILED
+  assert first == cluster.FAILED, output
   assert "process 0 ends: no exchange between the hosts for 3 s (hosts.wait)" in output
   assert "in exchange" in output  # the stack
   assert second != 0
