@@ -1,11 +1,11 @@
-"""An independent decoder for comparison: one unpadded row at a time, no cache, no shared prompt."""
+"""Implements an independent decoder: one unpadded row at a time, no cache, no shared prompt."""
 
 import jax
 import jax.numpy as jnp
 
 
 def hidden_states(config, params, ids):
-  """Final hidden states [S, D] of one unpadded row of token ids."""
+  """Returns the final hidden states [S, D] of one unpadded row of token ids."""
   c = config
   layers = params["layers"]
   x = params["embed"][jnp.asarray(ids)]
@@ -28,11 +28,11 @@ def hidden_states(config, params, ids):
     outs = []
     for head in range(c.heads):
       kv = head // (c.heads // c.kv_heads)
-      at = slice(head * c.head_dim, (head + 1) * c.head_dim)
-      kat = slice(kv * c.head_dim, (kv + 1) * c.head_dim)
-      scores = rope(q[:, at]) @ rope(k[:, kat]).T / c.head_dim**0.5
+      query_columns = slice(head * c.head_dim, (head + 1) * c.head_dim)
+      key_columns = slice(kv * c.head_dim, (kv + 1) * c.head_dim)
+      scores = rope(q[:, query_columns]) @ rope(k[:, key_columns]).T / c.head_dim**0.5
       scores = jnp.where(jnp.tril(jnp.ones_like(scores)) > 0, scores, -jnp.inf)
-      outs.append(jax.nn.softmax(scores, axis=-1) @ v[:, kat])
+      outs.append(jax.nn.softmax(scores, axis=-1) @ v[:, key_columns])
     x = x + jnp.concatenate(outs, axis=1) @ w["o"]
     h = norm(x, w["mlp_norm"][None])
     gate = h @ w["gate"]
@@ -41,7 +41,7 @@ def hidden_states(config, params, ids):
 
 
 def completion_logprobs(config, params, prompt, completion, temperature=1.0):
-  """Log-probability [len(completion)] of each token of one completion after one prompt."""
+  """Returns the log-probability [len(completion)] of each token of one completion."""
   ids = [int(t) for t in prompt] + [int(t) for t in completion]
   head = params["embed" if config.tied else "head"]
   logits = hidden_states(config, params, ids)[len(prompt) - 1 : -1] @ head.T / temperature

@@ -1,4 +1,4 @@
-"""Writes small GGUF files whose every value is known, for the tests of their readers."""
+"""Writes small GGUF files with known values, for the tests of their readers."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ MERGES = ["1 2", "h e", "Ċ Ċ"]
 
 
 def byte_letters() -> list[str]:
-  """The character that stands for each byte in a byte-level vocabulary (the rule of GPT-2)."""
+  """Returns the character for each byte in a byte-level vocabulary (the rule of GPT-2)."""
   letters, spare = [], 256
   for byte in range(256):
     if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
@@ -36,21 +36,21 @@ TYPES = [3, 3, 3, *[1] * 259, 4, 5]
 
 
 def q4_1_values(rng, shape) -> np.ndarray:
-  """Values that Q4_1 holds exactly: in each 32, min + step * (0..15) with both ends present."""
+  """Returns values that Q4_1 represents exactly: min + step * (0..15), both ends in each 32."""
   steps = rng.integers(0, 16, shape).reshape(-1, 32)
   steps[:, 0], steps[:, 1] = 0, 15
   return (steps.reshape(shape) * 0.0625 - 0.5).astype(np.float32)
 
 
 def q8_0_values(rng, shape) -> np.ndarray:
-  """Values that Q8_0 holds exactly: in each 32, step * (-127..127) with 127 present."""
+  """Returns values that Q8_0 represents exactly: step * (-127..127), 127 in each 32."""
   steps = rng.integers(-127, 128, shape).reshape(-1, 32)
   steps[:, 0] = 127
   return (steps.reshape(shape) / 128).astype(np.float32)
 
 
 def gguf_order(kernel: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of q or k as a llama GGUF file has them: row i of a head, then its RoPE partner."""
+  """Reorders rows of q or k as in llama GGUF files: row i of a head, then its RoPE partner."""
   half = kernel.shape[0] // heads // 2
   rows = []
   for head in range(heads):
@@ -69,13 +69,16 @@ def write(
   embed: tuple | None = None,
   **metadata,
 ) -> dict:
-  """Writes the file and gives the parameters it means, by Hugging Face name, [out, in].
+  """Writes the file; returns its parameters by Hugging Face name, matrices as [out, in].
 
   Args:
-    rope_freqs: what each frequency is divided by, a tensor of its own.
-    width: of the model.
-    embed: (bytes [V, row], their type) of a quantized embedding, instead of a known one.
-    metadata: replaces or adds entries, with "__" for "." in their keys; None leaves one out.
+    path: file to write.
+    tied: whether the head is the embedding.
+    architecture: `general.architecture`.
+    rope_freqs: divisor of each rotary frequency, written as a tensor.
+    width: hidden size.
+    embed: (bytes [V, row], quantization type) of the embedding; None writes known values.
+    metadata: entries to replace or add, with "__" for "." in their keys; None removes an entry.
   """
   D, rng = width, np.random.default_rng(0)
   quant, kinds = gguf.quants.quantize, gguf.GGMLQuantizationType
@@ -176,9 +179,10 @@ GEMMA_PARTS = PARTS | {
 
 
 def convert(folder: Path, path: Path, architecture: str, **metadata) -> None:
-  """A Hugging Face folder as a float32 GGUF file, in the way of llama.cpp's converter.
+  """Converts a Hugging Face folder to a float32 GGUF file, like llama.cpp's converter.
 
-  `metadata` adds entries under the architecture, with "__" for "." in their keys.
+  Args:
+    metadata: entries to add under the architecture, with "__" for "." in their keys.
   """
   raw = json.loads((folder / "config.json").read_text())
   writer = gguf.GGUFWriter(path, architecture)

@@ -1,7 +1,6 @@
-"""LoRA: what it adds, what it leaves alone, and the folders of the `peft` package.
+"""Tests LoRA: its product, its gradients, and the folders of the `peft` package.
 
-fixtures/tiny_llama_lora was written by peft, with the logits that peft computes; how is in
-fixtures/peft_interop.py.
+peft wrote fixtures/tiny_llama_lora and computed its logits; see fixtures/peft_interop.py.
 """
 
 import importlib.util
@@ -42,19 +41,19 @@ def base():
 
 @pytest.fixture(scope="module")
 def new(base):
-  """Adapters on every matrix, as a run starts with them."""
+  """New adapters on every matrix, as at the start of a run."""
   return jax.jit(lora.init, static_argnums=(2, 3))(jax.random.key(1), base, ALL, 3)
 
 
 @pytest.fixture(scope="module")
 def adapters(new):
-  """The same after some training: B is not zero."""
+  """Adapters as after some training: B is not zero."""
   rng = np.random.default_rng(1)
   return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.3, a.shape), jnp.float32), new)
 
 
 def batch():
-  """Two prompts of 3 tokens, two completions each of 4."""
+  """Returns two prompts of 3 tokens, with two completions of 4 tokens each."""
   tokens = np.random.default_rng(0).integers(0, 32, (2, 3 + 2 * 4)).astype(np.int32)
   return tokens[:, :3], np.ones((2, 3), bool), tokens[:, 3:].reshape(2, 2, 4)
 
@@ -65,7 +64,7 @@ def hidden(params, lora_scale=1.0):
 
 
 def loss(params, lora_scale=1.0):
-  """A number that depends on every hidden value."""
+  """Returns a number that depends on every hidden value."""
   return (hidden(params, lora_scale) ** 3).mean()
 
 
@@ -74,7 +73,7 @@ ADAM = optax.adam(1e-2)
 
 @jax.jit
 def step(adapters, state, base):
-  """New adapters and optimizer state, and the gradients by adapters and by base."""
+  """Returns new adapters and optimizer state, and gradients of adapters and of the base."""
   by_both = jax.grad(lambda a, b: loss(lora.with_adapters(b, a), SCALE), argnums=(0, 1))
   grads, by_base = by_both(adapters, base)
   updates, state = ADAM.update(grads, state, adapters)
@@ -84,7 +83,7 @@ def step(adapters, state, base):
 # --- the three functions --------------------------------------------------------------------------
 
 
-def test_new_adapters_have_pefts_initial_values(base, new):
+def test_new_adapters_have_the_initial_values_of_peft(base, new):
   assert len(new["layers"]) == 14
   for name, inputs, outputs in (("q", 16, 16), ("v", 16, 8), ("up", 16, 24), ("down", 24, 16)):
     a, b = (np.asarray(new["layers"][f"{name}_lora_{part}"]) for part in "ab")
@@ -101,19 +100,19 @@ def test_new_adapters_have_pefts_initial_values(base, new):
 
 
 def test_an_adapter_does_not_depend_on_the_others(base, new):
-  shapes = jax.eval_shape(lambda: base)  # enough to start from
+  shapes = jax.eval_shape(lambda: base)  # shapes are enough
   alone = lora.init(jax.random.key(1), shapes, "layers/v", 3)
   assert alone["layers"].keys() == {"v_lora_a", "v_lora_b"}
   np.testing.assert_array_equal(alone["layers"]["v_lora_a"], new["layers"]["v_lora_a"])
   assert (new["layers"]["v_lora_a"] != new["layers"]["k_lora_a"]).any()
 
 
-def test_join_is_a_union_and_of_nothing_the_base_itself(base, adapters):
+def test_with_adapters_is_a_union(base, adapters):
   assert lora.with_adapters(base, {}) is base
-  joined = lora.with_adapters(base, adapters)
-  assert joined["layers"]["q"] is base["layers"]["q"]
-  assert joined["layers"]["q_lora_a"] is adapters["layers"]["q_lora_a"]
-  assert set(joined["layers"]) == set(base["layers"]) | set(adapters["layers"])
+  adapted = lora.with_adapters(base, adapters)
+  assert adapted["layers"]["q"] is base["layers"]["q"]
+  assert adapted["layers"]["q_lora_a"] is adapters["layers"]["q_lora_a"]
+  assert set(adapted["layers"]) == set(base["layers"]) | set(adapters["layers"])
   assert not any("lora" in name for name in base["layers"])
 
 
@@ -129,12 +128,12 @@ def test_merge_by_hand():
 
 @pytest.mark.parametrize("layout", [lambda params: params, unstack], ids=["stacked", "unstacked"])
 def test_merged_and_unmerged_agree(base, adapters, layout):
-  joined, merged = lora.with_adapters(base, adapters), lora.merge(base, adapters, SCALE)
+  adapted, merged = lora.with_adapters(base, adapters), lora.merge(base, adapters, SCALE)
   assert jax.tree.structure(merged) == jax.tree.structure(base)
-  got = hidden(layout(joined), SCALE)
-  np.testing.assert_allclose(got, hidden(layout(merged), SCALE), atol=1e-5)
+  actual = hidden(layout(adapted), SCALE)
+  np.testing.assert_allclose(actual, hidden(layout(merged), SCALE), atol=1e-5)
   halved = hidden(layout(lora.merge(base, adapters, SCALE / 2)), SCALE)
-  assert np.abs(got - halved).max() > 0.05  # the scale is used
+  assert np.abs(actual - halved).max() > 0.05  # the scale is used
 
 
 def test_merging_nothing_changes_nothing(base):
@@ -149,43 +148,43 @@ def test_merging_nothing_changes_nothing(base):
 
 def test_gradients_are_those_of_the_chain_rule(base, adapters):
   """dL/dA = scale dL/dW B', dL/dB = scale A' dL/dW."""
-  *_, ours, weights = step(adapters, ADAM.init(adapters), base)
-  assert jax.tree.structure(ours) == jax.tree.structure(adapters)
+  *_, grads, weights = step(adapters, ADAM.init(adapters), base)
+  assert jax.tree.structure(grads) == jax.tree.structure(adapters)
   for name in ALL.split("|"):
     a, b = (np.asarray(adapters["layers"][f"{name}_lora_{part}"]) for part in "ab")
     w = np.asarray(weights["layers"][name])
-    want_a, want_b = SCALE * w @ b.swapaxes(1, 2), SCALE * a.swapaxes(1, 2) @ w
-    np.testing.assert_allclose(ours["layers"][f"{name}_lora_a"], want_a, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(ours["layers"][f"{name}_lora_b"], want_b, atol=1e-5, err_msg=name)
+    for part, expected in (("a", w @ b.swapaxes(1, 2)), ("b", a.swapaxes(1, 2) @ w)):
+      actual = grads["layers"][f"{name}_lora_{part}"]
+      np.testing.assert_allclose(actual, SCALE * expected, atol=1e-5, err_msg=name)
 
 
-def test_a_step_changes_adapters_and_nothing_else(base, new):
+def test_a_step_changes_only_the_adapters(base, new):
   state, before = ADAM.init(new), jax.tree.map(np.array, base)
   moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
   assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(new))
   after, state, grads, _ = step(new, state, base)
   for name, gradient in grads["layers"].items():
-    # B is zero at the start: no gradient reaches A yet.
+    # B is zero at the start, so no gradient reaches A.
     assert np.asarray(gradient).any() == name.endswith("_b"), name
   _, _, grads, _ = step(after, state, base)
   assert all(np.asarray(gradient).any() for gradient in jax.tree.leaves(grads))
-  joined = lora.with_adapters(base, after)
-  assert (hidden(joined, SCALE) != hidden(base, SCALE)).any()
-  unchanged = joined | {"layers": {name: joined["layers"][name] for name in base["layers"]}}
+  adapted = lora.with_adapters(base, after)
+  assert (hidden(adapted, SCALE) != hidden(base, SCALE)).any()
+  unchanged = adapted | {"layers": {name: adapted["layers"][name] for name in base["layers"]}}
   jax.tree.map(np.testing.assert_array_equal, unchanged, before)
 
 
-def test_pairs_lie_where_their_matrix_does(base, adapters):
+def test_pairs_are_sharded_like_their_matrix(base, adapters):
   mesh = meshes.make_mesh((2, 2, 2))
-  layout = meshes.param_shardings(mesh, lora.with_adapters(base, adapters))["layers"]
+  shardings = meshes.param_shardings(mesh, lora.with_adapters(base, adapters))["layers"]
   for name in ALL.split("|"):
-    _, inputs, outputs = layout[name].spec
-    assert layout[f"{name}_lora_a"].spec == P(None, inputs, None), name
-    assert layout[f"{name}_lora_b"].spec == P(None, None, outputs), name
-  put = jax.device_put(adapters, meshes.param_shardings(mesh, adapters))
-  shared = jax.device_put(base, meshes.param_shardings(mesh, base))
-  got = jax.jit(lambda b, a: hidden(lora.with_adapters(b, a), SCALE))(shared, put)
-  np.testing.assert_allclose(got, hidden(lora.with_adapters(base, adapters), SCALE), atol=1e-5)
+    _, inputs, outputs = shardings[name].spec
+    assert shardings[f"{name}_lora_a"].spec == P(None, inputs, None), name
+    assert shardings[f"{name}_lora_b"].spec == P(None, None, outputs), name
+  placed = jax.device_put(adapters, meshes.param_shardings(mesh, adapters))
+  placed_base = jax.device_put(base, meshes.param_shardings(mesh, base))
+  actual = jax.jit(lambda b, a: hidden(lora.with_adapters(b, a), SCALE))(placed_base, placed)
+  np.testing.assert_allclose(actual, hidden(lora.with_adapters(base, adapters), SCALE), atol=1e-5)
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ def test_pairs_lie_where_their_matrix_does(base, adapters):
     ("q(", "is not a regular expression: missing"),
   ],
 )
-def test_a_bad_pattern_is_told_what_there_is(base, pattern, message):
+def test_a_bad_pattern_lists_the_matrices(base, pattern, message):
   with pytest.raises(ValueError, match=message):
     lora.init(jax.random.key(0), base, pattern, rank=2)
 
@@ -215,7 +214,7 @@ def test_a_pattern_matches_whole_names(base):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True])
-def test_rank_is_an_integer_from_one(base, rank):
+def test_the_rank_is_a_positive_integer(base, rank):
   with pytest.raises(ValueError, match=r"rank is .*integer of at least 1"):
     lora.scale(rank, 1.0)
   with pytest.raises(ValueError, match=r"rank is .*integer of at least 1"):
@@ -243,24 +242,26 @@ def test_adapters_of_another_model_are_refused(base, adapters):
 # --- peft -----------------------------------------------------------------------------------------
 
 
-def test_an_adapter_of_peft_computes_what_peft_computes():
+def test_an_adapter_of_peft_gives_the_logits_of_peft():
   config, params = load(str(FIXTURES / "tiny_llama"))
   adapters, rank, alpha = lora.load_peft(PEFT, config)
   assert (rank, alpha) == (3, 6.0)
   case = np.load(FIXTURES / "tiny_llama" / "expected.npz")
-  want = np.load(PEFT / "expected.npz")["logits"]
+  expected = np.load(PEFT / "expected.npz")["logits"]
   model = Decoder(config, lora_scale=lora.scale(rank, alpha))
-  joined = lora.with_adapters(params, adapters)
+  adapted = lora.with_adapters(params, adapters)
   ids, mask = case["ids"], case["mask"]
-  after = np.stack([np.pad(row[keep][1:], (0, 12 - keep.sum())) for row, keep in zip(ids, mask)])
+  completions = np.stack(
+    [np.pad(row[keep][1:], (0, 12 - keep.sum())) for row, keep in zip(ids, mask)]
+  )
   first = np.stack([row[keep][:1] for row, keep in zip(ids, mask)])
-  # As prompts of one token: hidden[t] stands after token t of the row.
-  got = jax.jit(model.score)(joined, first, np.ones((3, 1), bool), after[:, None])
-  for row, keep, logits in zip(got[:, 0] @ model.head(joined), mask, want):
+  # Prompts of one token: hidden[t] follows token t of the row.
+  actual = jax.jit(model.score)(adapted, first, np.ones((3, 1), bool), completions[:, None])
+  for row, keep, logits in zip(actual[:, 0] @ model.head(adapted), mask, expected):
     np.testing.assert_allclose(row[: keep.sum()], logits[keep], atol=2e-5)
 
 
-def test_we_write_what_peft_writes(tmp_path):
+def test_written_adapters_equal_those_of_peft(tmp_path):
   adapters, _, alpha = lora.load_peft(PEFT, load(str(FIXTURES / "tiny_llama"))[0])
   out = tmp_path / "deep" / "adapter"
   lora.save_peft(adapters, out, alpha=alpha, base_name="tiny_llama")
@@ -276,7 +277,7 @@ def test_we_write_what_peft_writes(tmp_path):
   assert {"peft_type", "task_type", "r", "lora_alpha", "target_modules"} <= ours.keys()
 
 
-def test_only_plain_lora_that_fits_is_read(tmp_path):
+def test_other_adapters_are_refused(tmp_path):
   config = load(str(FIXTURES / "tiny_llama"))[0]
   folder = Path(shutil.copytree(PEFT, tmp_path / "adapter"))
   settings = json.loads((folder / "adapter_config.json").read_text())
@@ -301,7 +302,7 @@ def test_only_plain_lora_that_fits_is_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_peft_loads_what_we_write():
+def test_peft_loads_written_adapters():
   pytest.importorskip("peft", reason="pip install torch peft")
   spec = importlib.util.spec_from_file_location("interop", FIXTURES / "peft_interop.py")
   interop = importlib.util.module_from_spec(spec)

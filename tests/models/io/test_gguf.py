@@ -1,4 +1,4 @@
-"""GGUF files: metadata to config, and every tensor as the Hugging Face checkpoint has it."""
+"""Tests that a GGUF file gives the config and tensors of its Hugging Face checkpoint."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_every_tensor_of_a_gguf_file_is_in_its_place(tmp_path, tied):
 
 
 def test_rope_order():
-  # Two heads of four rows. GGUF has the pairs (0, 2), (1, 3) of each head side by side.
+  # Two heads of four rows. GGUF stores the pairs (0, 2), (1, 3) of each head next to each other.
   stored = np.array([0, 2, 1, 3, 10, 12, 11, 13])[:, None]
   assert undo_rope_order(stored, 2).ravel().tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
 
@@ -47,10 +47,10 @@ def test_rope_order():
 def test_a_gguf_file_cut_anywhere_is_named(tmp_path):
   path = tmp_path / "model.gguf"
   tiny_gguf.write(path)
-  whole = path.read_bytes()
-  cuts = [0, 3, 4, 8, 20, 30, *range(100, len(whole), len(whole) // 40), len(whole) - 1]
+  content = path.read_bytes()
+  cuts = [0, 3, 4, 8, 20, 30, *range(100, len(content), len(content) // 40), len(content) - 1]
   for cut in cuts:
-    path.write_bytes(whole[:cut])
+    path.write_bytes(content[:cut])
     with pytest.raises(ValueError, match="GGUF file") as caught:
       load(str(path))
     assert str(path) in str(caught.value)
@@ -80,7 +80,7 @@ def test_foreign_gguf_files_are_named(tmp_path):
     load(str(path))
 
 
-# What the metadata of each architecture adds; the converter writes the rest.
+# Metadata of each architecture beyond the entries that `convert` always writes.
 GEMMA3 = {
   "attention__key_length": 8,
   "attention__sliding_window": 4,
@@ -98,32 +98,32 @@ LINEAR = {
 
 
 @pytest.mark.parametrize(
-  ("family", "architecture", "metadata", "unsaid"),
+  ("family", "architecture", "metadata", "lost"),
   [
     ("llama_linear_biases", "llama", LINEAR, {}),
     ("qwen2", "qwen2", {}, {}),
-    # There is no word for Qwen's windows, and Gemma's scale follows from the size of the model.
+    # GGUF does not store Qwen's windows, and Gemma's scale follows from the size of the model.
     ("qwen3", "qwen3", {"attention__key_length": 12}, {"window": 0, "local_layers": ()}),
     ("gemma3", "gemma3", GEMMA3, {"attn_scale": 8**-0.5}),
   ],
 )
-def test_a_converted_file_is_the_model_it_was_made_from(
-  tmp_path, family, architecture, metadata, unsaid
-):
+def test_a_converted_file_is_the_same_model(tmp_path, family, architecture, metadata, lost):
   path = tmp_path / "model.gguf"
   tiny_gguf.convert(FAMILIES / family, path, architecture, **metadata)
   config, params = load(str(path))
-  wanted_config, wanted = load(str(FAMILIES / family))
-  assert vars(config) == vars(wanted_config) | unsaid
-  assert jax.tree.structure(params) == jax.tree.structure(wanted)
-  jax.tree.map(np.testing.assert_array_equal, params, wanted)
+  expected_config, expected = load(str(FAMILIES / family))
+  assert vars(config) == vars(expected_config) | lost
+  assert jax.tree.structure(params) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_llama_3_scaling_is_found_in_its_factors(tmp_path):
-  """The converter writes what each frequency is divided by. With theta 10^4 and a head of 16 the
-  wavelengths are 6, 20, 63, 199, 628, 1987, 6283 and 19869 tokens: those below 8192 / 4 stay, the
-  one above 8192 is divided by 32, and between them the factor follows from the share
-  (8192 / wavelength - 1) / (4 - 1) that stays."""
+def test_llama_3_scaling_is_recovered_from_its_factors(tmp_path):
+  """The converter writes the divisor of each frequency.
+
+  With theta 10^4 and a head size of 16 the wavelengths are 6, 20, 63, 199, 628, 1987, 6283 and
+  19869 tokens. Those below 8192 / 4 are unchanged, and the one above 8192 is divided by 32. In
+  between, the share (8192 / wavelength - 1) / (4 - 1) of the frequency is unchanged.
+  """
   share = (8192 / (2 * np.pi * 1000) - 1) / 3
   factors = np.array([1, 1, 1, 1, 1, 1, 1 / ((1 - share) / 32 + share), 32], np.float32)
   path = tmp_path / "model.gguf"
@@ -137,25 +137,25 @@ def test_llama_3_scaling_is_found_in_its_factors(tmp_path):
     load(str(path))
 
 
-def test_each_device_gets_its_part_of_a_file(tmp_path):
+def test_parameters_of_a_file_are_read_into_their_shardings(tmp_path):
   path = tmp_path / "model.gguf"
   tiny_gguf.write(path, tied=False)
   weights = open_weights(str(path))
-  layout = meshes.param_shardings(meshes.make_mesh((1, 2, 4)), weights.shapes)
-  jax.tree.map(np.testing.assert_array_equal, weights.read(layout), weights.read())
+  shardings = meshes.param_shardings(meshes.make_mesh((1, 2, 4)), weights.shapes)
+  jax.tree.map(np.testing.assert_array_equal, weights.read(shardings), weights.read())
 
 
-# --- quantized numbers, by the layouts that ggml documents ----------------------------------------
+# --- quantized blocks, as documented by ggml ------------------------------------------------------
 
 
 def halves(rng, count):
-  """Small float16 numbers and their bytes."""
+  """Returns small float16 numbers and their bytes."""
   values = (rng.integers(1, 64, count) / 1024).astype(np.float16)
   return values.astype(np.float64), values.view(np.uint8).reshape(count, 2)
 
 
 def q4_0(rng, blocks):
-  """32 numbers: d, then nibbles of number i and i + 16 in byte i; d * (nibble - 8)."""
+  """Makes blocks of 32 numbers d * (nibble - 8): d, then numbers i and i + 16 in byte i."""
   d, d_bytes = halves(rng, blocks)
   packed = rng.integers(0, 256, (blocks, 16))
   numbers = np.concatenate([packed % 16, packed // 16], axis=1) - 8
@@ -163,10 +163,10 @@ def q4_0(rng, blocks):
 
 
 def q4_k(rng, blocks):
-  """256 numbers in 8 groups: d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, nibbles.
+  """Makes blocks of 256 numbers in 8 groups, d * scale * nibble - dmin * minimum.
 
-  d * scale * nibble - dmin * minimum. The low nibbles of 32 bytes are one group, the high ones the
-  next.
+  Stored as d, dmin, 8 scales and 8 minima of 6 bits each in 12 bytes, and the nibbles. The low
+  nibbles of 32 bytes are one group, their high nibbles are the next.
   """
   d, d_bytes = halves(rng, blocks)
   dmin, dmin_bytes = halves(rng, blocks)
@@ -182,10 +182,11 @@ def q4_k(rng, blocks):
 
 
 def q6_k(rng, blocks):
-  """256 numbers in 16 groups: 4 low bits, 2 high bits, 16 signed scales, d; d * scale * (q - 32).
+  """Makes blocks of 256 numbers in 16 groups, d * scale * (q - 32).
 
-  In each half of 128, byte l of the 64 low bytes has numbers l and l + 64, and byte l of the 32
-  high bytes has numbers l, l + 32, l + 64 and l + 96.
+  Stored as 4 low bits and 2 high bits of each q, 16 signed scales, and d. In each half of 128
+  numbers, byte l of the 64 low bytes holds numbers l and l + 64; byte l of the 32 high bytes holds
+  numbers l, l + 32, l + 64 and l + 96.
   """
   d, d_bytes = halves(rng, blocks)
   scales = rng.integers(-60, 60, (blocks, 16))
@@ -199,8 +200,8 @@ def q6_k(rng, blocks):
 
 
 @pytest.mark.parametrize(("kind", "make"), [("Q4_0", q4_0), ("Q4_K", q4_k), ("Q6_K", q6_k)])
-def test_quantized_numbers_are_what_their_blocks_say(tmp_path, kind, make):
-  """In the embedding: 264 rows of 256, whole and in parts."""
+def test_quantized_blocks_are_decoded(tmp_path, kind, make):
+  """The embedding has 264 rows of 256 numbers; reads all of it, and a part."""
   rng = np.random.default_rng(0)
   size = 32 if kind == "Q4_0" else 256
   packed, values = make(rng, 264 * 256 // size)
