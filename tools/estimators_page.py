@@ -1,4 +1,4 @@
-"""The page `docs/estimators.md`, with the numbers of `estimators.py`.
+"""Writes the page `docs/estimators.md` with the values of `tests/helpers/estimators.py`.
 
 python -m tools.estimators_page > docs/estimators.md
 """
@@ -14,87 +14,93 @@ from tests.helpers import estimators as cases
 from tests.helpers.arrays import float64
 from tests.helpers.enumeration import Comparison
 
-EXACT = 1e-9  # of a relative bias: far above rounding in float64, far below any real bias
+EXACT = (
+  1e-9  # relative bias below which a case counts as exact: above rounding, below any real bias
+)
 
 
 def number(x: float) -> str:
+  """Returns three decimals, "-" for NaN, and no negative zero."""
   return "-" if np.isnan(x) else f"{x + 0.0:.3f}".replace("-0.000", "0.000")
 
 
 def cells(case: Comparison) -> list[str]:
-  """scale, cosine, relative bias."""
+  """Returns the cells of scale, cosine and relative bias."""
   bias = "**0**" if case.bias < EXACT else number(case.bias)
   return [number(case.scale), number(case.cosine), bias]
 
 
 def table(header: str, rows: Iterable[list[str]]) -> str:
+  """Returns a Markdown table; `|` separates the columns of `header`."""
   columns = header.split("|")
   lines = [[c.strip() for c in columns], ["---"] * len(columns), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 REWARD_MEANING = {
-  ("leave_one_out", "constant"): "the gradient of mean reward itself",
-  ("leave_one_out", "sequence"): "a token of a short answer counts more than one of a long answer",
-  ("leave_one_out", "token"): "the divisor is random: batches of short answers count more",
-  ("group_centered", "constant"): "the gradient times (n - 1) / n, n = group size",
+  ("leave_one_out", "constant"): "exactly the gradient of the mean reward",
+  ("leave_one_out", "sequence"): "tokens of short completions weigh more than those of long ones",
+  ("leave_one_out", "token"): "the divisor is random: batches of short completions weigh more",
+  ("group_centered", "constant"): "the gradient times (n - 1) / n for group size n",
   ("group_centered", "sequence"): "as `leave_one_out`, times (n - 1) / n",
   ("group_centered", "token"): "as `leave_one_out`, times (n - 1) / n",
-  ("group_normalized", "constant"): "groups with a small spread are weighted up",
-  ("group_normalized", "sequence"): "GRPO: both costs at once",
+  ("group_normalized", "constant"): "groups with a small standard deviation weigh more",
+  ("group_normalized", "sequence"): "GRPO: both biases",
   ("group_normalized", "token"): "DAPO",
-  ("batch_normalized", "constant"): "one divisor for the batch, but a random one",
+  ("batch_normalized", "constant"): "one divisor per batch, which is random",
   ("batch_normalized", "sequence"): "and the cost of own-length weights",
   ("batch_normalized", "token"): "Lite PPO: two random divisors",
   ("batch_whitened", "constant"): "the divisor depends on the completion's own deviation",
   ("batch_whitened", "sequence"): "and the cost of own-length weights",
   ("batch_whitened", "token"): "REINFORCE++-baseline",
-  ("max_rl", "constant"): "another objective, the log of the success rate (rewards of 0 and 1)",
+  ("max_rl", "constant"): "a different objective: the log of the success rate (rewards of 0 and 1)",
   ("max_rl", "sequence"): "and the cost of own-length weights",
   ("max_rl", "token"): "MaxRL",
 }
 
 KL_MEANING = {
-  "k1": "as a loss it does nothing; in the reward it is exact (last row)",
-  "k2": "gradient of the reverse KL, value too high",
-  "k3": "value exact; gradient of the *forward* KL(reference \\|\\| policy)",
-  "k3_k2_gradient": "value and gradient both exact on-policy",
-  "k3_ratio": "value and gradient exact also after updates",
-  "k1_in_reward": "the only one that carries the KL of whole completions",
+  "k1": "no gradient as a loss; exact in the reward (last row)",
+  "k2": "gradient of the reverse KL; the value is too high",
+  "k3": "exact value; gradient of the *forward* KL(reference \\|\\| policy)",
+  "k3_k2_gradient": "value and gradient exact on-policy",
+  "k3_ratio": "value and gradient exact on-policy and after updates",
+  "k1_in_reward": "the only one with the gradient of the KL of whole completions",
 }
 
 REGION_MEANING = {
-  "no ratio (old_logp=None)": "stale completions taken for fresh ones",
-  "product of token ratios": "exact, with a variance that grows with length; not in the table",
-  "token ratio": "bias in proportion to the distance: the ratios of the other tokens are left out",
-  "sequence ratio (GSPO)": "geometric mean over the completion's tokens, no bounds",
-  "clip 0.2 / 0.2 (PPO, GRPO)": "tokens beyond the bounds are dropped",
-  "clip 0.2 / 0.28 (DAPO)": "fewer of the rising tokens are dropped",
-  "dual clip 3": "and falling tokens with a ratio above 3",
-  "CISPO 0 to 5": "nothing dropped, no ratio here is above 5",
-  "CISPO 0.8 to 1.2": "absolute bounds near 1: nearly the same as no ratio",
-  "SAPO 1 / 1.05": "the gate closes smoothly on both sides of 1",
-  "DPPO-TV 0.15": "drops by moved probability, so rare tokens keep their ratio",
+  "no ratio (old_logp=None)": "stale completions are treated as fresh",
+  "product of token ratios": "exact; its variance grows with length; not a built-in choice",
+  "token ratio": "bias proportional to the distance: the ratios of other tokens are left out",
+  "sequence ratio (GSPO)": "geometric mean over the tokens of the completion, without bounds",
+  "clip 0.2 / 0.2 (PPO, GRPO)": "drops tokens outside the bounds",
+  "clip 0.2 / 0.28 (DAPO)": "fewer tokens with a rising probability are dropped",
+  "dual clip 3": "also drops tokens with a negative advantage and a ratio above 3",
+  "CISPO 0 to 5": "drops nothing: no ratio here exceeds 5",
+  "CISPO 0.8 to 1.2": "bounds near 1: almost the same as no ratio",
+  "SAPO 1 / 1.05": "a smooth gate on both sides of 1",
+  "DPPO-TV 0.15": "drops by change in probability, so rare tokens keep their ratio",
 }
 
 CORRECTION_MEANING = {
-  "none": "the mismatch goes into the gradient",
-  "token_truncate at 2": "as the token ratio above, and large weights are cut",
-  "token_mask 0.5 to 2": "and tokens outside the bounds are lost",
-  "sequence_mask 0.5 to 2": "exact weights, but completions outside the bounds are lost",
+  "none": "the mismatch biases the gradient",
+  "token_truncate at 2": "the token ratio above, with large weights truncated",
+  "token_mask 0.5 to 2": "also loses tokens outside the bounds",
+  "sequence_mask 0.5 to 2": "exact weights, but loses completions outside the bounds",
   "sequence_mask, no bounds": "exact importance sampling of whole completions",
 }
 
 
 def reward_section() -> str:
+  """Returns the table of advantages and averages."""
   rows = [
     [f"`{advantage}`", f"`{average}`", *cells(cases.reward_case(advantage, average)), meaning]
     for (advantage, average), meaning in REWARD_MEANING.items()
   ]
-  return table("advantage | average | scale | cosine | bias | in one line", rows)
+  return table("advantage | average | scale | cosine | bias | meaning", rows)
 
 
 def rows_section() -> str:
+  """Returns the table of the rows of `ALGORITHMS`."""
   rows = []
   for name, row in ALGORITHMS.items():
     case = cases.reward_case(row.advantage, row.average)
@@ -103,6 +109,7 @@ def rows_section() -> str:
 
 
 def rate_section() -> str:
+  """Returns the table of scales by success rate."""
   names = ("leave_one_out", "group_centered", "group_normalized", "max_rl")
   rows = [
     [f"`{name}`", *[number(cases.rate_case(name, rate).scale) for rate in cases.RATES]]
@@ -112,6 +119,7 @@ def rate_section() -> str:
 
 
 def kl_section() -> str:
+  """Returns the table of KL estimators."""
   rows = []
   for name, meaning in KL_MEANING.items():
     fresh = cases.kl_case(name)
@@ -130,18 +138,20 @@ def kl_section() -> str:
     )
   header = (
     "estimator | value / KL | reverse | forward | of completions | `sequence` average "
-    "| value / KL, stale | reverse, stale | in one line"
+    "| value / KL, stale | reverse, stale | meaning"
   )
   return table(header, rows)
 
 
 def cosine(case: Comparison) -> str:
+  """Returns the cell of a cosine: "**exact**" only if the scale is exact as well."""
   if case.bias < EXACT and abs(case.scale - 1) < EXACT:
     return "**exact**"
   return "0 gradient" if np.isnan(case.cosine) else number(case.cosine)
 
 
 def region_section() -> str:
+  """Returns the table of trust regions."""
   rows = []
   for name, meaning in REGION_MEANING.items():
     row = [name]
@@ -151,20 +161,22 @@ def region_section() -> str:
     rows.append([*row, meaning])
   near, far = (f"{d:g}" for d in cases.DISTANCES)
   header = f"at distance {near}: scale | cosine | bias | stopped | at {far}: scale | cosine | bias"
-  return table(f"trust region | {header} | stopped | in one line", rows)
+  return table(f"trust region | {header} | stopped | meaning", rows)
 
 
 def correction_section() -> str:
+  """Returns the table of sampler corrections."""
   rows = [
     [name, *[x for d in cases.DISTANCES for x in cells(cases.correction_case(name, d))], meaning]
     for name, meaning in CORRECTION_MEANING.items()
   ]
   near, far = (f"{d:g}" for d in cases.DISTANCES)
   header = f"at distance {near}: scale | cosine | bias | at {far}: scale | cosine | bias"
-  return table(f"correction | {header} | in one line", rows)
+  return table(f"correction | {header} | meaning", rows)
 
 
 def world_facts() -> dict[str, str]:
+  """Returns the properties of the enumerated world that the page states, formatted."""
   p = world.probabilities(jnp.asarray(world.POLICY))
   gaps = [world.logps(world.POLICY) - world.logps(cases.drawn_by(d)) for d in cases.DISTANCES]
   ratios = [f"{float(jnp.exp(g.min())):.2f} to {float(jnp.exp(g.max())):.2f}" for g in gaps]
@@ -179,93 +191,93 @@ def world_facts() -> dict[str, str]:
 
 
 def page() -> str:
+  """Returns the page `docs/estimators.md`."""
   facts = world_facts()
   return f"""\
 # What each choice costs
 
-Written by `python -m tools.estimators_page > docs/estimators.md`; `tests/core/test_unbiased.py` fails
-when this page and the code disagree, and checks every number against a second computation.
+Written by `python -m tools.estimators_page > docs/estimators.md`; `tests/core/test_unbiased.py`
+fails if this page and the code disagree. It checks every number against a second computation.
 
-An estimator is unbiased when its expected gradient is the gradient of what one wants to improve.
-That can be settled without sampling: with a vocabulary of {world.VOCAB} and at most
-{world.MAX_LENGTH} tokens there are {len(world.TOKENS)} completions, and every expectation below
-is a sum over all batches that can be drawn, in float64. The world has two prompts, one easy and one
-hard (solved at {facts["solved"]}; mean lengths {facts["length"]} tokens), a reward of 1 if solved
-plus 0.5 times a score between 0 and 1 (mean {facts["style"]}), and a policy with a free logit for
-every token in every context.
+An estimator is unbiased if its expected gradient is the gradient of the objective. This can be
+decided without sampling. With a vocabulary of {world.VOCAB} and at most {world.MAX_LENGTH} tokens
+there are {len(world.TOKENS)} completions, and every expectation below is a sum over all possible
+batches, in float64. There are two prompts, one easy and one hard (success rates {facts["solved"]};
+mean lengths {facts["length"]} tokens). The reward is 1 for a correct completion plus 0.5 times a
+score between 0 and 1 (means {facts["style"]}). The policy has a free logit for every token in
+every context.
 
-How to read the columns. The expected update is `scale · true gradient + rest`:
+The expected update is `scale · true gradient + rest`. The columns are:
 
-- **scale**, times the budget of {world.MAX_LENGTH} tokens, so that a plain sum over tokens reads 1.
-  It acts like a learning rate.
+- **scale**, times the budget of {world.MAX_LENGTH} tokens, so that a plain sum over tokens has
+  scale 1. It acts like a learning rate.
 - **cosine** of the angle to the true gradient.
-- **bias** = |rest| / |scale · true gradient|: what no learning rate can mend. **0** means unbiased
-  to at least 9 digits.
+- **bias** = |rest| / |scale · true gradient|, which no learning rate can correct. **0** means
+  unbiased to at least 9 digits.
 
-The sizes belong to this world; whether a bias is there at all does not. A bias can be worth its
-price: it often buys variance, which this page does not measure.
+The size of a bias depends on this example; its presence does not. A bias can be worth having: it
+often reduces the variance, which this page does not measure.
 
 ## Advantage and average, on fresh completions
 
-Groups of {cases.GROUP}, two prompts, against the gradient of mean reward.
+Groups of {cases.GROUP}, two prompts, compared with the gradient of the mean reward.
 
 {reward_section()}
 
-Two things are unbiased: `leave_one_out` and `group_centered`, with weights that do not depend on
-what was drawn (`constant`). Dividing by any spread, or by any length, is a choice of another
-objective.
+Only `leave_one_out` and `group_centered` with weights that do not depend on the sampled completions
+(`constant`) are unbiased. Dividing by a standard deviation or a length changes the objective.
 
 ## The rows of `ALGORITHMS`, on fresh completions
 
-On-policy every ratio is 1 and no trust region binds, so a row is its advantage and its average
-(without its KL term). The test takes the gradient of each row and finds exactly that.
+On-policy, every ratio is 1 and no trust region has an effect. Without its KL term, a row therefore
+reduces to its advantage and its average. The test confirms this for the gradient of each row.
 
 {rows_section()}
 
-## What a prompt weighs, by how often it is solved
+## Weight of a prompt by success rate
 
 Rewards of 0 and 1, one prompt, groups of {cases.RATE_GROUP}, `constant` average. With two reward
-values every advantage follows the prompt's exact gradient (cosine 1); what differs is the scale,
-that is, how much this prompt counts among others.
+values, every advantage has the direction of the exact gradient of the prompt (cosine 1). Only the
+scale differs, which is the weight of this prompt among others.
 
 {rate_section()}
 
-`max_rl` is exactly `(1 - (1 - p)^(n - 1)) / p`: up to n - 1 times more weight for a prompt that is
-rarely solved. `group_normalized` weighs prompts solved nearly always or nearly never up.
+`max_rl` is exactly `(1 - (1 - p)^(n - 1)) / p`: up to n - 1 times the weight for a prompt that
+is rarely solved. `group_normalized` gives more weight to prompts with a success rate near 0 or 1.
 
 ## KL to the reference, in the loss
 
 `constant` average; KL(policy || reference) is {facts["kl"]} nats per completion. "The gradient
-of the KL" can mean three things, and each column is the cosine with one of them:
+of the KL" can mean three gradients. Each column is the cosine with one of them:
 
-- *reverse*: of KL(policy || reference) at each context, the contexts held as they were met. This
-  is all that a per-token loss can carry.
-- *forward*: the same of KL(reference || policy).
-- *of completions*: of the KL of whole completions, where a token also answers for the contexts it
-  leads to.
+- *reverse*: the gradient of KL(policy || reference) at each context, with the distribution of
+  contexts held fixed. A per-token loss cannot express more.
+- *forward*: the same for KL(reference || policy).
+- *of completions*: the gradient of the KL of whole completions, in which a token also accounts for
+  the contexts that follow it.
 
-**exact** = equal, scale included. The next column is the cosine with *reverse* under the `sequence`
-average. *Stale* = the completions were drawn at distance {cases.DISTANCES[0]:g} (next section) and
-the contexts are those met there.
+**exact** means equal, scale included. The next column is the cosine with *reverse* under the
+`sequence` average. *Stale* means that the completions, and so the contexts, come from a policy at
+distance {cases.DISTANCES[0]:g} (next section).
 
 {kl_section()}
 
-Length weights do harm here: under the `sequence` average k1 is no longer 0, and the gradient it
-then has, which never looks at the reference, points away from the KL's.
+Length weights do harm here. Under the `sequence` average the gradient of k1 is not 0: it does not
+depend on the reference and points away from the gradient of the KL.
 
 ## Trust regions, on completions of an older policy
 
-`leave_one_out`, `constant`, groups of {cases.FEW}. The policy that drew the completions is at two
-distances; the token ratios then range over {facts["near"]} and {facts["far"]}. "Stopped" = share
-of tokens whose ratio has left the region in the direction of their advantage.
+`leave_one_out`, `constant`, groups of {cases.FEW}. The completions come from a policy at one
+of two distances, with token ratios of {facts["near"]} and {facts["far"]}. "Stopped" is the
+fraction of tokens whose ratio has left the region in the direction of their advantage.
 
 {region_section()}
 
-At distance 0 all of these are exact. For completions of a single token the token ratio always is.
+At distance 0 all of these are exact. For completions of one token the token ratio is always exact.
 
-## Corrections for a sampler that is not the trainer
+## Corrections for a sampler that differs from the trainer
 
-As before, but the trainer does not know an older policy: the sampler itself is off.
+As above, but the trainer has no older policy: the sampler itself differs from it.
 
 {correction_section()}
 """

@@ -25,18 +25,18 @@ INPUTS = {name: np.array(value, np.float64) for name, value in GOLDEN["inputs"].
 CASES = {case["name"]: case for case in GOLDEN["cases"]}
 
 UNMAPPED = {
-  "luspo/beta_k3_ratio": "k3 is multiplied by the ratio of the sequence, here by that of the token",
-  "opsm": "no such choice: it drops whole sequences by sign of A and mean log-ratio",
-  "entropy_top40": "no such choice: it drops tokens by the entropy of their distribution",
-  "entropy_bonus": "no such choice: an entropy bonus is not part of the policy loss",
+  "luspo/beta_k3_ratio": "TRL multiplies k3 by the sequence ratio; this library by the token ratio",
+  "opsm": "not available here: drops sequences by sign of A and mean log-ratio",
+  "entropy_top40": "not available here: drops tokens by the entropy of their distribution",
+  "entropy_bonus": "not available here: the policy loss has no entropy bonus",
 }
 METRICS_UNMAPPED = {
-  "entropy": "a mean of an input array, which no loss here takes",
+  "entropy": "the mean of an input array that no loss here takes",
   "clip_ratio/low_min": "an extreme over sequences of the local process",
   "clip_ratio/high_max": "an extreme over sequences of the local process",
-  "vespo/phi_seq_mean": "of a region that is not in our table",
-  "policy_loss": "logged with an entropy bonus only",
-  "entropy_coef": "logged with an entropy bonus only",
+  "vespo/phi_seq_mean": "belongs to a trust region that is not built in",
+  "policy_loss": "logged only with an entropy bonus",
+  "entropy_coef": "logged only with an entropy bonus",
 }
 CLIP_METRICS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
