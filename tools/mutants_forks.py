@@ -1,4 +1,4 @@
-"""Runs tests against a changed `grpo_jax/core`, one fork for each change; for `mutants.py`."""
+"""Runs tests against a changed `grpo_jax/core`, with one fork per change, for `mutants.py`."""
 
 import ast
 import builtins
@@ -17,11 +17,11 @@ from pathlib import Path
 from tools.mutations import Apply, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = Path("grpo_jax/core")  # in the copy that `prepare` makes
+CORE = Path("grpo_jax/core")  # relative to the copy that `prepare` makes
 
 
 def prepare(folder: str) -> None:
-  """Loads what every fork needs; works on a copy, so that files may change meanwhile."""
+  """Imports the modules that all forks need, and enters a copy so that files can be edited."""
   for name in ("grpo_jax", "tests", "docs", "tools"):
     shutil.copytree(ROOT / name, f"{folder}/{name}", ignore=shutil.ignore_patterns("__pycache__"))
   shutil.copy(ROOT / "setup.cfg", folder)
@@ -43,19 +43,22 @@ def prepare(folder: str) -> None:
 
 
 class _Record(ast.NodeTransformer):
-  """Puts `__hit__(file, line)` before every statement of every function."""
+  """Inserts `__hit__(file, line)` before every statement of every function."""
 
   def __init__(self, file: str):
     self.file = file
 
   def generic_visit(self, node):
     super().generic_visit(node)
+    docstring = []
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+      docstring = [node.body.pop(0)]  # stays first, or the function has no docstring
     if not isinstance(node, ast.Module | ast.ClassDef):
       for field in ("body", "orelse"):
         if isinstance(getattr(node, field, None), list):
           setattr(node, field, self._recorded(getattr(node, field)))
-    if isinstance(node, ast.FunctionDef):  # its defaults were computed at import
-      node.body.insert(0, self._hit(node.lineno))
+    if isinstance(node, ast.FunctionDef):  # defaults are evaluated at import
+      node.body[:0] = [*docstring, self._hit(node.lineno)]
     return node
 
   def _recorded(self, body):
@@ -66,7 +69,7 @@ class _Record(ast.NodeTransformer):
 
 
 class _Hook:
-  """Serves modules of core from a changed syntax tree."""
+  """Serves the modules of core from a changed syntax tree."""
 
   def __init__(self, change: Callable[[str, ast.Module], ast.Module]):
     self.change = change
@@ -87,6 +90,7 @@ class _Hook:
 
 
 def _fork(work: Callable[[], int]) -> int:
+  """Runs `work` in a fork without output; returns the process id."""
   pid = os.fork()
   if pid:
     return pid
@@ -103,12 +107,13 @@ def _fork(work: Callable[[], int]) -> int:
 
 
 def _import_changed(change: Callable[[str, ast.Module], ast.Module]) -> None:
-  """Before pytest, whose own import hook would come first for the files it is given."""
+  """Imports core through the hook, before pytest: its import hook takes precedence later."""
   sys.meta_path.insert(0, _Hook(change))
   import grpo_jax.core.losses  # noqa: F401  (and with it all of core)
 
 
 def _pytest(arguments: list[str], plugins=()) -> int:
+  """Runs pytest and returns its exit status."""
   import pytest
 
   options = ["-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "--tb=no"]
@@ -116,7 +121,7 @@ def _pytest(arguments: list[str], plugins=()) -> int:
 
 
 class _Baseline:
-  """Which test executes which statements, and how long it takes."""
+  """Records the statements that each test executes, and its duration in seconds."""
 
   def __init__(self):
     self.hits, self.seconds, self.lines, self.failed = {}, {}, set(), []
@@ -135,6 +140,12 @@ class _Baseline:
 
 
 def record_baseline(tests: list[str], out: Path) -> dict:
+  """Runs the tests without changes; returns hits and seconds by test.
+
+  Raises:
+    SystemExit: if a test fails.
+  """
+
   def work():
     plugin = _Baseline()
     builtins.__hit__ = lambda file, line: plugin.lines.add((file, line))
@@ -146,14 +157,14 @@ def record_baseline(tests: list[str], out: Path) -> dict:
   os.waitpid(_fork(work), 0)
   baseline = json.loads(out.read_text())
   if baseline["failed"]:
-    raise SystemExit(f"these fail without any change: {', '.join(baseline['failed'])}")
+    raise SystemExit(f"these tests fail without a change: {', '.join(baseline['failed'])}")
   return baseline
 
 
 class _Selected:
-  """Runs these tests in this order, and says in a file which one noticed.
+  """Runs the tests in this order and writes the name of a failing test to a file.
 
-  A mutant can rename the cases of a table: what is not there under its name is not run.
+  A mutant can rename the cases of a table. Tests that do not exist under their name are skipped.
   """
 
   def __init__(self, tests: list[str]):
@@ -169,7 +180,7 @@ class _Selected:
 
 
 def run_mutant(mutant: Mutant, tests: list[str]) -> int:
-  """Starts it; exit status 0 means that no test noticed."""
+  """Starts the tests of a mutant; an exit status of 0 means that no test noticed it."""
 
   def change(file, tree):
     return Apply(mutant).visit(tree) if file == mutant.file else tree
@@ -177,13 +188,16 @@ def run_mutant(mutant: Mutant, tests: list[str]) -> int:
   def work():
     _import_changed(change)
     files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-    return 0 if _pytest(["-x", *files], [_Selected(tests)]) in (0, 5) else 1  # 5: none left
+    return 0 if _pytest(["-x", *files], [_Selected(tests)]) in (0, 5) else 1  # 5: no tests
 
   return _fork(work)
 
 
 def run_all(todo: Iterator[tuple[Mutant, list[str]]], jobs: int, limit: float) -> Iterator[tuple]:
-  """(mutant, "survived" | "noticed" | "import" | "time limit", by which test) as they finish."""
+  """Yields (mutant, verdict, noticing test) as the mutants finish.
+
+  The verdict is "survived", "noticed", "import" or "time limit".
+  """
   running, more = {}, True
   while more or running:
     while more and len(running) < jobs:
@@ -193,15 +207,15 @@ def run_all(todo: Iterator[tuple[Mutant, list[str]]], jobs: int, limit: float) -
         running[run_mutant(mutant, tests)] = (mutant, time.monotonic())
     time.sleep(0.02)
     for pid, (mutant, start) in list(running.items()):
-      done, status = os.waitpid(pid, os.WNOHANG)
-      if done:
+      ended, status = os.waitpid(pid, os.WNOHANG)
+      if ended:
         del running[pid]
         test = Path(f"noticed-{pid}")
         by = test.read_text() if test.exists() else ""
         test.unlink(missing_ok=True)
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
-          raise SystemExit(f"the fork of {mutant} was ended by signal {-code}; out of memory?")
+          raise SystemExit(f"signal {-code} killed the fork of {mutant}; out of memory?")
         yield mutant, "survived" if code == 0 else "noticed" if by else "import", by
       elif time.monotonic() - start > limit:
         os.killpg(pid, signal.SIGKILL)
