@@ -1,4 +1,4 @@
-"""Small wrong changes to source code: what `mutants.py` tries on every line of `grpo_jax/core`."""
+"""Makes small wrong changes to source code, for `mutants.py`."""
 
 import ast
 import collections
@@ -10,19 +10,21 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
+  """Describes one change of one node of the syntax tree of a file."""
+
   file: str
   line: int
-  function: str  # "" = at import
+  function: str  # empty if it runs at import
   statement: int  # first line of the innermost statement
-  index: int  # of the node, in preorder
-  choice: int  # which of the node's mutations
+  index: int  # index of the node in preorder
+  choice: int  # index among the changes of the node
   before: str
   after: str
-  text: str  # of the line, and "#2" for the second mutant in it with this change
+  text: str  # the line, with "#2" for its second mutant with this change
 
   @property
   def key(self) -> tuple[str, str]:
-    """Where and what, without line numbers: names it as long as its line stays as it is."""
+    """Returns the place and the change without line numbers; valid while the line is unchanged."""
     return f"{self.file}: {self.text}", f"{self.before} -> {self.after}"
 
 
@@ -65,7 +67,7 @@ _NAMES = {
   "isfinite": "isnan",
   "isneginf": "isfinite",
 }
-_SIBLINGS = {  # a wrong choice that is still a choice
+_SIBLINGS = {  # other valid choices
   "group_normalized": "group_centered",
   "group_centered": "group_normalized",
   "leave_one_out": "group_centered",
@@ -79,10 +81,13 @@ _SIBLINGS = {  # a wrong choice that is still a choice
   "k2": "k3",
   "k3": "k2",
 }
-_SWAPPED = {"where": (1, 2), "clip": (1, 2), "fori_loop": (0, 1)}  # arguments that trade places
+# Positions of the arguments to swap.
+_SWAPPED = {"where": (1, 2), "clip": (1, 2), "fori_loop": (0, 1)}
 
 
 def _set(field: str, value) -> Callable[[ast.AST], ast.AST]:
+  """Returns a change that sets a field of the node."""
+
   def change(node):
     setattr(node, field, value)
     return node
@@ -91,6 +96,8 @@ def _set(field: str, value) -> Callable[[ast.AST], ast.AST]:
 
 
 def _swap(i: int, j: int):
+  """Returns a change that swaps two arguments of a call."""
+
   def change(node):
     node.args[i], node.args[j] = node.args[j], node.args[i]
     return node
@@ -99,10 +106,12 @@ def _swap(i: int, j: int):
 
 
 def _negate(node: ast.If) -> ast.If:
+  """Returns the statement with its condition negated."""
   return ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
 
 
 def _call_changes(node: ast.Call) -> Iterator[Callable]:
+  """Yields the changes of a call: another function, swapped arguments, a missing keyword."""
   name = getattr(node.func, "attr", getattr(node.func, "id", ""))
   if name == "stop_gradient":
     yield lambda node: node.args[0]
@@ -116,7 +125,7 @@ def _call_changes(node: ast.Call) -> Iterator[Callable]:
     yield rename
   if name in _SWAPPED and len(node.args) > _SWAPPED[name][1]:
     yield _swap(*_SWAPPED[name])
-  if name != "Algorithm":  # rows are changed value by value
+  if name != "Algorithm":  # the values of a row are changed one at a time
     for i in range(len(node.keywords)):
 
       def without(node, i=i):
@@ -127,6 +136,7 @@ def _call_changes(node: ast.Call) -> Iterator[Callable]:
 
 
 def _constant_changes(value) -> list:
+  """Returns the replacements of a constant."""
   if isinstance(value, bool):
     return [not value]
   if isinstance(value, int | float):
@@ -135,7 +145,7 @@ def _constant_changes(value) -> list:
 
 
 def changes(node: ast.AST) -> Iterator[Callable[[ast.AST], ast.AST]]:
-  """What can go wrong at this node: functions from (a copy of) it to its replacement."""
+  """Yields the changes of a node: functions from (a copy of) the node to its replacement."""
   if isinstance(node, ast.BinOp | ast.BoolOp):
     yield from (_set("op", new()) for new in _OPERATORS.get(type(node.op), []))
   elif isinstance(node, ast.AugAssign):
@@ -145,7 +155,7 @@ def changes(node: ast.AST) -> Iterator[Callable[[ast.AST], ast.AST]]:
     for new in _OPERATORS[type(node.ops[0])]:
       yield _set("ops", [new(), *node.ops[1:]])
   elif isinstance(node, ast.UnaryOp):
-    # An axis of -1 becomes -2 and 0 by its constant; 1 is often the same axis.
+    # Changes of the constant turn an axis of -1 into -2 and 0; 1 is often the same axis.
     if not (isinstance(node.operand, ast.Constant) and node.operand.value == 1):
       yield lambda node: node.operand
   elif isinstance(node, ast.IfExp):
@@ -162,15 +172,16 @@ def changes(node: ast.AST) -> Iterator[Callable[[ast.AST], ast.AST]]:
     yield lambda node: ast.Pass()
 
 
-_NAMING = ("as_", "check_", "lookup")  # functions whose texts are names for their errors
+_NAMING = ("as_", "check_", "lookup")  # functions whose string arguments appear only in errors
 
 
 def _is_text(node: ast.AST) -> bool:
+  """Returns true for a string literal."""
   return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def _left_alone(tree: ast.Module) -> set[int]:
-  """Annotations, docstrings, the wording of errors, sources: nothing there is computed."""
+def _excluded(tree: ast.Module) -> set[int]:
+  """Returns the ids of nodes without effect: annotations, docstrings, error texts, sources."""
   skipped: set[int] = set()
 
   def skip(node):
@@ -194,10 +205,10 @@ def _left_alone(tree: ast.Module) -> set[int]:
 
 
 def find_mutants(file: Path) -> list[Mutant]:
-  """Every mutant of one source file, in the order of its syntax tree."""
+  """Returns the mutants of a source file in the order of its syntax tree."""
   source = file.read_text()
   tree, lines = ast.parse(source), source.splitlines()
-  skipped, found, index, seen = _left_alone(tree), [], -1, collections.Counter()
+  skipped, mutants, index, counts = _excluded(tree), [], -1, collections.Counter()
 
   def walk(node, statement, function):
     nonlocal index
@@ -212,25 +223,26 @@ def find_mutants(file: Path) -> list[Mutant]:
         after = _short(ast.unparse(ast.fix_missing_locations(change(copy.deepcopy(node)))))
         line = getattr(node, "lineno", statement.lineno)
         text = lines[line - 1].strip()
-        seen[line, before, after] += 1
-        text += f" #{seen[line, before, after]}" * (seen[line, before, after] > 1)
+        counts[line, before, after] += 1
+        text += f" #{counts[line, before, after]}" * (counts[line, before, after] > 1)
         place = (file.name, line, function, statement.lineno)
-        found.append(Mutant(*place, at, choice, before, after, text))
+        mutants.append(Mutant(*place, at, choice, before, after, text))
     for child in ast.iter_child_nodes(node):
       walk(child, statement, function)
 
   for child in tree.body:
     walk(child, child, "")
-  return [m for m in found if m.before != m.after]
+  return [m for m in mutants if m.before != m.after]
 
 
 def _short(text: str) -> str:
+  """Returns the text on one line, with the middle cut out beyond 100 characters."""
   line = " ".join(text.split())
   return line if len(line) <= 100 else line[:48] + " ... " + line[-47:]
 
 
 class Apply(ast.NodeTransformer):
-  """The tree with one mutant in it."""
+  """Applies a mutant to a syntax tree."""
 
   def __init__(self, mutant: Mutant):
     self.mutant, self.index = mutant, -1
@@ -241,6 +253,6 @@ class Apply(ast.NodeTransformer):
     self.index += 1
     if self.index == self.mutant.index:
       new = list(changes(node))[self.mutant.choice](node)
-      self.index += 10**9  # nothing below counts any more
+      self.index += 10**9  # skip the nodes below
       return ast.copy_location(new, node)
     return self.generic_visit(node)

@@ -1,9 +1,9 @@
-"""Parity with TRL 1.16.0: its own code's losses, gradients, metrics and advantages.
+"""Compares losses, gradients, metrics and advantages with those of TRL 1.16.0.
 
 `golden/trl-1.16.0.json` holds 63 loss cases (inputs, configuration, loss, gradient with respect to
-the log-probs, metrics; float64, one process) and 24 advantage cases (float32), recorded from
-`GRPOTrainer` with the log-probs handed in. Every case is either compared below or stands in
-`UNMAPPED` with the reason; `docs/parity.md` says the same in prose.
+the log-probs, metrics; float64, one process) and 24 advantage cases (float32). They were recorded
+from `GRPOTrainer` with the log-probs as inputs. Every case is either compared below or listed in
+`UNMAPPED` with the reason. `docs/parity.md` describes the comparison.
 """
 
 import json
@@ -42,7 +42,7 @@ CLIP_METRICS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/regio
 
 
 def vespo(log_ratio, logp, old_logp, advantages):
-  """VESPO, arXiv 2602.10693: a trust region of one's own, to show that a row takes a function."""
+  """Computes VESPO (arXiv 2602.10693) as a custom trust region, passed as a function."""
   log_weight = jnp.clip(jnp.clip(log_ratio, -20, 20).sum(-1, keepdims=True), np.log(1e-8), 20)
   k, rate = jnp.where(advantages >= 0, 2.0, 3.0), jnp.where(advantages >= 0, 3.0, 2.0)
   phi = jax.lax.stop_gradient(jnp.exp(rate + k * log_weight - rate * jnp.exp(log_weight)))
@@ -51,11 +51,11 @@ def vespo(log_ratio, logp, old_logp, advantages):
 
 
 def row_of(config):
-  """The `Algorithm` that is this configuration of TRL's."""
+  """Returns the `Algorithm` that corresponds to a configuration of TRL."""
   high = config["epsilon"] if config["epsilon_high"] is None else config["epsilon_high"]
   clip = {"trust_region": "clip", "clip_low": config["epsilon"], "clip_high": high}
   region = {
-    # The upper bound is absolute, and there is no lower one; TRL's default is 0.2.
+    # The upper bound is absolute, 0.2 by default in TRL. There is no lower bound.
     "cispo": {"trust_region": "cispo", "ratio_min": 0.0, "ratio_max": high},
     "sapo": {  # TRL keeps the temperatures in a float32 tensor
       "trust_region": "sapo",
@@ -84,15 +84,15 @@ def row_of(config):
 
 
 def luspo_average(mask, max_length):
-  """LUSPO sums over tokens and takes the mean over sequences."""
+  """Returns the weights of LUSPO: a sum over tokens and a mean over sequences."""
   return jnp.broadcast_to(1.0 / len(mask), mask.shape)
 
 
 def weights_of(config, mask, completion_mask):
-  """Weights that hold TRL's normalizers where they are not those of this batch, or None."""
+  """Returns weights with the normalizers of TRL, or None if they are those of this batch."""
   windows = config["gas"] if config["training"] else 1
   if config["loss_type"] in ("dapo", "cispo", "vespo"):
-    # Divided by the tokens of the generation batch, tool tokens included, per window.
+    # TRL divides by the tokens of the generation batch, including tool tokens, per window.
     items = config.get("num_items", completion_mask.sum())
     scale = mask.sum() / (items * windows / (config["spg"] if config["training"] else 1))
   else:
@@ -104,7 +104,7 @@ def weights_of(config, mask, completion_mask):
 
 
 def evaluate(case, dtype):
-  """(loss, metrics), gradient of a case in `dtype`."""
+  """Returns ((loss, metrics), gradient) of a case in `dtype`."""
   config = case["config"]
   completion_mask = INPUTS["mask"].astype(bool)
   mask = (
@@ -136,25 +136,26 @@ def evaluate(case, dtype):
   return jax.value_and_grad(loss, has_aux=True)(jnp.asarray(INPUTS["logps"], dtype))
 
 
-def wanted_metrics(case):
-  """TRL's metrics under our names, those that mean the same."""
-  found = dict(case["metrics"])
-  if "cispo_clip_ratio" in found:
-    found["clip_ratio/high_mean"] = found.pop("cispo_clip_ratio")
+def expected_metrics(case):
+  """Returns the comparable metrics of TRL under the names of this library."""
+  metrics = dict(case["metrics"])
+  if "cispo_clip_ratio" in metrics:
+    metrics["clip_ratio/high_mean"] = metrics.pop("cispo_clip_ratio")
   if case["config"]["importance_sampling_level"] == "sequence":
-    # TRL's is a mean over sequences, ours over tokens, as all our metrics are.
-    found = {name: value for name, value in found.items() if name not in CLIP_METRICS}
-  return {name: value for name, value in found.items() if name not in METRICS_UNMAPPED}
+    # TRL averages over sequences; all metrics here are averages over tokens.
+    metrics = {name: value for name, value in metrics.items() if name not in CLIP_METRICS}
+  return {name: value for name, value in metrics.items() if name not in METRICS_UNMAPPED}
 
 
 def check(name, dtype, tolerance):
+  """Compares loss, gradient and metrics of a case."""
   case = CASES[name]
   (loss, metrics), gradient = evaluate(case, dtype)
   assert loss.dtype == gradient.dtype == dtype
   np.testing.assert_allclose(loss, case["loss"], rtol=tolerance, atol=tolerance)
   np.testing.assert_allclose(gradient, case["grad_logps"], rtol=tolerance, atol=tolerance)
-  for metric, value in wanted_metrics(case).items():
-    # TRL counts what is clipped in float32.
+  for metric, value in expected_metrics(case).items():
+    # TRL counts clipped tokens in float32.
     limit = max(tolerance, 1e-7) if metric in CLIP_METRICS else tolerance
     np.testing.assert_allclose(metrics[metric], value, rtol=limit, atol=limit)
 
@@ -176,15 +177,15 @@ def test_every_case_is_mapped_or_explained():
   assert len(CASES) == 63
   assert len(MAPPED) == 59
   assert set(UNMAPPED) < set(CASES)
-  compared = {metric for name in MAPPED for metric in wanted_metrics(CASES[name])}
+  compared = {metric for name in MAPPED for metric in expected_metrics(CASES[name])}
   assert compared == {"kl", *CLIP_METRICS}
   everything = {metric for case in CASES.values() for metric in case["metrics"]}
   assert everything == compared | set(METRICS_UNMAPPED) | {"cispo_clip_ratio"}
 
 
 @pytest.mark.parametrize("name", UNMAPPED)
-def test_what_is_said_not_to_map_does_not(name, x64):
-  """Were it to agree, its reason would be wrong and it should be compared above."""
+def test_unmapped_cases_disagree(name, x64):
+  """If a case agreed, its reason would be wrong and it would belong in the comparison above."""
   case = CASES[name]
   (loss, _), gradient = evaluate(case, jnp.float64)
   assert not np.allclose(loss, case["loss"], rtol=1e-6) or not np.allclose(
@@ -192,8 +193,8 @@ def test_what_is_said_not_to_map_does_not(name, x64):
   )
 
 
-def test_trl_s_default_cap_of_cispo_scales_the_on_policy_gradient_by_a_fifth(x64):
-  """`epsilon_high` stays at 0.2 unless it is set, and caps the ratio itself."""
+def test_default_cispo_cap_of_trl_scales_the_on_policy_gradient_by_a_fifth(x64):
+  """`epsilon_high` is 0.2 by default and caps the ratio itself."""
   case = CASES["cispo/on_policy"]
   _, gradient = evaluate(case, jnp.float64)
   config = {**case["config"], "epsilon_high": None}
@@ -212,18 +213,19 @@ SCALES = {
 
 
 def rewards_of(case):
-  """[R, P, G] rewards with NaN for None, and [R] weights."""
-  rewards = np.array(case["rewards_per_func"], np.float64)  # None becomes NaN
+  """Returns the rewards [R, P, G], with NaN for None, and the weights [R]."""
+  rewards = np.array(case["rewards_per_func"], np.float64)  # float64 turns None into NaN
   return rewards.T.reshape(rewards.shape[1], -1, case["num_generations"]), case["weights"]
 
 
 def total_of(rewards, weights, unscored):
-  """TRL's sum over functions: what one did not score counts nothing, what none scored is NaN."""
+  """Returns the sum over reward functions as in TRL: 0 if unscored, NaN if no function scored."""
   total = np.nansum(rewards * np.array(weights)[:, None, None], axis=0)
   return np.where(unscored, np.nan, total)
 
 
-def ours(case):
+def advantages_of(case):
+  """Returns the advantages that this library computes."""
   rewards, weights = rewards_of(case)
   _, aggregation, scale = case["name"].split("/")
   if aggregation == "normalize_then_sum":
@@ -231,8 +233,8 @@ def ours(case):
   return SCALES[scale](total_of(rewards, weights, np.isnan(rewards).all(0)))
 
 
-def restated(case):
-  """TRL's formula in NumPy and float64 (its recorded values are float32)."""
+def expected_advantages(case):
+  """Returns the formula of TRL in NumPy and float64 (the recorded values are float32)."""
   rewards, weights = rewards_of(case)
   _, aggregation, scale = case["name"].split("/")
   unscored = np.isnan(rewards).all(0)
@@ -244,8 +246,8 @@ def restated(case):
 
   with np.errstate(all="ignore"):
     if aggregation == "normalize_then_sum":
-      each = (rewards - np.nanmean(rewards, -1, keepdims=True)) / (std(rewards, -1) + 1e-4)
-      total = total_of(each, weights, unscored)
+      normalized = (rewards - np.nanmean(rewards, -1, keepdims=True)) / (std(rewards, -1) + 1e-4)
+      total = total_of(normalized, weights, unscored)
       advantages = (total - np.nanmean(total)) / (std(total, None) + 1e-4)
     else:
       total = total_of(rewards, weights, unscored)
@@ -259,22 +261,22 @@ def restated(case):
 @pytest.mark.parametrize("name", ADVANTAGE_CASES)
 def test_advantages_in_float64(name, x64):
   case = ADVANTAGE_CASES[name]
-  got = np.asarray(ours(case))
-  assert got.dtype == np.float64
-  np.testing.assert_allclose(got.reshape(-1), case["advantages"], rtol=1e-6, atol=1e-6)
-  np.testing.assert_allclose(got, restated(case), rtol=1e-9, atol=1e-9)
+  actual = np.asarray(advantages_of(case))
+  assert actual.dtype == np.float64
+  np.testing.assert_allclose(actual.reshape(-1), case["advantages"], rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(actual, expected_advantages(case), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ADVANTAGE_CASES)
 def test_advantages_in_float32(name):
   case = ADVANTAGE_CASES[name]
-  got = np.asarray(ours(case))
-  assert got.dtype == np.float32
-  np.testing.assert_allclose(got.reshape(-1), case["advantages"], rtol=1e-5, atol=1e-6)
+  actual = np.asarray(advantages_of(case))
+  assert actual.dtype == np.float32
+  np.testing.assert_allclose(actual.reshape(-1), case["advantages"], rtol=1e-5, atol=1e-6)
 
 
-def test_the_document_lists_what_does_not_map():
-  document = (ROOT / "docs/parity.md").read_text(encoding="utf-8")
+def test_the_page_lists_unmapped_cases_and_metrics():
+  page = (ROOT / "docs/parity.md").read_text(encoding="utf-8")
   for table in (UNMAPPED, METRICS_UNMAPPED):
     for name, reason in table.items():
-      assert f"| `{name}` | {reason} |" in document
+      assert f"| `{name}` | {reason} |" in page

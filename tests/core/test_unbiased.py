@@ -1,7 +1,7 @@
-"""Which estimators are unbiased, and by how much the others are not: exact, by enumeration.
+"""Tests which estimators are unbiased, and the bias of the others, exactly by enumeration.
 
-Every number is computed twice: by the library on the world of `enumeration.py`, and by the NumPy
-of `enumeration_plain.py`, which shares no code with it.
+Every number is computed twice: by the library on the world of `enumeration.py`, and by NumPy in
+`enumeration_plain.py`, which shares no code with the library.
 """
 
 import itertools
@@ -36,15 +36,16 @@ def x64():
     yield
 
 
-def assert_comparison(got, want, tolerance):
-  np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+def assert_comparison(actual, expected, tolerance):
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-# --- the world itself ----------------------------------------------------------------------------
+# --- enumerated world ----------------------------------------------------------------------------
 
 
 def test_the_world_lists_every_completion_once():
-  assert len(world.TOKENS) == 1 + 2 + 4 * 3  # ended after 0, 1 token; 2 tokens and anything
+  # EOS first; EOS second; two tokens without EOS, then any token.
+  assert len(world.TOKENS) == 1 + 2 + 4 * 3
   padded = [(*c, 0, 0)[: plain.BUDGET] for c in plain.COMPLETIONS]
   assert [tuple(row) for row in world.TOKENS.tolist()] == padded
   np.testing.assert_array_equal(world.MASK.sum(-1), plain.LENGTH)
@@ -55,8 +56,8 @@ def test_the_world_lists_every_completion_once():
 def test_group_probabilities_add_up_and_count_orders():
   groups = world.list_groups(2, 3)
   assert groups.count.sum() == 15.0**6
-  nothing = world.expectation(lambda logp, drawn, ids: (1.0 + 0.0 * logp.sum(), {}), groups)
-  assert nothing(world.POLICY).loss == pytest.approx(1.0, abs=1e-12)
+  constant = world.expectation(lambda logp, drawn, ids: (1.0 + 0.0 * logp.sum(), {}), groups)
+  assert constant(world.POLICY).loss == pytest.approx(1.0, abs=1e-12)
 
 
 def test_true_gradients_by_central_differences():
@@ -69,8 +70,8 @@ def test_true_gradients_by_central_differences():
     "forward": (targets["forward"], lambda x: plain.context_kl(x, reference, old, True)),
   }
   for name, (gradient, function) in pairs.items():
-    want = plain.difference(function, theta)
-    np.testing.assert_allclose(gradient, want, atol=1e-9, err_msg=name)
+    expected = plain.difference(function, theta)
+    np.testing.assert_allclose(gradient, expected, atol=1e-9, err_msg=name)
   assert plain.kl(theta, reference) == pytest.approx(plain.context_kl(theta, reference, theta))
 
 
@@ -83,13 +84,13 @@ ADVANTAGES = [*cases.ADVANTAGES, "multi_objective"]
 @pytest.mark.parametrize("average", ["sequence", "token", "constant"])
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_scale_cosine_and_bias_of_every_advantage_and_average(advantage, average):
-  got = cases.reward_case(advantage, average)
+  actual = cases.reward_case(advantage, average)
   assert_comparison(
-    got, compare(plain.gradient(advantage, average, 3), plain.reward_gradient()), 1e-8
+    actual, compare(plain.gradient(advantage, average, 3), plain.reward_gradient()), 1e-8
   )
 
 
-def test_what_is_unbiased_on_policy():
+def test_only_baselines_with_constant_weights_are_unbiased_on_policy():
   for advantage in ADVANTAGES:
     for average in ("sequence", "token", "constant"):
       case = cases.reward_case(advantage, average)
@@ -126,13 +127,13 @@ RECORDED_REGION = {  # at the larger distance
 }
 
 
-def test_measured_biases_are_the_recorded_ones():
-  for (advantage, average), want in RECORDED_REWARD.items():
+def test_biases_match_the_recorded_values():
+  for (advantage, average), expected in RECORDED_REWARD.items():
     case = cases.reward_case(advantage, average)
-    assert_comparison((case.cosine, case.bias), want, 6e-5)
-  for region, want in RECORDED_REGION.items():
+    assert_comparison((case.cosine, case.bias), expected, 6e-5)
+  for region, expected in RECORDED_REGION.items():
     case, _ = cases.region_case(region, 1.0)
-    assert_comparison((case.cosine, case.bias), want, 6e-5)
+    assert_comparison((case.cosine, case.bias), expected, 6e-5)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -153,15 +154,15 @@ def test_group_centered_scale_is_n_minus_1_over_n(size):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_row_is_its_advantage_and_its_average_on_policy(name):
+def test_every_row_reduces_to_advantage_and_average_on_policy(name):
   row = ALGORITHMS[name]
-  want = plain.gradient(row.advantage, row.average, cases.FEW)
-  np.testing.assert_allclose(-plain.BUDGET * cases.row_gradient(name), want, atol=1e-9)
+  expected = plain.gradient(row.advantage, row.average, cases.FEW)
+  np.testing.assert_allclose(-plain.BUDGET * cases.row_gradient(name), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("rate", cases.RATES)
 def test_weight_of_a_prompt_by_success_rate(rate):
-  """`E[A | solved] - E[A | failed]`, by the binomial law of the others' successes."""
+  """The weight is `E[A | solved] - E[A | failed]`; the number of other successes is binomial."""
   n = cases.RATE_GROUP
 
   def scale(if_solved, if_failed):
@@ -171,13 +172,13 @@ def test_weight_of_a_prompt_by_success_rate(rate):
   def std(k):
     return math.sqrt(k * (n - k) / (n * (n - 1))) + 1e-4
 
-  want = {
+  expected = {
     "leave_one_out": 1.0,
     "group_centered": (n - 1) / n,
     "group_normalized": scale(lambda k: (1 - k / n) / std(k), lambda k: -k / n / std(k)),
     "max_rl": (1 - (1 - rate) ** (n - 1)) / rate,
   }
-  for name, value in want.items():
+  for name, value in expected.items():
     case = cases.rate_case(name, rate)
     assert case.scale == pytest.approx(value, abs=1e-10), name
     assert case.bias < 1e-10
@@ -188,7 +189,7 @@ def test_weight_of_a_prompt_by_success_rate(rate):
 
 @pytest.mark.parametrize("distance", [0.0, 1.0])
 def test_expected_gradient_of_the_grpo_loss_by_central_differences(distance):
-  """Nothing by hand: the expected loss itself is differenced, clip, k3 and all."""
+  """Differentiates the whole expected loss numerically, including the clip and k3."""
   theta, old = world.POLICY[:1], cases.drawn_by(distance)[:1]
   ids = np.array(list(itertools.product(range(15), repeat=3)))
   drawn = plain.probabilities(old)[0][ids].prod(-1)
@@ -211,10 +212,10 @@ def test_expected_gradient_of_the_grpo_loss_by_central_differences(distance):
       logp, signal, cases.mask(ids), old_logp=drawn_logp, ref_logp=reference, beta=0.3
     )
 
-  got = world.expectation(loss, world.list_groups(1, 3), compiled=True)(theta, old)
-  assert got.loss == pytest.approx(expected_loss(theta), abs=1e-12)
-  np.testing.assert_allclose(got.gradient, plain.difference(expected_loss, theta), atol=1e-8)
-  clipped = got.metrics["clip_ratio/region_mean"]
+  actual = world.expectation(loss, world.list_groups(1, 3), compiled=True)(theta, old)
+  assert actual.loss == pytest.approx(expected_loss(theta), abs=1e-12)
+  np.testing.assert_allclose(actual.gradient, plain.difference(expected_loss, theta), atol=1e-8)
+  clipped = actual.metrics["clip_ratio/region_mean"]
   assert clipped == 0 if distance == 0 else clipped > 0.05
 
 
@@ -231,17 +232,17 @@ def test_kl_terms_by_hand(kl, average, distance):
   drawn = plain.probabilities(old)[:, :, None] / 2
   if average == "sequence":
     drawn = drawn * plain.BUDGET / plain.LENGTH[:, None]
-  want = plain.pull(drawn * plain.KL_SLOPES[kl](gap, ratio), theta)
+  expected = plain.pull(drawn * plain.KL_SLOPES[kl](gap, ratio), theta)
   inside = np.arange(plain.BUDGET) < plain.LENGTH[:, None]
   value = (drawn * np.where(inside, plain.KL_VALUES[kl](gap, ratio), 0.0)).sum()
-  got = cases.kl_case(kl, average, distance)
+  actual = cases.kl_case(kl, average, distance)
   for name, target in targets.items():
-    assert_comparison(got[name], compare(want, target), 1e-9)
-  met = plain.context_kl(theta, world.REFERENCE, old)
-  assert got["value"] == pytest.approx(value / met, abs=1e-10)
+    assert_comparison(actual[name], compare(expected, target), 1e-9)
+  visited_kl = plain.context_kl(theta, world.REFERENCE, old)
+  assert actual["value"] == pytest.approx(value / visited_kl, abs=1e-10)
 
 
-def test_what_the_gradient_of_each_kl_term_is():
+def test_gradient_of_each_kl_term():
   exact = {
     ("k2", 0.0): "reverse",
     ("k3", 0.0): "forward",
@@ -260,11 +261,11 @@ def test_what_the_gradient_of_each_kl_term_is():
         assert case[name].bias > 0.05, (kl, name)
 
 
-def test_k1_as_a_loss_has_no_gradient_unless_length_weights_give_it_one():
+def test_k1_as_a_loss_has_a_gradient_only_with_length_weights():
   assert cases.kl_case("k1")["reverse"].scale == 0.0
-  other = {"ref": world.REFERENCE, "elsewhere": world.table(5.0)}
+  references = {"ref": world.REFERENCE, "elsewhere": world.table(5.0)}
   gradients = []
-  for reference in other.values():
+  for reference in references.values():
 
     def loss(logp, drawn_logp, ids, reference=reference):
       row = Algorithm(kl="k1", beta=1.0, average="sequence")
@@ -274,7 +275,7 @@ def test_k1_as_a_loss_has_no_gradient_unless_length_weights_give_it_one():
     expect = world.expectation(loss, world.list_groups(2, 1), compiled=True)
     gradients.append(expect(world.POLICY).gradient)
   assert np.abs(gradients[0]).max() > 0.01
-  np.testing.assert_allclose(gradients[0], gradients[1], atol=1e-15)  # never looks at it
+  np.testing.assert_allclose(gradients[0], gradients[1], atol=1e-15)  # independent of the reference
 
 
 def test_values_of_the_kl_estimators():
@@ -284,38 +285,40 @@ def test_values_of_the_kl_estimators():
     assert (abs(cases.kl_case(kl, distance=0.5)["value"] - 1) < 1e-12) is exact
 
 
-# --- completions of another policy ---------------------------------------------------------------
+# --- off-policy completions ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("distance", cases.DISTANCES)
 @pytest.mark.parametrize("region", cases.REGIONS)
 def test_trust_regions_off_policy_by_hand(region, distance):
-  want = compare(plain.off_policy(plain.SLOPES[region], distance), plain.reward_gradient())
-  assert_comparison(cases.region_case(region, distance)[0], want, 1e-9)
+  expected = compare(plain.off_policy(plain.SLOPES[region], distance), plain.reward_gradient())
+  assert_comparison(cases.region_case(region, distance)[0], expected, 1e-9)
 
 
 @pytest.mark.parametrize("distance", cases.DISTANCES)
 @pytest.mark.parametrize("correction", cases.CORRECTIONS)
 def test_sampler_corrections_by_hand(correction, distance):
-  want = compare(
+  expected = compare(
     plain.off_policy(plain.CORRECTION_SLOPES[correction], distance), plain.reward_gradient()
   )
-  assert_comparison(cases.correction_case(correction, distance), want, 1e-9)
+  assert_comparison(cases.correction_case(correction, distance), expected, 1e-9)
 
 
-def test_stopped_share_counts_tokens_of_the_batch():
-  """By hand for the symmetric clip: the mean over the tokens of both groups of two."""
+def test_stopped_fraction_is_a_mean_over_tokens_of_the_batch():
+  """The symmetric clip by hand: the mean over the tokens of both groups of two."""
   stopped, tokens, drawn = [], [], []
   for prompt in range(2):
     t = plain.Tokens(prompt, cases.drawn_by(1.0))
     inside = np.arange(plain.BUDGET) < plain.LENGTH[:, None, None]
-    mine = (~plain.inside_clip(t.ratio, t.a, 0.2, 0.2) & inside).sum(-1)
-    stopped.append((mine + mine.T).ravel())
+    counts = (~plain.inside_clip(t.ratio, t.a, 0.2, 0.2) & inside).sum(-1)
+    stopped.append((counts + counts.T).ravel())
     tokens.append((plain.LENGTH[:, None] + plain.LENGTH).ravel())
     drawn.append(t.pair.ravel())
   share = np.add.outer(*stopped) / np.add.outer(*tokens)
-  want = (np.multiply.outer(*drawn) * share).sum()
-  assert cases.region_case("clip 0.2 / 0.2 (PPO, GRPO)", 1.0)[1] == pytest.approx(want, abs=1e-12)
+  expected = (np.multiply.outer(*drawn) * share).sum()
+  assert cases.region_case("clip 0.2 / 0.2 (PPO, GRPO)", 1.0)[1] == pytest.approx(
+    expected, abs=1e-12
+  )
 
 
 def test_only_whole_completion_ratios_are_unbiased_off_policy():
@@ -331,14 +334,14 @@ def test_only_whole_completion_ratios_are_unbiased_off_policy():
       assert case.bias < 1e-12 if exact else case.bias > 0.01, correction
 
 
-def test_token_ratio_is_off_in_proportion_to_the_distance():
+def test_bias_of_the_token_ratio_is_proportional_to_the_distance():
   far, near = (cases.region_case("token ratio", d)[0].bias for d in (0.02, 0.01))
   assert far / near == pytest.approx(2.0, abs=0.02)
   for region in cases.REGIONS:
     assert cases.region_case(region, 0.0)[0].bias < 1e-12
 
 
-def test_token_ratio_without_clip_is_exact_for_single_tokens_and_clipped_is_not():
+def test_token_ratio_is_exact_for_single_tokens_only_without_clip():
   theta, old = np.array([0.3, -0.5, 0.9]), np.array([-0.4, 0.6, 0.1])
   rewards = np.array([1.0, 0.2, 0.0])
   p, q = plain.softmax(theta), plain.softmax(old)
@@ -362,7 +365,7 @@ def test_token_ratio_without_clip_is_exact_for_single_tokens_and_clipped_is_not(
 # --- the page ------------------------------------------------------------------------------------
 
 
-def test_the_page_in_docs_is_what_the_command_prints():
+def test_the_page_in_docs_is_the_output_of_the_command():
   committed = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text()
   assert committed == estimators_page.page(), (
     "run: python -m tools.estimators_page > docs/estimators.md"

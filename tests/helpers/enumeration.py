@@ -1,12 +1,13 @@
-"""A world small enough to list: exact expectations of everything the losses estimate.
+"""Computes exact expectations of losses by enumerating all completions of a small world.
 
-Two prompts, a vocabulary of 3 (token 0 is EOS) and at most 3 tokens: 15 completions each. The
-policy is a table of logits, one row per prompt and context (7 contexts), so every distribution
-over completions is reachable and every expectation is a finite sum. Nothing is sampled.
+There are two prompts, a vocabulary of 3 (token 0 is EOS) and at most 3 tokens, so each prompt has
+15 completions. The policy is a table of logits with a row for each prompt and context (7 contexts).
+It can represent every distribution over completions, and every expectation is a finite sum.
 
-A group is summed over as a multiset: all losses treat the completions of a group alike, so the
-orders of one multiset share one term, weighted by their number (the multinomial coefficient).
-`test_unbiased.py` holds that to a sum over ordered groups. Use float64 (`jax_enable_x64`).
+Groups are enumerated as multisets. All losses are invariant to the order of the completions in a
+group, so the orders of a multiset share one term, weighted by their number (the multinomial
+coefficient). `test_unbiased.py` compares this with a sum over ordered groups. Use float64
+(`jax_enable_x64`).
 """
 
 import functools
@@ -27,7 +28,7 @@ PROMPTS = 2
 
 
 def list_completions() -> Int[np.ndarray, "C T"]:
-  """Every completion once; what follows the first EOS is filled with EOS."""
+  """Returns every completion once, padded with EOS after its first EOS."""
   rows = itertools.product(range(VOCAB), repeat=MAX_LENGTH)
   return np.array([r for r in rows if all(b == EOS for a, b in itertools.pairwise(r) if a == EOS)])
 
@@ -45,7 +46,7 @@ CONTEXT = np.array(
 
 
 def table(phase: float, scale: float = 1.0, eos: float = 0.0) -> Float[np.ndarray, "P X V"]:
-  """Logits that look random and are the same on every platform: a sine of the index."""
+  """Returns logits that look random and are the same on every platform: a sine of the index."""
   count = PROMPTS * len(_PREFIXES) * VOCAB
   logits = np.sin(1.7 * np.arange(count) ** 1.3 + phase).reshape(PROMPTS, len(_PREFIXES), VOCAB)
   return scale * logits + eos * np.eye(VOCAB)[EOS]
@@ -53,7 +54,7 @@ def table(phase: float, scale: float = 1.0, eos: float = 0.0) -> Float[np.ndarra
 
 POLICY = table(0.0, 1.2, 0.4)
 REFERENCE = POLICY + table(1.0, 0.8)
-SHIFT = table(2.0)  # the policy before its updates is POLICY - distance * SHIFT
+SHIFT = table(2.0)  # the sampling policy is POLICY - distance * SHIFT
 
 
 def _content(row: np.ndarray, mask: np.ndarray) -> tuple[int, ...]:
@@ -63,30 +64,30 @@ def _content(row: np.ndarray, mask: np.ndarray) -> tuple[int, ...]:
 _CONTENTS = [_content(row, mask) for row, mask in zip(TOKENS, MASK)]
 # Prompt 0 is easy (any completion with a 1 in it), prompt 1 is hard (two completions).
 CORRECT = np.array([[1 in c for c in _CONTENTS], [c in ((2,), (1, 2)) for c in _CONTENTS]], float)
-# And a score between 0 and 1, such as a reward model gives.
+# A score between 0 and 1, like that of a reward model.
 STYLE = np.round(0.5 + 0.5 * np.sin(2.3 * np.arange(CORRECT.size)), 2).reshape(CORRECT.shape)
 REWARDS = CORRECT + 0.5 * STYLE
 
 
 def logps(theta: Float[Array, "P X V"]) -> Float[Array, "P C T"]:
-  """Log-probability of each token of each completion; 0 where masked."""
+  """Returns the log-probability of each token of each completion; 0 where masked."""
   tokens = jnp.broadcast_to(TOKENS, (theta.shape[0], *TOKENS.shape))
   mask = completion_mask(tokens, EOS)
   return jnp.where(mask, token_logprobs(theta[:, CONTEXT], tokens)[0], 0.0)
 
 
 def probabilities(theta: Float[Array, "P X V"]) -> Float[Array, "P C"]:
-  """Of each completion; they add up to 1 for each prompt."""
+  """Returns the probability of each completion; they sum to 1 for each prompt."""
   return jnp.exp(logps(theta).sum(-1))
 
 
 def expected_reward(theta: Float[Array, "P X V"], rewards: Float[Array, "P C"]) -> Array:
-  """`mean over prompts of sum_c pi(c) r(c)`: what reinforcement learning maximizes."""
+  """Returns `mean over prompts of sum_c pi(c) r(c)`, the objective of reinforcement learning."""
   return (probabilities(theta) * rewards).sum(-1).mean()
 
 
 def sequence_kl(theta: Float[Array, "P X V"], reference: Float[Array, "P X V"]) -> Array:
-  """`mean over prompts of sum_c pi(c) log(pi(c) / ref(c))`, nats per completion."""
+  """Returns `mean over prompts of sum_c pi(c) log(pi(c) / ref(c))` in nats per completion."""
   gap = (logps(theta) - logps(reference)).sum(-1)
   return (probabilities(theta) * gap).sum(-1).mean()
 
@@ -97,23 +98,25 @@ def context_kl(
   visits: Float[Array, "P X V"],
   forward: bool = False,
 ) -> Array:
-  """`E over the contexts that `visits` meets of KL(pi || ref)` at that context, or KL(ref || pi).
+  """Returns the expected KL(pi || ref), or KL(ref || pi), over the contexts visited by `visits`.
 
-  The value at `visits = theta` is `sequence_kl`; the gradient is not, because here the contexts
-  that are met do not move with `theta`: a token's effect on later tokens' KL is left out.
+  At `visits = theta` the value equals `sequence_kl`. The gradient differs: the distribution of
+  contexts does not depend on `theta` here, so the effect of a token on the KL of later tokens is
+  left out.
   """
-  reach = jnp.exp(jnp.cumsum(logps(visits), -1) - logps(visits))  # of the context before token t
+  # Probability of reaching the context before token t.
+  reach = jnp.exp(jnp.cumsum(logps(visits), -1) - logps(visits))
   reach = jnp.where(MASK, reach, 0.0)
   # Completions share contexts: count each context once, by its probability.
-  met = jnp.zeros(theta.shape[:2]).at[:, CONTEXT].max(reach)
+  visited = jnp.zeros(theta.shape[:2]).at[:, CONTEXT].max(reach)
   p, q = jax.nn.log_softmax(theta), jax.nn.log_softmax(reference)
   if forward:
     p, q = q, p
-  return (met * (jnp.exp(p) * (p - q)).sum(-1)).sum(-1).mean()
+  return (visited * (jnp.exp(p) * (p - q)).sum(-1)).sum(-1).mean()
 
 
 class Groups(NamedTuple):
-  """Every batch of one group per prompt, and how many ordered batches each stands for."""
+  """Holds all batches of one group per prompt, and the number of orders of each batch."""
 
   ids: Int[np.ndarray, "B P G"]
   count: Float[np.ndarray, "B"]
@@ -121,18 +124,20 @@ class Groups(NamedTuple):
 
 @functools.cache
 def list_groups(prompts: int, size: int) -> Groups:
-  one = np.array(list(itertools.combinations_with_replacement(range(len(TOKENS)), size)))
-  orders = [math.factorial(size) / _repeats(row) for row in one]
-  pick = np.array(list(itertools.product(range(len(one)), repeat=prompts)))
-  return Groups(one[pick], np.array(orders)[pick].prod(-1))
+  """Returns all batches of `prompts` groups of `size` completions."""
+  multisets = np.array(list(itertools.combinations_with_replacement(range(len(TOKENS)), size)))
+  orders = [math.factorial(size) / _repeats(row) for row in multisets]
+  indices = np.array(list(itertools.product(range(len(multisets)), repeat=prompts)))
+  return Groups(multisets[indices], np.array(orders)[indices].prod(-1))
 
 
 def _repeats(row: np.ndarray) -> int:
+  """Returns the number of permutations that leave the row unchanged."""
   return math.prod(math.factorial(n) for n in np.bincount(row))
 
 
 class Expected(NamedTuple):
-  """Expectations over batches: of the loss, of its metrics, and of its gradient to `theta`."""
+  """Holds expectations over batches: loss, metrics, and gradient with respect to `theta`."""
 
   loss: float
   metrics: dict[str, float]
@@ -142,16 +147,19 @@ class Expected(NamedTuple):
 def expectation(
   loss: Callable[..., tuple[Array, dict[str, Array]]], groups: Groups, *, compiled: bool = False
 ) -> Callable[..., Expected]:
-  """A function `(theta, sampler=theta, *data) -> Expected`: batches drawn by `sampler`, exact.
+  """Returns a function `(theta, sampler=theta, *data) -> Expected` over batches from `sampler`.
 
-  `loss(logp, drawn_logp, ids, *data)` gets one batch: log-probabilities under `theta` and under
-  `sampler` [P, G, T], which completions it holds [P, G], and its part of each array of `data`
-  (leading axis B). JAX takes the gradient of each batch with respect to `logp` alone, as in
-  training; the chain rule brings the expected one to `theta`. `compiled` only changes the time:
-  it pays where nothing else has the shapes of `groups`.
+  Args:
+    loss: `loss(logp, drawn_logp, ids, *data)` of one batch: log-probabilities under `theta` and
+      under `sampler` [P, G, T], the indices of its completions [P, G], and its slice of each array
+      of `data` (leading axis B). As in training, JAX differentiates it with respect to `logp`; the
+      chain rule then gives the expected gradient with respect to `theta`.
+    groups: all batches, from `list_groups`.
+    compiled: compiles the expectation. Affects only the duration, and is worth it if no other
+      expectation has the shapes of `groups`.
   """
   prompts = np.arange(groups.ids.shape[1])[:, None]
-  # Many batches go in slices that fit a cache; few go operation by operation.
+  # Many batches are split into slices that fit the cache; few are evaluated without compilation.
   slices = math.gcd(len(groups.count), 680) if len(groups.count) > 20_000 else 1
 
   def part(logp, drawn_logp, ids, count, *data):
@@ -185,9 +193,10 @@ def expectation(
 
 
 class Comparison(NamedTuple):
-  """A gradient next to the true one, `gradient = scale * true + rest`.
+  """Holds the decomposition `gradient = scale * true + rest`.
 
-  `bias = |rest| / |scale * true|`: what no learning rate can mend; 0 = unbiased up to `scale`.
+  `bias = |rest| / |scale * true|` is the part that no learning rate can correct. 0 means unbiased
+  up to `scale`.
   """
 
   scale: float
@@ -196,7 +205,7 @@ class Comparison(NamedTuple):
 
 
 def compare(gradient: np.ndarray, true: np.ndarray) -> Comparison:
-  """Scale, cosine and relative bias; a gradient of 0 has none of them (NaN) but scale 0."""
+  """Returns scale, cosine and relative bias. A gradient of 0 has scale 0 and otherwise NaN."""
   scale = float((gradient * true).sum() / (true**2).sum())
   size = float(np.linalg.norm(gradient))
   if size < 1e-12 * np.linalg.norm(true):

@@ -1,8 +1,9 @@
-"""The world of `enumeration.py` computed a second time, in plain NumPy.
+"""Computes the world of `enumeration.py` a second time, in plain NumPy.
 
-Shares only the arrays of logits and rewards with the library and with `enumeration.py`: it lists
-completions by walking the tree, writes advantages and slopes out from the papers, and
-differentiates by hand (`d log softmax = onehot - p`) or by central differences.
+It shares only the arrays of logits and rewards, and the list of batches, with `enumeration.py`, and
+nothing with the library. It lists completions by walking the tree and takes advantages and
+derivatives from the papers. It differentiates by hand (`d log softmax = onehot - p`) or by central
+differences.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ BUDGET = 3
 
 
 def walk(prefix=()):
-  """Completions in lexical order; 0 ends one."""
+  """Yields the completions in lexical order; 0 ends a completion."""
   for token in (0, 1, 2):
     if token == 0 or len(prefix) == BUDGET - 1:
       yield (*prefix, token)
@@ -27,12 +28,13 @@ LENGTH = np.array([len(c) for c in COMPLETIONS])
 
 
 def softmax(theta):
+  """Returns the softmax over the last axis."""
   e = np.exp(theta)
   return e / e.sum(-1, keepdims=True)
 
 
 def logps(theta):
-  """[P, X, V] -> [P, C, T], 0 after the end."""
+  """Returns the log-probs [P, C, T] of logits [P, X, V]; 0 after the end."""
   p = softmax(theta)
   out = np.zeros((len(theta), len(COMPLETIONS), BUDGET))
   for c, completion in enumerate(COMPLETIONS):
@@ -42,11 +44,12 @@ def logps(theta):
 
 
 def probabilities(theta):
+  """Returns the probability [P, C] of each completion."""
   return np.exp(logps(theta).sum(-1))
 
 
 def pull(coefficients, theta):
-  """`sum_ct coefficient[p, c, t] d logp[p, c, t] / d theta`, by `d logp = onehot - p`."""
+  """Returns `sum_ct coefficient[p, c, t] d logp[p, c, t] / d theta`, by `d logp = onehot - p`."""
   p = softmax(theta)
   out = np.zeros_like(theta)
   for c, completion in enumerate(COMPLETIONS):
@@ -58,7 +61,7 @@ def pull(coefficients, theta):
 
 
 def difference(function, theta, step=1e-5):
-  """Central differences of a scalar function."""
+  """Returns the gradient of a scalar function by central differences."""
   out = np.zeros_like(theta)
   for i in np.ndindex(theta.shape):
     up, down = theta.copy(), theta.copy()
@@ -69,24 +72,27 @@ def difference(function, theta, step=1e-5):
 
 
 def context_kl(theta, reference, visits, forward=False):
+  """Returns the KL at each context, weighted by the probability that `visits` reaches it."""
   total = 0.0
   for prefix in CONTEXTS:
     x = CONTEXTS.index(prefix)
-    met = np.ones(len(theta))
+    visited = np.ones(len(theta))
     for t in range(len(prefix)):
-      met = met * softmax(visits)[:, CONTEXTS.index(prefix[:t]), prefix[t]]
+      visited = visited * softmax(visits)[:, CONTEXTS.index(prefix[:t]), prefix[t]]
     p, q = softmax(theta)[:, x], softmax(reference)[:, x]
     p, q = (q, p) if forward else (p, q)
-    total = total + met * (p * np.log(p / q)).sum(-1)
+    total = total + visited * (p * np.log(p / q)).sum(-1)
   return total.mean()
 
 
 def kl(theta, reference):
+  """Returns the mean KL of whole completions, in nats."""
   p, q = probabilities(theta), probabilities(reference)
   return (p * np.log(p / q)).sum(-1).mean()
 
 
 def reward(theta, rewards=world.REWARDS):
+  """Returns the expected reward, averaged over prompts."""
   return (probabilities(theta) * rewards).sum(-1).mean()
 
 
@@ -94,7 +100,7 @@ def reward(theta, rewards=world.REWARDS):
 
 
 def advantages(name, r):
-  """Rewards [B, P, G], the formulas of the papers."""
+  """Returns the advantages [B, P, G] of rewards [B, P, G], by the formulas of the papers."""
   centered = r - r.mean(-1, keepdims=True)
   n = r.shape[-1]
   over_batch = {"axis": (-2, -1), "keepdims": True, "ddof": 1}
@@ -109,12 +115,12 @@ def advantages(name, r):
 
 
 def gradient(name, average, size):
-  """The score function summed over every batch of two groups of `size`, times the budget."""
+  """Returns the policy gradient over all batches of two groups of `size`, times the budget."""
   ids, count = world.list_groups(2, size)
   drawn = count * probabilities(world.POLICY)[[[0], [1]], ids].prod((-1, -2))
   if name == "multi_objective":
-    each = [np.asarray(x)[[[0], [1]], ids] for x in (world.CORRECT, world.STYLE)]
-    total = sum(w * advantages("group_normalized", x) for w, x in zip((1.0, 0.5), each))
+    parts = [np.asarray(x)[[[0], [1]], ids] for x in (world.CORRECT, world.STYLE)]
+    total = sum(w * advantages("group_normalized", x) for w, x in zip((1.0, 0.5), parts))
     a = total / (total.std((-2, -1), keepdims=True, ddof=1) + 1e-4)
   else:
     a = advantages(name, world.REWARDS[[[0], [1]], ids])
@@ -124,23 +130,25 @@ def gradient(name, average, size):
     "token": np.broadcast_to(1 / lengths.sum((-2, -1), keepdims=True), ids.shape),
     "constant": np.full(ids.shape, 1 / (2 * size * BUDGET)),
   }[average]
-  each = drawn[:, None, None] * a * weights
-  by_completion = [np.bincount(ids[:, p].ravel(), each[:, p].ravel(), 15) for p in range(2)]
+  terms = drawn[:, None, None] * a * weights
+  by_completion = [np.bincount(ids[:, p].ravel(), terms[:, p].ravel(), 15) for p in range(2)]
   return BUDGET * pull(on_each_token(by_completion), world.POLICY)
 
 
 def on_each_token(by_completion):
+  """Repeats a value per completion [P, C] on each token [P, C, T]."""
   return np.repeat(np.asarray(by_completion)[:, :, None], BUDGET, -1)
 
 
 def reward_gradient():
+  """Returns the gradient of the expected reward."""
   p = probabilities(world.POLICY)
   return pull(on_each_token(p * world.REWARDS / 2), world.POLICY)
 
 
 # --- KL ------------------------------------------------------------------------------------------
 
-# d estimate / d logp on a drawn token, D = logp - ref_logp, ratio = exp(logp - drawn logp).
+# d estimate / d logp of a sampled token, D = logp - ref_logp, ratio = exp(logp - drawn logp).
 KL_SLOPES = {
   "k1": lambda D, ratio: np.ones_like(D),
   "k2": lambda D, ratio: D,
@@ -161,23 +169,36 @@ KL_VALUES = {
 
 
 def inside_clip(ratio, a, low, high):
+  """Returns where the clipped objective has a gradient."""
   return ~((ratio < 1 - low) & (a < 0)) & ~((ratio > 1 + high) & (a > 0))
 
 
 def sigmoid_slope(x):
+  """Returns the derivative of the sigmoid."""
   return np.exp(-x) / (1 + np.exp(-x)) ** 2
 
 
 def sapo_slope(t):
+  """Returns the derivative of the SAPO objective with respect to logp."""
   return 4 * sigmoid_slope(np.where(t.a > 0, 1.0, 1.05) * (t.ratio - 1)) * t.ratio * t.a
 
 
 def within(x, low, high):
+  """Returns x inside the bounds and 0 outside."""
   return np.where((x >= low) & (x <= high), x, 0.0)
 
 
 class Tokens:
-  """For completion i next to completion j: ratios, advantage r_i - r_j, moved probability."""
+  """Holds the quantities of completion i in a group with completion j, for all pairs.
+
+  Attributes:
+    ratio: token ratio.
+    product: ratio of the whole completion.
+    mean: geometric mean of the token ratios.
+    a: advantage r_i - r_j.
+    moved: change in the probability of the token.
+    pair: probability of the pair (i, j).
+  """
 
   def __init__(self, prompt, old):
     logp, old_logp = logps(world.POLICY)[prompt], logps(old)[prompt]
@@ -189,7 +210,7 @@ class Tokens:
     self.pair = np.multiply.outer(*[probabilities(old)[prompt]] * 2)
 
 
-# d objective / d logp of a token, by hand.
+# d objective / d logp of a token, derived by hand.
 SLOPES = {
   "no ratio (old_logp=None)": lambda t: t.a,
   "product of token ratios": lambda t: t.product * t.a,
@@ -215,6 +236,7 @@ CORRECTION_SLOPES = {
 
 
 def off_policy(slope, distance):
+  """Returns the expected gradient on completions of the policy at `distance`, groups of 2."""
   tokens = [Tokens(prompt, world.POLICY - distance * world.SHIFT) for prompt in range(2)]
   slopes = [np.broadcast_to(slope(t), (15, 15, BUDGET)) for t in tokens]
   coefficients = [(t.pair[..., None] * s).sum(1) / 2 for t, s in zip(tokens, slopes)]

@@ -1,9 +1,10 @@
-"""What each choice of the loss costs, measured exactly: the cases, and the page that shows them.
+"""Computes the exact bias of each choice of the loss, for tests and for a page.
 
-    python tests/helpers/estimators.py > docs/estimators.md
+    python -m tools.estimators_page > docs/estimators.md
 
-Each case is an expectation over every batch of the world of `enumeration.py`; none is sampled.
-`test_unbiased.py` holds the cases to a second computation that shares no code with the library.
+Each case is an expectation over all batches of the world of `enumeration.py`, without sampling.
+`test_unbiased.py` compares the cases with a second computation that shares no code with the
+library.
 """
 
 import dataclasses
@@ -21,37 +22,39 @@ from tests.helpers.enumeration import Comparison, Expected
 
 PROMPT = np.arange(world.PROMPTS)[:, None]
 ADVANTAGES = {name: a for name, a in grpo_jax.ADVANTAGES.items() if a.rewards == ("total",)}
-GROUP = 3  # completions per prompt where the advantage matters
-FEW = 2  # and where it is leave_one_out, which is exact for any size
-DISTANCES = (0.5, 1.0)  # of the policy that drew the completions, in units of `world.SHIFT`
-GDPO_WEIGHTS = np.array([1.0, 0.5])  # of CORRECT and STYLE, as in `world.REWARDS`
+GROUP = 3  # completions per prompt in the comparison of advantages
+FEW = 2  # completions per prompt with leave_one_out, which is exact for any group size
+DISTANCES = (0.5, 1.0)  # from the sampling policy, in units of `world.SHIFT`
+GDPO_WEIGHTS = np.array([1.0, 0.5])  # weights of CORRECT and STYLE, as in `world.REWARDS`
 
 
 def mask(ids):
+  """Returns the mask [..., G, T] of the completions `ids` [..., G]."""
   return jnp.asarray(world.MASK)[ids]
 
 
 def rewards_of(ids):
+  """Returns the rewards [..., P, G] of the completions `ids` [..., P, G]."""
   return jnp.asarray(world.REWARDS)[PROMPT, ids]
 
 
 def reward_gradient(theta=world.POLICY, rewards=world.REWARDS) -> np.ndarray:
-  """The gradient of mean reward: what an unbiased update follows."""
+  """Returns the gradient of the mean reward, which an unbiased update follows."""
   return np.asarray(jax.grad(world.expected_reward)(jnp.asarray(theta), rewards))
 
 
 def drawn_by(distance: float) -> np.ndarray:
-  """The policy before its updates."""
+  """Returns the logits of the sampling policy, `distance` before the current policy."""
   return world.POLICY - distance * world.SHIFT
 
 
 def ascent(expected: Expected) -> np.ndarray:
-  """What the update follows, times the token budget, so that `constant` reads as a plain sum."""
+  """Returns the direction of the update times the token budget; `constant` is then a plain sum."""
   return -world.MAX_LENGTH * expected.gradient
 
 
 def advantages(name: str, ids) -> jax.Array:
-  """Advantages [..., P, G] of one batch, by the name of their function."""
+  """Returns the advantages [..., P, G] of a batch; `name` is the name of their function."""
   if name != "multi_objective":
     return ADVANTAGES[name](rewards_of(ids))
   both = jnp.stack([jnp.asarray(world.CORRECT), jnp.asarray(world.STYLE)])
@@ -69,10 +72,10 @@ def _reward_expectation(average: str) -> Callable:
 
 @functools.cache
 def reward_case(advantage: str, average: str) -> Comparison:
-  """On-policy, no trust region, no KL: the advantage and the average alone."""
+  """Compares an advantage and an average on-policy, without trust region and KL."""
   ids = jnp.asarray(world.list_groups(world.PROMPTS, GROUP).ids)
-  of_all_batches = jax.vmap(functools.partial(advantages, advantage))(ids)
-  expected = _reward_expectation(average)(world.POLICY, None, of_all_batches)
+  batch_advantages = jax.vmap(functools.partial(advantages, advantage))(ids)
+  expected = _reward_expectation(average)(world.POLICY, None, batch_advantages)
   return world.compare(ascent(expected), reward_gradient())
 
 
@@ -83,7 +86,7 @@ RATE_GROUP = 6
 @functools.cache
 def _rate_expectation(advantage: str) -> Callable:
   def loss(logp, drawn_logp, ids):
-    solved = (ids == 0).astype(float)  # completion 0 is EOS alone
+    solved = (ids == 0).astype(float)  # completion 0 is a single EOS
     row, signal = Algorithm(average="constant"), ADVANTAGES[advantage](solved)
     return policy_loss(row, logp, signal, mask(ids), max_length=world.MAX_LENGTH)
 
@@ -91,7 +94,7 @@ def _rate_expectation(advantage: str) -> Callable:
 
 
 def rate_case(advantage: str, rate: float) -> Comparison:
-  """One prompt with rewards of 0 and 1, solved at `rate`: what weight it gets."""
+  """Compares the gradient of one prompt with rewards of 0 and 1 and success rate `rate`."""
   theta = world.POLICY[:1].copy()
   others = np.logaddexp(theta[0, 0, 1], theta[0, 0, 2])
   theta[0, 0, world.EOS] = np.log(rate / (1 - rate)) + others
@@ -103,16 +106,16 @@ def rate_case(advantage: str, rate: float) -> Comparison:
 def _kl_expectation(kl: str, average: str) -> Callable:
   def loss(logp, drawn_logp, ids):
     reference = world.logps(jnp.asarray(world.REFERENCE))[PROMPT, ids]
-    nothing = jnp.zeros(ids.shape)
+    signal = jnp.zeros(ids.shape)
     if kl == "k1_in_reward":
-      nothing = leave_one_out(-(jax.lax.stop_gradient(logp) - reference).sum(-1))
+      signal = leave_one_out(-(jax.lax.stop_gradient(logp) - reference).sum(-1))
       row = Algorithm(average=average)
     else:
       row = Algorithm(kl=kl, beta=1.0, average=average)
     return policy_loss(
       row,
       logp,
-      nothing,
+      signal,
       mask(ids),
       old_logp=drawn_logp,
       ref_logp=reference,
@@ -124,18 +127,19 @@ def _kl_expectation(kl: str, average: str) -> Callable:
 
 @functools.cache
 def kl_case(kl: str, average: str = "constant", distance: float = 0.0) -> dict[str, Comparison]:
-  """`value` is relative to the KL at the contexts that were met; gradients as in `kl_targets`."""
+  """Returns the value relative to the KL at the visited contexts, and gradients by target."""
   sampler = drawn_by(distance)
   expected = _kl_expectation(kl, average)(world.POLICY, sampler)
   targets = kl_targets(distance)
-  met = world.context_kl(jnp.asarray(world.POLICY), world.REFERENCE, jnp.asarray(sampler))
-  value = world.MAX_LENGTH * expected.loss / float(met)
+  visited_kl = world.context_kl(jnp.asarray(world.POLICY), world.REFERENCE, jnp.asarray(sampler))
+  value = world.MAX_LENGTH * expected.loss / float(visited_kl)
   gradients = {k: world.compare(-ascent(expected), target) for k, target in targets.items()}
   return {"value": value, **gradients}
 
 
 @functools.cache
 def kl_targets(distance: float) -> dict[str, np.ndarray]:
+  """Returns the three gradients that "the gradient of the KL" can mean."""
   """Three gradients that could be meant by "the gradient of the KL"."""
   theta, sampler = jnp.asarray(world.POLICY), jnp.asarray(drawn_by(distance))
   at_contexts = jax.grad(world.context_kl)
@@ -147,7 +151,10 @@ def kl_targets(distance: float) -> dict[str, np.ndarray]:
 
 
 def product_ratio(logp, old_logp, mask):
-  """The whole completion's ratio on each token, gradient of the token: a choice of one's own."""
+  """Returns the ratio of the whole completion on each token, as an example of a custom ratio.
+
+  Its gradient is that of the token.
+  """
   total = jax.lax.stop_gradient((logp - old_logp).sum(-1, keepdims=True))
   return total + logp - jax.lax.stop_gradient(logp)
 
@@ -191,7 +198,7 @@ def _region_expectation(name: str) -> Callable:
 
 @functools.cache
 def region_case(name: str, distance: float) -> tuple[Comparison, float]:
-  """Completions of an older policy; the share of tokens that the region stops comes second."""
+  """Compares a trust region off-policy; also returns the fraction of tokens that it stops."""
   expected = _region_expectation(name)(world.POLICY, drawn_by(distance))
   share = expected.metrics["clip_ratio/region_mean"]
   return world.compare(ascent(expected), reward_gradient()), share
@@ -228,14 +235,14 @@ def _correction_expectation(name: str) -> Callable:
 
 @functools.cache
 def correction_case(name: str, distance: float) -> Comparison:
-  """The trainer takes itself for on-policy, but the sampler is `distance` away from it."""
+  """Compares a correction for a sampler `distance` away from the trainer, without old_logp."""
   expected = _correction_expectation(name)(world.POLICY, drawn_by(distance))
   return world.compare(ascent(expected), reward_gradient())
 
 
 @functools.cache
 def row_gradient(name: str) -> np.ndarray:
-  """Expected on-policy gradient of a row of `ALGORITHMS` without its KL, groups of `FEW`."""
+  """Returns the expected on-policy gradient of an `ALGORITHMS` row without KL, groups of `FEW`."""
   row = dataclasses.replace(ALGORITHMS[name], beta=0.0)
 
   def loss(logp, drawn_logp, ids):

@@ -108,12 +108,13 @@ def mllm_jax_logprobs(logits, tokens, temperature):
 
 
 def _token_share(part, whole):
+  """Returns the fraction of the tokens of the batch in this part."""
   return part.sum() / whole.sum()
 
 
 @dataclasses.dataclass(frozen=True)
 class Defect:
-  """A row of the table: `check(function, **settings)` must raise Counterexample."""
+  """Describes a row of the table; `check(function, **settings)` must raise Counterexample."""
 
   project: str
   function: Callable
@@ -122,10 +123,12 @@ class Defect:
 
   @property
   def defect(self) -> str:
+    """Returns the description of the defect: the docstring of its function."""
     return self.function.__doc__.rstrip(".")
 
   @functools.cached_property
   def report(self) -> str:
+    """Returns the report of the check, or "nothing" if it does not find the defect."""
     """The report of the check, or "nothing" if it does not find the defect."""
     try:
       self.check(self.function, **self.settings)
