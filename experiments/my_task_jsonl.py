@@ -6,8 +6,9 @@ examples. Each line has a `prompt`, and the column `numbers` for the reward func
 `my_task/make_questions.py`. To train on your own task, copy the files and replace their contents.
 
 Hardware  2 CPU cores, float32
-Time      TIME
-Result    RESULT
+Time      not measured yet
+Result    greedy accuracy on the 200 held-out problems: 0.385 before (standard error 0.034); the
+          accuracy after 40 steps has not been measured yet
 Command   python -m grpo_jax.train --config experiments/my_task_jsonl.py --workdir runs/my-task
 """
 
