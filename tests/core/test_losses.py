@@ -1,4 +1,4 @@
-"""Losses: the formula and gradient of the derivation, masking, metrics, robustness, errors."""
+"""Tests losses: formula and gradient of the derivation, masking, metrics, robustness, errors."""
 
 import dataclasses
 from functools import partial
@@ -374,7 +374,7 @@ def test_integer_masks_and_lists_are_accepted():
   close(actual[0], policy_loss("grpo", LOGP, ADVANTAGES, MASK, ref_logp=REF)[0])
 
 
-# --- metrics and functions of one's own ----------------------------------------------------------
+# --- metrics and custom functions ----------------------------------------------------------------
 
 SMALL_LOGP = jnp.log(jnp.array([[[0.5, 0.25], [0.125, 0.5]]]))
 SMALL_MASK = jnp.array([[[True, True], [True, False]]])
@@ -412,7 +412,7 @@ def test_with_beta_zero_an_infinite_kl_does_not_reach_the_loss():
   np.testing.assert_allclose(slope, [[[-0.25, -0.25], [0.5, 0.0]]], rtol=1e-6)
 
 
-def test_functions_of_ones_own_receive_zeros_where_masked():
+def test_custom_functions_receive_zeros_where_masked():
   arguments = {}
 
   def region(log_ratio, logp, old_logp, advantages):

@@ -1,4 +1,4 @@
-"""Masks and token weights: values computed by hand."""
+"""Tests masks and token weights against values computed by hand."""
 
 import jax
 import jax.numpy as jnp

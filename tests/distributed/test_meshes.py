@@ -55,7 +55,7 @@ def make_batch():
 
 
 def on_mesh(shape):
-  """(mesh, model, parameters with the shardings of the table)."""
+  """Returns (mesh, model, parameters with the shardings of the table)."""
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   params = jax.device_put(PARAMS, meshes.param_shardings(mesh, PARAMS))
   return mesh, model_on(mesh, CONFIG), params
@@ -72,7 +72,7 @@ def model_on(mesh, config, **settings):
 
 
 def step_on(shape):
-  """(gradients, metrics, compiled step) of one step of plain SGD under a transfer guard."""
+  """Returns (gradients, metrics, compiled step) of one SGD step under a transfer guard."""
   mesh, model, params = on_mesh(shape)
   optimizer = optax.sgd(1.0)
   step = make_train_step(
@@ -113,20 +113,20 @@ def one_device():
 
 
 def gathered(compiled):
-  """Shapes of the results of a program's all-gathers, dimensions in order of size."""
+  """Returns the result shapes of a program's all-gathers, each with sorted dimensions."""
   results = re.findall(r"= (\(.*?\)|\S+) all-gather(?:-start)?\(", compiled.as_text())
   shapes = [shape for line in results for shape in re.findall(r"\w+\[([\d,]*)\]", line)]
   return [tuple(sorted(int(n) for n in shape.split(",") if n)) for shape in shapes]
 
 
 def runs(compiled):
-  """Number of collectives of each kind that run; those in a loop count once per iteration."""
+  """Counts the collectives of each kind that run, once per iteration inside loops."""
   collectives = Counter(compiled.as_text()).cost()[0].collectives
   return {kind: int(count) for kind, (count, _) in collectives.items()}
 
 
 def one_layer(mesh_shape):
-  """Shapes of the matrices of a layer, and of the tables, gathered over `fsdp` alone."""
+  """Returns the shapes of a layer's matrices and of the tables, gathered over `fsdp` alone."""
   tensor, shapes = mesh_shape[2], set()
   for rule_path, matrix in jax.tree_util.tree_leaves_with_path(PARAMS):
     name = jax.tree_util.keystr(rule_path, simple=True, separator="/")
@@ -236,7 +236,7 @@ def test_devices_exchange_nothing_per_tile_of_the_head(shape):
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
 def test_an_update_gathers_a_matrix_three_times(shape):
-  """Once in the forward pass, once in rematerialization, once in the backward pass."""
+  """Counts one gather each in the forward pass, rematerialization and the backward pass."""
   mesh = meshes.make_mesh(shape, jax.devices()[:8])
   model = model_on(mesh, dataclasses.replace(CONFIG, tied=True), remat="layers")
 

@@ -14,12 +14,12 @@ from tests.helpers.learning import MODEL, assert_trees_close, make_batch, step_o
 
 
 def numbered():
-  """A batch whose advantages are numbered, so that they tell the prompts apart."""
+  """Returns a batch whose advantages are numbered, so that they tell the prompts apart."""
   return dataclasses.replace(make_batch(), advantages=jnp.arange(12.0).reshape(4, 3))
 
 
 def wide_batch():
-  """3 prompts with 2 completions, room for 40 and 100 tokens, of which 17 and 30 are used."""
+  """Returns 3 prompts (up to 17 of 40 tokens), each with 2 completions (up to 30 of 100)."""
   prompt_tokens, lengths = np.array([17, 5, 9]), np.array([[30, 2], [1, 8], [29, 29]])
   rng = np.random.default_rng(0)
   mask = np.arange(100) < lengths[..., None]
@@ -46,8 +46,8 @@ def test_the_arrays_of_a_batch():
   assert "ref_logp" in make_batch(ref=True).arrays()
 
 
-def test_the_temperature_is_no_array():
-  """It survives `jax.tree.map`, and batches of other temperatures are other programs."""
+def test_the_temperature_is_not_an_array():
+  """It survives `jax.tree.map`, and each temperature compiles its own program."""
   batch = make_batch(temperature=0.7)
   assert len(jax.tree.leaves(batch)) == 7
   assert jax.tree.map(lambda a: a[:2], batch).temperature == 0.7

@@ -20,7 +20,7 @@ ADAM = optax.adam(RATE)
 
 @pytest.fixture(scope="module")
 def step():
-  """An update with everything: two micro-batches, Adam, a limit on spikes."""
+  """Returns an update step with two micro-batches, Adam and a spike limit."""
   return make_train_step(MODEL, "dapo", ADAM, RATE, temperature=0.7, micro_batches=2, spike=SPIKE)
 
 

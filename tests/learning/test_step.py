@@ -42,7 +42,7 @@ def params():
 
 
 def test_the_update_is_the_gradient_of_the_derivations_loss(params):
-  """Against the plain row-by-row model and -(1/N) sum_i 1/|o_i| sum_t r A, written out here."""
+  """Compares with the plain row-by-row model and -(1/N) sum_i 1/|o_i| sum_t r A."""
   batch = jax.tree.map(lambda a: a[:2], make_batch())
   batch = dataclasses.replace(batch, weights=token_weights(batch.mask, "sequence"))
   lengths = np.asarray(batch.mask).sum(-1)
@@ -68,7 +68,7 @@ def test_the_update_is_the_gradient_of_the_derivations_loss(params):
 
 
 def test_masked_tokens_change_nothing(params):
-  """Neither their ids nor infinities in what was recorded about them."""
+  """Changes their ids, and stores NaN and infinity in their recorded log-probs."""
   batch = make_batch(ref=True)
   other = dataclasses.replace(
     batch,
@@ -140,7 +140,7 @@ def test_the_scorer_gives_the_plain_models_logprobs(params):
 
 
 def test_the_temperature_of_the_batch_is_the_one_that_counts(params):
-  """Given, recorded, or both, the numbers are the same; at another one they are not."""
+  """Passed, recorded, or both, one temperature gives the same log-probs; another differs."""
   recorded, unknown = make_batch(temperature=0.7), make_batch()
   expected = bits(score_batch(MODEL, params, unknown, 0.7))
   assert bits(score_batch(MODEL, params, recorded)) == expected
@@ -203,7 +203,7 @@ def test_the_first_state_by_hand():
 
 
 def test_a_step_deletes_nothing_that_was_passed_to_create(params):
-  """`reference=params` of old met a donated buffer at the second step."""
+  """`reference=params` once read a donated buffer at the second step."""
   optimizer, batch = optax.sgd(RATE), make_batch(ref=True, temperature=0.7)
   state = TrainState.create(params, optimizer, reference=params)
   before = bits(params)
@@ -286,7 +286,7 @@ def test_a_step_traces_once(params):
 
 @pytest.fixture
 def compilations():
-  """Programs that are compiled (or read from the cache) while the test runs."""
+  """Records one event for each program compiled, or read from the cache, during the test."""
   events = []
 
   def listen(event, *_, **__):

@@ -1,7 +1,7 @@
-"""Kernels of attention over whole rows, against the definition and against the plain blocks.
+"""Tests full-row attention kernels against the definition and against plain blocks.
 
-Splash attention runs in Pallas's interpreter, the path to cuDNN with XLA in its place: what they
-compute is tested here, not that they run on a TPU or a GPU.
+Splash attention runs in Pallas's interpreter, and XLA stands in for cuDNN. These tests check the
+computed values, not that the kernels run on a TPU or a GPU.
 """
 
 import dataclasses
@@ -64,11 +64,11 @@ class Case:
 
   @property
   def real(self):
-    """[P, S]: no padding."""
+    """Returns a mask [P, S] that is true for real tokens."""
     return np.pad(self.mask, [(0, 0), (0, self.group * self.length)], constant_values=True)
 
   def path(self, p, slot):
-    """The slots that a token sees, from the prompt's first to itself."""
+    """Returns the slots that a token sees, from the first of the prompt to its own."""
     n, t = self.prompt, self.length
     first = [s for s in range(min(n, slot + 1)) if self.mask[p, s]]
     begin = slot - (slot - n) % t if slot >= n else slot + 1
@@ -94,7 +94,7 @@ CASES = {
     length=150, prompt=130, heads=2, kv_heads=1, padding=(3, 0), window=140
   ),
 }
-# The others take half a minute, and are slow.
+# The other cases are marked slow: they take half a minute.
 FAST = {
   "splash": ("window", "softcap", "prefill with a window", "window over blocks"),
   "cudnn": ("plain", "window", "prefill with a window"),
@@ -108,7 +108,7 @@ RUNS = [
 
 
 def one_query_after_another(case, q, k, v):
-  """In float64, from the definition; zero where padding asks."""
+  """Returns attention by its definition in float64, with zeros for padding queries."""
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
   out, times = np.zeros(q.shape), case.heads // case.kv_heads
   for p, slot in np.argwhere(case.real):
@@ -123,7 +123,7 @@ def one_query_after_another(case, q, k, v):
 
 
 def values_and_gradients(case, attend, arrays):
-  """What is real of the mixed values, and the gradients of a weighted sum of that."""
+  """Returns the outputs at real tokens, and the gradients of a weighted sum of them."""
   real = jnp.asarray(case.real)[..., None, None]
   weights = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
 
@@ -142,7 +142,7 @@ def plain(case):
 
 
 @pytest.mark.parametrize(("name", "case"), RUNS)
-def test_a_kernel_is_what_the_definition_says_with_the_gradients_of_blocks(name, case, monkeypatch):
+def test_a_kernel_matches_the_definition_and_the_gradients_of_blocks(name, case, monkeypatch):
   case = CASES[case]
   monkeypatch.setattr(kernels, "SPLASH_TILES", case.blocks)
   arrays = case.arrays()
@@ -156,7 +156,7 @@ def test_a_kernel_is_what_the_definition_says_with_the_gradients_of_blocks(name,
 
 @pytest.mark.parametrize("name", [*IN_PLACE, "tiled"])
 def test_padding_is_not_seen(name):
-  """Large numbers in its slots change nothing, and no gradient reaches them."""
+  """Checks that large values at padding change nothing and receive no gradient."""
   case = Case(padding=(4, 1), window=6)
   arrays = case.arrays()
   poisoned = [jnp.where(case.real[..., None, None], a, 1e3) for a in arrays]
@@ -175,7 +175,7 @@ def test_padding_is_not_seen(name):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 7, 8, 9, 100])
 def test_a_tree_block_by_block(window):
-  """Any part of it is that part of the whole, and blocks with something to see are counted."""
+  """Checks slices of the mask against the whole mask, and the count of nonempty blocks."""
   tree, size = TreeMask(prompt=8, length=12, group=3, window=window), 4
   whole = tree[:, :]
   case = Case(group=3, length=12, prompt=8, window=window, padding=(0,))
@@ -210,7 +210,7 @@ def test_blocks_are_as_large_as_padding_allows(monkeypatch):
 
 @pytest.mark.parametrize(("length", "total"), [(7, 12), (8, 14)])  # behind a prompt of five
 def test_cudnn_is_asked_for_even_lengths(length, total, monkeypatch):
-  """It refuses gradients of odd ones."""
+  """cuDNN refuses gradients of odd lengths."""
   asked = []
   monkeypatch.setattr(
     jax.nn, "dot_product_attention", lambda q, *_, **__: asked.append(q.shape) or q
@@ -232,7 +232,7 @@ MODEL = ModelConfig(
   ("name", "remat"), [("splash", "layers"), pytest.param("cudnn", "none", marks=SLOW)]
 )
 def test_a_model_with_a_kernel_is_the_same_model(name, remat):
-  """Windows of some layers, prompts with left padding: hidden states, gradients, prefill."""
+  """Compares hidden states, gradients and prefill, with windows in some layers and left padding."""
   shape = MODEL if name == "splash" else dataclasses.replace(MODEL, attn_softcap=None)
   case, rng = Case(), np.random.default_rng(0)
   shapes, mask = jax.eval_shape(Decoder(shape).init, jax.random.key(0)), jnp.asarray(case.mask)
@@ -318,7 +318,7 @@ def choose(platform, shape=MODEL, **fields):
 
 
 def chosen(monkeypatch, *args, slots=4096, **fields):
-  """The name of what runs for a prompt of so many slots."""
+  """Returns the name of the implementation that runs for a prompt of `slots` slots."""
   for name in kernels.KERNELS:
     monkeypatch.setitem(kernels.KERNELS, name, lambda *a, name=name, **o: name)
   monkeypatch.setattr(kernels, "tiled_attention", lambda *a, **o: "tiled")
@@ -362,7 +362,7 @@ def test_auto_leaves_short_rows_to_blocks_and_a_named_kernel_does_not(monkeypatc
     ("gpu", {"model__attention": "cudnn", "model__dtype": "bfloat16"}, "caps them at 2"),
   ],
 )
-def test_what_cannot_be_is_said_with_a_way_out(platform, fields, words):
+def test_unsupported_settings_are_errors_with_a_remedy(platform, fields, words):
   with pytest.raises(ValueError, match=words) as error:
     choose(platform, **fields)
   assert f"model.attention is {fields['model__attention']!r}" in str(error.value)
@@ -432,7 +432,7 @@ def test_a_compiled_call_counts_what_its_scope_says(target, name, times):
   assert once.bytes == 7 + 2 * 2 * (2 * 4 * 768 * 128) + 4  # and operand and result, and the other
 
 
-def test_of_two_branches_the_costlier_counts():
+def test_the_costlier_of_two_branches_counts():
   def function(x, which):
     return jax.lax.cond(which, lambda x: x @ x, lambda x: x @ x @ x, x)
 

@@ -1,4 +1,4 @@
-"""Tests compaction on random patterns, against a plain statement of which row may lie where."""
+"""Tests compaction on random patterns against a plain statement of where each row may lie."""
 
 import itertools
 
@@ -59,7 +59,7 @@ def test_live_rows_keep_their_numbers_and_share_chunks_with_their_prompt_alone()
 
 
 def test_rows_return_to_their_original_index():
-  """Also in arrays with a leading axis, such as a stacked cache."""
+  """Covers arrays with a leading axis, such as a stacked cache, as well."""
   live = jnp.asarray([[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]], bool)
   row_map = compaction.start(1, compaction.Shape(3, 4))
   values = jnp.arange(2 * 12 * 5).reshape(2, 3, 4, 5)
@@ -72,7 +72,7 @@ def test_rows_return_to_their_original_index():
 
 
 def test_no_row_leaves_its_device():
-  """Compiled over eight devices, a compaction exchanges nothing but whether the rows fit."""
+  """Checks that eight devices exchange only a flag that says whether the rows fit."""
   mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   first, smaller = compaction.shapes(2, 4, 1)

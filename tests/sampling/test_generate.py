@@ -72,7 +72,7 @@ def keys(step, ids=(0, 1, 2), group=4):
 
 
 def test_draw_inverts_the_distribution_function():
-  """Against the definition in float64: u picks the first token whose cumulative sum exceeds it."""
+  """Compares with float64: u picks the first token whose cumulative probability exceeds u."""
   p = np.array([0.1, 0.0, 0.3, 0.05, 0.0, 0.55])
   cases = ((0.0, 0), (0.099, 0), (0.1001, 2), (0.399, 2), (0.41, 3), (0.46, 5), (1.0, 5))
   for u, expected in cases:
@@ -92,7 +92,7 @@ def test_draw_has_the_right_frequencies():
 
 
 def test_draw_returns_logprob_and_entropy():
-  """Against float64, with a token of probability 0, and rows far from 0."""
+  """Compares with float64, with a token of probability 0 and with logits far from 0."""
   logits = np.random.default_rng(0).normal(size=(50, 11)) * 3 + np.linspace(-80, 80, 50)[:, None]
   logits[:, 4] = -np.inf
   tokens, logp, entropy = generation.draw(
@@ -234,7 +234,7 @@ def test_a_single_token_budget(params):
 
 @pytest.mark.parametrize(("max_compactions", "prompt_shards"), [(3, 1), (1, 3)])
 def test_compaction_changes_nothing(params, max_compactions, prompt_shards):
-  """Against the loop without it, where rows end one by one, all at once, and not at all."""
+  """Compares with the plain loop, for rows that end one by one, all at once, and never."""
   for stop in (stop_at(2, 5, 6), stop_at(*range(23)), stop_at(22)):
     expected, compacted = (
       run(params, PROMPTS, MASK, keys(0), stop, length=20, pad_id=1, **options)

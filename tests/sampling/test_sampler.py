@@ -72,8 +72,8 @@ def test_hosts_pad_to_the_longest_prompt_of_all_hosts(monkeypatch):
   assert sample(["x", "yy"]).prompts.shape[1] == 96
 
 
-def test_a_stop_table_of_ones_own():
-  """Tokens 0..119 end a completion, 120..263 end it after the next token; or none ends it."""
+def test_a_custom_stop_table():
+  """Tokens 0..119 end a completion and 120..263 end it one token later, or no token ends it."""
   table = np.full((3, 264), 2, np.int32)
   table[0, 120:] = 1
   out = sample(["a", "b", "c"], dataclasses.replace(SAMPLER, stop_table=table))
@@ -90,7 +90,7 @@ def test_a_stop_table_of_ones_own():
 
 
 def test_the_temperature_is_given_once_and_recorded():
-  """The logits of the head are cold at 0.01: nearly greedy, unlike at 1."""
+  """Checks that sampling is nearly greedy at temperature 0.01, and is not at 1."""
   cold = dataclasses.replace(SAMPLER, temperature=0.01)
   key = jax.random.key(0)
   at_hundredth, greedy, hot = (
@@ -104,7 +104,7 @@ def test_the_temperature_is_given_once_and_recorded():
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
-def test_a_temperature_that_is_none_is_refused(temperature):
+def test_an_invalid_temperature_is_refused(temperature):
   message = "must be finite and 0 [(]greedy[)] or above"
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(SAMPLER, temperature=temperature)
@@ -133,7 +133,7 @@ def test_stacked_parameters_are_unstacked_by_the_sampler():
 
 def test_a_model_without_a_layout_for_decoding_is_sampled_as_it_is():
   class Minimal:
-    """The functions of the protocol, and nothing else."""
+    """Implements the functions of the protocol and nothing else."""
 
     config, head, prefill = CONFIG, MODEL.head, MODEL.prefill
     decode, empty_cache, score = MODEL.decode, MODEL.empty_cache, MODEL.score
