@@ -34,7 +34,7 @@ def get_config():
   c.rollout.prompts_per_step = 32
   c.rollout.group_size = 8
   c.rollout.completion_length = 4  # a space, two digits and the line break
-  c.rollout.temperature = 1.3
+  c.rollout.temperature = 1.0
   c.algorithm.name = "dapo"
   c.optimizer.learning_rate = 4e-5
   c.optimizer.schedule = "linear"
