@@ -245,6 +245,7 @@ def own_task(folder):
     f"--config.task.settings.path={folder}/rows.jsonl",
     f"--config.task.settings.reward={folder}/reward.py:right",
     "--config.task.settings.eval_fraction=0.3",
+    "--config.rewards.isolate=false",  # this one reads the environment
     "--config.steps=500",
   ]
 
