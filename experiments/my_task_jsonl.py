@@ -6,9 +6,9 @@ examples. Each line has a `prompt`, and the column `numbers` for the reward func
 `my_task/make_questions.py`. To train on your own task, copy the files and replace their contents.
 
 Hardware  2 CPU cores, float32
-Time      not measured yet
-Result    greedy accuracy on the 200 held-out problems: 0.385 before (standard error 0.034); the
-          accuracy after 40 steps has not been measured yet
+Time      7.5 minutes, beside other work on both cores
+Result    greedy accuracy on the 200 held-out problems: 0.385 before (standard error 0.034), 0.945
+          after 20 steps (0.016), 1.000 after 40
 Command   python -m grpo_jax.train --config experiments/my_task_jsonl.py --workdir runs/my-task
 """
 
