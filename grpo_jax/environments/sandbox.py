@@ -10,6 +10,7 @@ It shares the kernel with the host. For adversaries other than a model in traini
 machine.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -44,7 +45,7 @@ _LADDER = (
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """What a program did.
+  """Records what a program did.
 
   Attributes:
     stdout, stderr: decoded as UTF-8, cut at `OUTPUT_BYTES` bytes each.
@@ -85,8 +86,8 @@ def run_python(
       which says nothing about the program.
 
   Example:
-    >>> run_python("print(sum(map(int, input().split())))", stdin="3 4").stdout  # doctest: +SKIP
-    '7\\n'
+    >>> if layers():
+    ...   assert run_python("print(sum(map(int, input().split())))", stdin="3 4").stdout == "7\\n"
   """
   if not isinstance(code, str) or not isinstance(stdin, str):
     raise ValueError(
@@ -209,13 +210,18 @@ class _Server:
       files = [stack.enter_context(_memory_file(data)) for data in (stdin, code)]
       out_read, out_write = os.pipe()
       err_read, err_write = os.pipe()
+      for pipe in (out_read, err_read):
+        stack.callback(os.close, pipe)
       try:
         fds = [files[0].fileno(), out_write, err_write, files[1].fileno(), *descriptors]
-        socket.send_fds(self._connection, [json.dumps(request).encode()], fds)
-      finally:
-        os.close(out_write)
-        os.close(err_write)
-      (stdout, stderr), answer = self._collect([out_read, err_read], seconds)
+        try:
+          socket.send_fds(self._connection, [json.dumps(request).encode()], fds)
+        finally:
+          os.close(out_write)
+          os.close(err_write)
+        (stdout, stderr), answer = self._collect([out_read, err_read], seconds)
+      except ConnectionError as error:
+        raise IsolationError("the sandbox's server process ended") from error
     shutil.rmtree(workdir, ignore_errors=True)
     if "setup" in answer:
       raise IsolationError(f"the sandbox could not be set up: {answer['setup']}")
@@ -241,7 +247,6 @@ class _Server:
       while answer is None:
         events = selector.select(max(deadline - time.monotonic(), 0))
         if not events:
-          self.close()
           raise IsolationError("the sandbox did not answer in time; its process was killed")
         for key, _ in events:
           if key.fileobj is self._connection:
@@ -252,10 +257,8 @@ class _Server:
       os.set_blocking(pipe, False)
       while self._read(pipe, outputs, ask=False):
         pass
-      os.close(pipe)
     if not answer:
-      self.close()
-      raise IsolationError("the sandbox's server process ended")
+      raise ConnectionError
     return [outputs[pipe] for pipe in pipes], json.loads(answer)
 
   def _read(self, pipe: int, outputs: dict[int, bytes], ask: bool = True) -> bool:
@@ -299,6 +302,13 @@ def _memory_file(data: bytes):
 
 _idle: list[_Server] = []
 _lock = threading.Lock()
+os.register_at_fork(after_in_child=_idle.clear)  # a server answers one process only
+
+
+@atexit.register
+def _close_idle() -> None:
+  for server in _idle:
+    server.close()
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ def main() -> None:
     data, descriptors = _receive(connection)
     if not data:
       os._exit(0)
+    if not descriptors:
+      continue  # that a program wrote too much, which had ended by then
     request = SimpleNamespace(**json.loads(data))
     answer = _execute(request, descriptors, connection)
     connection.send(json.dumps(answer).encode())

@@ -1,0 +1,135 @@
+"""Tests that a program runs as Python runs it, ends at its limits, and reaches nothing outside."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from grpo_jax.environments import sandbox
+from grpo_jax.environments.sandbox import OUTPUT_BYTES, IsolationError, layers, run_python
+
+isolated = pytest.mark.skipif(not layers(), reason="needs Linux with namespaces or Landlock")
+
+
+@isolated
+@pytest.mark.parametrize(
+  ("code", "returncode", "stdout", "stderr"),
+  [
+    ("print(input() + 'b')", 0, "ab\n", ""),
+    ("import sys; sys.exit(3)", 3, "", ""),
+    ("import sys; sys.exit('bad')", 1, "", "bad\n"),
+    ("import os; os._exit(7)", 7, "", ""),
+    ("print(__name__, end='')", 0, "__main__", ""),
+    ("print('\\ud800')", 0, "\\ud800\n", ""),
+  ],
+)
+def test_a_program_runs_as_a_script_does(code, returncode, stdout, stderr):
+  ran = run_python(code, stdin="a\n")
+  assert (ran.returncode, ran.stdout, ran.stderr) == (returncode, stdout, stderr)
+  assert ran.killed is None
+
+
+@isolated
+def test_a_signal_is_a_negative_return_code():
+  # abort() may not send itself a signal here, and then falls on an instruction that raises one.
+  assert run_python("import os; os.abort()").returncode < 0
+
+
+@isolated
+@pytest.mark.parametrize(
+  ("code", "error"), [("1 / 0", "ZeroDivisionError"), ("1 +", "SyntaxError")]
+)
+def test_an_error_leaves_a_traceback(code, error):
+  ran = run_python(code)
+  assert ran.returncode == 1
+  assert error in ran.stderr
+  assert "sandbox_server" not in ran.stderr
+
+
+@isolated
+@pytest.mark.parametrize(
+  ("code", "killed"),
+  [
+    ("while True: pass", "time"),
+    ("import time\ntime.sleep(60)", "time"),
+    ("import os, time\nif os.fork():\n  time.sleep(60)\nwhile True: pass", "time"),
+    ("while True: print('x' * 5000)", "output"),
+    ("import sys\nwhile True: print('x' * 5000); print('y' * 5000, file=sys.stderr)", "output"),
+    ("import sys\nprint('x' * 10**6); print('y' * 10**6, file=sys.stderr)", "output"),
+    ("x = bytearray(2**31)", "memory"),
+  ],
+)
+def test_a_program_ends_at_its_limits_and_the_next_one_runs(code, killed):
+  for _ in range(3):
+    ran = run_python(code, seconds=1.0, memory_mb=256)
+    assert ran.killed == killed
+    assert ran.returncode != 0
+    assert max(len(ran.stdout), len(ran.stderr)) <= OUTPUT_BYTES
+    assert run_python("print('next')").stdout == "next\n"
+
+
+@isolated
+@pytest.mark.parametrize(
+  "code",
+  [
+    "open('/etc/passwd')", "open('{file}')", "open('/new', 'w')", "import os; os.listdir('/home')",
+    "import socket; socket.socket()", "import socket; socket.create_connection(('127.0.0.1', 1))",
+    "import subprocess; subprocess.run(['ls'])", "import os; os.execv('/bin/sh', ['sh'])",
+    "import os; os.kill({parent}, 9)", "import numpy", "import os; os.environ['HOME']",
+    "import os; os.write(5, b'x')", "open('big', 'wb').write(bytes(2**26))",
+  ],
+)  # fmt: skip
+def test_a_program_reaches_nothing_outside(code, tmp_path):
+  file = tmp_path / "secret"
+  file.write_text("x")
+  file.chmod(0o644)
+  ran = run_python(code.format(file=file, parent=os.getpid()))
+  assert ran.returncode != 0
+  assert file.read_text() == "x"
+
+
+@isolated
+def test_nothing_of_a_program_is_left_for_the_next():
+  run_python("import math, builtins\nmath.pi = 3\nbuiltins.print = None\nopen('left', 'w')")
+  ran = run_python("import math, os\nprint(math.pi, os.path.exists('left'))")
+  assert ran.stdout == "3.141592653589793 False\n"
+
+
+@isolated
+def test_a_server_that_died_is_reported_and_replaced():
+  run_python("pass")
+  server = sandbox._idle[-1]
+  server._process.kill()
+  with pytest.raises(IsolationError, match="server process ended"):
+    server.run(b"", b"", seconds=1.0, memory_bytes=2**28, programs=False)
+  assert run_python("print(1)").stdout == "1\n"
+
+
+@isolated
+def test_a_fork_has_servers_of_its_own_and_nothing_stays_behind(tmp_path):
+  script = (
+    "import os\nfrom grpo_jax.environments.sandbox import run_python\nrun_python('pass')\n"
+    "child = os.fork()\n"
+    "if child:\n"
+    "  assert os.waitpid(child, 0)[1] == 0\n"  # its end has not closed what the parent keeps
+    "  assert run_python('print(1)').stdout == '1\\n'\n"
+  )
+  environment = dict(os.environ, TMPDIR=str(tmp_path))
+  subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_is_out_of_range_is_named():
+  with pytest.raises(ValueError, match="seconds is 0"):
+    run_python("", seconds=0)
+  with pytest.raises(ValueError, match="memory_mb 1"):
+    run_python("", memory_mb=1)
+  with pytest.raises(ValueError, match="must be text, got bytes"):
+    run_python(b"")
+
+
+def test_without_isolation_nothing_runs(monkeypatch):
+  monkeypatch.setattr(sandbox, "layers", lambda: ())
+  with pytest.raises(IsolationError, match="cannot be isolated here"):
+    run_python("print(1)")
