@@ -40,6 +40,7 @@ from grpo_jax.reward_model import RewardModel
 from grpo_jax.rollout import RolloutConfig
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import Example, Task
+from grpo_jax.tasks.rewards.loading import load_function
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
 
 # Number of batch sizes the update is compiled for: quarters of the prompts of a step.
@@ -491,7 +492,7 @@ def make_algorithm(settings: ConfigDict) -> Algorithm:
   }
   for name in configs.CHOICES:
     if isinstance(changes.get(name), str) and ".py:" in changes[name]:
-      changes[name] = configs.load_function(changes[name])
+      changes[name] = load_function(changes[name])
   if changes.get("kl", row.kl) == "none" and "beta" not in changes:
     changes["beta"] = 0.0
   return dataclasses.replace(row, **changes)

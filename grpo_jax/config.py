@@ -352,19 +352,6 @@ def function_name(function: Callable) -> str:
   return f"{file if relative.startswith('..') else relative}:{name}"
 
 
-def load_function(text: str) -> Callable:
-  """Returns the function that 'file.py:name' names; the file is run.
-
-  Raises:
-    ValueError: there is no such file or function.
-  """
-  path, _, name = text.rpartition(":")
-  function = getattr(_run_file(path), name, None)
-  if not callable(function):
-    raise ValueError(f"{path} has no function {name!r}")
-  return function
-
-
 def check(config: ConfigDict, device_count: int) -> list[str]:
   """Returns everything that is wrong with the numbers of a config; empty if nothing is."""
   c, problems = config, _check_ranges(config)
@@ -508,26 +495,18 @@ def _get(config: ConfigDict, name: str) -> Any:
   return config
 
 
-def _run_file(path: str) -> Any:
-  """Returns the module that a Python file makes; ValueError where there is no such file."""
+def _get_config(path: str) -> ConfigDict:
+  """Runs an experiment file and returns its config."""
   file = Path(path)
   if not file.is_file():
     folder = file.parent if file.parent.is_dir() else Path("experiments")
     files = sorted(str(f) for f in folder.glob("*.py"))
-    raise ValueError(f"no file {path!r}; there are: {', '.join(files) or 'none'}")
+    raise ConfigError([f"no config file {path!r}; there are: {', '.join(files) or 'none'}"])
   spec = importlib.util.spec_from_file_location(file.stem, file)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def _get_config(path: str) -> ConfigDict:
-  """Runs an experiment file and returns its config."""
-  if not Path(path).is_file():
-    attempt(problems := [], lambda: _run_file(path))
-    raise ConfigError([f"no config {problems[0].removeprefix('no ')}"])
   try:
-    config = _run_file(path).get_config()
+    spec.loader.exec_module(module)
+    config = module.get_config()
   except (Exception, SystemExit) as error:
     # ml_collections names the misspelt field and the nearest real one.
     raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from error

@@ -195,7 +195,7 @@ def check_workdir(
   if saved is None:
     return
   before, problems = configs.from_saved(saved), []
-  for line in configs.differences(configs.to_saved(before), _json(config)):
+  for line in configs.differences(configs.to_saved(before), configs.to_saved(config)):
     name = line.partition(":")[0]
     free = any(name == field or (field[-1] == "." and name.startswith(field)) for field in FREE)
     if not free and name not in accept:
@@ -214,10 +214,6 @@ def check_workdir(
     raise configs.ConfigError(
       [f"{workdir} was started with another config or file; {problem}" for problem in problems]
     )
-
-
-def _json(config: ConfigDict) -> dict[str, Any]:
-  return json.loads(json.dumps(configs.to_saved(config)))
 
 
 @console.guarded()

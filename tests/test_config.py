@@ -17,13 +17,13 @@ from grpo_jax.config import (
   differences,
   from_saved,
   load,
-  load_function,
   mesh_shape,
   override,
   to_saved,
 )
 from grpo_jax.models import lora
 from grpo_jax.models.load import open_weights
+from grpo_jax.tasks.rewards.loading import load_function
 
 TINY = "experiments/tiny.py"
 

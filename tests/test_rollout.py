@@ -17,7 +17,6 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.statistics import has_variance
 from grpo_jax.tasks.base import Example, Task
-from grpo_jax.tasks.rewards.steps import token_at
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
 
@@ -207,16 +206,6 @@ def test_several_rewards_are_normalized_apart(params):
   want = (total - total.mean()) / (total.std(ddof=1) + 1e-4)
   want = want[(np.abs(want) > 1e-3).any(-1)]
   np.testing.assert_allclose(out.batch.advantages[: len(want)], want, atol=1e-3)
-
-
-def test_a_step_ends_with_the_token_that_brings_the_text_there():
-  tokens = np.array([*"aé🙂b".encode(), 256])
-  found = [token_at(ByteTokenizer(), tokens, end) for end in range(6)]
-  # a=0, é=1..2, 🙂=3..6, b=7; half a character already decodes to one replacement character.
-  assert found[1] == 0
-  assert found[4] == 7
-  assert found[5] == 8  # beyond the text: the last token
-  assert found == sorted(found)
 
 
 # --- padding --------------------------------------------------------------------------------------

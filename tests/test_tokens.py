@@ -54,7 +54,7 @@ def test_control_tokens_are_single_ids_and_are_not_decoded(tiny):
 
 
 def test_pieces_of_a_sentence_piece_vocabulary():
-  """As in Llama 2 and Gemma: `▁` is a space, and bytes are used where no token matches."""
+  """Reads `▁` as a space and falls back to bytes, as Llama 2 and Gemma do."""
   from tokenizers import Tokenizer as Backend
   from tokenizers import decoders, models, normalizers
   from transformers import PreTrainedTokenizerFast

@@ -62,7 +62,7 @@ class Run:
 
   @property
   def output(self) -> str:
-    """What this process has printed so far."""
+    """Returns what this process has printed so far."""
     with self._log.open(encoding="utf-8", errors="replace") as log:
       log.seek(self._start)
       return log.read()

@@ -45,7 +45,7 @@ REMAT = {
 def unstack(params: Params) -> Params:
   """Returns the same parameters with `layers` as a tuple of L trees, the layout for decoding.
 
-  XLA:CPU: straight-line code decodes about twice as fast as a scan over stacked layers.
+  On CPU, XLA decodes faster from straight-line code than from a scan over stacked layers.
 
   Example:
     >>> params = {"embed": jnp.zeros((5, 4)), "layers": {"q": jnp.zeros((3, 4, 4))}}

@@ -51,6 +51,7 @@ def draw_curve(workdir: str | Path) -> Path:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
   axes[-1].set_xlabel("step")
+  axes[-1].xaxis.get_major_locator().set_params(integer=True)
   figure.savefig(workdir / CURVE, dpi=130)
   return workdir / CURVE
 
@@ -69,7 +70,10 @@ def _draw_rewards(
       )
   axis.set_ylabel("reward, accuracy")
   axis.margins(y=0.12)
-  axis.legend(loc="best", frameon=False)
+  if len(rewards) or len(accuracies):
+    axis.legend(loc="best", frameon=False)
+  else:
+    axis.text(0.5, 0.5, "no reward so far", transform=axis.transAxes, ha="center", color="gray")
 
 
 def _draw_points(

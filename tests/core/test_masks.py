@@ -128,7 +128,7 @@ def test_integer_masks_count_where_not_zero():
 
 
 def test_an_average_may_be_a_function():
-  """The same weight for every prompt (ScaleRL): 1 / (prompts · tokens of the prompt)."""
+  """Gives every prompt the same weight (ScaleRL): 1 / (prompts · tokens of the prompt)."""
 
   def prompt(mask, max_length):
     return 1.0 / (mask.shape[0] * jnp.maximum(mask.sum((-2, -1), keepdims=True), 1)) * mask

@@ -212,7 +212,7 @@ def test_cost_model_recovers_its_constants():
 
 
 def test_the_share_of_ending_tokens_makes_lengths_lognormal():
-  """Of a median of 4 tokens, half end by the fourth; all have to end by the eighth."""
+  """Ends half by token 4, the median, and all by token 8, the length."""
   table = tails.lognormal_stops(4.0, 0.8, length=8, vocab=20_000)
   continues = [(table[state] != 8).mean() for state in range(8)]
   assert np.prod(continues[:4]) == pytest.approx(0.5, abs=0.02)

@@ -21,32 +21,22 @@ from grpo_jax.run.metrics import read_metrics
 
 DATA = Path("tests/data/run_0_1_0")
 TIMES = ("step_time", "tokens_per_second")
-# The experiment with the names of today.
-TODAY = """
-from grpo_jax.config import default_config
+# Names of fields and values then, and the names of today.
+RENAMED = {
+  "rollout.max_refills": "rollout.max_resamples",
+  'train.reduction = "ordered"': 'train.reduction = "deterministic"',
+  "train.slots": "train.chunks",
+  'model.attention = "blocks"': 'model.attention = "tiled"',
+}
 
-def get_config():
-  c = default_config()
-  c.model.source = "random:tiny"
-  c.steps = 4
-  c.task.name = "letters"
-  c.rollout.prompts_per_step = 4
-  c.rollout.group_size = 4
-  c.rollout.completion_length = 6
-  c.rollout.max_resamples = 1
-  c.algorithm.name = "dr_grpo"
-  c.optimizer.learning_rate = 3e-3
-  c.optimizer.clip_norm = 1.0
-  c.lora.rank = 2
-  c.train.reduction = "deterministic"
-  c.train.chunks = 4
-  c.model.remat = "none"
-  c.model.attention = "tiled"
-  c.checkpoint.every = 2
-  c.checkpoint.keep = 1
-  c.eval.batch_prompts = 50
-  return c
-"""
+
+def with_new_names(experiment):
+  """The text of the experiment with the names of today."""
+  text = experiment.read_text()
+  for old, new in RENAMED.items():
+    assert text.count(old) == 1
+    text = text.replace(old, new)
+  return text
 
 
 def run(module, *arguments):
@@ -81,7 +71,7 @@ def test_a_run_continues_as_if_it_had_not_been_interrupted(workdir, tmp_path, na
   experiment = DATA / "experiment.py"
   if names == "today":
     experiment = tmp_path / "experiment.py"
-    experiment.write_text(TODAY)
+    experiment.write_text(with_new_names(DATA / "experiment.py"))
   output = run("train", "--config", experiment, "--workdir", workdir)
   for line in (
     "the field 'max_refills' is now called 'max_resamples'",

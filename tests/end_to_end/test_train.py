@@ -263,7 +263,7 @@ def test_signals_save_and_exit_the_run_goes_on_and_a_second_one_is_refused(tmp_p
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same(runs, tmp_path):
-  """Of two checkpoints, of steps 4 and 8, the newer one has one wrong bit."""
+  """Flips one bit in the newer of two checkpoints, of steps 4 and 8."""
   whole, *_ = runs
   parts = tmp_path / "parts"
   shutil.copytree(whole, parts)

@@ -35,7 +35,7 @@ def test_micro_batches_change_nothing(name, micro_batches):
 
 
 def test_a_micro_batch_takes_a_share_of_every_device():
-  """Of rows 0 to 7, on two devices with four each, the halves have two of each device."""
+  """Splits rows 0 to 7 of two devices, four each: each half has two rows of each device."""
   parts = split(jnp.arange(8), 2)
   np.testing.assert_array_equal(parts, [[0, 2, 4, 6], [1, 3, 5, 7]])
 

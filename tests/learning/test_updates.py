@@ -109,7 +109,7 @@ def test_a_missing_reference_or_history_is_named(params):
 
 
 def test_skipped_updates_are_handed_over_and_counted(params):
-  """Of two updates per rollout, those of a bad prompt are skipped; then all of them."""
+  """Skips those of two updates per rollout that hold a bad prompt, and later all of them."""
   skips, config = [], UpdateConfig(mini_batches=2, max_skipped=3)
   learn, state = learner(config=config, on_skip=skips.append), state_of(params)
   bad = batch()

@@ -190,7 +190,7 @@ def test_a_tree_block_by_block(window):
 
 
 def test_blocks_that_are_not_full_are_all_the_same():
-  """However many completions: what the kernel has to hold and to read of the mask."""
+  """Bounds what the kernel holds and reads of the mask, however many completions there are."""
   tree, cuts = TreeMask(prompt=8, length=12, group=3), [slice(i, i + 4) for i in range(0, 44, 4)]
   blocks = [tree[a, b] for a in cuts for b in cuts]
   assert len({block.tobytes() for block in blocks if block.any() and not block.all()}) == 1
@@ -382,7 +382,7 @@ def test_a_config_names_the_field():
 
 
 def test_the_operations_of_a_kernel_are_those_of_the_blocks_it_looks_at(monkeypatch):
-  """Of 6 blocks a side, prompt and two completions of two blocks each: 3 + 2 * (4 + 3) are met."""
+  """Counts blocks, 6 a side, prompt and two completions of two each: 3 + 2 * (4 + 3) are met."""
   monkeypatch.setattr(kernels, "SPLASH_TILES", (128,))
   case = CASES["many blocks"]
   attend = partial(splash, interpret=True, **case.options)

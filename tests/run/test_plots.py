@@ -30,6 +30,12 @@ def test_the_curve_of_one_step_has_no_panel_below(tmp_path):
   assert matplotlib.image.imread(draw_curve(tmp_path)).shape[:2] == (468, 1040)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_whose_rewards_never_score_still_has_its_entropy(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": null, "entropy": 1.5}\n')
+  assert matplotlib.image.imread(draw_curve(tmp_path)).shape[:2] == (663, 1040)
+
+
 def test_a_curve_without_points_is_an_error(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": null}\n')
   with pytest.raises(ValueError, match="no reward, accuracy or entropy to draw"):

@@ -1,4 +1,4 @@
-"""What a completion can do where a reward function runs it as code: nothing outside its worker."""
+"""Tests that a completion which a reward runs as code does nothing outside its worker."""
 
 import os
 import socket
