@@ -145,14 +145,21 @@ def _limits_processes(found: Sequence[str]) -> bool:
 
 
 _PROBE = """
-import os, socket, math, colorsys
+import os, socket, sys, math, colorsys
 assert not os.environ, "environment"
-for path in ("/etc/passwd", "/root", "/home"):
+try:
+  open("/etc/passwd")
+except OSError:
+  pass
+else:
+  raise SystemExit("/etc/passwd")
+interpreter = os.path.realpath(sys.base_prefix) + "/"
+for path in ("/root", "/home"):  # nothing of a home but what leads to an interpreter in it
   try:
-    os.listdir(path) if os.path.isdir(path) else open(path)
+    names = os.listdir(path)
   except OSError:
     continue
-  assert not os.path.exists(path) or not os.listdir(path), path
+  assert all(interpreter.startswith(f"{path}/{name}/") for name in names), path
 try:
   socket.socket()
 except OSError:
@@ -221,6 +228,7 @@ class _Server:
           os.close(err_write)
         (stdout, stderr), answer = self._collect([out_read, err_read], seconds)
       except ConnectionError as error:
+        self.close()
         raise IsolationError("the sandbox's server process ended") from error
     shutil.rmtree(workdir, ignore_errors=True)
     if "setup" in answer:

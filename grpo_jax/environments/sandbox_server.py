@@ -6,6 +6,7 @@ files, which the server itself never reads, so nothing of one program is left fo
 """
 
 import array
+import builtins
 import contextlib
 import errno
 import importlib.util
@@ -132,7 +133,7 @@ def _become(request, descriptors: list[int], status: int) -> None:
   layers, privileged = set(request.layers), "privileged" in request.layers
   if "namespaces" in layers:
     isolation.enter_namespaces(privileged=privileged)
-    _fork_and_report(status)  # now process 1 of the new namespace
+    _fork()  # now process 1 of the new namespace
     folders = [*request.read, *_interpreter_folders()]
     isolation.enter_root(folders, tmp_bytes=request.tmp_bytes)
     workdir = "/tmp"
@@ -152,7 +153,7 @@ def _become(request, descriptors: list[int], status: int) -> None:
   isolation.die_with_parent()
   os.chdir(workdir)
   # A process that is number 1 of its namespace ignores signals: the program is its child.
-  _fork_and_report(STATUS)
+  _fork(report=STATUS)
   if "landlock" in layers:
     readable = [*request.read, *_interpreter_folders(), "/dev/null", "/dev/zero", "/dev/urandom"]
     isolation.landlock(read=readable, write=[workdir, "/dev/null"], signals=False)
@@ -163,22 +164,19 @@ def _become(request, descriptors: list[int], status: int) -> None:
   _run(descriptors)
 
 
-def _fork_and_report(status: int) -> None:
-  """Returns in a new child; the parent waits for it, writes how it ended, and ends."""
+def _fork(report: int | None = None) -> None:
+  """Returns in a new child; the parent waits for it, reports how it ended, and ends."""
   child = os.fork()
   if child == 0:
     return
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-  code = 1
-  while True:
-    pid, wait_status = os.wait()
-    if pid == child:
-      code = os.waitstatus_to_exitcode(wait_status)
-      break
-  if os.getpid() == 1 or status == STATUS:
+  pid = None
+  while pid != child:  # the first process of a namespace also gets orphans
+    pid, status = os.wait()
+  if report is not None:
     with contextlib.suppress(OSError):
-      os.write(status, json.dumps({"returncode": code}).encode())
+      os.write(report, json.dumps({"returncode": os.waitstatus_to_exitcode(status)}).encode())
   os._exit(0)
 
 
@@ -210,6 +208,7 @@ def _run(descriptors: list[int]) -> None:
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="backslashreplace")
     sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace")
     os.environ.clear()  # Python sets LC_CTYPE itself
+    builtins.exit = builtins.quit = sys.exit  # of the module `site`, which is not loaded
     sys.argv, sys.path[:] = ["program"], [p for p in sys.path if "environments" not in p]
     with open(PROGRAM, "rb") as file:
       source = file.read()

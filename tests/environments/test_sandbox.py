@@ -18,6 +18,8 @@ isolated = pytest.mark.skipif(not layers(), reason="needs Linux with namespaces 
   [
     ("print(input() + 'b')", 0, "ab\n", ""),
     ("import sys; sys.exit(3)", 3, "", ""),
+    ("exit(3)", 3, "", ""),
+    ("quit()", 0, "", ""),
     ("import sys; sys.exit('bad')", 1, "", "bad\n"),
     ("import os; os._exit(7)", 7, "", ""),
     ("print(__name__, end='')", 0, "__main__", ""),
@@ -87,6 +89,21 @@ def test_a_program_reaches_nothing_outside(code, tmp_path):
   ran = run_python(code.format(file=file, parent=os.getpid()))
   assert ran.returncode != 0
   assert file.read_text() == "x"
+
+
+@pytest.mark.skipif(
+  not {"namespaces", "landlock"} <= set(layers()), reason="needs namespaces and Landlock"
+)
+@pytest.mark.parametrize("without", ["namespaces", "landlock"])
+def test_one_of_two_walls_is_enough(without):
+  """Goes without one, as an old kernel or a container does; the interpreter may lie in a home."""
+  left = tuple(layer for layer in layers() if layer not in (without, "user"))
+  assert sandbox._holds(left)
+
+
+@isolated
+def test_nothing_is_isolated_behind_system_calls_alone():
+  assert not sandbox._holds(("seccomp",))
 
 
 @isolated
