@@ -1,9 +1,12 @@
 """Implements an independent decoder: one unpadded row at a time, no cache, no shared prompt."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 
+@partial(jax.jit, static_argnums=0)
 def hidden_states(config, params, ids):
   """Returns the final hidden states [S, D] of one unpadded row of token ids."""
   c = config

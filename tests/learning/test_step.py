@@ -45,22 +45,23 @@ def test_the_update_is_the_gradient_of_the_derivations_loss(params):
   """Compares with the plain row-by-row model and -(1/N) sum_i 1/|o_i| sum_t r A."""
   batch = jax.tree.map(lambda a: a[:2], make_batch())
   batch = dataclasses.replace(batch, weights=token_weights(batch.mask, "sequence"))
-  lengths = np.asarray(batch.mask).sum(-1)
+  host = jax.tree.map(np.asarray, batch)
+  lengths = host.mask.sum(-1)
 
   def loss(params):
     total = 0.0
     for p in range(2):
-      prompt = np.asarray(batch.prompts[p])[np.asarray(batch.prompt_mask[p])]
+      prompt = host.prompts[p][host.prompt_mask[p]]
       for g in range(3):
         n = lengths[p, g]
         logp = plain.completion_logprobs(
-          CONFIG, params, prompt, np.asarray(batch.completions[p, g, :n]), temperature=0.7
+          CONFIG, params, prompt, host.completions[p, g, :n], temperature=0.7
         )
         ratio = jnp.exp(logp - jax.lax.stop_gradient(logp))
-        total += -(ratio * batch.advantages[p, g]).sum() / n
+        total += -(ratio * host.advantages[p, g]).sum() / n
     return total / 6
 
-  value, gradient = jax.value_and_grad(loss)(params)
+  value, gradient = jax.jit(jax.value_and_grad(loss))(params)
   updated, metrics = step_once(params, batch, ALGORITHMS["reinforce"])
   np.testing.assert_allclose(metrics["loss"], value, atol=1e-5)
   np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)

@@ -32,13 +32,18 @@ def case():
 
 
 def shared_logp(model, params, prompts, mask, completions):
-  hidden = model.score(params, prompts, mask, completions)
-  return head_logprobs(hidden, model.head(params), completions)[0]
+  @jax.jit
+  def logp(params):
+    hidden = model.score(params, prompts, mask, completions)
+    return head_logprobs(hidden, model.head(params), completions)[0]
+
+  return logp(params)
 
 
 def plain_logp(params, completions):
   """Returns log-probabilities [P, G, T] of the independent row-by-row decoder, 0 where masked."""
   rows = []
+  completions = np.asarray(completions)
   for p, prompt in enumerate(PROMPTS):
     for g in range(2):
       real = completions[p, g, : LENGTHS[p, g]]
@@ -55,11 +60,15 @@ def test_score_equals_one_row_per_completion(case):
 
 def test_gradients_equal_one_row_per_completion(case):
   model, params, prompts, mask, completions, keep = case
-  weights = jnp.asarray(np.random.default_rng(1).normal(size=keep.shape) * keep)
-  shared = jax.grad(lambda p: (weights * shared_logp(model, p, prompts, mask, completions)).sum())(
-    params
-  )
-  rows = jax.grad(lambda p: (weights * plain_logp(p, completions)).sum())(params)
+  weights = np.random.default_rng(1).normal(size=keep.shape) * keep
+
+  @jax.jit
+  def gradients(params):
+    shared = jax.grad(lambda p: (weights * shared_logp(model, p, prompts, mask, completions)).sum())
+    rows = jax.grad(lambda p: (weights * plain_logp(p, completions)).sum())
+    return shared(params), rows(params)
+
+  shared, rows = gradients(params)
   by_path = dict(jax.tree_util.tree_leaves_with_path(rows))
   for path, actual in jax.tree_util.tree_leaves_with_path(shared):
     name = jax.tree_util.keystr(path)
@@ -78,13 +87,14 @@ def test_padding_of_prompts_and_completions_changes_nothing(case):
 
 def test_prefill_and_decode_equal_score(case):
   model, params, prompts, mask, completions, _ = case
-  expected = model.score(params, prompts, mask, completions)
+  expected = jax.jit(model.score)(params, prompts, mask, completions)
+  prefill, decode = jax.jit(model.prefill), jax.jit(model.decode)
   for layout in (params, unstack(params)):
-    hidden, prefix = model.prefill(layout, prompts, mask)
+    hidden, prefix = prefill(layout, prompts, mask)
     np.testing.assert_allclose(hidden, expected[:, 0, 0], atol=1e-5)
     cache = model.empty_cache(layout, 3, 2, 3)
     for t in range(3):
-      hidden, cache = model.decode(layout, completions[..., t], jnp.int32(t), prefix, mask, cache)
+      hidden, cache = decode(layout, completions[..., t], jnp.int32(t), prefix, mask, cache)
       np.testing.assert_allclose(hidden, expected[:, :, t + 1], atol=1e-5)
 
 

@@ -1,12 +1,22 @@
 """Tests compaction on random patterns against a plain statement of where each row may lie."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.sampling import compaction
+
+fits = jax.jit(compaction.fits, static_argnums=2)
+
+
+@partial(jax.jit, static_argnums=4)
+def regroup(row_map, live, rows, of_prompt, shape):
+  """Returns the new row map, and rows, prompts of chunks and valid rows in their new places."""
+  row_map, gather = compaction.regroup(row_map, live, shape)
+  return row_map, gather.rows(rows), gather.chunks(of_prompt), gather.valid
 
 
 def needed(live, width):
@@ -38,13 +48,12 @@ def test_live_rows_keep_their_numbers_and_share_chunks_with_their_prompt_alone()
     live, width = alive.reshape(rows.shape), group
     for shape in smaller:
       room = all(needed(shard, shape.width) <= shape.chunks for shard in alive)
-      assert bool(compaction.fits(row_map, jnp.asarray(live), shape)) == room
+      assert bool(fits(row_map, jnp.asarray(live), shape)) == room
       if not room:
         continue
-      row_map, gather = compaction.regroup(row_map, jnp.asarray(live), shape)
-      rows = np.asarray(gather.rows(jnp.asarray(rows)))
-      of_prompt = np.asarray(gather.chunks(jnp.asarray(of_prompt)))
-      live, width = np.asarray(gather.valid), shape.width
+      row_map, *moved = regroup(row_map, *map(jnp.asarray, (live, rows, of_prompt)), shape)
+      rows, of_prompt, live = map(np.asarray, moved)
+      width = shape.width
       assert rows.shape == live.shape == (shards * shape.chunks, width)
       for b in range(shards):
         part = slice(b * shape.chunks, (b + 1) * shape.chunks)

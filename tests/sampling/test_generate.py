@@ -110,11 +110,11 @@ def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
   vocab = 49152
   p = np.full(vocab, 0.5 / (vocab - 1))
   p[17] = 0.5
-  logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (4000, vocab))
-  draw = jax.jit(
-    lambda k: jax.lax.map(lambda k: generation.draw(logits[0], k)[0], k, batch_size=100)
+  draw = jax.jit(  # the logits are an argument: XLA would compute with constants as it compiles
+    lambda z, k: jax.lax.map(lambda k: generation.draw(z, k)[0], k, batch_size=100)
   )
-  tokens = np.asarray(draw(jax.random.split(jax.random.key(5), 4000)))
+  logits = jnp.log(jnp.asarray(p, jnp.float32))
+  tokens = np.asarray(draw(logits, jax.random.split(jax.random.key(5), 4000)))
   rest = tokens[tokens != 17]
   assert abs(len(rest) / 4000 - 0.5) < 4.5 * 0.5 / np.sqrt(4000)
   # Uniform over the vocabulary: mean rank within 4.5 standard errors of the middle.
