@@ -39,25 +39,10 @@ from grpo_jax.tasks.rewards.workers import Scorer
 
 # Fields that a continued run may change: its length, its output, its layout, its workers.
 FREE = (
-  *(
-    "steps",
-    "epochs",
-    "stop.",
-    "eval.",
-    "checkpoint.",
-    "log.",
-    "mesh.",
-    "hosts.",
-    "compilation_cache",
-  ),
-  *("model.remat", "train.micro_batches", "train.micro_batch_tokens", "train.max_skipped"),
-  *(
-    "rewards.workers",
-    "rewards.timeout",
-    "rewards.isolate",
-    "rewards.allow_unscored",
-    "optimizer.schedule_steps",
-  ),
+  *("steps", "epochs", "stop.", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
+  *("compilation_cache", "model.remat", "train.micro_batches", "train.micro_batch_tokens"),
+  *("train.max_skipped", "rewards.workers", "rewards.timeout", "rewards.isolate"),
+  *("rewards.allow_unscored", "optimizer.schedule_steps"),
 )
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once

@@ -69,7 +69,7 @@ class Checkpoints:
   Args:
     workdir: the work directory.
     keep: number of checkpoints to keep, the newest ones; more while others are being read.
-    read_only: change nothing in the directory, for readers beside a run that writes.
+    read_only: change nothing in the directory. Beside a run that writes, use `reading`.
   """
 
   def __init__(self, workdir: str | Path, keep: int, read_only: bool = False) -> None:
