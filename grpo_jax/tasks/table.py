@@ -159,11 +159,15 @@ def _files(
   path: str | Sequence[str], split: str | None, subset: str | None, revision: str | None
 ) -> list[str]:
   """Returns the files that a path, a list of paths, a folder or a hub id stands for."""
-  if not isinstance(path, str):
-    paths = [str(item) for item in path]
-    if not paths:
+  if isinstance(path, list | tuple):
+    if not path:
       raise ValueError("path is an empty list: name at least one file")
-    return [file for item in paths for file in _files(item, split, subset, revision)]
+    return [file for item in path for file in _files(item, split, subset, revision)]
+  if not isinstance(path, str | Path) or not str(path).strip():
+    raise ValueError(
+      f"path is {path!r}: it must be a file, a folder, a hub id 'owner/name' or a list of files"
+    )
+  path = str(path)
   place = Path(path).expanduser()
   if place.is_dir():
     return find_files(str(place), split)
@@ -181,7 +185,7 @@ def _named(files: Sequence[str]) -> str:
 
 def _title(path: str | Sequence[str]) -> str:
   """Returns a short name for the data."""
-  paths = [path] if isinstance(path, str) else list(path)
+  paths = list(path) if isinstance(path, list | tuple) else [path]
   more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
   return f"{Path(str(paths[0])).name}{more}"
 

@@ -262,8 +262,14 @@ def test_bad_evaluation_data_are_named(tmp_path):
   for name in ("split", "subset", "revision"):
     with pytest.raises(ValueError, match=rf"{name} is 'x', but .*train\.jsonl is a file"):
       make_task("table", path=train, reward=right, **{name: "x"})
-  with pytest.raises(ValueError, match="path is an empty list"):
-    make_task("table", path=[], reward=right)
+  for path, message in (
+    ([], "path is an empty list"), (5, "path is 5: it must be a file"), ("", "path is ''"),
+    ([[]], "path is an empty list"), ([None], "path is None"), (None, "path is None"),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      make_task("table", path=path, reward=right)
+  task = make_task("table", path=Path(train), reward=right, eval_fraction=0.0)
+  assert task.files[0] == train
 
 
 # --- columns inside columns -----------------------------------------------------------------------
