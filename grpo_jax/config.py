@@ -196,8 +196,8 @@ def default_config() -> ConfigDict:
 
   c.data = Section()
   c.data.shuffle = True  # a new order in each epoch; false = the order of the task's problems
-  # How (seed, epoch) give an order: hashed; added, as in version 0.1.0, where epoch 1 of seed 0 is
-  # epoch 0 of seed 1; or auto: as the work directory was begun, hashed in a new one.
+  # How (seed, epoch) give the order of later epochs: hashed; added, as in version 0.1.0, where
+  # epoch 1 of seed 0 is epoch 0 of seed 1; or auto: as the work directory was begun, else hashed.
   c.data.seeding = "auto"
 
   c.rollout = Section()

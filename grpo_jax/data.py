@@ -14,7 +14,12 @@ Order = Callable[[int, int, int, int], Sequence[int]]
 
 
 def _hashed(size: int, seed: int, stream: int, epoch: int) -> Sequence[int]:
-  """Shuffles with a hash of (seed, stream, epoch): no two seeds share an order."""
+  """Shuffles with a hash of (seed, stream, epoch), so that no two seeds share later epochs.
+
+  Epoch 0 has the order of version 0.1.0, so that results of runs within one epoch stay.
+  """
+  if epoch == 0:
+    return _added(size, seed, stream, epoch)
   return _shuffled(size, _digest(seed, stream, epoch))
 
 

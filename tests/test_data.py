@@ -113,6 +113,11 @@ def test_the_order_of_runs_begun_by_version_0_1_0():
   assert epoch(1, 0, order="added") == epoch(0, 1, order="added")
 
 
+def test_results_of_runs_within_one_epoch_stay():
+  assert [examples(range(10), step, 4, 0) for step in range(2)] == OLD[0][:2]
+  assert [epoch(0, seed) for seed in range(5)] == [epoch(0, s, order="added") for s in range(5)]
+
+
 def test_the_order_of_the_file():
   flat = [i for s in range(5) for i in examples(range(10), s, 4, 7, order="file")]
   assert flat == [*range(10), *range(10)]

@@ -20,13 +20,15 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
 
 
 class Rows(Protocol):
-  """The rows of some files. `where` says the file and the line of a row, for messages."""
+  """The rows of some files."""
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, i: int) -> Row: ...
 
-  def where(self, i: int) -> str: ...
+  def where(self, i: int) -> str:
+    """Returns the file and the place of row i."""
+    ...
 
 
 class JsonLines:
