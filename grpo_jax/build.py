@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
 from grpo_jax.learning.updates import Learner, SkippedUpdate, UpdateConfig
+from grpo_jax.metric_names import check_condition, metric_names
 from grpo_jax.models import lora
 from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
@@ -38,6 +40,7 @@ from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.rollout import RolloutConfig
+from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.loading import load_function
@@ -53,7 +56,7 @@ class Run:
   """Everything a config describes, before any step.
 
   Attributes:
-    config: the config itself, for messages and records.
+    config: the config itself, for messages and records; `steps` follows from `epochs`, if set.
     weights: the model before training; read when asked for.
     task: without the prompts that exceed the budget, and with the learned reward.
     rollout: settings of a rollout.
@@ -138,14 +141,24 @@ class Run:
     """Returns the function from the number of a draw to this host's examples of a step."""
     split, c = self.task.splits["train"], self.config
     shard = hosts.own_shard()
+    seeding = configs.AUTO["data.seeding"] if c.data.seeding == "auto" else c.data.seeding
+    order = seeding if c.data.shuffle else "file"
     return lambda number: data.examples(
-      split, step, c.rollout.prompts_per_step, c.seed, *shard, stream=number
+      split, step, c.rollout.prompts_per_step, c.seed, *shard, stream=number, order=order
     )
 
   def evaluates_at(self, step: int) -> bool:
     """Returns whether the model is evaluated before this step."""
     every = self.config.eval.every
     return step == 0 or bool(every and step % every == 0)
+
+  def evaluation_sampling(self) -> dict[str, Any]:
+    """Returns how the completions for pass@k are sampled: the arguments of `evaluate`."""
+    c, own = self.config.eval, self.config.rollout.temperature
+    return {
+      "temperature": own if c.temperature is None else c.temperature,
+      "token_filter": TokenFilter(c.top_k, c.top_p, c.min_p),
+    }
 
   def saves_at(self, steps: int) -> bool:
     """Returns whether the state after so many steps is saved."""
@@ -217,6 +230,11 @@ def build(config: ConfigDict) -> Run:
     lambda: _fit_task(c.rollout, task, tokenizer), "the prompts of the task"
   ) or (task, 1)
   problems += _misfits(c, weights.config, task, tokenizer, algorithm, prompt_length)
+  if c.stop.when and algorithm:
+    attempt(lambda: check_condition(c.stop.when, metric_names(c, task, algorithm)))
+  if c.epochs:
+    size = len(task.splits["train"])
+    c = configs.with_steps(c, data.steps_of(c.epochs, size, c.rollout.prompts_per_step))
   if problems:
     raise configs.ConfigError(problems)
 

@@ -24,6 +24,7 @@ VALUES = {
   "model.matmul_precision": ("auto", "default", "high", "highest"),
   "model.remat": ("none", "dots", "layers"),
   "model.attention": ("auto", "tiled", "splash", "cudnn"),
+  "data.seeding": ("auto", "hashed", "added"),
   "rollout.overlong": ("error", "drop"),
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
@@ -35,6 +36,8 @@ _WEEKS = 10**7  # seconds: no wait is longer than 16 weeks
 RANGES: dict[str, tuple[float, float, str]] = {
   "seed": (0, 2**32 - 1, "at least 0"),
   "steps": (1, LARGEST, "at least 1"),
+  "epochs": (0, LARGEST, "at least 0"),
+  "stop.after_hours": (0, 10**5, "at least 0 hours"),
   "lora.rank": (0, LARGEST, "at least 0"),
   "lora.alpha": (0, LARGEST, "above 0"),
   "rollout.prompts_per_step": (1, LARGEST, "at least 1"),
@@ -71,6 +74,10 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "eval.every": (0, LARGEST, "at least 0"),
   "eval.batch_prompts": (1, LARGEST, "at least 1"),
   "eval.samples": (0, LARGEST, "at least 0"),
+  "eval.temperature": (0, LARGEST, "above 0"),
+  "eval.top_k": (0, LARGEST, "at least 0"),
+  "eval.top_p": (0, 1, "above 0 and at most 1"),
+  "eval.min_p": (0, 1, "between 0 and 1"),
   "checkpoint.every": (1, LARGEST, "at least 1"),
   "checkpoint.keep": (1, LARGEST, "at least 1"),
   "log.samples": (0, LARGEST, "at least 0"),
@@ -84,6 +91,10 @@ RENAMED_VALUES = {
   "reduction": {"ordered": "deterministic"},
   "attention": {"blocks": "tiled"},
 }
+# Values in configs that were saved before the field was there, where they are not the default.
+BEFORE = {"data.seeding": "added"}
+# Fields whose "auto" means: as the work directory was begun, else this.
+AUTO = {"data.seeding": "hashed"}
 _notices: set[str] = set()  # lines about renamed fields, each printed once
 
 
@@ -108,6 +119,9 @@ class Section(ConfigDict):
     if isinstance(value, str) and value in renamed:
       _notify(f"{name}={value!r} is now called {name}={renamed[value]!r}")
       value = renamed[value]
+    current = self.get(name) if isinstance(value, dict) else None
+    if isinstance(current, ConfigDict) and not current.convert_dict:
+      value = ConfigDict(value, convert_dict=False)
     super().__setitem__(name, value)
 
 
@@ -147,7 +161,14 @@ def default_config() -> ConfigDict:
   """Returns every field with its default and unit; experiments override, `load` locks."""
   c = Section()
   c.seed = 0  # of data order, sampling and random weights
-  c.steps = 100  # rollouts in the whole run; each gives epochs x mini_batches updates
+  c.steps = 100  # rollouts in the whole run; each gives train.epochs x mini_batches updates
+  # Passes over the training problems, in place of `steps` if above 0. The last step is a whole one:
+  # where the problems do not divide evenly, it reaches into the next pass.
+  c.epochs = 0.0
+
+  c.stop = Section()  # ends a run early: it saves, evaluates and says why (for text: rollout.stop)
+  c.stop.after_hours = 0.0  # hours since the command began; 0 = no limit
+  c.stop.when = ""  # a metric and its limit, such as "eval/accuracy>0.9"; empty = never
 
   c.model = Section()
   c.model.source = "random:tiny"  # folder, .gguf file, package:NAME, random:NAME or hub id
@@ -170,7 +191,14 @@ def default_config() -> ConfigDict:
 
   c.task = Section()
   c.task.name = "reasoning_gym"  # a key of grpo_jax.tasks.TASKS
-  c.task.settings = ConfigDict()  # keyword arguments of that task
+  # Keyword arguments of that task. A dict among them stays one: its keys may hold dots.
+  c.task.settings = ConfigDict(convert_dict=False)
+
+  c.data = Section()
+  c.data.shuffle = True  # a new order in each epoch; false = the order of the task's problems
+  # How (seed, epoch) give the order of later epochs: hashed; added, as in version 0.1.0, where
+  # epoch 1 of seed 0 is epoch 0 of seed 1; or auto: as the work directory was begun, else hashed.
+  c.data.seeding = "auto"
 
   c.rollout = Section()
   c.rollout.prompts_per_step = 8  # P, over all devices
@@ -257,6 +285,11 @@ def default_config() -> ConfigDict:
   c.eval.every = 0  # steps; 0 = only before the first step and after the last
   c.eval.batch_prompts = 50  # prompts generated for at once
   c.eval.samples = 0  # completions per problem for pass@k; 0 = greedy accuracy only
+  # Of these completions, never of the rollouts, whose whole distribution is scored.
+  c.eval.temperature = placeholder(float)  # None = rollout.temperature
+  c.eval.top_k = 0  # draw from the k most probable tokens; 0 = from all
+  c.eval.top_p = 1.0  # ... from the fewest tokens that have this probability together; 1 = all
+  c.eval.min_p = 0.0  # ... from tokens of at least this share of the largest probability; 0 = all
 
   c.checkpoint = Section()
   c.checkpoint.every = 50  # steps; the last step is always saved
@@ -325,10 +358,40 @@ def to_saved(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_saved(saved: dict[str, Any]) -> ConfigDict:
-  """Returns the config that `to_saved` wrote; fields newer than it have their defaults."""
+  """Returns the config that `to_saved` wrote.
+
+  Fields newer than it have their defaults, or what earlier versions did (`BEFORE`).
+  """
   config = default_config()
   with config.unlocked(), config.ignore_type():
+    _set(config, BEFORE)
     config.update(saved)
+  return config
+
+
+def resolve_auto(config: ConfigDict, saved: dict[str, Any] | None) -> ConfigDict:
+  """Returns the config with a value in place of each "auto" that a work directory decides.
+
+  Args:
+    saved: the config that the work directory was begun with; None for a new one.
+  """
+  values = {}
+  for name, default in AUTO.items():
+    if _get(config, name) == "auto":
+      begun = "auto" if saved is None else _get(from_saved(saved), name)
+      values[name] = default if begun == "auto" else begun
+  return _set(config.copy_and_resolve_references(), values).lock()
+
+
+def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
+  """Returns a copy of the config with another number of steps."""
+  return _set(config.copy_and_resolve_references(), {"steps": steps}).lock()
+
+
+def _set(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+  for name, value in values.items():
+    section, _, field = name.rpartition(".")
+    (_get(config, section) if section else config)[field] = value
   return config
 
 
@@ -531,14 +594,17 @@ def _apply(config: ConfigDict, override: str) -> None:
     if isinstance(node, Section):
       part = _current_name(node, part)
       last = part if i == len(parents) else last
-    if not isinstance(node, ConfigDict) or part not in node:
-      names = sorted(node.keys()) if isinstance(node, ConfigDict) else []
+    if not isinstance(node, ConfigDict | dict) or part not in node:
+      names = sorted(node.keys()) if isinstance(node, ConfigDict | dict) else []
       close = difflib.get_close_matches(part, names, n=1)
       hint = f"did you mean {close[0]!r}? " if close else ""
       where = ".".join([*parents, last][:i]) or "the config"
       raise ValueError(f"no field {name!r}: {hint}{where} has: {', '.join(names) or 'no fields'}")
     if i < len(parents):
       node = node[part]
+  if isinstance(node, dict):  # a dict among the settings of a task
+    node[last] = _parse(text, None, object)
+    return
   if isinstance(node[last], ConfigDict):
     raise ValueError(f"{name} is a group of fields: {', '.join(sorted(node[last].keys()))}")
   # A choice of an algorithm is text, even "none".

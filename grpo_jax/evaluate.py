@@ -28,6 +28,7 @@ from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.rollout import columns_of, records
 from grpo_jax.run import console
+from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.answers import normalize
@@ -50,6 +51,7 @@ def evaluate(
   *,
   samples: int = 0,
   temperature: float | None = None,
+  token_filter: TokenFilter | None = None,
   batch_prompts: int = 50,
   key: jax.Array | None = None,
   scorer: Scorer | None = None,
@@ -66,6 +68,7 @@ def evaluate(
     params: in the sampler's layout.
     samples: completions per problem for pass@k and maj@k; 0 is greedy only.
     temperature: of these completions; None takes the sampler's.
+    token_filter: restricts these completions to probable tokens; None takes all tokens.
     batch_prompts: prompts per call of the sampler.
     key: random key of these completions.
     scorer: calls the task's rule; None calls it in this process, without a time limit.
@@ -77,13 +80,11 @@ def evaluate(
     raise ValueError(f"task {task.name!r} has no problems to evaluate on: its split is empty")
   scorer = score_in_process(task) if scorer is None else scorer
 
-  def answers(group: int, temperature: float | None, key: jax.Array) -> "_Answers":
-    batches = _batches(
-      sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
-    )
+  def answers(group: int, key: jax.Array, **how: Any) -> "_Answers":
+    batches = _batches(sampler, params, task, examples, scorer, group, how, batch_prompts, key)
     return _Answers.concatenate([*batches])
 
-  greedy = answers(1, 0.0, jax.random.key(0))
+  greedy = answers(1, jax.random.key(0), temperature=0.0)
   metrics = {
     "eval/n": float(len(examples)),
     **_mean("eval/accuracy", greedy.right[:, 0]),
@@ -92,18 +93,39 @@ def evaluate(
   }
   missing, records_ = greedy.missing, greedy.samples
   if samples:
-    more = answers(samples, temperature, jax.random.key(0) if key is None else key)
+    how: dict[str, Any] = {"temperature": temperature}
+    if token_filter is not None:
+      how["token_filter"] = token_filter
+    more = answers(samples, jax.random.key(0) if key is None else key, **how)
     missing, records_ = missing + more.missing, records_ + more.samples
     metrics["eval/samples"] = float(samples)
-    sizes = sorted({*(2**i for i in range(samples.bit_length())), samples})
+    sizes = _sizes(samples)
     for k in sizes:
       passed = [pass_at_k(samples, int(row.sum()), k) for row in more.right]
       metrics |= _mean(f"eval/pass@{k}", passed)
-    for k in sizes if task.answer else []:
-      if k > 2:  # two votes decide nothing
-        right = [maj_at_k(*row, k) for row in zip(more.votes, more.right)]
-        metrics |= _mean(f"eval/maj@{k}", right)
+    for k in _vote_sizes(samples) if task.answer else []:
+      right = [maj_at_k(*row, k) for row in zip(more.votes, more.right)]
+      metrics |= _mean(f"eval/maj@{k}", right)
   return Evaluation(metrics | {"eval/missing": float(missing)}, records_)
+
+
+def metric_names(samples: int, *, votes: bool) -> set[str]:
+  """Returns the names of the metrics of an evaluation.
+
+  Args:
+    samples: completions per problem for pass@k and maj@k.
+    votes: the task extracts answers, over which maj@k takes the majority.
+
+  Example:
+    >>> sorted(name for name in metric_names(3, votes=True) if "@" in name and "_se" not in name)
+    ['eval/maj@3', 'eval/pass@1', 'eval/pass@2', 'eval/pass@3']
+  """
+  means = ["eval/accuracy", "eval/mean_length", "eval/clipped_ratio"]
+  if samples:
+    means += [f"eval/pass@{k}" for k in _sizes(samples)]
+    means += [f"eval/maj@{k}" for k in _vote_sizes(samples) if votes]
+  others = ("eval/n", "eval/missing", *(("eval/samples",) if samples else ()))
+  return {*means, *(f"{name}_se" for name in means), *others}
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -202,6 +224,16 @@ def write(folder: str | Path, name: str, record: Mapping[str, Any], samples: Seq
 # --- parts ----------------------------------------------------------------------------------------
 
 
+def _sizes(samples: int) -> list[int]:
+  """Returns the k of pass@k: powers of 2, and all samples."""
+  return sorted({*(2**i for i in range(samples.bit_length())), samples})
+
+
+def _vote_sizes(samples: int) -> list[int]:
+  """Returns the k of maj@k; two votes decide nothing."""
+  return [k for k in _sizes(samples) if k > 2]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Answers:
   """Completions of n problems, G each: arrays [n, G], votes [n][G], one sample per completion."""
@@ -231,7 +263,7 @@ class _Answers:
 
 
 def _batches(
-  sampler, params, task, examples, scorer, group, temperature, batch_prompts, key
+  sampler, params, task, examples, scorer, group, how, batch_prompts, key
 ) -> Iterator[_Answers]:
   index, host_count = hosts.own_shard()
   unit = meshes.prompt_shards(getattr(sampler, "prompt_sharding", None))
@@ -242,7 +274,7 @@ def _batches(
     n = len(part)
     padded = part + [examples[-1]] * (share - n)
     prompts = [example.prompt for example in padded]
-    out = sampler(params, prompts, key, group=group, temperature=temperature, first_prompt=start)
+    out = sampler(params, prompts, key, group=group, first_prompt=start, **how)
     texts, lengths = out.texts[:n], out.lengths[:n]
     right, missing = np.zeros((0, group)), 0
     with hosts.together("scoring the answers"):
@@ -271,6 +303,13 @@ def _cell(metrics: Mapping[str, float], name: str) -> str:
   return f"{metrics[name]:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
+def _sampling_record(run: Any) -> dict[str, float]:
+  """Returns the temperature and the filter of the completions for pass@k."""
+  how = run.evaluation_sampling()
+  token_filter = dataclasses.asdict(how["token_filter"])
+  return {"temperature": how["temperature"], **token_filter}
+
+
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
   """Replaces NaN and infinity, which JSON does not have, by None."""
   return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -297,8 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     run = build(settings)
     if not run.task.splits["eval"]:
       raise ValueError(f"task {run.task.name!r} holds nothing out: its split 'eval' is empty")
-    stages = _stages(arguments, settings, run)
-  except ValueError as error:
+    stages = _stages(arguments, run)
+  except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   folder = arguments.out or (arguments.workdir and Path(arguments.workdir) / "eval")
@@ -312,13 +351,13 @@ def main(argv: list[str] | None = None) -> int:
         run.task,
         run.task.splits["eval"],
         samples=arguments.samples,
+        **run.evaluation_sampling(),
         batch_prompts=settings.eval.batch_prompts,
         key=jax.random.key(settings.seed),
         scorer=scorer,
       )
       metrics.append(result.metrics)
-      record = {**about, "step": step, "temperature": settings.rollout.temperature}
-      record |= _plain(result.metrics)
+      record = {**about, "step": step, **_sampling_record(run), **_plain(result.metrics)}
       if folder:
         write(folder, f"step_{step:06d}", record, result.samples)
   before = metrics[0] if len(metrics) > 1 else None
@@ -330,21 +369,15 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _stages(arguments: argparse.Namespace, settings: Any, run: Any) -> dict[int, Any]:
+def _stages(arguments: argparse.Namespace, run: Any) -> dict[int, Any]:
   """Returns trained parameters by step: the start if asked for, and a run's newest checkpoint."""
-  from grpo_jax.run import checkpoint
+  from grpo_jax.run import reading
 
-  state = run.initial_state()
-  stages = {0: state.params} if arguments.config or arguments.before else {}
+  params = run.initial_state().params
+  stages = {0: params} if arguments.config or arguments.before else {}
   if arguments.workdir:
-    keep = settings.checkpoint.keep
-    with checkpoint.Checkpoints(arguments.workdir, keep, read_only=True) as checkpoints:
-      if checkpoints.latest() is None:
-        raise ValueError(f"{arguments.workdir} holds no complete checkpoint")
-      step, state = checkpoints.resume(
-        state, lambda line: print(f"warning: {line}", file=sys.stderr)
-      )
-      stages[step] = state.params
+    step, params = reading.read_params(arguments.workdir, like=params)
+    stages[step] = params
   return stages
 
 

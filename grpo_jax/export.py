@@ -7,6 +7,7 @@ python -m grpo_jax.export --config experiments/X.py --out HF_DIR    # its model,
 import argparse
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from grpo_jax import extras
 if __name__ == "__main__":  # the imports below need the extra
   extras.require_for_command("train", "grpo_jax.export")
 
-import jax
-import numpy as np
+from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
+from grpo_jax import tasks
+from grpo_jax.errors import first_line
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.families import FAMILIES, find_family, parse
@@ -27,7 +29,7 @@ from grpo_jax.models.io.json_files import read_json, write_json
 from grpo_jax.models.io.sources import Source, resolve
 from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weights
 from grpo_jax.models.load import open_weights
-from grpo_jax.run import checkpoint, console
+from grpo_jax.run import console, reading
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import load_tokenizer
 
@@ -49,6 +51,7 @@ def export_model(
   dtype: str = "float32",
   *,
   shard_bytes: int = SHARD_BYTES,
+  generation: Mapping[str, Any] | None = None,
 ) -> list[str]:
   """Writes a folder with weights, config.json, tokenizer, chat template and generation settings.
 
@@ -62,6 +65,8 @@ def export_model(
     out: the folder to write; must be missing or empty.
     dtype: of the weights, a key of DTYPES.
     shard_bytes: maximum size of a weights file in bytes.
+    generation: fields of generation_config.json, beside the token ids of the source's; None keeps
+      the source's file.
 
   Returns:
     The names of the files, sorted.
@@ -76,6 +81,8 @@ def export_model(
   origin = resolve(source)
   with new_folder(out) as partial:
     ids = _save_tokenizer(source, origin, partial)
+    if generation is not None:
+      _write_generation(partial / "generation_config.json", generation)
     write_json(partial / "config.json", _config_json(config, origin, ids) | {"dtype": dtype})
     if parse(read_json(partial / "config.json"), str(out)) != config:
       raise ValueError(f"{config} is not the model of {source}")
@@ -116,6 +123,45 @@ def _save_tokenizer(source: str, origin: Source, folder: Path) -> dict[str, Any]
   return ids
 
 
+def _write_generation(path: Path, fields: Mapping[str, Any]) -> None:
+  """Writes generation settings in place of those in a file, of which the token ids stay."""
+  before = read_json(path) if path.is_file() else {}
+  write_json(path, {name: before[name] for name in _TOKEN_IDS if name in before} | dict(fields))
+
+
+def generation_settings(c: ConfigDict) -> dict[str, Any]:
+  """Returns the fields of generation_config.json with which transformers samples as a run did.
+
+  Temperature, ends and largest length are the run's, and no token is filtered out. The stop strings
+  of the task are left out, with a warning, where the task cannot be built on this machine.
+
+  Args:
+    c: the config of the run.
+  """
+  try:
+    stops = tasks.make_task(c.task.name, **c.task.settings.to_dict()).stop
+  except Exception as error:  # a user's task may raise anything
+    stops = ()
+    print(
+      f"warning: task {c.task.name!r} cannot be built ({first_line(error)}): the exported settings "
+      "do not have its stop strings",
+      file=sys.stderr,
+    )
+  strings = list(dict.fromkeys((*stops, *c.rollout.stop)))
+  tokenizer = load_tokenizer(c.model.source)
+  ends = (*tokenizer.eos_ids, *c.rollout.stop_ids, *tokenizer.marker_ids(strings))
+  return {
+    "do_sample": True,
+    "temperature": c.rollout.temperature,
+    "top_k": 0,
+    "top_p": 1.0,
+    "max_new_tokens": c.rollout.completion_length,
+    "eos_token_id": list(dict.fromkeys(ends)),
+    "pad_token_id": tokenizer.pad_id,
+    **({"stop_strings": strings} if strings else {}),
+  }
+
+
 # --- a run's checkpoints --------------------------------------------------------------------------
 
 
@@ -135,32 +181,7 @@ def read_trained(workdir: str | Path, step: int | None = None) -> tuple[int, Any
     FileNotFoundError: there is no such checkpoint.
     ValueError: it is damaged; for None, all of them are.
   """
-  import orbax.checkpoint as ocp
-
-  folder = checkpoint.folder(workdir)
-  if not folder.is_dir():
-    raise FileNotFoundError(f"{workdir} holds no checkpoints: not the work directory of a run")
-  options = ocp.CheckpointManagerOptions(create=False)
-  handler = ocp.PyTreeCheckpointHandler()
-  with ocp.CheckpointManager(folder, options=options, item_handlers=handler) as manager:
-    steps = sorted(manager.all_steps())
-    if not steps or (step is not None and step not in steps):
-      raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; there are: {steps}")
-    chosen = _first_without_damage(folder, steps[::-1] if step is None else [step])
-    like = {"params": jax.tree.map(lambda _: 0, manager.item_metadata(chosen)["params"])}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
-    arguments = ocp.args.PyTreeRestore(item=like, restore_args=as_numpy, partial_restore=True)
-    return chosen, manager.restore(chosen, args=arguments)["params"]
-
-
-def _first_without_damage(folder: Path, steps: list[int]) -> int:
-  """Returns the first of the steps whose checkpoint is not damaged; warns about those before it."""
-  for step in steps:
-    problems = checkpoint.find_damage(folder / str(step))
-    if not problems:
-      return step
-    print(f"warning: checkpoint {step} is damaged: {problems[0]}; it is skipped", file=sys.stderr)
-  raise ValueError(f"all of these checkpoints in {folder} are damaged: {steps}")
+  return reading.read_params(workdir, step=step)
 
 
 @console.guarded()
@@ -211,7 +232,10 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   params = trained if trained is not None and not rank else weights.read()
   if trained is not None and rank:
     params = lora.merge(params, trained, lora.scale(rank, settings.lora.alpha))
-  return export_model(weights.config, params, source, arguments.out, arguments.dtype)
+  generation = None if trained is None else generation_settings(settings)
+  return export_model(
+    weights.config, params, source, arguments.out, arguments.dtype, generation=generation
+  )
 
 
 if __name__ == "__main__":

@@ -42,8 +42,17 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       f"{c.rollout.completion_length} tokens",
       f"steps      {start} to {c.steps} on {hardware}, about {format_duration(seconds)} by a speed "
       "probe",
+      *([f"epochs     {_epochs(c, train)}"] if c.epochs else []),
     ]
   )
+
+
+def _epochs(c: ConfigDict, problems: int) -> str:
+  """Says how many steps the epochs take, and where the last step reaches."""
+  drawn = c.steps * c.rollout.prompts_per_step
+  beyond = drawn - math.floor(c.epochs * problems)
+  text = f"{c.epochs:g} of {problems} problems take {c.steps} steps"
+  return text + (f"; the last one draws {beyond} problems of the next epoch" if beyond else "")
 
 
 def count_parameters(run: Run) -> int:

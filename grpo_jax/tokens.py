@@ -121,6 +121,25 @@ class Tokenizer:
         pieces[i] = added[i].content.encode("utf-8")
     return pieces
 
+  def marker_ids(self, strings: Sequence[str]) -> list[int]:
+    """Returns the ids of the strings that are a special token which `decode` leaves out.
+
+    Such a token adds no text, so a stop string could not be found in the text.
+
+    Raises:
+      ValueError: a string holds such a token beside other text.
+    """
+    added = self._fast.backend_tokenizer.get_added_tokens_decoder()
+    ids = {added[i].content: i for i in self._markers if i in added}
+    for string in strings:
+      inside = [token for token in ids if token in string and token != string]
+      if inside and string not in ids:
+        raise ValueError(
+          f"the stop string {string!r} holds the special token {inside[0]!r} of {self.name}, which "
+          "is no part of a completion's text: give the token alone, and the rest as another string"
+        )
+    return [ids[string] for string in strings if string in ids]
+
 
 class ByteTokenizer:
   """Encodes text as its UTF-8 bytes, ids 0..255. Id 256 is end of text and padding.
@@ -169,6 +188,10 @@ class ByteTokenizer:
       chat_template=_BYTES_TEMPLATE,
       clean_up_tokenization_spaces=False,
     ).save_pretrained(str(folder))
+
+  def marker_ids(self, strings: Sequence[str]) -> list[int]:
+    """Returns an empty list: the special id has no text."""
+    return []
 
   def pieces(self) -> list[bytes]:
     """Returns the bytes that each id adds to the text."""

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from grpo_jax import config as configs
 from grpo_jax.build import Run, build, schedule_steps
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.evaluate import Evaluation, evaluate, table
+from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import SkippedError
 from grpo_jax.rollout import Rollout, collect
 from grpo_jax.run import checkpoint, compilation, console, identity, metrics, skipped
 from grpo_jax.run import workdir as workdirs
+from grpo_jax.run.ending import Ending
 from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Signals
 from grpo_jax.summary import describe
@@ -36,15 +39,10 @@ from grpo_jax.tasks.rewards.workers import Scorer
 
 # Fields that a continued run may change: its length, its output, its layout, its workers.
 FREE = (
-  *("steps", "eval.", "checkpoint.", "log.", "mesh.", "hosts.", "compilation_cache"),
-  *("model.remat", "train.micro_batches", "train.micro_batch_tokens", "train.max_skipped"),
-  *(
-    "rewards.workers",
-    "rewards.timeout",
-    "rewards.isolate",
-    "rewards.allow_unscored",
-    "optimizer.schedule_steps",
-  ),
+  *("steps", "epochs", "stop.", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
+  *("compilation_cache", "model.remat", "train.micro_batches", "train.micro_batch_tokens"),
+  *("train.max_skipped", "rewards.workers", "rewards.timeout", "rewards.isolate"),
+  *("rewards.allow_unscored", "optimizer.schedule_steps"),
 )
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
@@ -65,6 +63,9 @@ def run(
 ) -> dict[str, float]:
   """Trains to `config.steps` steps, from the newest whole checkpoint in `workdir` if there is one.
 
+  With `config.epochs`, the number of steps follows from the number of training problems. With
+  `config.stop`, the run may end earlier: it saves, evaluates and says why.
+
   Leaves metrics.jsonl, TensorBoard events, samples/, curve.png, config.json, identity.json and
   checkpoints/.
 
@@ -84,13 +85,15 @@ def run(
     SkippedError: after too many skipped updates, with the finished steps saved.
     NotFiniteError: the parameters became NaN or infinite; the checkpoint before that stays.
   """
-  workdir = Path(workdir)
+  workdir, begun = Path(workdir), time.monotonic()
   with contextlib.ExitStack() as stack:
     compilation.use_cache(config.compilation_cache, workdir)
     watch = stack.enter_context(compilation.Watch())
-    saved = configs.to_saved(config)
     with hosts.together("reading the config and what it names"):
+      config = configs.resolve_auto(config, workdirs.read_config(workdir))
       run = build(config)
+      config = run.config  # with the number of steps
+      saved = configs.to_saved(config)
       if hosts.is_first():
         stack.enter_context(workdirs.lock(workdir))
         files = identity_of(run, experiment)
@@ -98,7 +101,8 @@ def run(
         workdirs.write_config(workdir, saved)
         identity.write(workdir, files)
     hosts.same("the config", json.dumps(saved, sort_keys=True))
-    return _train(run, Output(workdir, **_log_settings(config)), watch)
+    ending = Ending(config.stop.after_hours, config.stop.when, begun)
+    return _train(run, Output(workdir, **_log_settings(config)), watch, ending)
 
 
 def identity_of(run: Run, experiment: str | Path | None) -> dict[str, str]:
@@ -109,8 +113,8 @@ def identity_of(run: Run, experiment: str | Path | None) -> dict[str, str]:
   return identity.digests(files, texts)
 
 
-def _train(run: Run, out: Output, watch: compilation.Watch) -> dict[str, float]:
-  """Runs the loop from the newest checkpoint to the last step."""
+def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> dict[str, float]:
+  """Runs the loop from the newest checkpoint to the last step, or until `ending` is reached."""
   with out, run.matmul_precision(), run.scorer() as scorer, Signals() as signals:
     start, state = out.resume(run.initial_state(), run.evaluates_at)
     out.print(describe(run.config, run, start))
@@ -119,6 +123,8 @@ def _train(run: Run, out: Output, watch: compilation.Watch) -> dict[str, float]:
     for step in range(start, run.steps):
       if run.evaluates_at(step):
         out.write_evaluation(step, _evaluate(run, state.params, scorer))
+      if ending.reached(out.latest):
+        break
       out.start_step()
       params, examples = run.to_sampling_params(state.params), run.examples(step)
       rollout = collect(run.sampler, params, examples, scorer, run.key(step), run.rollout)
@@ -135,10 +141,27 @@ def _train(run: Run, out: Output, watch: compilation.Watch) -> dict[str, float]:
       if update.trouble:
         raise SkippedError(f"{update.trouble}. {recorder.advice()}; step {step + 1} is saved")
       signals.check(step + 1, stop)
-    results = _evaluate(run, state.params, scorer)
-    out.write_evaluation(run.steps, results)
+    results = _finish(run, out, state, scorer, ending.reason)
     out.draw_curve()
-  return results.metrics
+  return results
+
+
+def _finish(
+  run: Run, out: Output, state: TrainState, scorer: Scorer, reason: str
+) -> dict[str, float]:
+  """Evaluates the last state, if that was not done, and returns its metrics.
+
+  Args:
+    reason: why the run ended before its last step; its state is saved first.
+  """
+  if reason:
+    out.print(f"stopped after step {out.finished}: {reason}. Without that setting it goes on")
+    out.save(out.finished, state)
+  if not (results := out.evaluation_at(out.finished)):
+    evaluation = _evaluate(run, state.params, scorer)
+    out.write_evaluation(out.finished, evaluation)
+    results = evaluation.metrics
+  return results
 
 
 def _evaluate(run: Run, params: Any, scorer: Scorer) -> Evaluation:
@@ -152,6 +175,7 @@ def _evaluate(run: Run, params: Any, scorer: Scorer) -> Evaluation:
     run.task,
     examples,
     samples=c.eval.samples,
+    **run.evaluation_sampling(),
     batch_prompts=c.eval.batch_prompts,
     key=jax.random.key(c.seed),
     scorer=scorer,
@@ -258,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   before = metrics.at(arguments.workdir, 0, "eval/")
   if before and results:
-    print(table(results, f"held out, after {config.steps} steps", before))
+    steps = metrics.read_metrics(arguments.workdir)[-1]["step"]
+    print(table(results, f"held out, after {steps} steps", before))
   print(f"in {arguments.workdir}: metrics.jsonl, samples/, tensorboard/, curve.png, checkpoints/")
   return 0
 

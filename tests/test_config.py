@@ -19,6 +19,7 @@ from grpo_jax.config import (
   load,
   mesh_shape,
   override,
+  resolve_auto,
   to_saved,
 )
 from grpo_jax.models import lora
@@ -343,3 +344,65 @@ def test_whatever_an_experiment_file_raises_names_the_file(tmp_path, body):
   file.write_text(f"def get_config():\n  {body}\n")
   with pytest.raises(ConfigError, match=r"bad\.py: (KeyError|SystemExit|ZeroDivisionError)"):
     load(str(file))
+
+
+# --- what a work directory decides, and settings with dots ----------------------------------------
+
+
+def test_the_order_of_problems_is_that_of_the_work_directory():
+  c = default_config()
+  assert c.data.seeding == "auto"
+  assert resolve_auto(c, None).data.seeding == "hashed"
+  assert from_saved({"seed": 4}).data.seeding == "added"  # saved before there was the field
+  assert resolve_auto(c, {"seed": 4}).data.seeding == "added"
+  assert resolve_auto(c, to_saved(resolve_auto(c, None))).data.seeding == "hashed"
+  explicit = override(default_config(), ["--config.data.seeding=hashed"])
+  assert resolve_auto(explicit, {"seed": 4}).data.seeding == "hashed"  # and refused by `train`
+  assert c.data.seeding == "auto"
+
+
+def test_settings_of_a_task_may_have_dots_in_names():
+  rename = {"reward_model.ground_truth": "answer"}
+  c = default_config()
+  with c.unlocked():
+    c.task.settings.update(rename=rename, path="x")
+  assert c.task.settings.to_dict() == {"rename": rename, "path": "x"}
+  again = from_saved(json.loads(json.dumps(to_saved(c))))
+  assert again.task.settings.to_dict() == {"rename": rename, "path": "x"}
+  assert to_saved(again) == to_saved(c)
+  c = default_config()
+  c.task.settings = {"rename": rename}
+  assert c.task.settings.rename == rename
+  c = override(default_config(), [f"--config.task.settings.rename={rename}"])
+  assert c.task.settings.rename == rename
+
+
+def test_an_entry_of_a_setting_may_be_changed():
+  c = default_config()
+  c.task.settings = {"weights": {"numeric": 1.0}}
+  assert override(c, ["--config.task.settings.weights.numeric=2"]).task.settings.weights == {
+    "numeric": 2
+  }
+  with pytest.raises(ConfigError, match=r"task\.settings\.weights has: numeric"):
+    override(c, ["--config.task.settings.weights.numerik=2"])
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    "eval.top_p=0.0", "eval.top_p=1.5", "eval.top_k=-1", "eval.min_p=-0.1", "eval.min_p=1.1",
+    "eval.temperature=0.0", "epochs=-1", "stop.after_hours=-1", "stop.after_hours=1e400",
+    "data.seeding=sorted",
+  ],
+)  # fmt: skip
+def test_new_fields_are_checked(change):
+  problems = check(override(default_config(), [f"--config.{change}"]), 1)
+  assert len(problems) == 1, problems
+  assert problems[0].startswith(f"{change.partition('=')[0]} is ")
+
+
+def test_rollouts_have_no_filter():
+  """The policy that is scored is the policy that was sampled."""
+  for name in ("top_k", "top_p", "min_p"):
+    with pytest.raises(ConfigError, match=rf"no field 'rollout\.{name}'"):
+      override(default_config(), [f"--config.rollout.{name}=1"])

@@ -2,8 +2,15 @@
 
 import pytest
 
-from grpo_jax.data import examples
+from grpo_jax.data import examples, steps_of
 from grpo_jax.tasks.indexed import Indexed
+
+# Examples of steps 0 to 3, as version 0.1.0 drew them.
+OLD = {
+  0: [[0, 4, 6, 7], [8, 3, 1, 9], [5, 2, 5, 7], [6, 0, 4, 8]],
+  -1: [[2, 9, 5, 3], [0, 4, 6, 8], [7, 1, 0, 4], [6, 7, 8, 3]],
+  "stream": [[8, 5, 9, 6]],
+}
 
 
 def steps(count, size, length=10, seed=0):
@@ -82,3 +89,53 @@ def test_only_the_examples_of_this_process_are_accessed():
   drawn = examples(split, 10**6, 12, 0, 1, 3)
   assert accessed == drawn
   assert len(set(drawn)) == 4
+
+
+def epoch(number, seed, **options):
+  """The order of one epoch of 50 examples."""
+  return tuple(examples(range(50), number, 50, seed, **options))
+
+
+def test_no_epoch_of_a_seed_is_one_of_another_seed():
+  """With seed + epoch, epoch 1 of seed 0 was epoch 0 of seed 1."""
+  orders = {(seed, e): epoch(e, seed) for seed in range(12) for e in range(12)}
+  assert len(set(orders.values())) == 144
+  streams = {(seed, s): epoch(0, seed, stream=s) for seed in range(6) for s in range(6)}
+  assert len(set(streams.values())) == 36
+
+
+def test_the_order_of_runs_begun_by_version_0_1_0():
+  """Drawn with its code: ten examples in steps of 4; the fourth step reaches into epoch 1."""
+  drawn = [examples(range(10), step, 4, 0, order="added") for step in range(4)]
+  assert drawn == OLD[0]
+  assert [examples(range(10), step, 4, 2**32 - 1, order="added") for step in range(4)] == OLD[-1]
+  assert [examples(range(10), 1, 4, 0, stream=3, order="added")] == OLD["stream"]
+  assert epoch(1, 0, order="added") == epoch(0, 1, order="added")
+
+
+def test_results_of_runs_within_one_epoch_stay():
+  assert [examples(range(10), step, 4, 0) for step in range(2)] == OLD[0][:2]
+  assert [epoch(0, seed) for seed in range(5)] == [epoch(0, s, order="added") for s in range(5)]
+
+
+def test_the_order_of_the_file():
+  flat = [i for s in range(5) for i in examples(range(10), s, 4, 7, order="file")]
+  assert flat == [*range(10), *range(10)]
+  blocks = [examples(range(10), 2, 6, 7, process, 3, order="file") for process in range(3)]
+  assert blocks == [[2, 3], [4, 5], [6, 7]]
+  resampled = examples(range(10), 0, 10, 7, stream=1, order="file")
+  assert sorted(resampled) == list(range(10)) != resampled
+
+
+def test_an_unknown_order_is_refused():
+  with pytest.raises(ValueError, match="order is 'sorted', known: hashed, added, file"):
+    examples(range(3), 0, 1, 0, order="sorted")
+
+
+@pytest.mark.parametrize(
+  ("epochs", "size", "count", "steps"),
+  [(1, 10, 5, 2), (1, 10, 4, 3), (3, 10, 4, 8), (0.5, 10, 5, 1), (0.1, 30, 1, 3), (1e-9, 3, 8, 1)],
+)
+def test_the_steps_of_epochs_cover_every_example(epochs, size, count, steps):
+  """By hand: the last step is a whole one, and reaches into the next epoch where it must."""
+  assert steps_of(epochs, size, count) == steps

@@ -23,6 +23,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.load import load
 from grpo_jax.run import checkpoint
 from grpo_jax.run import workdir as workdirs
+from grpo_jax.tasks import make_task
 from grpo_jax.tokens import load_tokenizer
 from tests.helpers import tiny_gguf
 
@@ -215,3 +216,47 @@ def test_a_lora_run_is_exported_merged_or_as_adapters(tmp_path):
   loaded, rank, alpha = lora.load_peft(tmp_path / "adapters", config)
   assert (rank, alpha) == (2, 6.0)
   assert_same(loaded, adapters)
+
+
+# --- generation settings --------------------------------------------------------------------------
+
+
+def generation_config(folder):
+  from transformers import GenerationConfig
+
+  return GenerationConfig.from_pretrained(str(folder)).to_dict()
+
+
+def test_an_exported_run_generates_as_it_sampled(tmp_path, capsys):
+  """The stops of the run and of its task; nothing is filtered, whatever the source says."""
+  source = Path(shutil.copytree(LLAMA, tmp_path / "source"))
+  ids = {"bos_token_id": 1, "eos_token_id": [2], "top_k": 20, "temperature": 0.3}
+  (source / "generation_config.json").write_text(json.dumps(ids))
+  changes = {
+    "model": {"source": str(source)},
+    "task": {"name": "letters"},
+    "rollout": {"temperature": 0.8, "completion_length": 33, "stop": ("END",), "stop_ids": (5,)},
+  }
+  save_run(tmp_path / "run", load(str(LLAMA))[1], (1,), **changes)
+  command = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+  assert export.main(command) == 0
+  settings = generation_config(tmp_path / "out")
+  expected = {
+    "do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "max_new_tokens": 33,
+    "eos_token_id": [2, 5], "bos_token_id": 1, "stop_strings": [*make_task("letters").stop, "END"],
+  }  # fmt: skip
+  assert {name: settings[name] for name in expected} == expected
+  assert load_tokenizer(str(tmp_path / "out")).eos_ids[:2] == (2, 5)
+  assert capsys.readouterr().err == ""
+
+
+def test_a_task_that_cannot_be_built_is_a_warning(tmp_path, capsys):
+  task = {"name": "jsonl", "settings": {"path": "none.jsonl", "reward": "exact"}}
+  save_run(tmp_path / "run", load(str(LLAMA))[1], (1,), task=task)
+  command = ["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+  assert export.main(command) == 0
+  assert (
+    "task 'jsonl' cannot be built (FileNotFoundError: no such file: none.jsonl"
+    in capsys.readouterr().err
+  )
+  assert "stop_strings" not in (tmp_path / "out" / "generation_config.json").read_text()

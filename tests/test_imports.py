@@ -45,7 +45,8 @@ ALLOWED = {
   ),
   "grpo_jax.models*": f"grpo_jax.core grpo_jax.models {HELPERS} {ARRAYS} flax safetensors",
   "grpo_jax.tasks*": (
-    f"{TASKS} {HELPERS} numpy jaxtyping reasoning_gym math_verify tensorflow_datasets pyarrow"
+    f"{TASKS} {HELPERS} numpy jaxtyping reasoning_gym math_verify tensorflow_datasets pyarrow "
+    "huggingface_hub"
   ),
   "grpo_jax.environments*": f"{TASKS} {HELPERS} numpy jaxtyping",
   # The engine. It gets the model, the optimizer and the tokenizer as arguments.

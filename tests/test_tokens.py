@@ -334,3 +334,16 @@ def test_special_tokens_that_are_tags_stay_in_the_text(tmp_path):
   for i in ids:
     state = int(table[state, i])
   assert state == len(table) - 1
+
+
+def test_stop_strings_that_are_special_tokens_are_ids(tiny, tmp_path):
+  """<|im_end|> (2) ends and pads texts, <|im_start|> (1) begins them; <tool> is plain text."""
+  assert tiny.marker_ids(["<|im_end|>", "x", "<tool>"]) == [2]
+  assert tiny.marker_ids([]) == ByteTokenizer().marker_ids(["<|im_end|>"]) == []
+  with pytest.raises(ValueError, match=r"'\\n<\|im_end\|>' holds the special token '<\|im_end\|>'"):
+    tiny.marker_ids(["\n<|im_end|>"])
+  path = tmp_path / "model.gguf"
+  tiny_gguf.write(path, tokenizer__ggml__eot_token_id=0, tokenizer__ggml__padding_token_id=1)
+  padded = load_tokenizer(str(path))  # <|im_start|> pads, and does not end a text
+  assert padded.eos_ids == (2, 0)
+  assert padded.marker_ids(["<|im_start|>"]) == [1]

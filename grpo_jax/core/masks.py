@@ -45,12 +45,12 @@ def completion_mask(
 
 def _sequence(mask: jax.Array, max_length: int | None) -> jax.Array:
   """Returns 1 / (number of sequences · own length)."""
-  return 1.0 / (mask.sum(-1, keepdims=True) * _sequences(mask))
+  return 1.0 / (_lengths(mask)[..., None] * _sequences(mask))
 
 
 def _token(mask: jax.Array, max_length: int | None) -> jax.Array:
   """Returns 1 / (tokens in the batch)."""
-  return jnp.broadcast_to(1.0 / mask.sum(), mask.shape)
+  return jnp.broadcast_to(1.0 / count_tokens(mask), mask.shape)
 
 
 def _constant(mask: jax.Array, max_length: int | None) -> jax.Array:
@@ -111,4 +111,24 @@ def token_weights(
 def masked_mean(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
   """Returns the mean of `values` where `mask` is true, 0 if it is nowhere. The rest may be NaN."""
   total = jnp.where(mask, values, 0.0).sum()
-  return total / jnp.maximum(mask.sum(), 1)
+  return total / jnp.maximum(count_tokens(mask), 1)
+
+
+def count_tokens(mask: Bool[Array, "..."]) -> Float[Array, ""]:
+  """Returns the number of entries that are true, as a float.
+
+  A batch may hold more than 2^31 tokens, where a sum of integers would wrap. Rows are counted in
+  integers, so the result is exact below 2^24.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> float(count_tokens(jnp.array([[True, True], [True, False]])))
+    3.0
+  """
+  return _lengths(mask).sum()
+
+
+def _lengths(mask: jax.Array) -> jax.Array:
+  """Returns the number of entries of each row that are true, as floats."""
+  counts = mask.sum(-1, dtype=jnp.int32) if mask.ndim else mask
+  return counts.astype(jnp.result_type(float))

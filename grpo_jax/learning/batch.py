@@ -142,7 +142,8 @@ def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> 
   size, layout = batch.mask.shape[0] // count, batch.mask.sharding
   real = int(jax.device_get(_count_real(batch.mask, layout)))
   for epoch in range(epochs):
-    order = np.random.default_rng([*seed, epoch]).permutation(real)
+    # NumPy refuses negative seeds.
+    order = np.random.default_rng([n % 2**64 for n in (*seed, epoch)]).permutation(real)
     for rows in np.array_split(order, count):
       # Empty prompts come last: the first of them is number `real`.
       rows = np.pad(rows, (0, size - len(rows)), constant_values=real)

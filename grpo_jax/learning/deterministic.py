@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from grpo_jax.core.masks import count_tokens
 from grpo_jax.distributed.mesh import BATCH
 
 AXES = BATCH[0]  # mesh axes that chunks are dealt out over
@@ -80,7 +81,7 @@ class Chunks:
     def call(params: Any, batch: Any, base_params: Any, mask: jax.Array) -> Any:
       dealt = jax.tree.map(lambda a: a.reshape(self.rounds, self.width, -1, *a.shape[1:]), batch)
       # Hides the trip count from XLA: it would unroll a one-iteration loop.
-      rounds = jnp.where(mask.sum() >= 0, self.rounds, 0)
+      rounds = jnp.where(count_tokens(mask) >= 0, self.rounds, 0)
 
       def local(rounds: jax.Array, params: Any, dealt: Any, base_params: Any) -> Any:
         return body(rounds, params, jax.tree.map(lambda a: a.squeeze(1), dealt), base_params)
@@ -114,7 +115,7 @@ def make_gradient(loss: Callable, chunks: Chunks) -> Callable:
     def one_chunk(index: jax.Array) -> Any:
       chunk = _take(own, index)
       (value, metrics), grads = gradient(params, chunk, base_params)
-      return grads, {"loss": value, "tokens": chunk.mask.sum(), **metrics}
+      return grads, {"loss": value, "tokens": count_tokens(chunk.mask), **metrics}
 
     def one_round(index: jax.Array, carry: Any) -> Any:
       total, pending, numbers = carry

@@ -66,7 +66,8 @@ def make_optimizer(
   Args:
     schedule: learning rate by step.
     beta1, beta2, eps: decay rates of the two moments, and the constant added to the denominator.
-    weight_decay: decoupled weight decay; applies to matrices, not to norm weights.
+    weight_decay: decoupled weight decay; applies to matrices (embedding, head and adapters
+      included), not to norm weights and biases, stacked or not, nor to other vectors.
     clip_norm: largest global norm of the gradient; 0 does not clip.
 
   References:
@@ -98,7 +99,13 @@ def _clip(limit: float) -> optax.GradientTransformation:
 
 
 def _is_matrix(params: dict) -> dict:
-  """Returns a tree that is true for matrices; norm weights are vectors, stacked or not."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: "norm" not in jax.tree_util.keystr(path), params
-  )
+  """Returns a tree that is true for matrices and false for vectors.
+
+  Norm weights and biases of stacked layers are [L, D], so their names tell them from matrices.
+  """
+
+  def one(path: tuple, leaf: jax.Array) -> bool:
+    name = jax.tree_util.keystr(path)
+    return leaf.ndim > 1 and "norm" not in name and "bias" not in name
+
+  return jax.tree_util.tree_map_with_path(one, params)

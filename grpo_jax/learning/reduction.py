@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from grpo_jax.core.masks import count_tokens
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.skipping import SKIPPED
 
@@ -39,11 +40,11 @@ def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
     return grads, value, metrics
 
   def accumulated(params: Any, batch: Batch, base_params: Any):
-    total = jnp.maximum(batch.mask.sum(), 1)
+    total = jnp.maximum(count_tokens(batch.mask), 1)
 
     def add(grads, part):
       new, value, metrics = whole(params, part, base_params)
-      return jax.tree.map(jnp.add, grads, new), (value, metrics, part.mask.sum() / total)
+      return jax.tree.map(jnp.add, grads, new), (value, metrics, count_tokens(part.mask) / total)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads, (losses, metrics, shares) = jax.lax.scan(add, zeros, split(batch, micro_batches))

@@ -23,6 +23,7 @@ from grpo_jax.distributed import hosts
 from grpo_jax.errors import first_line
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import workdir as workdirs
+from grpo_jax.run.holding import KeepNewest
 
 DIGESTS = "sha256.json"
 DAMAGED = "damaged"  # folder of a work directory that damaged checkpoints are moved to
@@ -67,8 +68,8 @@ class Checkpoints:
 
   Args:
     workdir: the work directory.
-    keep: number of checkpoints to keep, the newest ones.
-    read_only: change nothing in the directory, for readers beside a run that writes.
+    keep: number of checkpoints to keep, the newest ones; more while others are being read.
+    read_only: change nothing in the directory. Beside a run that writes, use `reading`.
   """
 
   def __init__(self, workdir: str | Path, keep: int, read_only: bool = False) -> None:
@@ -76,7 +77,7 @@ class Checkpoints:
     self._saving: int | None = None  # step of the checkpoint that is being written
     self._bytes = 0  # size of a checkpoint
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
+      preservation_policy=KeepNewest(self._folder, DIGESTS, keep),
       create=not read_only,
       cleanup_tmp_directories=not read_only,
       enable_async_checkpointing=True,

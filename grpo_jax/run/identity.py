@@ -6,6 +6,7 @@ same. `identity.json` in the work directory holds their SHA-256 digests.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -22,15 +23,27 @@ def digests(files: Iterable[str | Path], texts: Mapping[str, str]) -> dict[str, 
     texts: further texts by name.
 
   Returns:
-    Digest by path, as it is given here, or by name.
+    Digest by path, as it is given here, or by name. Of a file that was downloaded from the hub, the
+    path is without its commit: a later state of the same file counts as a change of it.
   """
   sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
   for file in map(Path, files):
     parts = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
     for part in parts:
       with part.open("rb") as content:
-        sums[str(part)] = hashlib.file_digest(content, "sha256").hexdigest()
+        sums[_name(part)] = hashlib.file_digest(content, "sha256").hexdigest()
   return sums
+
+
+def _name(path: Path) -> str:
+  """Returns a path; one in the cache of the hub begins with the data set, without the commit.
+
+  Example:
+    >>> _name(Path(f"/cache/hub/datasets--a--b/snapshots/{'0' * 40}/data/train.csv"))
+    'datasets--a--b/data/train.csv'
+  """
+  match = re.search(r"([^/]+)/snapshots/[0-9a-f]{40}/(.+)", path.as_posix())
+  return "/".join(match.groups()) if match else str(path)
 
 
 def read(workdir: str | Path) -> dict[str, str] | None:

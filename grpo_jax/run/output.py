@@ -1,6 +1,7 @@
 """Writes the files of a run to its work directory: metrics, samples, checkpoints, the curve."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,11 @@ class Output(contextlib.AbstractContextManager):
     keep: number of checkpoints to keep, the newest ones.
     samples: number of completions to print at a time.
     samples_every: number of steps between printed completions; 0 prints none.
+
+  Attributes:
+    finished: number of finished steps.
+    latest: step and value of the newest record of each metric; on hosts that do not write, only of
+      this process's own records.
   """
 
   def __init__(
@@ -43,6 +49,8 @@ class Output(contextlib.AbstractContextManager):
     self._open = contextlib.ExitStack()
     self._open.enter_context(self._checkpoints)
     self._num_tokens, self._step_start = 0.0, time.monotonic()
+    self._saved = self.finished = 0
+    self.latest: dict[str, tuple[int, float | None]] = {}
 
   def resume(
     self, state: TrainState, evaluates_at: Callable[[int], bool] = lambda step: True
@@ -73,9 +81,12 @@ class Output(contextlib.AbstractContextManager):
     make = metrics.MetricsWriter if hosts.is_first() else metrics.NoWriter
     writer = make(self.workdir, self._steps, resume_step=start, keep_evaluation=not again)
     self._writer = self._open.enter_context(writer)
-    self._late = metrics.OneStepLate(self._writer.write)
+    self._late = metrics.OneStepLate(self._write)
+    self._saved = self.finished = start
     # Only the first host writes metrics; the file may not exist yet for the others.
-    self._num_tokens = metrics.last(self.workdir, "num_tokens", 0) if hosts.is_first() else 0
+    for row in metrics.read_metrics(self.workdir) if hosts.is_first() else ():
+      self.latest.update({name: (int(row["step"]), value) for name, value in row.items()})
+    self._num_tokens = self.latest.get("num_tokens", (0, 0.0))[1] or 0.0
     self.start_step()
     return start, state
 
@@ -109,6 +120,7 @@ class Output(contextlib.AbstractContextManager):
       "tokens_per_second": num_tokens / seconds,
       "num_tokens": self._num_tokens,
     }
+    self.finished = step + 1
     self._late.push(step, {**values, **timing})
     self._writer.write_samples(step, samples)
     if self._samples_every and step % self._samples_every == 0:
@@ -118,19 +130,31 @@ class Output(contextlib.AbstractContextManager):
     """Writes the metrics and samples of an evaluation, if it has metrics."""
     self._late.flush()
     if evaluation.metrics:
-      self._writer.write(step, evaluation.metrics)
+      self._write(step, evaluation.metrics)
       self._writer.write_samples(step, evaluation.samples, kind="eval")
+
+  def evaluation_at(self, steps: int) -> dict[str, float]:
+    """Returns the metrics of the evaluation after `steps` steps; empty if there was none."""
+    own = {n: v for n, (at, v) in self.latest.items() if n.startswith("eval/") and at == steps}
+    # After a resume, only the first host knows earlier records.
+    own = hosts.gathered_json([own if hosts.is_first() else {}])[0]
+    return {name: math.nan if value is None else value for name, value in own.items()}
 
   def save(self, steps: int, state: TrainState) -> None:
     """Starts saving the state after `steps` steps, once the metrics of these steps are on the disk.
+
+    A state that is saved already is not saved again.
 
     Raises:
       SaveError: this checkpoint, or an earlier one in the background, could not be written.
       NotFiniteError: the parameters or the optimizer state hold NaN or infinity.
     """
+    if steps == self._saved:
+      return
     self._late.flush()
     self._writer.sync()
     self._checkpoints.save(steps, state)
+    self._saved = steps
 
   def check(self) -> None:
     """Checks for errors in the background without waiting.
@@ -144,6 +168,10 @@ class Output(contextlib.AbstractContextManager):
     """Draws `curve.png` from the metrics."""
     if hosts.is_first():
       plots.draw_curve(self.workdir)
+
+  def _write(self, step: int, values: Mapping[str, float | None]) -> None:
+    self.latest.update({name: (step, value) for name, value in values.items()})
+    self._writer.write(step, values)
 
   def __exit__(self, *error: Any) -> None:
     self._open.__exit__(*error)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.core.logprobs import soft_cap, token_logprobs
 from grpo_jax.models.protocol import Cache, Model, Params
 from grpo_jax.sampling import compaction
+from grpo_jax.sampling.filters import TokenFilter
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +99,31 @@ def draw(
   return block * width + column, chosen - jnp.log(total), entropy
 
 
+def draw_filtered(
+  logits: Float[Array, "... V"], keys: jax.Array, token_filter: TokenFilter
+) -> tuple[Int[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+  """Draws one token per row from the tokens that a filter leaves, renormalized.
+
+  Args:
+    logits: at the sampling temperature.
+    keys: one typed random key per row.
+    token_filter: applies to the logits.
+
+  Returns:
+    (token, log-probability and entropy in nats), both of the filtered distribution.
+
+  Example:
+    >>> keys = jax.random.split(jax.random.key(0), 1)
+    >>> tokens, _, _ = draw_filtered(jnp.array([[0.0, 0.1]]), keys, TokenFilter(top_k=1))
+    >>> int(tokens[0])
+    1
+  """
+  order = jnp.argsort(-logits, axis=-1)  # stable: of equal tokens, the first comes first
+  ranked = jnp.take_along_axis(logits, order, axis=-1)
+  rank, logp, entropy = draw(token_filter.apply(ranked), keys)
+  return jnp.take_along_axis(order, rank[..., None], axis=-1)[..., 0], logp, entropy
+
+
 def _per_key(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:
   """Applies `function` to each key of an array of any shape."""
   result = jax.vmap(function)(keys.reshape(-1))
@@ -137,6 +163,7 @@ def generate(
   length: int,
   temperature: float,
   pad_id: int,
+  token_filter: TokenFilter | None = None,
   max_compactions: int = 0,
   prompt_shards: int = 1,
 ) -> Completions:
@@ -153,6 +180,7 @@ def generate(
     temperature: divides the logits. The softmax over the whole vocabulary is sampled. 0 is greedy:
       it takes the largest logit, and records its log-probability at temperature 1.
     pad_id: token after the end of a completion.
+    token_filter: samples from part of the vocabulary, for evaluation; None samples from all of it.
     max_compactions: largest number of times that the live rows move into arrays of half as many
       rows (`compaction`). Each one compiles one more loop. Completions do not depend on it.
     prompt_shards: number of equal shards of the prompts; no row moves from one to another.
@@ -163,7 +191,7 @@ def generate(
   table, end = model.head(params).T, stop_table.shape[0] - 1
 
   def next_token(hidden: Array, index: Any, rows: _Rows) -> _Rows:
-    drawn = _pick(hidden, table, model.config.softcap, temperature, rows.keys, index)
+    drawn = _pick(hidden, table, model.config.softcap, temperature, rows.keys, index, token_filter)
     return _written(rows, index, drawn, stop_table, pad_id)
 
   def step(prefix: Cache, prompt_mask: Array, carry: tuple) -> tuple:
@@ -234,6 +262,7 @@ def _pick(
   temperature: float,
   keys: jax.Array,
   index: Any,
+  token_filter: TokenFilter | None,
 ) -> tuple[Int[Array, "C g"], Float[Array, "C g"], Float[Array, "C g"]]:
   """Returns token number `index` of each row, its log-probability and its entropy."""
   table = table.astype(hidden.dtype)
@@ -241,7 +270,10 @@ def _pick(
   logits = soft_cap(logits, softcap)
   if temperature > 0:
     keys = _per_key(lambda key: jax.random.fold_in(key, index), keys)
-    tokens, logp, entropy = draw(logits / temperature, keys)
+    if token_filter is None:
+      tokens, logp, entropy = draw(logits / temperature, keys)
+    else:
+      tokens, logp, entropy = draw_filtered(logits / temperature, keys, token_filter)
   else:
     tokens = logits.argmax(-1)
     logp, entropy = token_logprobs(logits, tokens)

@@ -14,6 +14,7 @@ from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning import deterministic
 from grpo_jax.models.protocol import Model, Params
 from grpo_jax.sampling import generate as generation
+from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.generate import Completions
 from grpo_jax.sampling.stopping import stop_table
 from grpo_jax.tokens import AnyTokenizer, Messages, decode_completions, encode_prompts
@@ -58,7 +59,8 @@ class Sampler:
     completion_length: tokens of the longest completion.
     temperature: sampling temperature. It is recorded in every result, and from there in the batch,
       so that the update scores the distribution that was sampled.
-    stop: strings that end a completion, wherever token borders fall in them.
+    stop: strings that end a completion, wherever token borders fall in them. One that is the text
+      of a special token also stands for the id of that token.
     stop_ids: token ids that end a completion, in addition to the tokenizer's end of text.
     prompt_sharding: sharding of arrays whose first axis is prompts; None is the default device.
     stop_table: [S, V], a table that replaces the one made from the stops (`stopping.stop_table`
@@ -67,8 +69,8 @@ class Sampler:
       `learning.deterministic`.
 
   Raises:
-    ValueError: the temperature is negative, the stop table has another shape, or nothing can end a
-      completion.
+    ValueError: the temperature is negative, the stop table has another shape, a stop string mixes
+      text with a special token that begins, ends or pads texts, or nothing can end a completion.
   """
 
   model: Model
@@ -83,7 +85,8 @@ class Sampler:
   chunks: deterministic.Chunks | None = None
 
   def __post_init__(self) -> None:
-    ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids)))
+    special = self.tokenizer.marker_ids(self.stop) if self.stop else []
+    ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids, *special)))
     table, vocab = self.stop_table, self.model.config.vocab_size
     if table is None:
       pieces = self.tokenizer.pieces() if self.stop else []
@@ -110,6 +113,7 @@ class Sampler:
     *,
     group: int,
     temperature: float | None = None,
+    token_filter: TokenFilter | None = None,
     first_prompt: int = 0,
   ) -> Generated:
     """Samples G completions for each prompt.
@@ -124,6 +128,8 @@ class Sampler:
       prompts: text or chat messages.
       group: number of completions per prompt, G.
       temperature: replaces the sampler's own; 0 is greedy.
+      token_filter: samples from part of the vocabulary. For evaluation only: an update would score
+        another distribution than was sampled.
       first_prompt: number of the first prompt of the first host.
     """
     temperature = self.temperature if temperature is None else check_temperature(temperature)
@@ -134,7 +140,10 @@ class Sampler:
     ids = first_prompt + hosts.own_shard()[0] * len(tokens) + np.arange(len(tokens))
     *on_device, ids = hosts.to_global((tokens, mask, ids), self.prompt_sharding)
     keys = _row_keys(key, ids, group)
-    out = self._program(params, *on_device, keys, self._table, temperature=temperature)
+    if token_filter is not None and token_filter.is_off:
+      token_filter = None
+    how = {"temperature": temperature, "token_filter": token_filter}
+    out = self._program(params, *on_device, keys, self._table, **how)
     out = hosts.to_local(out)
     texts = decode_completions(
       self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ending_ids
@@ -152,11 +161,11 @@ def make_generate(
   prompt_sharding: Sharding = None,
   chunks: deterministic.Chunks | None = None,
 ) -> Callable[..., Completions]:
-  """Returns the jitted `(params, prompts, prompt_mask, keys, stop_table, *, temperature)`.
+  """Returns the jitted `(params, prompts, prompt_mask, keys, stop_table, *, temperature, ...)`.
 
-  It is `generate.generate` with as many compactions as the length is worth; `temperature` is
-  static. A model may have a method `for_decoding(params, platform)`, which returns the parameters
-  in the layout that decodes fastest there, as `models.decoder.Decoder` does.
+  It is `generate.generate` with as many compactions as the length is worth; `temperature` and
+  `token_filter` are static. A model may have a method `for_decoding(params, platform)`, which
+  returns the parameters in the layout that decodes fastest there, as `models.decoder.Decoder` does.
 
   Args:
     length, pad_id: as in `generate.generate`.
@@ -165,7 +174,7 @@ def make_generate(
       `learning.deterministic`.
   """
 
-  def sample(params, prompts, prompt_mask, keys, stop_table, *, temperature):
+  def sample(params, prompts, prompt_mask, keys, stop_table, *, temperature, token_filter=None):
     if hasattr(model, "for_decoding"):
       devices = prompt_sharding.mesh.devices.flat if prompt_sharding else jax.devices()
       platform = devices[0].platform
@@ -176,6 +185,7 @@ def make_generate(
       model,
       length=length,
       temperature=temperature,
+      token_filter=token_filter,
       pad_id=pad_id,
       max_compactions=generation.compactions(length),
       prompt_shards=1 if in_chunks else meshes.prompt_shards(prompt_sharding),
@@ -187,7 +197,8 @@ def make_generate(
     )
     return by_chunk(params, (prompts, prompt_mask, keys), stop_table, prompt_mask)
 
-  return jax.jit(sample, static_argnames="temperature", out_shardings=prompt_sharding)
+  static = ("temperature", "token_filter")
+  return jax.jit(sample, static_argnames=static, out_shardings=prompt_sharding)
 
 
 def check_temperature(temperature: float) -> float:

@@ -22,9 +22,9 @@ from typing import TypeAlias
 
 from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
+from grpo_jax.tasks.files import JsonLines
 from grpo_jax.tasks.indexed import Indexed, shuffled
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
-from grpo_jax.tasks.table import JsonLines
 
 DATA_DIR = "~/.cache/grpo_jax/tensorflow_datasets"
 VERSION = "1.0.0"  # of the data set in tensorflow-datasets

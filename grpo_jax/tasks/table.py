@@ -1,4 +1,4 @@
-"""Builds a task from a user's own data: a JSONL or Parquet file, and a reward function.
+"""Builds a task from a user's own data: files, folders or a data set of the hub, and a reward.
 
     {"prompt": "Name a prime between 20 and 28.", "answer": 23}
     {"prompt": [{"role": "user", "content": "And between 30 and 36?"}], "answer": 31}
@@ -8,66 +8,90 @@ by name, with one value per completion:
 
     def right(prompts, completions, answer, **columns):
       return [float(str(a) in text) for text, a in zip(completions, answer)]
+
+A column is named by its path: `reward_model.ground_truth` is the field `ground_truth` of the column
+`reward_model`, and `answers.0` the first entry of the lists in `answers`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from grpo_jax import extras
+from grpo_jax.tasks import hub
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
+from grpo_jax.tasks.files import Row, Rows, find_files, open_rows
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
 
-PARQUET = (".parquet", ".pq")
-Row: TypeAlias = dict[str, Any]
+# Share of the problems that is held out where no data for the evaluation are named.
+EVAL_FRACTION = 0.1
 
 
 def table_task(
-  path: str,
+  path: str | Sequence[str],
   reward: Reward | Sequence[Reward],
   *,
   weights: Sequence[float] | None = None,
   accuracy: Reward | None = None,
   prompt: str = "prompt",
+  answer: str | None = None,
   rename: Mapping[str, str] | None = None,
-  eval_fraction: float = 0.1,
+  eval_path: str | Sequence[str] | None = None,
+  eval_fraction: float | None = None,
+  split: str | None = None,
+  eval_split: str | None = None,
+  subset: str | None = None,
+  revision: str | None = None,
   key: str | None = None,
   stop: Sequence[str] = (),
   seed: int = 0,
 ) -> Task:
-  """Builds a task from a file and one or more reward functions.
+  """Builds a task from data and one or more reward functions.
 
   Every row is checked once, here. Afterwards a row is read when its example is accessed.
 
   Args:
-    path: a Parquet file if it ends in .parquet or .pq, otherwise UTF-8 text with one JSON object
-      per line (blank lines are skipped).
+    path: a file: Parquet if it ends in .parquet or .pq, CSV with a line of names if it ends in .csv
+      (every value is text), a JSON list if it ends in .json and is one, otherwise UTF-8 text with
+      one JSON object per line (blank lines are skipped). Or a list of files; a folder of them; or
+      a data set of the Hugging Face hub, "owner/name". Files are read one after another, those of a
+      folder in the order of their names.
     reward: one reward or a list of them. A reward is the name of a built-in one ("math",
       "numeric", "exact", "format"), {"name": ...} with its settings, 'path/to/file.py:function',
       'module:function', or a function.
     weights: one weight per reward; None: 1.0 each.
     accuracy: the function that returns exactly 1.0 for a correct answer, given like `reward`.
       None: the first reward.
-    prompt: name of the column with the prompt.
-    rename: {name in the file: name for the reward function}. A built-in grader needs `answer`.
-    eval_fraction: fraction of the distinct keys that is held out for evaluation, in [0, 1).
-    key: name in the file of the column that identifies a problem. Rows with the same key are in
-      the same split. None: the prompt.
+    prompt: path of the column with the prompt: text, or chat messages.
+    answer: path of the column that reward functions get as `answer`; None: `answer`, if there is
+      one. Built-in graders need it.
+    rename: {path in the file: name for the reward function}, for other columns.
+    eval_path: data for evaluation, given like `path`. Training problems with the key of a problem
+      in it are left out, with a warning.
+    eval_fraction: fraction of the distinct keys that is held out for evaluation, in [0, 1). None:
+      `EVAL_FRACTION`, or 0 if there are data for evaluation.
+    split, eval_split: splits of a folder or a data set, by the names of its files; None: "train"
+      for training, and the data of `eval_path` for evaluation. With an `eval_split` alone, the
+      evaluation data are that split of `path`.
+    subset: config of a data set of the hub that has several.
+    revision: branch, tag or commit of a data set of the hub; None: the newest state.
+    key: path of the column that identifies a problem. Rows with the same key are in the same
+      split. None: the prompt.
     stop: strings that end the generation.
     seed: selects the keys that are held out.
 
   Raises:
     ValueError: a setting or a row is invalid; the message has the number of the line or row.
     RewardError: a reward function requires a column that the file does not have.
-    FileNotFoundError: the file does not exist.
+    FileNotFoundError: a file does not exist, or a data set cannot be reached.
     ImportError: the file is a Parquet file, and pyarrow is not installed.
 
   Example:
@@ -80,111 +104,98 @@ def table_task(
     >>> {split: len(examples) for split, examples in task.splits.items()}
     {'train': 1, 'eval': 1}
   """
+  has_eval = eval_path is not None or eval_split is not None
+  if eval_fraction is None:
+    eval_fraction = 0.0 if has_eval else EVAL_FRACTION
   if not 0 <= eval_fraction < 1:
     raise ValueError(f"eval_fraction is {eval_fraction}: it must be in [0, 1)")
+  if has_eval and eval_fraction:
+    raise ValueError(
+      f"eval_fraction is {eval_fraction}, and eval_path or eval_split names the problems of the "
+      "evaluation: leave one of them out"
+    )
   rewards = weighted(reward, weights)
   accuracy_function, extract_answer = accuracy_of(rewards, accuracy)
-  rows = _Rows(_open(path), prompt, key, dict(rename or {}))
-  digests, columns = _scan(rows, seed)
   functions = {name: function for name, (function, _) in rewards.items()}
-  check_columns({**functions, "accuracy": accuracy_function}, columns, path)
+  names = dict(rename or {}) | ({answer: "answer"} if answer is not None else {})
+
+  def read(files: list[str]) -> tuple[_Rows, list[bytes]]:
+    rows = _Rows(open_rows(files), prompt, key, names)
+    digests, columns = _scan(rows, seed)
+    check_columns({**functions, "accuracy": accuracy_function}, columns, _named(files))
+    return rows, digests
+
+  files = _files(path, split, subset, revision)
+  rows, digests = read(files)
   held_out = _held_out(digests, eval_fraction)
-  is_eval = np.array([digest in held_out for digest in digests])
+  eval_rows, eval_digests, eval_files = rows, digests, []
+  if has_eval:
+    eval_files = _files(path if eval_path is None else eval_path, eval_split, subset, revision)
+    eval_rows, eval_digests = read(eval_files)
+    held_out = set(eval_digests)
+    _warn_of_overlap(sum(digest in held_out for digest in digests), len(digests), eval_files)
+  train = [i for i, digest in enumerate(digests) if digest not in held_out]
+  if not train:
+    raise ValueError(f"{_named(files)}: every problem is in the evaluation, none is left to train")
+  held = [i for i, digest in enumerate(eval_digests) if digest in held_out]
   return Task(
-    name=f"table:{Path(path).name}",
+    name=f"table:{_title(path)}",
     splits={
-      "train": Indexed(rows.example, np.flatnonzero(~is_eval)),
-      "eval": Indexed(rows.example, np.flatnonzero(is_eval)),
+      "train": Indexed(rows.example, np.array(train)),
+      "eval": Indexed(eval_rows.example, np.array(held, int)),
     },
     rewards=rewards,
     accuracy=accuracy_function,
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
     answer=extract_answer,
-    files=(str(path), *files_of([reward, accuracy])),
+    files=tuple(dict.fromkeys((*files, *eval_files, *files_of([reward, accuracy])))),
   )
 
 
-# --- files: row i as a dict, and its position for messages ----------------------------------------
+# --- data files -----------------------------------------------------------------------------------
 
 
-class JsonLines:
-  """The rows of a JSONL file. It stores the offsets of the lines and parses a row on access."""
-
-  def __init__(self, path: str) -> None:
-    self.path = path
-    self._lines: list[tuple[int, int]] = []  # (offset in bytes, line number from 1)
-    offset = 0
-    with open(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        # Some editors write a byte order mark before the first line.
-        if line.removeprefix(b"\xef\xbb\xbf").strip():
-          self._lines.append((offset, number))
-        offset += len(line)
-    if not self._lines:
-      raise ValueError(f"{path} contains no examples: it needs one JSON object per line")
-
-  def __len__(self) -> int:
-    return len(self._lines)
-
-  def where(self, i: int) -> str:
-    """Returns the file and line of row i."""
-    return f"{self.path}, line {self._lines[i][1]}"
-
-  def __getitem__(self, i: int) -> Row:
-    with open(self.path, "rb") as file:
-      file.seek(self._lines[i][0])
-      line = file.readline()
-    try:
-      text = line.decode("utf-8-sig").strip()
-      row = json.loads(text)
-    except UnicodeDecodeError as error:
-      raise ValueError(f"{self.where(i)}: not UTF-8 text: {error.reason} in {line[:80]!r}") from (
-        error
-      )
-    except (json.JSONDecodeError, RecursionError) as error:
-      reason = (
-        f"{error.msg} (column {error.colno})" if hasattr(error, "msg") else "nested too deeply"
-      )
-      raise ValueError(f"{self.where(i)}: not JSON: {reason}: {text[:80]!r}") from error
-    if not isinstance(row, dict):
-      raise ValueError(f"{self.where(i)}: must be a JSON object with a prompt, got {text[:80]!r}")
-    return row
+def _files(
+  path: str | Sequence[str], split: str | None, subset: str | None, revision: str | None
+) -> list[str]:
+  """Returns the files that a path, a list of paths, a folder or a hub id stands for."""
+  if isinstance(path, list | tuple):
+    if not path:
+      raise ValueError("path is an empty list: name at least one file")
+    return [file for item in path for file in _files(item, split, subset, revision)]
+  if not isinstance(path, str | Path) or not str(path).strip():
+    raise ValueError(
+      f"path is {path!r}: it must be a file, a folder, a hub id 'owner/name' or a list of files"
+    )
+  path = str(path)
+  place = Path(path).expanduser()
+  if place.is_dir():
+    return find_files(str(place), split)
+  if not place.exists() and hub.is_hub_id(path):
+    return hub.download(path, split=split, subset=subset, revision=revision)
+  for name, value in (("split", split), ("subset", subset), ("revision", revision)):
+    if value is not None:
+      raise ValueError(f"{name} is {value!r}, but {path} is a file: it has one split")
+  return [str(place)]
 
 
-class Parquet:
-  """The rows of a Parquet file. It stores Arrow columns and converts a row on access.
-
-  The file is read as a whole: its smallest readable piece is a row group, and in a shuffled order
-  nearly every row would decode another row group.
-  """
-
-  def __init__(self, path: str) -> None:
-    extras.require("tasks", f"{path}: reading Parquet files", "pyarrow")
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-      self._table = parquet.read_table(path).combine_chunks()
-    except ArrowInvalid as error:
-      raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
-    self.path = path
-    if not len(self):
-      raise ValueError(f"{path} contains no examples: it has no rows")
-
-  def __len__(self) -> int:
-    return self._table.num_rows
-
-  def where(self, i: int) -> str:
-    """Returns the file and row number of row i."""
-    return f"{self.path}, row {i + 1}"
-
-  def __getitem__(self, i: int) -> Row:
-    return self._table.slice(i, 1).to_pylist()[0]
+def _named(files: Sequence[str]) -> str:
+  return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
-def _open(path: str) -> JsonLines | Parquet:
-  if not Path(path).is_file():
-    raise FileNotFoundError(f"no such file: {path} (looked in {Path.cwd()})")
-  return Parquet(path) if Path(path).suffix.lower() in PARQUET else JsonLines(path)
+def _title(path: str | Sequence[str]) -> str:
+  """Returns a short name for the data."""
+  paths = list(path) if isinstance(path, list | tuple) else [path]
+  more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+  return f"{Path(str(paths[0])).name}{more}"
+
+
+def _warn_of_overlap(count: int, size: int, eval_files: Sequence[str]) -> None:
+  if count:
+    warnings.warn(
+      f"left out of training: {count} of {size} rows, whose problems are in {_named(eval_files)}",
+      stacklevel=3,
+    )
 
 
 # --- from rows to examples ------------------------------------------------------------------------
@@ -194,7 +205,7 @@ def _open(path: str) -> JsonLines | Parquet:
 class _Rows:
   """The examples of a file by row number."""
 
-  source: JsonLines | Parquet
+  source: Rows
   prompt: str
   key: str | None
   rename: Mapping[str, str]
@@ -202,21 +213,19 @@ class _Rows:
   def example(self, i: int) -> Example:
     row, where = self.source[i], self.source.where(i)
     prompt = _checked_prompt(row, self.prompt, where)
-    if self.key is not None and self.key not in row:
-      raise unknown_name(f"key column (in {where})", self.key, row)
-    identity = prompt if self.key is None else row[self.key]
+    identity = prompt if self.key is None else _pick(row, self.key, "key column", where)
     if not isinstance(identity, str):
       identity = json.dumps(identity, sort_keys=True, default=str)
     columns = self._columns({n: v for n, v in row.items() if n != self.prompt}, where)
     return Example(prompt, columns, " ".join(identity.split()))
 
   def _columns(self, row: Row, where: str) -> Row:
-    for old in self.rename:
-      if old not in row:
-        raise unknown_name(f"column to rename (in {where})", old, row)
-    columns = {self.rename.get(name, name): value for name, value in row.items()}
-    if len(columns) < len(row):
-      raise ValueError(f"{where}: rename={dict(self.rename)} gives two columns the same name")
+    columns = {name: value for name, value in row.items() if name not in self.rename}
+    for old, new in self.rename.items():
+      value = _pick(row, old, "column to rename", where)
+      if new in columns:
+        raise ValueError(f"{where}: rename={dict(self.rename)} gives two columns the same name")
+      columns[new] = value
     for name in ("prompts", "completions"):
       if name in columns:
         raise ValueError(
@@ -224,6 +233,30 @@ class _Rows:
           "`prompt` if it is the prompt, or `rename` it"
         )
     return columns
+
+
+def _pick(row: Row, path: str, kind: str, where: str) -> Any:
+  """Returns the value at a path of names and indices; a column may itself have dots in its name.
+
+  Raises:
+    ValueError: it leads nowhere.
+  """
+  if path in row:
+    return row[path]
+  value: Any = row
+  done: list[str] = []
+  for part in path.split("."):
+    if isinstance(value, dict) and part in value:
+      value = value[part]
+    elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+      value = value[int(part)]
+    elif not done:
+      raise unknown_name(f"{kind} (in {where})", path, row)
+    else:
+      held = f"the fields {', '.join(value)}" if isinstance(value, dict) else repr(value)[:80]
+      raise ValueError(f"{where}: no {path!r}: {'.'.join(done)!r} holds {held}")
+    done.append(part)
+  return value
 
 
 def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
@@ -235,7 +268,8 @@ def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
     names = names if i else set(example.columns)
     if set(example.columns) != names:
       differing = ", ".join(sorted(set(example.columns) ^ names))
-      first = rows.source.where(0).rpartition(", ")[2]
+      first, here = (rows.source.where(n).rpartition(", ") for n in (0, i))
+      first = first[2] if first[0] == here[0] else rows.source.where(0)
       raise ValueError(
         f"{rows.source.where(i)}: does not have the columns of {first}; they differ in: "
         f"{differing}. Give every line the same columns (null where there is no value)"
@@ -246,12 +280,12 @@ def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
 
 def _checked_prompt(row: Row, column: str, where: str) -> Prompt:
   """Returns the prompt of a row; ValueError unless it is non-empty text or chat messages."""
-  if column not in row:
+  if column not in row and column.split(".")[0] not in row:
     raise ValueError(
       f"{where}: no column {column!r}; it has: {', '.join(row) or 'none'}. Set `prompt` to the "
       "column with the prompt"
     )
-  prompt = row[column]
+  prompt = _pick(row, column, "prompt column", where)
   if isinstance(prompt, str) and prompt.strip():
     return prompt
   if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import completion_mask, token_weights
-from grpo_jax.core.masks import AVERAGES, masked_mean
+from grpo_jax.core.masks import AVERAGES, count_tokens, masked_mean
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
@@ -169,3 +169,26 @@ def test_masked_mean():
   values = np.array([[1.0, 2.0, np.nan], [6.0, np.inf, -np.inf]])
   assert masked_mean(values, np.array([[1, 1, 0], [1, 0, 0]], bool)) == 3.0
   assert masked_mean(values, np.zeros((2, 3), bool)) == 0.0
+
+
+def test_counts_do_not_wrap_at_2_to_the_31():
+  """2^32 tokens, which nothing holds: the mask is broadcast inside the program."""
+
+  def count(one):
+    return count_tokens(jnp.broadcast_to(one, (2**17, 2**15)))
+
+  assert float(jax.jit(count)(jnp.array(True))) == 2.0**32
+  weights = jax.jit(
+    lambda one, average: token_weights(jnp.broadcast_to(one, (2**17, 2**15)), average)[0, 0],
+    static_argnums=1,
+  )
+  for average in ("token", "sequence"):
+    assert float(weights(jnp.array(True), average)) == 2.0**-32
+
+
+def test_counts_are_exact_where_integers_are_small():
+  rng = np.random.default_rng(0)
+  mask = rng.random((3, 5, 7)) < 0.4
+  assert float(count_tokens(jnp.asarray(mask))) == mask.sum()
+  assert float(count_tokens(jnp.zeros((2, 0), bool))) == 0
+  assert float(count_tokens(jnp.array(True))) == 1

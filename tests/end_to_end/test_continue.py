@@ -6,7 +6,8 @@ import pytest
 
 from grpo_jax import train
 from grpo_jax.build import build
-from grpo_jax.config import ConfigError, load, to_saved
+from grpo_jax.config import ConfigError, from_saved, load, to_saved
+from grpo_jax.metric_names import metric_names
 from grpo_jax.run import identity
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.metrics import read_metrics
@@ -138,3 +139,129 @@ def test_weights_that_leave_no_reward_are_refused(tmp_path, weight):
     c.task.settings.weights = (float(weight),)
   with pytest.raises(ConfigError, match="weight"):
     build(c)
+
+
+# --- the order of problems ------------------------------------------------------------------------
+
+
+def prompts_of(workdir, step):
+  lines = (workdir / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()
+  return [json.loads(line)["prompt"] for line in lines][::2]  # of two completions each
+
+
+def test_problems_in_the_order_of_the_file_for_two_epochs(tmp_path):
+  """20 problems in steps of 8: five steps, the third of which reaches into the second epoch."""
+  data = tmp_path / "data.jsonl"
+  data.write_text("".join(json.dumps({"prompt": f"{n}", "answer": n}) + "\n" for n in range(20)))
+  settings = (
+    "task.name=table", f"task.settings.path={data}", "task.settings.reward=numeric",
+    "task.settings.eval_fraction=0.0", "data.shuffle=false", "epochs=2",
+    "rewards.allow_unscored=true",
+  )  # fmt: skip
+  train.run(config(*settings), tmp_path / "run")
+  drawn = [prompt for step in range(5) for prompt in prompts_of(tmp_path / "run", step)]
+  assert drawn == [str(n) for n in [*range(20), *range(20)]]
+  assert not (tmp_path / "run" / "samples" / "step_000005.jsonl").exists()
+  saved = workdirs.read_config(tmp_path / "run")
+  assert (saved["steps"], saved["epochs"], saved["data"]["seeding"]) == (5, 2.0, "hashed")
+  with pytest.raises(ConfigError, match=r"put back data\.shuffle: False -> True"):
+    train.run(config(*settings, "data.shuffle=true"), tmp_path / "run")
+
+
+def test_a_work_directory_keeps_its_seeding(tmp_path):
+  saved = to_saved(config())
+  del saved["data"]
+  workdir = tmp_path / "old"
+  workdir.mkdir()
+  workdirs.write_config(workdir, saved)
+  changed = "data.seeding: 'added' -> 'hashed'"
+  with pytest.raises(ConfigError, match=changed):
+    train.run(config("data.seeding=hashed"), workdir)
+  train.run(config("steps=1", "eval.batch_prompts=8"), workdir)
+  assert workdirs.read_config(workdir)["data"]["seeding"] == "added"
+  drawn = {}
+  for name, c in (("kept", from_saved(workdirs.read_config(workdir))), ("new", config()),
+                  ("added", config("data.seeding=added"))):  # fmt: skip
+    # Of 100 problems, step 13 takes eight of the second epoch.
+    drawn[name] = [example.prompt for example in build(c).examples(13)(0)]
+  assert drawn["kept"] == drawn["added"] != drawn["new"]
+
+
+# --- an early end ---------------------------------------------------------------------------------
+
+
+def test_a_run_ends_early_saves_evaluates_and_goes_on(tmp_path, capsys):
+  """`loss<1e9` holds after the first step; its metrics are known one step later."""
+  workdir = tmp_path / "run"
+  early = ("steps=4", "checkpoint.every=50", "eval.batch_prompts=8")
+  results = train.run(config(*early, "stop.when=loss<1e9"), workdir)
+  assert "stopped after step 2: stop.when is loss<1e+09, and it is " in capsys.readouterr().out
+  assert evaluations(workdir) == [0, 2]
+  assert checkpoints(workdir) == [2]
+  assert results["eval/n"] == 20
+  before = (workdir / "metrics.jsonl").read_text()
+  again = train.run(config(*early, "stop.when=loss<1e9"), workdir)  # there is nothing left to do
+  assert again == results
+  assert (workdir / "metrics.jsonl").read_text() == before
+  train.run(config(*early), workdir)
+  assert evaluations(workdir) == [0, 2, 4]
+  whole = tmp_path / "whole"
+  train.run(config(*early), whole)
+  rows = [
+    [(row["step"], row["loss"]) for row in read_metrics(w) if "loss" in row]
+    for w in (workdir, whole)
+  ]
+  assert rows[0] == rows[1]
+
+
+def test_an_evaluation_that_was_just_made_is_not_made_again(tmp_path, capsys):
+  workdir = tmp_path / "run"
+  settings = ("steps=6", "eval.every=2", "eval.batch_prompts=8", "stop.when=eval/n>=20")
+  train.run(config(*settings), workdir)
+  assert "stopped after step 0: stop.when is eval/n>=20, and it is 20 (step 0)" in (
+    capsys.readouterr().out
+  )
+  assert evaluations(workdir) == [0]
+  assert checkpoints(workdir) == []
+
+
+def test_a_time_limit_ends_a_run_after_a_step(tmp_path, capsys):
+  workdir = tmp_path / "run"
+  settings = ("steps=6", "eval.batch_prompts=8", "stop.after_hours=1e-9")
+  train.run(config(*settings), workdir)
+  assert "stopped after step 0: stop.after_hours is 1e-09" in capsys.readouterr().out
+  assert [row["step"] for row in read_metrics(workdir)] == [0]
+
+
+def checkpoints(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("reward", "must be a metric, one of"), ("open('x')>1", "unknown metric"),
+    ("eval/pass@8>0.5", r"unknown metric 'eval/pass@8'"), ("kl<1", "unknown metric 'kl'"),
+  ],
+)  # fmt: skip
+def test_a_condition_on_what_the_run_does_not_write_is_refused(tmp_path, text, message):
+  """eval.samples is 0, and there is no KL term."""
+  with pytest.raises(ConfigError, match=message):
+    train.run(config(f"stop.when={text}"), tmp_path / "run")
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    (),
+    ("eval.samples=4", "algorithm.name=grpo", "algorithm.beta=0.1", "train.mini_batches=1",
+     "train.epochs=2", "rollout.max_resamples=1", "eval.temperature=0.7", "eval.top_p=0.9"),
+  ],
+)  # fmt: skip
+def test_all_metrics_of_a_run_are_known_before(tmp_path, changes):
+  c = config("steps=2", "eval.batch_prompts=8", *changes)
+  train.run(c, tmp_path / "run")
+  written = {name for row in read_metrics(tmp_path / "run") for name in row} - {"step"}
+  run = build(c)
+  assert metric_names(run.config, run.task, run.algorithm) == written

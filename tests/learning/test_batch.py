@@ -122,6 +122,16 @@ def test_mini_batches_are_the_batch_in_a_new_order():
   assert next(mini_batches(batch, 1, 1, (0, 7))) is batch
 
 
+def test_any_integer_is_a_seed():
+  """NumPy refuses negative ones, and would do so in the middle of the first rollout."""
+  batch, orders = numbered(), []
+  for seed in (-1, 2**64 - 2, 5, 2**70):
+    parts = list(mini_batches(batch, 2, 1, (seed, 0)))
+    orders.append([float(a) for part in parts for a in np.asarray(part.advantages)[:, 0]])
+  assert len(orders) == 4
+  assert all(sorted(order) == sorted(orders[0]) for order in orders)
+
+
 def test_the_mean_of_the_mini_batches_is_the_update_of_the_whole():
   params, batch = MODEL.init(jax.random.key(0)), make_batch(average="token")
   whole, _ = step_once(params, batch, ALGORITHMS["dapo"])

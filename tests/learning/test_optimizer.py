@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax.learning.optimizer import learning_rate_schedule, make_optimizer
 from grpo_jax.learning.step import TrainState, make_apply
+from grpo_jax.models.io.weights import POST_NORM_ROWS, ROWS
 
 SETTINGS = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
 RATE = 0.5
@@ -112,3 +113,41 @@ def test_the_new_state_is_written_over_the_old():
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   assert plan.alias_size_in_bytes >= 3 * size
   assert plan.temp_size_in_bytes < 0.01 * size
+
+
+def decayed(params):
+  """Names of the parameters that a gradient of 0 moves: those that decay."""
+  optimizer = make_optimizer(optax.constant_schedule(RATE), **SETTINGS, clip_norm=1.0)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, update in jax.tree_util.tree_leaves_with_path(updates)
+    if np.any(update)
+  }
+
+
+def test_only_matrices_decay_in_every_shape_of_the_model():
+  """Stacked, norm weights and biases are [L, D] and look like matrices."""
+  params = {"layers": {}}
+  for row in (*ROWS, *POST_NORM_ROWS):
+    shape = (2, 3)[: len(row.dims)]
+    if row.in_layer:
+      params["layers"][row.path.removeprefix("layers/")] = jnp.ones((4, *shape))
+    else:
+      params[row.path] = jnp.ones(shape)
+  matrices = {row.path for row in ROWS if len(row.dims) == 2}
+  assert decayed(params) == matrices == {
+    "embed", "head", "score", *(f"layers/{n}" for n in ("q", "k", "v", "o", "gate", "up", "down")),
+  }  # fmt: skip
+
+
+def test_biases_norms_and_vectors_of_other_models_do_not_decay():
+  params = {
+    "dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+    "layers": [{"q_bias": jnp.ones(3), "q": jnp.ones((2, 3))}],
+    "norm": {"scale": jnp.ones(3)},
+    "temperature": jnp.ones(()),
+    "q_lora_a": jnp.ones((2, 3, 1)),
+  }
+  assert decayed(params) == {"dense/kernel", "layers/0/q", "q_lora_a"}

@@ -10,6 +10,7 @@ import pytest
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.sampling import sampler as samplers
+from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler, padded_length
 from grpo_jax.tokens import ByteTokenizer
 
@@ -143,3 +144,35 @@ def test_a_model_without_a_layout_for_decoding_is_sampled_as_it_is():
   np.testing.assert_array_equal(
     out.tokens, SAMPLER(PARAMS, ["12+"], jax.random.key(0), group=2).tokens
   )
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def test_a_filter_of_one_token_is_greedy():
+  arguments = {"group": 2, "temperature": 1.3}
+  one = SAMPLER(PARAMS, ["12+"], jax.random.key(0), token_filter=TokenFilter(top_k=1), **arguments)
+  greedy = SAMPLER(PARAMS, ["12+"], jax.random.key(0), group=2, temperature=0.0)
+  np.testing.assert_array_equal(one.tokens, greedy.tokens)
+  np.testing.assert_allclose(one.logp, 0.0, atol=1e-6)
+
+
+def test_a_filter_that_is_off_changes_nothing():
+  plain = sample(["12+", "7"])
+  key = jax.random.key(0)
+  off = SAMPLER(PARAMS, ["12+", "7"], key, group=2, temperature=1.0, token_filter=TokenFilter())
+  np.testing.assert_array_equal(plain.tokens, off.tokens)
+  np.testing.assert_array_equal(plain.logp, off.logp)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_completions():
+  """It adds no text, so it could not be found there."""
+
+  class Special(ByteTokenizer):
+    def marker_ids(self, strings):
+      return [7 for string in strings if string == "<|pad|>"]
+
+  sampler = Sampler(MODEL, Special(), prompt_length=8, completion_length=3, stop=("<|pad|>",))
+  assert 7 in sampler._ending_ids
+  assert (sampler._table[:, 7] == len(sampler._table) - 1).all()
+  assert (Sampler(MODEL, ByteTokenizer(), 8, 3, stop=("<|pad|>",))._table[0, 7]) == 0

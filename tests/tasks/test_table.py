@@ -222,3 +222,113 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
   path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "\xe2\x80\xa8b"}')
   task = table.table_task(str(path), length, eval_fraction=0)
   assert [example.prompt for example in task.splits["train"]] == ["a", "\u2028b"]
+
+
+# --- data for evaluation --------------------------------------------------------------------------
+
+
+def test_evaluation_data_of_their_own(tmp_path):
+  train = write_lines(tmp_path / "train.jsonl", *rows(6))
+  held_out = write_lines(tmp_path / "eval.jsonl", *rows(9)[6:])
+  task = make_task("table", path=train, eval_path=held_out, reward=right)
+  assert [e.prompt for e in task.splits["train"]] == [f"Say {i}." for i in range(6)]
+  assert [e.prompt for e in task.splits["eval"]] == [f"Say {i}." for i in (6, 7, 8)]
+  assert task.files[:2] == (train, held_out)
+  with pytest.raises(ValueError, match=r"eval_fraction is 0\.1, and eval_path or eval_split names"):
+    make_task("table", path=train, eval_path=held_out, reward=right, eval_fraction=0.1)
+
+
+def test_problems_of_the_evaluation_are_not_trained_on(tmp_path):
+  train = write_lines(tmp_path / "train.jsonl", *rows(6))
+  held_out = write_lines(tmp_path / "eval.jsonl", {"prompt": " Say  3.", "answer": "3"}, *rows(1))
+  with pytest.warns(UserWarning, match="left out of training: 2 of 6 rows"):
+    task = make_task("table", path=train, eval_path=held_out, reward=right)
+  assert not set(keys(task, "train")) & set(keys(task, "eval"))
+  assert len(task.splits["train"]) == 4
+  with (
+    pytest.warns(UserWarning, match="6 of 6"),
+    pytest.raises(ValueError, match="none is left to train"),
+  ):
+    make_task("table", path=train, eval_path=train, reward=right)
+
+
+def test_bad_evaluation_data_are_named(tmp_path):
+  train = write_lines(tmp_path / "train.jsonl", *rows(3))
+  bad = write_lines(tmp_path / "eval.jsonl", {"prompt": "x", "solution": 1})
+  with pytest.raises(RewardError, match=r"eval\.jsonl: .*requires answer"):
+    make_task("table", path=train, eval_path=bad, reward=right)
+  with pytest.raises(FileNotFoundError, match=r"no such file: .*none\.jsonl"):
+    make_task("table", path=train, eval_path=f"{tmp_path}/none.jsonl", reward=right)
+  for name in ("split", "subset", "revision"):
+    with pytest.raises(ValueError, match=rf"{name} is 'x', but .*train\.jsonl is a file"):
+      make_task("table", path=train, reward=right, **{name: "x"})
+  for path, message in (
+    ([], "path is an empty list"), (5, "path is 5: it must be a file"), ("", "path is ''"),
+    ([[]], "path is an empty list"), ([None], "path is None"), (None, "path is None"),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      make_task("table", path=path, reward=right)
+  task = make_task("table", path=Path(train), reward=right, eval_fraction=0.0)
+  assert task.files[0] == train
+
+
+# --- columns inside columns -----------------------------------------------------------------------
+
+
+NESTED = [
+  {
+    "prompt": [{"role": "user", "content": f"{i} + 1?"}],
+    "reward_model": {"style": "rule", "ground_truth": str(i + 1)},
+    "extra_info": {"index": i % 2, "answers": [str(i), str(i + 1)], "question": f"{i} and 1?"},
+    "flat.name": i,
+  }
+  for i in range(4)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [write_lines, write_parquet])
+def test_columns_are_reached_by_path(tmp_path, write):
+  path = write(tmp_path / "a.parquet", NESTED) if write is write_parquet else write(
+    tmp_path / "a.jsonl", *NESTED
+  )  # fmt: skip
+  settings = {"path": path, "reward": "numeric", "eval_fraction": 0.0}
+  for names in (
+    {"answer": "reward_model.ground_truth"}, {"answer": "extra_info.answers.1"},
+    {"rename": {"reward_model.ground_truth": "answer"}},
+  ):  # fmt: skip
+    task = make_task("table", **settings, **names)
+    example = task.splits["train"][3]
+    assert example.columns["answer"] == "4"
+    assert grade(task, example, "#### 4", "#### 5") == ([1, 0], [1, 0])
+    assert example.columns["reward_model"] == NESTED[3]["reward_model"]  # it stays
+  task = make_task(
+    "table", **settings, answer="reward_model.ground_truth", prompt="extra_info.question",
+    key="extra_info.index", rename={"flat.name": "number"},
+  )  # fmt: skip
+  example = task.splits["train"][1]
+  assert (example.prompt, example.key) == ("1 and 1?", "1")
+  assert example.columns["number"] == 1
+  assert "flat.name" not in example.columns
+
+
+def test_paths_that_lead_nowhere_are_explained(tmp_path):
+  path = write_lines(tmp_path / "a.jsonl", *NESTED)
+  for answer, message in (
+    (
+      "reward_model.truth",
+      "line 1: no 'reward_model.truth': 'reward_model' holds the fields style",
+    ),
+    ("reward_model.style.x", "'reward_model.style' holds 'rule'"),
+    ("extra_info.answers.7", r"'extra_info.answers' holds \['0', '1'\]"),
+    ("extra_info.answers.-1", r"'extra_info.answers' holds"),
+    ("reward.truth", "unknown column to rename .* 'reward.truth'"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      make_task("table", path=path, reward="numeric", answer=answer)
+  with pytest.raises(ValueError, match="gives two columns the same name"):
+    make_task(
+      "table", path=path, reward="numeric", answer="reward_model.style",
+      rename={"reward_model.ground_truth": "answer"},
+    )  # fmt: skip
+  with pytest.raises(ValueError, match=r"no 'extra_info.quest': 'extra_info' holds"):
+    make_task("table", path=path, reward=length, prompt="extra_info.quest")
