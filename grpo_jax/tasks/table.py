@@ -22,9 +22,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from grpo_jax import extras
-from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
+from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 from grpo_jax.tasks.indexed import Indexed
+from grpo_jax.tasks.rewards.golds import check_answer, graders_of
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
+from grpo_jax.tasks.rewards.scoring import RESERVED
 
 PARQUET = (".parquet", ".pq")
 Row: TypeAlias = dict[str, Any]
@@ -85,9 +87,8 @@ def table_task(
   rewards = weighted(reward, weights)
   accuracy_function, extract_answer = accuracy_of(rewards, accuracy)
   rows = _Rows(_open(path), prompt, key, dict(rename or {}))
-  digests, columns = _scan(rows, seed)
   functions = {name: function for name, (function, _) in rewards.items()}
-  check_columns({**functions, "accuracy": accuracy_function}, columns, path)
+  digests = _scan(rows, seed, {**functions, "accuracy": accuracy_function})
   held_out = _held_out(digests, eval_fraction)
   is_eval = np.array([digest in held_out for digest in digests])
   return Task(
@@ -217,22 +218,27 @@ class _Rows:
     columns = {self.rename.get(name, name): value for name, value in row.items()}
     if len(columns) < len(row):
       raise ValueError(f"{where}: rename={dict(self.rename)} gives two columns the same name")
-    for name in ("prompts", "completions"):
+    for name in RESERVED:
       if name in columns:
         raise ValueError(
-          f"{where}: a column must not be called {name!r}: reward functions use that name. Set "
-          "`prompt` if it is the prompt, or `rename` it"
+          f"{where}: a column must not be called {name!r}: reward functions are called with an "
+          f"argument of that name. Rename it: rename={{{name!r}: 'data_{name}'}}"
+          + (", or set `prompt` if it is the prompt" if name == "prompts" else "")
         )
     return columns
 
 
-def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
-  """Checks all rows and returns a digest of each key, and the names of the columns."""
+def _scan(rows: _Rows, seed: int, functions: Mapping[str, RewardFunction]) -> list[bytes]:
+  """Checks all rows, and that `functions` can read them; returns a digest of each key."""
   digests: list[bytes] = []
   names: set[str] = set()
+  graders = graders_of(functions.values())
+  answer_column = next((old for old, new in rows.rename.items() if new == "answer"), "answer")
   for i in range(len(rows.source)):
     example = rows.example(i)
-    names = names if i else set(example.columns)
+    if not i:
+      names = set(example.columns)
+      check_columns(functions, names, rows.source.path)
     if set(example.columns) != names:
       differing = ", ".join(sorted(set(example.columns) ^ names))
       first = rows.source.where(0).rpartition(", ")[2]
@@ -240,8 +246,9 @@ def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
         f"{rows.source.where(i)}: does not have the columns of {first}; they differ in: "
         f"{differing}. Give every line the same columns (null where there is no value)"
       )
+    check_answer(graders, example.columns.get("answer"), rows.source.where(i), answer_column)
     digests.append(hashlib.sha256(f"{seed}\n{example.key}".encode()).digest())
-  return digests, names
+  return digests
 
 
 def _checked_prompt(row: Row, column: str, where: str) -> Prompt:
