@@ -35,8 +35,8 @@ def read_characters(text: str) -> str:
   form (NFKC).
 
   Example:
-    >>> read_characters("４２ ٤٢ ①"), read_characters("10³ + x₁"), read_characters("18½")
-    ('42 42 1', '10^{3} + x_{1}', '18\\frac{1}{2}')
+    >>> read_characters("４２ ٤٢"), read_characters("10³ + x₁"), read_characters("18½")
+    ('42 42', '10^{3} + x_{1}', '18\\frac{1}{2}')
   """
   if text.isascii():
     return text

@@ -11,7 +11,10 @@ import re
 WINDOW = 64  # characters before and after a number that are looked at
 CURRENCY = "$€£¥₹"
 # A letter of a script without capitals: words of Chinese have no spaces between them.
-UNCASED = r"[^\W\d_A-Za-z\u00aa-\u058f]"
+UNCASED = (
+  r"[^\W\d_A-Za-z\u00aa-\u058f\u10a0-\u10ff\u13a0-\u13ff\u1c80-\u1cbf\u1d00-\u1fff\u2100-\u218f"
+  r"\u2c00-\u2dff\ua640-\ua7ff\uab30-\uabbf\U00010400-\U000104ff]"
+)
 EMOJI = "\U0001f000-\U0001faff\u2600-\u27bf"
 LETTER = r"[^\W\d_]"
 
@@ -45,7 +48,7 @@ APPLIED = re.compile(
 FACTOR = re.compile(r"(?:[\d)\]}]|\b[A-Za-z]) ?\Z")  # before a star
 BEFORE = re.compile(
   _any(
-    "^", r"\n", f"[:,;.?#•{EMOJI}]", "—(?= )",
+    "^", r"\n", f"[:,;.•{EMOJI}]", r"[—?](?=\s)", r"(?<!\d)#",
     "(?<![<>!])[=≈~]", "[=-]>", "[→⇒∴]",
     r"</?[A-Za-z][\w-]*>",  # a tag
     r"(?:^|\s)\(?[A-Ea-e\d]\)(?=\s)",  # (B) and 1)
@@ -59,7 +62,7 @@ NOT_BEFORE = re.compile(
     rf"\b{FUNCTION}",
     r"[\d)\]}] ?[*/×÷·^+-]+", r"\b\d*[a-z] ?[*/×÷·^+-]+",  # 3 * 6 and 3x - 2
     r"\d ?[~—]", r"\d ?:(?=\Z)", r"\d :", r"(?<![A-Za-z]{2} )\b\d++:",  # ranges, ratios, times
-    r"\d ?'", r"\.\.", r"\d!", "^!", r"[^\s\d]!",
+    rf"\d{UNCASED}{{1,4}}", r"\d ?'", r"\.\.", r"\d!", "^!", r"[^\s\d]!",
     # 1, 5 and x = 1, y = 5
     r"(?:[\d)\]}%°∞]|\.\.|\b[a-z]|\\[a-z]+) ?[,;&](?: ?[a-z](?:_\{?\w{1,3}\}?)? ?[=≈])?",
     r"\d[^.?\n]{0,40}\b(?:and|&)(?: [a-z] ?=)?",  # 3 apples and 4
@@ -81,6 +84,8 @@ def sign_before(text: str, start: int) -> int | None:
     (-1, 1, None)
   """
   before = text[max(0, start - WINDOW) : start]
+  if before[-1:].isnumeric():
+    return None
   sign = SIGN.search(before)
   signs = [mark for mark in (sign["sign"], sign["word"], sign["inner"]) if mark]
   before = before[: sign.start()]
@@ -115,7 +120,7 @@ OPERATOR = _any(
   r"pi\w{0,2}|sqrt|sin|cos|tan|log|ln|exp",
 )  # fmt: skip
 AFTER = re.compile(
-  rf"(?! ?{OPERATOR}(?![A-Za-z])| ?[πτφ∞]){CLOSER}*+(?: ?[%°{CURRENCY}])?+{CLOSER}*+" + _any(
+  rf"(?! ?{OPERATOR}(?![A-Za-z])| ?[πτφ∞半]){CLOSER}*+(?: ?[%°{CURRENCY}])?+{CLOSER}*+" + _any(
     r"\Z", r"\n", rf"\.(?!\.){END}", f"[?:]{END}",
     rf"[,;]{END}(?! ?(?:[A-Za-z]|\\infty|∞|\.\.) ?(?:[,;)\]}}]|\Z))",  # not (5, x)
     rf" ?(?-i:{SHORT_UNIT})(?:[23](?!\w))?+(?![A-Za-z\d(!])(?!\^\{{?+[^23])"
@@ -138,4 +143,5 @@ def may_follow(text: str, end: int) -> bool:
     >>> may_follow("18 eggs", 2), may_follow("18.", 2), may_follow("5!", 1), may_follow("5x", 1)
     (True, True, False, False)
   """
-  return AFTER.match(text[end : end + WINDOW]) is not None
+  after = text[end : end + WINDOW]
+  return not after[:1].isnumeric() and AFTER.match(after) is not None
