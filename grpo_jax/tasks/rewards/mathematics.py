@@ -31,6 +31,7 @@ from grpo_jax.tasks.rewards.golds import MAX_MATH_LENGTH
 from grpo_jax.tasks.rewards.numerals import normalize, number, plain
 
 MAX_SECONDS = 1.0  # time limit in seconds for parsing and comparing two answers
+MIN_SECONDS = 0.01  # with less than this left, a comparison is not begun and the answer is wrong
 # Seconds that the comparisons of one call may lose by running out of time, all together.
 MAX_LOST_SECONDS = 4.0
 MAX_DEPTH = 8  # brackets inside each other; parsing takes a time that grows quickly with it
@@ -63,16 +64,25 @@ def same_mathematics(expected: Sequence[str | None], answers: Sequence[str | Non
   pairs = [(e, a) for e, a in zip(expected, answers) if e is not None and a is not None]
   require_math_verify()
   lost = 0.0
+  verdicts: dict[tuple[str, str], bool] = {}
   for pair in sorted(set(pairs), key=lambda pair: (len(pair[1]), pair)):
-    if pair not in _verdicts:
+    verdict = _verdicts.get(pair)
+    if verdict is None:
       limit = min(MAX_SECONDS, (MAX_LOST_SECONDS - lost) / 3)
       start = time.monotonic()
-      verdict = _within(functools.partial(_is_same, *pair), limit)
+      same = functools.partial(_is_same, *pair)
+      verdict = _within(same, limit) if limit >= MIN_SECONDS else None
       lost += time.monotonic() - start if verdict is None else 0.0
-      if len(_verdicts) >= MAX_VERDICTS:
-        _verdicts.pop(next(iter(_verdicts)))
-      _verdicts[pair] = bool(verdict)
-  return [(e, a) in _verdicts and _verdicts[e, a] for e, a in zip(expected, answers)]
+      if verdict is not None or limit == MAX_SECONDS:
+        _remember(pair, bool(verdict))
+    verdicts[pair] = bool(verdict)
+  return [verdicts.get(pair, False) for pair in zip(expected, answers)]
+
+
+def _remember(pair: tuple[str, str], verdict: bool) -> None:
+  if len(_verdicts) >= MAX_VERDICTS:
+    _verdicts.pop(next(iter(_verdicts)))
+  _verdicts[pair] = verdict
 
 
 # Verdicts of earlier comparisons, the oldest first: rewards and accuracy ask for the same ones.
@@ -166,15 +176,16 @@ def _within(equal: Callable[[], bool], seconds: float) -> bool | None:
   """
   if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
     return equal()
-  running = True
+  running = False  # an alarm that rings before or after `equal` runs is ignored
 
   def ring(*_: object) -> None:
     if running:
       raise _TimeUp
 
   before = signal.signal(signal.SIGALRM, ring)
-  signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
   try:
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    running = True
     try:
       return equal()
     finally:

@@ -48,7 +48,7 @@ APPLIED = re.compile(
 FACTOR = re.compile(r"(?:[\d)\]}]|\b[A-Za-z]) ?\Z")  # before a star
 BEFORE = re.compile(
   _any(
-    "^", r"\n", f"[:,;.•{EMOJI}]", r"[—?](?=\s)", r"(?<!\d)#",
+    "^", r"\n", f"[:,;.{EMOJI}]", r"[—?](?=\s)", r"(?<!\d)[#•]",
     "(?<![<>!])[=≈~]", "[=-]>", "[→⇒∴]",
     r"</?[A-Za-z][\w-]*>",  # a tag
     r"(?:^|\s)\(?[A-Ea-e\d]\)(?=\s)",  # (B) and 1)
@@ -125,7 +125,7 @@ AFTER = re.compile(
     rf"[,;]{END}(?! ?(?:[A-Za-z]|\\infty|∞|\.\.) ?(?:[,;)\]}}]|\Z))",  # not (5, x)
     rf" ?(?-i:{SHORT_UNIT})(?:[23](?!\w))?+(?![A-Za-z\d(!])(?!\^\{{?+[^23])"
     r"(?! ?[*×÷·+!]| ?/ ?[\d(])",
-    rf" ?(?![xyz]+\b|[abc]+\b|[ijkn]+\b){LETTER}{{3,}}(?!\()",  # a word, not xy
+    rf" ?(?![xyz]+\b|[abc]+\b|[ijkn]+\b){LETTER}{{3,}}+(?![\d(])",  # a word, not xy
     rf" {LETTER}{{2}}(?![\w(])", rf" (?-i:[aI]) {LETTER}{{2}}", UNCASED, f" ?[{EMOJI}]",
     rf"-{LETTER}{{2}}", rf" ?[-—]+ {LETTER}{{2}}", "—",
     rf"/ ?(?:{LETTER}{{2}}|[hs]\b)",  # per hour

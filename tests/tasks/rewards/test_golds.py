@@ -8,10 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from grpo_jax.tasks import countdown, make_task, score, score_in_process
+from grpo_jax.tasks import Task, countdown, make_task, score, score_in_process
 from grpo_jax.tasks.rewards.golds import READERS, AnswerError, is_missing, read
 from grpo_jax.tasks.rewards.graders import GRADERS
 from grpo_jax.tasks.rewards.loading import ExactlyOne
+from grpo_jax.tasks.rewards.worker_process import _with_announcements
 from tests.helpers.examples import grade
 
 NAN, INF = float("nan"), float("inf")
@@ -112,6 +113,27 @@ def test_the_accuracy_is_checked_too_and_functions_of_users_are_not(tmp_path):
   make_task("jsonl", path=path, reward=["exact", mine])
   with pytest.raises(ValueError, match="line 2, column 'answer': the grader 'numeric'"):
     make_task("jsonl", path=path, reward=mine, accuracy={"name": "numeric", "tolerance": 0.1})
+
+
+def test_a_reward_that_is_the_accuracy_too_is_called_once():
+  calls = []
+
+  def reward(completions, **columns):
+    calls.append(list(completions))
+    return [{"right": 1.0, "half": 0.5, "other": None}[text] for text in completions]
+
+  task = Task("t", {}, {"reward": (reward, 2.0)}, ExactlyOne(reward))
+  scores = score_in_process(task)(["p"], [["right", "half", "other"]], {})
+  assert scores.accuracy.tolist() == [[1, 0, 0]]
+  np.testing.assert_array_equal(scores.total, [[2, 1, NAN]])
+  assert calls == [["right", "half", "other"]]
+  alone = score_in_process(task)(["p"], [["right", "half"]], {}, rewards=False)
+  assert alone.accuracy.tolist() == [[1, 0]]
+  announced = _with_announcements(task, calls.append)
+  assert score_in_process(announced)(["p"], [["half"]], {}).accuracy.tolist() == [[0]]
+  assert calls[2:] == ["reward function 'reward'", ["half"]]
+  other = Task("t", {}, {"reward": (reward, 2.0)}, ExactlyOne(lambda **columns: reward(["right"])))
+  assert score_in_process(other)(["p"], [["half"]], {}).accuracy.tolist() == [[1]]
 
 
 def test_columns_of_parquet_files(tmp_path):

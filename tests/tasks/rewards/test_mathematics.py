@@ -1,5 +1,6 @@
 """Tests the comparison of mathematical answers: numbers of any size, and the time it takes."""
 
+import signal
 import time
 
 import pytest
@@ -146,6 +147,12 @@ def test_the_time_that_one_call_loses_is_bounded(monkeypatch):
   start = time.monotonic()
   assert mathematics.same_mathematics(["1"] * 31, answers) == [False] * 30 + [True]
   assert time.monotonic() - start < 2
+
+
+def test_an_alarm_that_rings_too_early_or_too_late_is_ignored():
+  for _ in range(200):  # shorter than it takes to begin and to end a comparison
+    assert mathematics._within(lambda: time.sleep(0.0001) or True, 0.0001) in (None, True)
+  assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_the_memory_of_verdicts_is_bounded(monkeypatch):
