@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from grpo_jax.tasks import Task, countdown, make_task, score, score_in_process
+from grpo_jax.tasks import Task, make_task, score, score_in_process
 from grpo_jax.tasks.rewards.golds import READERS, AnswerError, is_missing, read
 from grpo_jax.tasks.rewards.graders import GRADERS
 from grpo_jax.tasks.rewards.loading import ExactlyOne
@@ -194,8 +194,3 @@ def test_the_answers_of_generated_tasks_are_right_by_their_own_scorers():
         text = f"<answer>{own}</answer>" if own else example.columns["answer"]
         columns = {name: [value] for name, value in example.columns.items()}
         assert score_in_process(task)([example.prompt], [[text]], columns).accuracy == 1, text
-
-
-def test_countdown_reads_other_digits_and_signs():
-  assert countdown.expression_value("（１＋２）×３") == (9, (1, 2, 3))
-  assert countdown.expression_value("2²") is countdown.expression_value("10³ + 5") is None
