@@ -97,7 +97,7 @@ def gsm8k_task(
     seed: selects the solved examples and the evaluation problems.
 
   Raises:
-    ValueError: a setting or a line is invalid.
+    ValueError: a setting or a line is invalid, or a built-in grader cannot read an answer.
     FileNotFoundError: a file is missing, or the download failed.
     ImportError: tensorflow-datasets is not installed.
   """

@@ -47,7 +47,8 @@ def table_task(
 ) -> Task:
   """Builds a task from a file and one or more reward functions.
 
-  Every row is checked once, here. Afterwards a row is read when its example is accessed.
+  Every row is checked once, here, and built-in graders read its answer. Afterwards a row is read
+  when its example is accessed.
 
   Args:
     path: a Parquet file if it ends in .parquet or .pq, otherwise UTF-8 text with one JSON object
