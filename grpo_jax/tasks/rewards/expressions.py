@@ -69,6 +69,7 @@ def _checked(bits: float) -> float:
 
 
 def is_number(e: Any) -> bool:
+  """Returns whether an expression is a single number, without variables."""
   import sympy
 
   kinds = (sympy.Set, sympy.Tuple, sympy.core.relational.Relational, sympy.logic.boolalg.Boolean)
