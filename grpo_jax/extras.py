@@ -18,7 +18,7 @@ MODULES = {
   "plan": _TRAIN,  # and libtpu, for TPU topologies only: see `grpo_jax.plan.hardware`
   "tasks": (
     "reasoning_gym", "math_verify", "tensorflow_datasets", "array_record", "importlib_resources",
-    "pyarrow",
+    "pyarrow", "sympy",
   ),
   "gguf": ("gguf",),
 }  # fmt: skip

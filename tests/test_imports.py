@@ -45,8 +45,8 @@ ALLOWED = {
   ),
   "grpo_jax.models*": f"grpo_jax.core grpo_jax.models {HELPERS} {ARRAYS} flax safetensors",
   "grpo_jax.tasks*": (
-    f"{TASKS} {HELPERS} numpy jaxtyping reasoning_gym math_verify tensorflow_datasets pyarrow "
-    "huggingface_hub"
+    f"{TASKS} {HELPERS} numpy jaxtyping reasoning_gym math_verify sympy tensorflow_datasets "
+    "pyarrow huggingface_hub"
   ),
   "grpo_jax.environments*": f"{TASKS} {HELPERS} numpy jaxtyping",
   # The engine. It gets the model, the optimizer and the tokenizer as arguments.
@@ -87,7 +87,7 @@ ALLOWED = {
 # All other modules build a run or are commands. They may import anything but these.
 NOT_IN_COMMANDS = (
   "flax safetensors gguf huggingface_hub transformers tokenizers reasoning_gym math_verify "
-  "tensorflow_datasets pyarrow grpo_jax.train"
+  "sympy tensorflow_datasets pyarrow grpo_jax.train"
 )
 # No path of imports, however long, leads from a module to these.
 NOT_REACHED = {
@@ -102,8 +102,8 @@ NOT_REACHED = {
 }
 # Libraries that load slowly or come with an extra: imported inside the function that needs them.
 LAZY = (
-  "reasoning_gym math_verify tensorflow_datasets pyarrow grain gguf huggingface_hub safetensors "
-  "transformers tokenizers matplotlib rich tensorboardX wandb trackio"
+  "reasoning_gym math_verify sympy tensorflow_datasets pyarrow grain gguf huggingface_hub "
+  "safetensors transformers tokenizers matplotlib rich tensorboardX wandb trackio"
 )
 
 

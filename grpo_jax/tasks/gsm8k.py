@@ -24,6 +24,7 @@ from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
 from grpo_jax.tasks.files import JsonLines
 from grpo_jax.tasks.indexed import Indexed, shuffled
+from grpo_jax.tasks.rewards.golds import check_answer, graders_of
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
 
 DATA_DIR = "~/.cache/grpo_jax/tensorflow_datasets"
@@ -96,7 +97,7 @@ def gsm8k_task(
     seed: selects the solved examples and the evaluation problems.
 
   Raises:
-    ValueError: a setting or a line is invalid.
+    ValueError: a setting or a line is invalid, or a built-in grader cannot read an answer.
     FileNotFoundError: a file is missing, or the download failed.
     ImportError: tensorflow-datasets is not installed.
   """
@@ -121,6 +122,8 @@ def gsm8k_task(
   train, test = prepared(data_dir, jsonl)
   if eval_size is not None and eval_size > len(test):
     raise ValueError(f"eval_size is {eval_size}, but there are only {len(test)} test problems")
+  for split, source in {"training": train, "test": test}.items():
+    _check_answers(split, source, graders_of([*functions.values(), accuracy_function]))
   order = shuffled(len(train), seed)
   shot_indices = _short_problems(train, order, shots)
   render = _Render(chat, answer, system, tuple(_columns(train, i) for i in shot_indices))
@@ -261,12 +264,24 @@ def _key(question: str) -> str:
 
 def _columns(source: Sequence[PreparedRow], i: int) -> dict[str, str]:
   """Returns the columns of problem i."""
-  row = {name: value.decode("utf-8") for name, value in source[i].items()}
+  row = source[i]
   return {
-    "question": row["question"].strip(),
-    "solution": re.sub(r"<<.*?>>", "", row["annotation"]).strip(),
-    "answer": row["short_answer"].strip().replace(",", ""),
+    "question": row["question"].decode("utf-8").strip(),
+    "solution": re.sub(r"<<.*?>>", "", row["annotation"].decode("utf-8")).strip(),
+    "answer": _answer(row),
   }
+
+
+def _answer(row: PreparedRow) -> str:
+  return row["short_answer"].decode("utf-8").strip().replace(",", "")
+
+
+def _check_answers(split: str, source: Sequence[PreparedRow], graders: Sequence[str]) -> None:
+  """Lets the built-in graders read every answer; ValueError if one of them cannot."""
+  for i in range(len(source)) if graders else ():
+    row = source[i]
+    where = f"gsm8k, {split} problem {row['question'].decode()!r:.80}"
+    check_answer(graders, _answer(row), where)
 
 
 def _short_problems(source: Sequence[PreparedRow], order: Sequence[int], count: int) -> list[int]:

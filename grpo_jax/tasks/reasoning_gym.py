@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from grpo_jax import extras
 from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 from grpo_jax.tasks.rewards import foreign
+from grpo_jax.tasks.rewards.answers import final, number, plain
 
 FORMATS = ("completion", "chat")
 REWARDS = ("exact", "score")
@@ -127,14 +128,17 @@ def reasoning_gym_task(
 
 
 def extract_number(reply: str) -> str:
-  """Returns the last number after the last "=" of a reply, "" if there is none.
+  """Returns the last number after the last "=" of a reply, "" if it does not stand alone.
+
+  `numerals.number` says what stands alone.
 
   Example:
     >>> extract_number("5 - 9 is negative: 5 - 9 = -4."), extract_number("I counted 1,234 of them")
     ('-4', '1,234')
   """
-  numbers = NUMBER.findall(reply.replace("−", "-").rpartition("=")[2])
-  return numbers[-1] if numbers else ""
+  text = (final(reply) or reply).rpartition("=")[2]
+  numbers, value = NUMBER.findall(plain(text)), number(text)
+  return numbers[-1] if numbers and value == Fraction(numbers[-1].replace(",", "")) else ""
 
 
 def line_answer(completion: str) -> str | None:

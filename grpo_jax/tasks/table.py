@@ -26,10 +26,12 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.tasks import hub
-from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
+from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 from grpo_jax.tasks.files import Row, Rows, find_files, open_rows
 from grpo_jax.tasks.indexed import Indexed
+from grpo_jax.tasks.rewards.golds import check_answer, graders_of
 from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
+from grpo_jax.tasks.rewards.scoring import RESERVED
 
 # Share of the problems that is held out where no data for the evaluation are named.
 EVAL_FRACTION = 0.1
@@ -56,7 +58,8 @@ def table_task(
 ) -> Task:
   """Builds a task from data and one or more reward functions.
 
-  Every row is checked once, here. Afterwards a row is read when its example is accessed.
+  Every row is checked once, here, and built-in graders read its answer. Afterwards a row is read
+  when its example is accessed.
 
   Args:
     path: a file: Parquet if it ends in .parquet or .pq, CSV with a line of names if it ends in .csv
@@ -121,9 +124,7 @@ def table_task(
 
   def read(files: list[str]) -> tuple[_Rows, list[bytes]]:
     rows = _Rows(open_rows(files), prompt, key, names)
-    digests, columns = _scan(rows, seed)
-    check_columns({**functions, "accuracy": accuracy_function}, columns, _named(files))
-    return rows, digests
+    return rows, _scan(rows, seed, {**functions, "accuracy": accuracy_function}, _named(files))
 
   files = _files(path, split, subset, revision)
   rows, digests = read(files)
@@ -226,11 +227,12 @@ class _Rows:
       if new in columns:
         raise ValueError(f"{where}: rename={dict(self.rename)} gives two columns the same name")
       columns[new] = value
-    for name in ("prompts", "completions"):
+    for name in RESERVED:
       if name in columns:
         raise ValueError(
-          f"{where}: a column must not be called {name!r}: reward functions use that name. Set "
-          "`prompt` if it is the prompt, or `rename` it"
+          f"{where}: a column must not be called {name!r}: reward functions are called with an "
+          f"argument of that name. Rename it: rename={{{name!r}: 'data_{name}'}}"
+          + (", or set `prompt` if it is the prompt" if name == "prompts" else "")
         )
     return columns
 
@@ -259,13 +261,19 @@ def _pick(row: Row, path: str, kind: str, where: str) -> Any:
   return value
 
 
-def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
-  """Checks all rows and returns a digest of each key, and the names of the columns."""
+def _scan(
+  rows: _Rows, seed: int, functions: Mapping[str, RewardFunction], source: str
+) -> list[bytes]:
+  """Checks all rows, and that `functions` can read them; returns a digest of each key."""
   digests: list[bytes] = []
   names: set[str] = set()
+  graders = graders_of(functions.values())
+  answer_column = next((old for old, new in rows.rename.items() if new == "answer"), "answer")
   for i in range(len(rows.source)):
     example = rows.example(i)
-    names = names if i else set(example.columns)
+    if not i:
+      names = set(example.columns)
+      check_columns(functions, names, source)
     if set(example.columns) != names:
       differing = ", ".join(sorted(set(example.columns) ^ names))
       first, here = (rows.source.where(n).rpartition(", ") for n in (0, i))
@@ -274,8 +282,9 @@ def _scan(rows: _Rows, seed: int) -> tuple[list[bytes], set[str]]:
         f"{rows.source.where(i)}: does not have the columns of {first}; they differ in: "
         f"{differing}. Give every line the same columns (null where there is no value)"
       )
+    check_answer(graders, example.columns.get("answer"), rows.source.where(i), answer_column)
     digests.append(hashlib.sha256(f"{seed}\n{example.key}".encode()).digest())
-  return digests, names
+  return digests
 
 
 def _checked_prompt(row: Row, column: str, where: str) -> Prompt:

@@ -157,10 +157,26 @@ def test_rows_are_read_on_access_only(monkeypatch):
       return {name: value.encode() for name, value in text.items()}
 
   monkeypatch.setattr(gsm8k, "prepared", lambda *_: (Rows(10**4), Rows(10)))
-  task = make_task("gsm8k", eval_size=3)
+  task = make_task("gsm8k", eval_size=3, reward=lambda completions, **columns: [0.0])
   assert (len(task.splits["train"]), len(task.splits["eval"]), read) == (10**4, 3, [])
   assert task.splits["train"][77].columns["answer"] == "77"
   assert read == [77]
+  read.clear()
+  make_task("gsm8k", eval_size=3)
+  assert read == [*range(10**4), *range(10)]  # a built-in grader reads each answer once
+
+
+def test_an_answer_that_is_no_number_is_an_error_at_the_start(tmp_path):
+  lines = [{"question": f"{i} + 1?", "answer": f"Add.\n#### {i + 1}"} for i in range(3)]
+  for split, bad in (("train", None), ("test", "#### twelve")):
+    rows = [dict(row, question=f"{split} {row['question']}") for row in lines]
+    rows[1]["answer"] = bad or rows[1]["answer"]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"{split}.jsonl").write_text(text)
+  settings = {"data_dir": str(tmp_path / "prepared"), "jsonl": str(tmp_path)}
+  with pytest.raises(ValueError, match=r"test problem 'test 1 .*'twelve'.*'exact' or 'math'"):
+    make_task("gsm8k", **settings)
+  make_task("gsm8k", **settings, reward="exact")
 
 
 def test_chat_prompts(data_dir):

@@ -7,32 +7,23 @@ one 0.0. How answers are extracted and read is in `answers.py`.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import numbers
-import re
-import signal
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any
 
-from grpo_jax import extras
 from grpo_jax.tasks.base import RewardFunction, check_settings, unknown_name
-from grpo_jax.tasks.rewards.answers import extract, final, normalize, number, plain
+from grpo_jax.tasks.rewards.answers import extract, final, normalize, number
+from grpo_jax.tasks.rewards.golds import Gold, canonical, is_missing, read
+from grpo_jax.tasks.rewards.mathematics import require_math_verify, same_mathematics
 
 __all__ = ["ANSWERS", "GRADERS", "MAKERS", "extract", "make_grader", "normalize", "number"]
-
-MATH_SECONDS = 4  # time limit in seconds for parsing and comparing two answers
-MATH_LENGTH = 500  # characters; a longer answer counts as wrong
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-# A correct answer as the data has it: text, a number, or None if the grader does not apply.
-Gold: TypeAlias = str | numbers.Real | None
 
 
 def exact(completions: Sequence[str], answer: Sequence[Gold], **columns: Any) -> list[float | None]:
   """Returns 1.0 where the final answer equals `answer` up to case, spacing and a final full stop.
+
+  A whole number with decimals in the data, as in a column with gaps, is also the integer.
 
   Example:
     >>> exact(["<answer>New  York.</answer>", "new york", "York"], ["New York"] * 3)
@@ -40,8 +31,9 @@ def exact(completions: Sequence[str], answer: Sequence[Gold], **columns: Any) ->
   """
 
   def is_correct(completion: str, gold: Gold) -> bool:
+    texts = read("exact", gold)
     text = final(completion)
-    return text is not None and _canonical_text(text) == _canonical_text(str(gold))
+    return text is not None and canonical(text) in texts
 
   return _grade_each(is_correct, completions, answer)
 
@@ -75,7 +67,7 @@ def numeric_within(tolerance: float) -> RewardFunction:
     raise ValueError(f"tolerance is {tolerance}: it must be a finite number of at least 0")
 
   def is_correct(completion: str, gold: Gold) -> bool:
-    expected = _gold_number(gold)
+    expected = read("numeric", gold)
     value = number(final(completion) or "")
     return value is not None and abs(value - expected) <= Fraction(tolerance) * abs(expected)
 
@@ -84,6 +76,7 @@ def numeric_within(tolerance: float) -> RewardFunction:
   ) -> list[float | None]:
     return _grade_each(is_correct, completions, answer)
 
+  numeric.grader = "numeric"
   return numeric
 
 
@@ -94,8 +87,8 @@ def math_equal(
 
   `answer` is LaTeX, text or a number, and may be a whole solution with a marked answer. If it is
   one number, an answer in words is graded by its last number. Everything else is compared by
-  math-verify. The comparison has a time limit of its own in the main thread only; in other threads
-  the time limit of the reward workers applies.
+  math-verify; `mathematics.py` says how numbers are compared, and what bounds the time. In other
+  threads than the main one, only the time limit of the reward workers applies.
 
   Raises:
     ImportError: math-verify is not installed.
@@ -104,8 +97,10 @@ def math_equal(
     >>> math_equal([r"\boxed{\frac{1}{2}}", r"\boxed{2}"], ["0.5", "0.5"])
     [1.0, 0.0]
   """
-  _require_math_verify()
-  return _grade_each(_is_same_mathematics, completions, answer)
+  require_math_verify()
+  expected = [None if is_missing(gold) else read("math", gold) for gold in answer]
+  verdicts = same_mathematics(expected, [extract(completion) for completion in completions])
+  return [None if gold is None else float(v) for gold, v in zip(expected, verdicts)]
 
 
 def think_answer(completions: Sequence[str], **columns: Any) -> list[float | None]:
@@ -218,9 +213,7 @@ MAKERS: dict[str, Callable[..., RewardFunction]] = {
 }
 # Name of a grader -> its answer extraction for majority votes (`Task.answer`); None = no answer.
 ANSWERS: dict[str, Callable[[str], Hashable | None]] = {
-  "exact": lambda completion: (
-    None if (text := final(completion)) is None else _canonical_text(text)
-  ),
+  "exact": lambda completion: None if (text := final(completion)) is None else canonical(text),
   "numeric": lambda completion: number(final(completion) or ""),
   "math": lambda completion: None if (text := extract(completion)) is None else normalize(text),
 }
@@ -241,7 +234,7 @@ def make_grader(name: str, **settings: Any) -> RewardFunction:
   if name not in GRADERS and name not in MAKERS:
     raise unknown_name("grader", name, {**GRADERS, **MAKERS})
   if name == "math":
-    _require_math_verify()
+    require_math_verify()
   if name in GRADERS and not settings:
     return GRADERS[name]
   maker = MAKERS.get(name, lambda: GRADERS[name])
@@ -256,90 +249,10 @@ def _grade_each(
   is_correct: Callable[[str, Gold], bool], completions: Sequence[str], answers: Sequence[Gold]
 ) -> list[float | None]:
   return [
-    None if gold is None else float(is_correct(text, gold))
+    None if is_missing(gold) else float(is_correct(text, gold))
     for text, gold in zip(completions, answers)
   ]
 
 
-def _canonical_text(answer: str) -> str:
-  return plain(answer).strip().removesuffix(".").strip().casefold()
-
-
-def _gold_number(gold: Gold) -> Fraction:
-  """Returns a correct answer as an exact number; ValueError if it is not a number."""
-  if isinstance(gold, str):
-    value = normalize(final(gold) or "")
-  elif isinstance(gold, numbers.Real) and math.isfinite(gold):
-    value = Fraction(str(gold))  # as its decimals are written: 0.1 is 1/10
-  else:
-    value = None
-  if not isinstance(value, Fraction):
-    raise ValueError(
-      f"the column `answer` holds {gold!r:.200}, which is not a number: use the grader 'math' or "
-      "'exact' for such answers"
-    )
-  return value
-
-
-def _is_same_mathematics(completion: str, gold: Gold) -> bool:
-  answer = extract(completion)
-  if answer is None or len(answer) > MATH_LENGTH:
-    return False
-  expected = str(gold) if extract(str(gold)) is None else extract(str(gold))
-  expected_value = normalize(expected)
-  if expected_value == normalize(answer):
-    return True
-  if isinstance(expected_value, Fraction) and WORD.search(plain(answer)):
-    return number(answer) == expected_value
-  return _verify(expected, answer)
-
-
-def _verify(expected: str, answer: str) -> bool:
-  """Returns whether math-verify finds two answers equal, within `MATH_SECONDS`."""
-  from math_verify import parse, verify
-
-  def equal() -> bool:
-    boxed = [f"\\boxed{{{text}}}" for text in (expected, answer)]
-    return bool(verify(*(parse(b, parsing_timeout=None) for b in boxed), timeout_seconds=None))
-
-  in_main = threading.current_thread() is threading.main_thread()
-  return (
-    _with_time_limit(equal, MATH_SECONDS) if in_main and hasattr(signal, "setitimer") else equal()
-  )
-
-
-class _TimeUp(BaseException):
-  """The time limit of a comparison has passed."""
-
-
-def _with_time_limit(equal: Callable[[], bool], seconds: float) -> bool:
-  """Returns `equal()`, or False if it takes longer than `seconds`.
-
-  The alarm repeats until `equal` ends. math-verify's own alarm rings once, and sympy, which catches
-  exceptions of all kinds, may then run forever.
-  """
-  running = True
-
-  def ring(*_: object) -> None:
-    if running:
-      raise _TimeUp
-
-  before = signal.signal(signal.SIGALRM, ring)
-  signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
-  try:
-    try:
-      return equal()
-    finally:
-      running = False
-  except _TimeUp:
-    return False
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@functools.cache
-def _require_math_verify() -> None:
-  extras.require("tasks", "the grader 'math'", "math_verify")
-  # It logs each answer that takes too long; Python would print that if there were no handler.
-  logging.getLogger("math_verify").addHandler(logging.NullHandler())
+# How the answers of a file are checked: `golds.check_answers` reads them as these graders do.
+exact.grader, numeric.grader, math_equal.grader = "exact", "numeric", "math"

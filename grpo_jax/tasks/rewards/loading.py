@@ -177,7 +177,7 @@ class ExactlyOne:
     """The signature of `function`, so that both require the same columns."""
     return inspect.signature(self.function)
 
-  def __call__(self, **columns: Any) -> list[float] | Awaitable[list[float]]:
+  def __call__(self, /, **columns: Any) -> list[float] | Awaitable[list[float]]:
     values = self.function(**columns)
     if not inspect.isawaitable(values):
       return [float(value == 1) for value in values]

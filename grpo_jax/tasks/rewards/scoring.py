@@ -17,6 +17,10 @@ from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Rewards
 
 # The column with the completions' lengths in tokens. A function gets it only if it names it.
 LENGTHS = "completion_lengths"
+# Names that reward functions are called with: a column of a task must have another one.
+RESERVED = (
+  "prompts", "completions", LENGTHS, "completion_ids", "trainer_state", "log_extra", "log_metric",
+)  # fmt: skip
 # Keyword arguments of a reward function: name -> one value per completion.
 Arguments: TypeAlias = Mapping[str, list[Any]]
 Result: TypeAlias = Sequence[float | None]
@@ -129,7 +133,7 @@ def check_batch(
   if lengths is not None and [len(row) for row in lengths] != [len(row) for row in completions]:
     raise ValueError("lengths must hold one number of tokens for each completion")
   for name, values in columns.items():
-    if name in ("prompts", "completions", LENGTHS):
+    if name in RESERVED:
       raise ValueError(f"a column must not be called {name!r}: reward functions use that name")
     if len(values) != len(prompts):
       raise ValueError(f"column {name!r} has {len(values)} values for {len(prompts)} prompts")

@@ -145,6 +145,8 @@ def score_task(
 ) -> tuple[dict[str, Float[np.ndarray, "P G"]], Float[np.ndarray, "P G"]]:
   """Returns (rewards by name, accuracy), each [P, G].
 
+  If the accuracy judges by one of the rewards, as by default, that function is called once.
+
   Args:
     task: the task.
     rewards: whether to compute the rewards; if not, the first result is empty.
@@ -158,7 +160,17 @@ def score_task(
   """
   batch = (prompts, completions, columns, lengths)
   values = score(task.rewards, *batch)[1] if rewards else {}
+  name = _judging_reward(task)
+  if name in values:
+    is_reward = task.rewards[name][0] is task.accuracy
+    return values, values[name] if is_reward else (values[name] == 1).astype(np.float64)
   return values, score({"accuracy": (task.accuracy, 1.0)}, *batch)[1]["accuracy"]
+
+
+def _judging_reward(task: Task) -> str | None:
+  """Returns the name of the reward that the accuracy is, or that `ExactlyOne` judges by."""
+  judge = getattr(task.accuracy, "function", task.accuracy)
+  return next((name for name, (f, _) in task.rewards.items() if f is judge), None)
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
@@ -187,4 +199,10 @@ def _with_announcements(task: Task, announce: Callable[[str], None]) -> Task:
     name: (announcing(f"reward function {name!r}", function), weight)
     for name, (function, weight) in task.rewards.items()
   }
-  return replace(task, rewards=rewards, accuracy=announcing("the accuracy", task.accuracy))
+  name = _judging_reward(task)
+  if name is None:
+    return replace(task, rewards=rewards, accuracy=announcing("the accuracy", task.accuracy))
+  accuracy = rewards[name][0]
+  if task.rewards[name][0] is not task.accuracy:
+    accuracy = replace(task.accuracy, function=accuracy)
+  return replace(task, rewards=rewards, accuracy=accuracy)

@@ -105,7 +105,8 @@ HOSTILE = [
   "\\boxed{", "\\boxed {}", "\\boxed ", "{", "}", "\\", "\\{", "<answer>", "</answer>", "<think>",
   "<answer></answer>", "#### ", "#", " ", "\n", "1", "123,", "1,", "1.", "1 ", "1/", "1e", "-",
   "$ ", "\\frac{1", "\\frac", "\\text{", "^\\circ", "^{", "a", "a-", "1 2/", "= ", "! ", "~", "\\ ",
-  "\\\\", "a\u0301\u0323", "1\\,", "<", "\\sqrt{", "*", "* ", "x^",
+  "\\\\", "a\u0301\u0323", "\u0301\u0323", "½", "³", "①", "１", "10^", "1\u2009", "(", "(5",
+  "1 or ",  "\u200b", "1\n", "10³", "1!", "minus ", "1\\,", "<", "\\sqrt{", "*", "* ", "x^",
 ]  # fmt: skip
 
 
@@ -127,9 +128,9 @@ def test_plain_removes_formatting(text, expected):
 
 
 def test_hostile_text_takes_linear_time():
-  """50,000 characters take hundredths of a second. Quadratic time would be many seconds."""
+  """20,000 characters take hundredths of a second. Quadratic time would be seconds."""
   for unit in HOSTILE:
-    text = (unit * 50_000)[:50_000]
+    text = (unit * 20_000)[:20_000]
     for completion in (f"5 {text}!", f"\\boxed{{<answer>{text}</answer>"):
       start = time.process_time()
       extract(completion)

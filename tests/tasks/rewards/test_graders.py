@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from grpo_jax.tasks import RewardError, score
+from grpo_jax.tasks.rewards.golds import MAX_MATH_LENGTH as MATH_LENGTH
 from grpo_jax.tasks.rewards.graders import (
   ANSWERS,
   GRADERS,
-  MATH_LENGTH,
-  _with_time_limit,
   make_grader,
 )
+from grpo_jax.tasks.rewards.mathematics import _within
 from tests.tasks.rewards.test_answers import HOSTILE
 
 # (answer of the completion, correct answer, verdict)
@@ -125,8 +125,8 @@ def test_correct_answers_of_any_type():
   assert GRADERS["numeric"](completions=["0.1"], answer=[0.1]) == [1.0]
   assert verdict("math", "\\boxed{18}", "so \\boxed{18}") == 1.0
   assert verdict("math", "\\boxed{18}", 18) == 1.0
-  for bad in ("eighteen", "3 or 4", "\\pi/2", float("nan"), [1]):
-    with pytest.raises(RewardError, match="which is not a number: use the grader 'math'"):
+  for bad in ("eighteen", "3 or 4", "\\pi/2", True):
+    with pytest.raises(RewardError, match=r"number.* The grader 'exact' or 'math' reads this one"):
       score({"n": (GRADERS["numeric"], 1.0)}, ["p"], [["18"]], {"answer": [bad]})
 
 
@@ -186,7 +186,7 @@ def test_math_works_in_any_thread():
 
 
 def test_math_has_a_time_limit_in_the_main_thread(monkeypatch):
-  monkeypatch.setattr("grpo_jax.tasks.rewards.graders.MATH_SECONDS", 1)
+  monkeypatch.setattr("grpo_jax.tasks.rewards.mathematics.MAX_SECONDS", 1)
   start = time.monotonic()
   assert verdict("math", "\\boxed{\\sum_{i=1}^{1000000000} i^{7.5}}", "5") == 0.0
   assert time.monotonic() - start < 5
@@ -206,17 +206,17 @@ def test_the_alarm_repeats_while_its_exception_is_swallowed():
       time.sleep(0.01)
 
   before = signal.getsignal(signal.SIGALRM)
-  assert not _with_time_limit(swallow, 0.1)
+  assert not _within(swallow, 0.1)
   assert len(swallowed) == 3
   assert signal.getsignal(signal.SIGALRM) is before
   assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-  assert _with_time_limit(lambda: True, 1.0)
+  assert _within(lambda: True, 1.0) is True
 
 
 def test_a_missing_math_verify_is_named(monkeypatch):
-  from grpo_jax.tasks.rewards import graders
+  from grpo_jax.tasks.rewards import mathematics
 
-  graders._require_math_verify.cache_clear()
+  mathematics.require_math_verify.cache_clear()
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ImportError, match=r"needs math_verify: pip install 'grpo_jax\[tasks\]'"):
     make_grader("math")
