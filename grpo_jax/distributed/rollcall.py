@@ -121,6 +121,8 @@ def _listen(port: int) -> socket.socket:
   host = ""
   if bind := os.environ.get(BIND):
     host, _, own_port = bind.rpartition(":")
+    if not own_port.isdigit():
+      raise ClusterError(f"{BIND} is {bind!r}: it must be HOST:PORT")
     host, port = host.strip("[]"), int(own_port)
   both = host in ("", "::") and socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
