@@ -20,7 +20,6 @@ SETTINGS = {
 def use() -> contextlib.AbstractContextManager[None]:
   """Returns a context in which figures are made and drawn with this look."""
   import matplotlib as mpl
-  from cycler import cycler
 
-  colors = cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, GREY])
+  colors = mpl.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, GREY])
   return mpl.rc_context({**SETTINGS, "axes.prop_cycle": colors, "legend.frameon": False})
