@@ -30,6 +30,7 @@ from grpo_jax.learning.optimizer import learning_rate_schedule, make_optimizer
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.run import style
 from grpo_jax.sampling import generate as generation
 
 GIB = 2**30
@@ -197,26 +198,24 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     path: PNG file to write.
     title: title of the figure.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
+  from matplotlib.figure import Figure
   from matplotlib.ticker import LogLocator, StrMethodFormatter
 
   names = list(dict.fromkeys(row["axis"] for row in rows))
-  figure, panels = plt.subplots(2, len(names), figsize=(3 * len(names), 6), squeeze=False)
+  figure = Figure(figsize=(3 * len(names), 6), layout="constrained")
+  panels = figure.subplots(2, len(names), squeeze=False)
   labels = {"": "each prompt once", "plain_": "one row per completion"}
   for column, name in enumerate(names):
     points = [row for row in rows if row["axis"] == name]
     x = [row["value"] for row in points]
-    for prefix, color in (("", "C0"), ("plain_", "C1")):
+    for prefix, color in (("", style.BLUE), ("plain_", style.ORANGE)):
       top, bottom = panels[0, column], panels[1, column]
       seconds = [row[f"{prefix}update_seconds"] for row in points]
       top.plot(x, seconds, "o", color=color, label=labels[prefix])
       formula = "P(N + G·T)" if prefix == "" else "P·G(N + T)"
       predicted = [row[f"{prefix}predicted_seconds"] for row in points]
       top.plot(x, predicted, "-" if prefix == "" else "--", color=color, label=f"model, {formula}")
-      bottom.plot(x, [row[f"{prefix}update_gib"] for row in points], "o-", color=color)
+      bottom.plot(x, [row[f"{prefix}update_gib"] for row in points], "o", color=color)
     for panel in (top, bottom):
       panel.set(xscale="log", yscale="log", xlabel=name)
       panel.set_xticks(x, [str(value) for value in x])
@@ -226,11 +225,10 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
   panels[0, 0].set_ylabel("update, seconds")
   panels[1, 0].set_ylabel("temporary memory, GiB")
   handles, texts = panels[0, 0].get_legend_handles_labels()
-  figure.legend(handles, texts, loc="lower center", ncols=len(texts), fontsize="small")
+  figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), fontsize="small")
   figure.suptitle(title, fontsize="small")
-  figure.tight_layout(rect=(0, 0.05, 1, 1))
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
+  figure.savefig(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,9 +255,9 @@ def main(argv: list[str] | None = None) -> None:
   if a.figure:
     sizes = ", ".join(f"{name}={value}" for name, value in base._asdict().items())
     layers, width = (rows[0][name] for name in ("layers", "width"))
-    draw(
-      rows, a.figure, f"{sizes} where not varied; {layers} layers of hidden size {width}; float32"
-    )
+    title = f"{sizes} where not varied; {layers} layers of hidden size {width}; float32"
+    with style.use():
+      draw(rows, a.figure, title)
 
 
 def measure_axes(base: Shape, a: argparse.Namespace) -> list[dict[str, Any]]:

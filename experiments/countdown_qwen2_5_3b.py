@@ -28,7 +28,7 @@ def get_config():
   c.algorithm.name = "grpo"
   c.algorithm.beta = 0.001
   c.optimizer.learning_rate = 1e-6
-  c.train.micro_batches = 4
+  c.train.micro_batch_tokens = 4_500  # one prompt and its 4 completions on a device at a time
   c.eval.every = 100
   c.checkpoint.every = 100
   return c

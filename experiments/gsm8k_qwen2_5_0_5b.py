@@ -33,7 +33,7 @@ def get_config():
   c.algorithm.name = "dapo"
   c.optimizer.learning_rate = 1e-6
   c.optimizer.warmup_steps = 10
-  c.train.micro_batches = 4
+  c.train.micro_batch_tokens = 9_000  # one prompt and its 8 completions on a device at a time
   c.eval.every = 50
   c.eval.batch_prompts = 64
   return c

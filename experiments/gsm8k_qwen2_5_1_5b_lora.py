@@ -35,7 +35,7 @@ def get_config():
   c.algorithm.beta = 0.001
   c.optimizer.learning_rate = 2e-5
   c.optimizer.warmup_steps = 10
-  c.train.micro_batches = 4
+  c.train.micro_batch_tokens = 4_500  # one prompt and its 8 completions on a device at a time
   c.eval.every = 50
   c.eval.batch_prompts = 64
   return c

@@ -1,6 +1,6 @@
 """Trains Qwen3-0.6B on GSM8K with sequence-level ratios (GSPO) and two updates per rollout.
 
-Hardware  one GPU of 80 GB, or a v5e-8 (with --config.mesh.fsdp=8)
+Hardware  one GPU of 80 GB, or a v5e-8 (with --config.mesh.fsdp=8), or a v5e-16
 Time      not measured
 Result    not run at full size; the tests load it and run one step with a tiny model
 Target    greedy accuracy of at least 0.71 on the test problems after 60 steps, as the end-to-end
@@ -31,7 +31,7 @@ def get_config():
   c.optimizer.learning_rate = 1e-6
   c.optimizer.warmup_steps = 5
   c.train.mini_batches = 2
-  c.train.micro_batches = 4
+  c.train.micro_batch_tokens = 17_000  # one prompt and its 8 completions on a device at a time
   c.eval.every = 20
   c.eval.batch_prompts = 64
   return c

@@ -486,9 +486,22 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
     return [
       f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
       f"train.mini_batches={c.train.mini_batches} x train.micro_batches={c.train.micro_batches} "
-      f"parts over mesh data={data} x fsdp={fsdp}"
+      f"parts over mesh data={data} x fsdp={fsdp}; {_changes_that_divide(c, data * fsdp)}"
     ]
   return []
+
+
+def _changes_that_divide(c: ConfigDict, prompt_shards: int) -> str:
+  """Returns the changes of a single number, each of which makes the prompts divide evenly."""
+  prompts, micro = c.rollout.prompts_per_step, max(c.train.micro_batches, 1)
+  rows = prompt_shards * max(c.train.mini_batches, 1)  # prompts of one micro-batch, at least
+  changes = [
+    f"--config.rollout.prompts_per_step={math.ceil(prompts / (rows * micro)) * rows * micro}"
+  ]
+  if prompts % rows == 0:
+    fewer = max(n for n in range(1, micro) if prompts // rows % n == 0)
+    changes.insert(0, f"--config.train.micro_batches={fewer} (which changes no result)")
+  return f"set {' or '.join(changes)}"
 
 
 def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
@@ -521,7 +534,8 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
   if c.rollout.prompts_per_step % unit:
     problems.append(
       f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
-      f"train.chunks={chunks} in each of train.mini_batches={c.train.mini_batches}"
+      f"train.chunks={chunks} in each of train.mini_batches={c.train.mini_batches}; set "
+      f"--config.rollout.prompts_per_step={math.ceil(c.rollout.prompts_per_step / unit) * unit}"
     )
   return problems
 

@@ -54,6 +54,9 @@ class RolloutConfig:
       no tokens in the loss (DAPO's overlong filtering, section 3.4).
     pad_prompts_to_multiple: the batch holds a multiple of this many prompts; fewer sizes mean fewer
       compilations of the update.
+
+  Raises:
+    ValueError: the group size is below 1, or 1 with a built-in advantage, which would be 0.
   """
 
   group_size: int
@@ -63,6 +66,15 @@ class RolloutConfig:
   max_resamples: int = 0
   mask_truncated: bool = False
   pad_prompts_to_multiple: int = 1
+
+  def __post_init__(self) -> None:
+    least = 2 if isinstance(self.row.advantage, str) else 1
+    if self.group_size < least:
+      raise ValueError(
+        f"group_size is {self.group_size}, it must be at least {least}: an advantage compares the "
+        "completions of a prompt with each other. For groups of one, give the algorithm a function "
+        "as its advantage"
+      )
 
   @property
   def row(self) -> Algorithm:

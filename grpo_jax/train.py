@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     with hosts.session(config.hosts.heartbeat, config.hosts.wait):
       results = run(config, arguments.workdir, experiment=arguments.config, accept=arguments.accept)
       first = hosts.is_first()
-  except (configs.ConfigError, workdirs.WorkdirError) as error:
+  except (configs.ConfigError, workdirs.WorkdirError, cluster.ClusterError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except hosts.HostError as error:

@@ -126,6 +126,28 @@ def test_each_wrong_number_is_one_problem(field, value, words):
   assert check(default_config(), device_count=8) == []
 
 
+@pytest.mark.parametrize(
+  ("prompts", "mini", "micro", "devices", "words"),
+  [
+    # 32 prompts over 16 devices in 2 updates: one prompt a device, nothing left to cut.
+    (32, 2, 4, 16, "train.micro_batches=1 (which changes no result) or "
+     "--config.rollout.prompts_per_step=128"),
+    (24, 1, 4, 4, "train.micro_batches=3 (which changes no result) or "
+     "--config.rollout.prompts_per_step=32"),
+    (20, 1, 1, 16, "set --config.rollout.prompts_per_step=32"),
+    (17, 1, 2, 4, "set --config.rollout.prompts_per_step=24"),
+  ],
+)  # fmt: skip
+def test_prompts_that_do_not_divide_name_the_number_to_change(prompts, mini, micro, devices, words):
+  c = default_config()
+  c.rollout.prompts_per_step, c.train.mini_batches, c.train.micro_batches = prompts, mini, micro
+  (problem,) = check(c, devices)
+  assert problem.endswith(words)
+  for change in re.findall(r"--config\.(\S+)", problem):
+    other = override(c.copy_and_resolve_references(), [f"--config.{change}"])
+    assert check(other, devices) == []
+
+
 def test_mesh_shape_fills_the_rest():
   c = default_config().mesh
   assert mesh_shape(c, 8) == (8, 1, 1)

@@ -171,6 +171,14 @@ def halves(prompts, completions, **columns):
   return [[(min(3, len(c)), float(len(c))), (len(c), -1.0)][: len(c) > 3 or 1] for c in completions]
 
 
+def test_groups_of_one_are_refused_before_anything_is_sampled():
+  for size in (1, 0, -3):
+    with pytest.raises(ValueError, match=f"group_size is {size}, it must be at least 2"):
+      rollout.RolloutConfig(group_size=size)
+  row = dataclasses.replace(ALGORITHMS["dapo"], advantage=lambda rewards: rewards)
+  assert rollout.RolloutConfig(group_size=1, algorithm=row).group_size == 1
+
+
 def test_steps_are_rewarded_on_their_tokens(params):
   """Group statistics over all steps by hand; a token gets the steps that end at or after it."""
   task = dataclasses.replace(TASK, step_rewards=halves)

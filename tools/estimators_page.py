@@ -75,7 +75,7 @@ REGION_MEANING = {
   "clip 0.2 / 0.2 (PPO, GRPO)": "drops tokens outside the bounds",
   "clip 0.2 / 0.28 (DAPO)": "fewer tokens with a rising probability are dropped",
   "dual clip 3": "also drops tokens with a negative advantage and a ratio above 3",
-  "CISPO 0 to 5": "drops nothing: no ratio here exceeds 5",
+  "CISPO 0 to 5": "bounds nothing: no ratio here exceeds 5",
   "CISPO 0.8 to 1.2": "bounds near 1: almost the same as no ratio",
   "SAPO 1 / 1.05": "a smooth gate on both sides of 1",
   "DPPO-TV 0.15": "drops by change in probability, so rare tokens keep their ratio",
@@ -160,8 +160,8 @@ def region_section() -> str:
       row += [*cells(case), f"{100 * share:.1f} %"]
     rows.append([*row, meaning])
   near, far = (f"{d:g}" for d in cases.DISTANCES)
-  header = f"at distance {near}: scale | cosine | bias | stopped | at {far}: scale | cosine | bias"
-  return table(f"trust region | {header} | stopped | meaning", rows)
+  header = f"at distance {near}: scale | cosine | bias | bounded | at {far}: scale | cosine | bias"
+  return table(f"trust region | {header} | bounded | meaning", rows)
 
 
 def correction_section() -> str:
@@ -268,8 +268,8 @@ depend on the reference and points away from the gradient of the KL.
 ## Trust regions, on completions of an older policy
 
 `leave_one_out`, `constant`, groups of {cases.FEW}. The completions come from a policy at one
-of two distances, with token ratios of {facts["near"]} and {facts["far"]}. "Stopped" is the
-fraction of tokens whose ratio has left the region in the direction of their advantage.
+of two distances, with token ratios of {facts["near"]} and {facts["far"]}. "Bounded" is the
+fraction of tokens whose gradient a bound changes, `clip_ratio/region_mean`.
 
 {region_section()}
 

@@ -30,9 +30,6 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "logprobs.py: shift = jnp.where(total > 0, top - base, 0.0)": {
     "0.0 -> 1": "scales sums that are still 0; it has to be finite",
   },
-  "trust_regions.py: floor = jnp.where(advantages < 0, clip_dual * advantages, -jnp.inf)": {
-    "advantages < 0 -> advantages <= 0": _AT_ZERO,
-  },
   "trust_regions.py: tau = jnp.where(advantages > 0, tau_positive, tau_negative)": {
     "advantages > 0 -> advantages >= 0": _AT_ZERO,
   },

@@ -7,6 +7,8 @@ Rewards are `[P, G]`: G completions for each of P prompts. These rules hold for 
 - A zero-variance group, one whose scored rewards are all equal, gets exactly 0.0. The smallest
   reward of each group is subtracted first, so equal rewards become exactly 0, and a small standard
   deviation has no rounding noise to amplify. This also keeps precision under large offsets.
+- A group of one is an error: nothing can be compared, so every advantage would be 0. It is usually
+  a batch of shape `[P * G, 1]` instead of `[P, G]`. `allow_groups_of_one=True` accepts it.
 - Arrays in, arrays out, float32 or wider. No advantage carries a gradient to the policy.
 
 `ADVANTAGES` lists them by name, each with the rewards that it needs. An algorithm may also take a
@@ -16,6 +18,7 @@ leave_one_out(rewards)`; one that needs other rewards goes in as an `Advantage`.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +35,24 @@ from grpo_jax.core.checks import (
 )
 
 
-def _rewards(rewards: Array) -> tuple[jax.Array, jax.Array]:
+def _rewards(rewards: Array, allow_groups_of_one: bool) -> tuple[jax.Array, jax.Array]:
   """Returns the rewards, 0 where not scored, and a mask of the scored ones."""
   rewards = as_float("rewards", rewards)
   check_rank("rewards", rewards, 2, "P, G: prompts, completions per prompt")
+  _check_groups("rewards", rewards, rewards.shape[1], allow_groups_of_one)
   scored = jnp.isfinite(rewards)
   return jnp.where(scored, rewards, 0.0), scored
+
+
+def _check_groups(name: str, rewards: jax.Array, size: int, allow_groups_of_one: bool) -> None:
+  """Raises ValueError for groups with one reward, whose advantages would all be 0."""
+  if size == 1 and not allow_groups_of_one:
+    raise ValueError(
+      f"{name} has shape {rewards.shape}: a group of one has nothing to be compared with, so every "
+      "advantage would be 0. Put the G completions of a prompt on the axis of groups, as in "
+      "rewards.reshape(P, G); if groups of one are meant, call the function with "
+      "allow_groups_of_one=True"
+    )
 
 
 def _center(x: jax.Array, where: jax.Array, axis: int | tuple[int, ...] | None) -> jax.Array:
@@ -59,7 +74,11 @@ def _std(
 
 
 def group_normalized(
-  rewards: Float[Array, "P G"], *, eps: float = 1e-4, ddof: int = 1
+  rewards: Float[Array, "P G"],
+  *,
+  eps: float = 1e-4,
+  ddof: int = 1,
+  allow_groups_of_one: bool = False,
 ) -> Float[Array, "P G"]:
   """Returns `A = (r - mean) / (std + eps)` within the group, as GRPO does.
 
@@ -70,13 +89,14 @@ def group_normalized(
     rewards: rewards in reward units; NaN = not scored.
     eps: number added to the standard deviation, in reward units.
     ddof: 1 divides the variance by n - 1, 0 by n.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
 
   References:
     DeepSeekMath, arXiv 2402.03300, section 4.1.2. The paper leaves `eps` and `ddof` open; the
     defaults are those in widest use.
 
   Raises:
-    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`, or G is 1.
 
   Example:
     >>> import jax.numpy as jnp
@@ -84,12 +104,14 @@ def group_normalized(
     [[ 0.8658754 -0.8658754 -0.8658754  0.8658754]
      [ 0.         0.         0.         0.       ]]
   """
-  rewards, scored = _rewards(rewards)
+  rewards, scored = _rewards(rewards, allow_groups_of_one)
   centered = _center(rewards, scored, -1)
   return centered / (_std(centered, scored, -1, ddof) + eps)
 
 
-def group_centered(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+def group_centered(
+  rewards: Float[Array, "P G"], *, allow_groups_of_one: bool = False
+) -> Float[Array, "P G"]:
   """Returns `A = r - mean` within the group, as Dr. GRPO does.
 
   The expected update is the gradient of mean reward times (n - 1) / n, because the mean includes
@@ -97,49 +119,56 @@ def group_centered(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
 
   Args:
     rewards: rewards in reward units; NaN = not scored.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
 
   References:
     Dr. GRPO, arXiv 2503.20783, section 3.
 
   Raises:
-    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`, or G is 1.
 
   Example:
     >>> import jax.numpy as jnp
     >>> print(group_centered(jnp.array([[3.0, 0.0, 0.0, jnp.nan]])))
     [[ 2. -1. -1.  0.]]
   """
-  rewards, scored = _rewards(rewards)
+  rewards, scored = _rewards(rewards, allow_groups_of_one)
   return _center(rewards, scored, -1)
 
 
-def leave_one_out(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+def leave_one_out(
+  rewards: Float[Array, "P G"], *, allow_groups_of_one: bool = False
+) -> Float[Array, "P G"]:
   """Returns `A_i = r_i - mean of the others = (r_i - mean) · n / (n - 1)`, as RLOO does.
 
-  The expected update is the gradient of mean reward. A completion that is alone in its group
-  gets 0.
+  The expected update is the gradient of mean reward. The only scored completion of a group gets 0.
 
   Args:
     rewards: rewards in reward units; NaN = not scored.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
 
   References:
     RLOO, arXiv 2402.14740, eq. 8.
 
   Raises:
-    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`, or G is 1.
 
   Example:
     >>> import jax.numpy as jnp
     >>> print(leave_one_out(jnp.array([[3.0, 0.0, 0.0]])))
     [[ 3.  -1.5 -1.5]]
   """
-  rewards, scored = _rewards(rewards)
+  rewards, scored = _rewards(rewards, allow_groups_of_one)
   count = scored.sum(-1, keepdims=True)
   return _center(rewards, scored, -1) * (count / jnp.maximum(count - 1, 1))
 
 
 def batch_normalized(
-  rewards: Float[Array, "P G"], *, eps: float = 1e-4, ddof: int = 1
+  rewards: Float[Array, "P G"],
+  *,
+  eps: float = 1e-4,
+  ddof: int = 1,
+  allow_groups_of_one: bool = False,
 ) -> Float[Array, "P G"]:
   """Returns `A = (r - group mean) / (std of the batch's rewards + eps)`, as Lite PPO does.
 
@@ -149,12 +178,13 @@ def batch_normalized(
     rewards: rewards in reward units; NaN = not scored.
     eps: number added to the standard deviation, in reward units.
     ddof: 1 divides the variance by n - 1, 0 by n.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
 
   References:
     Lite PPO, arXiv 2508.08221, section 4.
 
   Raises:
-    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`, or G is 1.
 
   Example:
     >>> import jax.numpy as jnp
@@ -162,13 +192,17 @@ def batch_normalized(
     [[ 1. -1.]
      [ 0.  0.]]
   """
-  rewards, scored = _rewards(rewards)
+  rewards, scored = _rewards(rewards, allow_groups_of_one)
   spread = _std(_center(rewards, scored, None), scored, None, ddof)
   return _center(rewards, scored, -1) / (spread + eps)
 
 
 def batch_whitened(
-  rewards: Float[Array, "P G"], *, eps: float = 1e-4, ddof: int = 1
+  rewards: Float[Array, "P G"],
+  *,
+  eps: float = 1e-4,
+  ddof: int = 1,
+  allow_groups_of_one: bool = False,
 ) -> Float[Array, "P G"]:
   """Returns `A = c / (std of c over the batch + eps)` with `c = r - group mean`.
 
@@ -180,12 +214,13 @@ def batch_whitened(
     rewards: rewards in reward units; NaN = not scored.
     eps: number added to the standard deviation, in reward units.
     ddof: 1 divides the variance by n - 1, 0 by n.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
 
   References:
     REINFORCE++-baseline, arXiv 2501.03262, section 3.3.
 
   Raises:
-    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`, or G is 1.
 
   Example:
     >>> import jax.numpy as jnp
@@ -193,12 +228,14 @@ def batch_whitened(
     [[ 1.4142135 -1.4142135]
      [ 0.         0.       ]]
   """
-  rewards, scored = _rewards(rewards)
+  rewards, scored = _rewards(rewards, allow_groups_of_one)
   centered = _center(rewards, scored, -1)
   return centered / (_std(centered, scored, None, ddof) + eps)
 
 
-def max_rl(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+def max_rl(
+  rewards: Float[Array, "P G"], *, allow_groups_of_one: bool = False
+) -> Float[Array, "P G"]:
   """Returns `A = (r - mean) / |mean|` within the group, 0 where the mean is 0, as MaxRL does.
 
   With rewards of 0 and 1, for which it is meant, it follows the gradient of the log success rate,
@@ -207,25 +244,30 @@ def max_rl(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
 
   Args:
     rewards: rewards in reward units, usually 0 and 1; NaN = not scored.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
 
   References:
     MaxRL, arXiv 2602.02710.
 
   Raises:
-    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`, or G is 1.
 
   Example:
     >>> import jax.numpy as jnp
     >>> max_rl(jnp.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])).tolist()
     [[3.0, -1.0, -1.0, -1.0], [0.0, 0.0, 0.0, 0.0]]
   """
-  rewards, scored = _rewards(rewards)
+  rewards, scored = _rewards(rewards, allow_groups_of_one)
   mean = rewards.sum(-1, keepdims=True) / jnp.maximum(scored.sum(-1, keepdims=True), 1)
   return _center(rewards, scored, -1) / jnp.where(mean == 0, jnp.inf, jnp.abs(mean))
 
 
 def multi_objective(
-  rewards: Float[Array, "R P G"], weights: Float[Array, "R"], *, eps: float = 1e-4
+  rewards: Float[Array, "R P G"],
+  weights: Float[Array, "R"],
+  *,
+  eps: float = 1e-4,
+  allow_groups_of_one: bool = False,
 ) -> Float[Array, "P G"]:
   """Returns `A = x / (std(x) + eps)`, `x = sum_k w_k (r_k - mean_k) / (std_k + eps)`, as GDPO does.
 
@@ -238,12 +280,14 @@ def multi_objective(
       completion that no function scored is left out and gets 0.
     weights: weight of each reward function.
     eps: number added to each standard deviation.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
 
   References:
     GDPO, arXiv 2601.05242.
 
   Raises:
-    ValueError: an argument does not hold real numbers, or the shapes are not `[R, P, G]` and `[R]`.
+    ValueError: an argument does not hold real numbers, the shapes are not `[R, P, G]` and `[R]`, or
+      G is 1.
 
   Example:
     >>> import jax.numpy as jnp
@@ -256,7 +300,8 @@ def multi_objective(
   check_rank("rewards", rewards, 3, "R, P, G: reward functions, prompts, completions")
   weights = as_float("weights", weights)
   check_shape("weights", weights, rewards.shape[:1])
-  normalized = jax.vmap(lambda r: group_normalized(r, eps=eps))(rewards)
+  _check_groups("rewards", rewards, rewards.shape[2], allow_groups_of_one)
+  normalized = jax.vmap(partial(group_normalized, eps=eps, allow_groups_of_one=True))(rewards)
   total = jnp.einsum("r,rpg->pg", weights, normalized)
   scored = jnp.isfinite(rewards).any(0)
   return total / (_std(_center(total, scored, None), scored, None, ddof=1) + eps)
@@ -269,6 +314,7 @@ def process_advantages(
   *,
   eps: float = 1e-4,
   ddof: int = 1,
+  allow_groups_of_one: bool = False,
 ) -> Float[Array, "P G T"]:
   """Returns `A[t]`, the sum of the normalized rewards of the steps that end at or after t.
 
@@ -280,12 +326,13 @@ def process_advantages(
     mask: true on completion tokens; the others get 0.
     eps: number added to the standard deviation, in reward units.
     ddof: 1 divides the variance by n - 1, 0 by n.
+    allow_groups_of_one: accept groups of one step (G = S = 1), where every advantage is 0.
 
   References:
     Process supervision of DeepSeekMath, arXiv 2402.03300, section 4.1.3.
 
   Raises:
-    ValueError: a dtype or a shape does not fit.
+    ValueError: a dtype or a shape does not fit, or G and S are 1.
 
   Example:
     >>> import jax.numpy as jnp
@@ -299,8 +346,10 @@ def process_advantages(
   mask = as_mask("mask", mask)
   check_rank("mask", mask, 3, "P, G, T: prompts, completions, tokens")
   check_shape("mask", mask, (*step_rewards.shape[:2], mask.shape[-1]))
-  prompts = step_rewards.shape[0]
-  normalized = group_normalized(step_rewards.reshape(prompts, -1), eps=eps, ddof=ddof)
+  prompts, group, steps = step_rewards.shape
+  _check_groups("step_rewards", step_rewards, group * steps, allow_groups_of_one)
+  rows = step_rewards.reshape(prompts, group * steps)
+  normalized = group_normalized(rows, eps=eps, ddof=ddof, allow_groups_of_one=True)
   normalized = normalized.reshape(step_rewards.shape)
   token = jnp.arange(mask.shape[-1]).reshape(1, 1, -1, 1)
   ends_at_or_after = step_ends[..., None, :] >= token

@@ -62,7 +62,7 @@ class Algorithm:
     kl: estimator of the KL divergence to the reference. A key of `KLS`.
     correction: corrects for a sampler that differs from the trainer. A key of `CORRECTIONS`.
     average: weights of the tokens. A key of `AVERAGES`.
-    beta: coefficient of the KL term, at least 0.
+    beta: coefficient of the KL term, at least 0. The row `grpo` has 0.04, as in its paper.
     clip_low: the lower bound of the ratio is 1 - clip_low.
     clip_high: the upper bound of the ratio is 1 + clip_high.
     clip_dual: largest ratio that counts where the advantage is negative, above 1.
@@ -323,8 +323,8 @@ def advantages(
     One advantage per completion `[P, G]`, or one per token `[P, G, T]`.
 
   Raises:
-    ValueError: a name is unknown, an argument that is needed is None, or a function returns
-      another shape.
+    ValueError: a name is unknown, an argument that is needed is None, a built-in function gets
+      groups of one (its `allow_groups_of_one` accepts them), or a function returns another shape.
 
   Example:
     >>> import jax.numpy as jnp

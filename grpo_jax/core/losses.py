@@ -35,8 +35,11 @@ def grpo_loss(
   binds, and the gradient per token is `-(A - beta (1 - exp(ref_logp - logp)))` times its weight.
   Only `logp` receives gradient. Arguments that are not listed are those of `policy_loss`.
 
+  `policy_loss("grpo", ...)` is the same loss with the paper's `beta` of 0.04. The default here is
+  0: `ref_logp` is optional, and only adds the metric `kl` unless `beta` is given.
+
   Args:
-    beta: coefficient of the KL term. Above 0 it needs `ref_logp`.
+    beta: coefficient of the KL term. Above 0 it needs `ref_logp`; the row `grpo` has 0.04.
     clip_low: the lower bound of the ratio is 1 - clip_low.
     clip_high: the upper bound of the ratio is 1 + clip_high.
     average: `sequence`, `token` or `constant`, see `token_weights`.
@@ -93,7 +96,8 @@ def policy_loss(
   """Returns `loss = sum(weights * -(correction * objective - beta * kl))` of a row, and metrics.
 
   Only `logp` receives gradient. Masked slots of every argument may hold anything, including NaN
-  and infinity.
+  and infinity. The numbers are those of the row: `"grpo"` has a KL term (`beta=0.04`), which
+  `grpo_loss` has only if it is given a `beta`.
 
   Args:
     algorithm: a key of `ALGORITHMS`, or an `Algorithm`.
@@ -113,8 +117,9 @@ def policy_loss(
 
   Returns:
     (loss, metrics), all scalars. Metrics are means over this batch's tokens unless the name says
-    otherwise: `clip_ratio/{low_mean,high_mean,region_mean}`, `ratio/{mean,max}`, and if their
-    arguments are given `kl`, `sampling/sampling_logp_difference/{mean,max}`,
+    otherwise: `clip_ratio/{low_mean,high_mean,region_mean}` (the fraction of tokens whose gradient
+    a lower bound, an upper bound or either changes; see `trust_regions`), `ratio/{mean,max}`, and
+    if their arguments are given `kl`, `sampling/sampling_logp_difference/{mean,max}`,
     `sampling/importance_sampling_ratio/{min,mean,max}`.
 
   Raises:

@@ -5,12 +5,22 @@ and keyword-only settings, which are fields of `Algorithm`. It returns `(objecti
 
 - `objective`: the quantity to maximize, before correction and averaging. Gradient flows to
   `log_ratio` and `logp`.
-- `low`: true where the region binds from below: the ratio is too small and the advantage is
-  negative.
-- `high`: true where it binds from above: the ratio is too large and the advantage is positive.
+- `low`: true where a lower bound keeps the gradient in `logp` from being `ratio * A`.
+- `high`: true where an upper bound does.
 
-`low` and `high` only feed the metrics `clip_ratio/*`. Below, `ratio = exp(log_ratio)`, which
-continues as a straight line above e^20 (`finite_exp`), and `A` is the advantage.
+A bound counts where it is in force, whatever the sign of A: the floor of `dual_clip` and the caps
+of `cispo` and `dppo_tv` bind for negative advantages too. Nothing counts where A is 0, and the
+smooth gate of `sapo` has no bounds. No token is both. The two only feed the metrics `clip_ratio/*`,
+shares of the completion tokens: `low_mean`, `high_mean`, and `region_mean` for either.
+
+- `clip` low: A < 0 and ratio < 1 - clip_low. High: A > 0 and ratio > 1 + clip_high.
+- `dual_clip` low: as `clip`. High: as `clip`, or A < 0 and ratio > clip_dual.
+- `cispo` low: ratio < ratio_min. High: ratio > ratio_max.
+- `dppo_tv` low: A < 0 and the probability fell by more than `divergence`. High: A > 0 and it rose
+  by more than that, or the ratio is above `ratio_max`.
+
+Below, `ratio = exp(log_ratio)`, which continues as a straight line above e^20 (`finite_exp`), and
+`A` is the advantage.
 """
 
 from collections.abc import Callable
@@ -116,14 +126,15 @@ def dual_clip(
     ...   jnp.log(ratio), jnp.log(ratio), jnp.zeros(3), a,
     ...   clip_low=0.25, clip_high=0.25, clip_dual=3.0,
     ... )
-    >>> print(objective, low)
-    [-0.75 -2.   -3.  ] [ True False False]
+    >>> print(objective, low, high)
+    [-0.75 -2.   -3.  ] [ True False False] [False False  True]
   """
   objective, low, high = clip(
     log_ratio, logp, old_logp, advantages, clip_low=clip_low, clip_high=clip_high
   )
-  floor = jnp.where(advantages < 0, clip_dual * advantages, -jnp.inf)
-  return jnp.maximum(objective, floor), low, high
+  # Spelled out for the same reason as in `clip`.
+  floor = (finite_exp(log_ratio) > clip_dual) & (advantages < 0)
+  return jnp.where(floor, clip_dual * advantages, objective), low, high | floor
 
 
 def cispo(
@@ -154,7 +165,7 @@ def cispo(
     [0.5 1.  1.5]
   """
   ratio = jax.lax.stop_gradient(finite_exp(log_ratio))
-  low, high = (ratio < ratio_min) & (advantages < 0), (ratio > ratio_max) & (advantages > 0)
+  low, high = (ratio < ratio_min) & (advantages != 0), (ratio > ratio_max) & (advantages != 0)
   return jnp.clip(ratio, ratio_min, ratio_max) * advantages * logp, low, high
 
 
@@ -226,8 +237,10 @@ def dppo_tv(
   change = jnp.exp(logp) - jnp.exp(old_logp)
   low = (change < -divergence) & (advantages < 0)
   high = (change > divergence) & (advantages > 0)
-  ratio = jnp.minimum(jax.lax.stop_gradient(finite_exp(log_ratio)), ratio_max)
-  return jnp.where(low | high, 0.0, ratio * advantages * logp), low, high
+  ratio = jax.lax.stop_gradient(finite_exp(log_ratio))
+  capped = (ratio > ratio_max) & (advantages != 0) & ~low
+  objective = jnp.where(low | high, 0.0, jnp.minimum(ratio, ratio_max) * advantages * logp)
+  return objective, low, high | capped
 
 
 TRUST_REGIONS: dict[str, Callable] = {

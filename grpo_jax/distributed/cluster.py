@@ -21,6 +21,10 @@ LAUNCHERS = (
 )
 
 
+class ClusterError(ValueError):
+  """Reports that the environment does not say how the processes of a run find each other."""
+
+
 def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
   """Returns the arguments for `jax.distributed.initialize`, or None for a single process.
 
@@ -36,7 +40,7 @@ def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
   GRPO_JAX_CLUSTER=auto there.
 
   Raises:
-    ValueError: the environment is incomplete or contradicts itself.
+    ClusterError: the environment is incomplete or contradicts itself.
 
   Example:
     >>> detect({}) is None
@@ -53,13 +57,13 @@ def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
   count = _integer(environment, launcher[0]) if launcher else 1
   if address := environment.get(ADDRESS):
     if launcher is None or launcher[1] not in environment:
-      raise ValueError(
+      raise ClusterError(
         f"{ADDRESS} is {address!r}, but the number of processes and the index of this one are "
         f"unknown: set {COUNT} and {INDEX}, or start with SLURM or MPI"
       )
     index = _integer(environment, launcher[1])
     if not 0 <= index < count:
-      raise ValueError(
+      raise ClusterError(
         f"{launcher[1]} is {index}: it must be in [0, {count}), as {launcher[0]} is {count}"
       )
     return {
@@ -78,7 +82,7 @@ def detect(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return {"cluster_detection_method": "ompi"}
   if launcher[0] == "SLURM_NTASKS":  # in an allocation, but not started by srun
     return None
-  raise ValueError(
+  raise ClusterError(
     f"{launcher[0]} is {count}, but the address of process 0 is unknown: set {ADDRESS}=HOST:PORT "
     f"in all processes, or {METHOD}=mpi4py (with that package), or {METHOD}=off for separate runs"
   )
@@ -88,7 +92,7 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
   try:
     return int(environment[name])
   except ValueError:
-    raise ValueError(f"{name} is {environment[name]!r}: it must be an integer") from None
+    raise ClusterError(f"{name} is {environment[name]!r}: it must be an integer") from None
 
 
 class Watchdog:

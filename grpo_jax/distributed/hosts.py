@@ -18,10 +18,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.distributed.cluster import METHOD, Watchdog, detect
+from grpo_jax.distributed import rollcall
+from grpo_jax.distributed.cluster import ADDRESS, COUNT, INDEX, METHOD, Watchdog, detect
 from grpo_jax.distributed.mesh import Sharding, batch_sharding
 from grpo_jax.errors import first_line
 
+_STILL_JOINING = (
+  f"not all processes have joined after {rollcall.NOTICE:g} s. To be told which are missing, set "
+  f"{ADDRESS}, {COUNT} and {INDEX} in all of them"
+)
 GRACE = 30.0  # time in seconds that a process has to end by itself once a host has failed
 
 
@@ -43,15 +48,19 @@ def session(heartbeat: int = 30, wait: float = 1800.0) -> Iterator[None]:
       stacks and exits. Must exceed the slowest step, evaluation and compilation.
 
   Raises:
-    ValueError: the environment does not say how the processes find each other.
+    ClusterError: the environment does not say how the processes find each other.
+    HostError: some processes did not start within `rollcall.TIMEOUT` seconds. Who is missing is
+      said every `rollcall.NOTICE` seconds.
   """
   arguments = detect(os.environ)
   if arguments is None:
     yield
     return
-  jax.distributed.initialize(
-    **arguments, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=max(heartbeat, 60)
-  )
+  _wait_for_others(arguments)
+  with rollcall.notice_after(rollcall.NOTICE, _STILL_JOINING):
+    jax.distributed.initialize(
+      **arguments, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=max(heartbeat, 60)
+    )
   try:
     _watchdog.set(wait, f"no exchange between the hosts for {wait:g} s (hosts.wait)")
     yield
@@ -61,6 +70,23 @@ def session(heartbeat: int = 30, wait: float = 1800.0) -> Iterator[None]:
   except BaseException as error:
     _watchdog.set(GRACE, f"this process failed ({first_line(error)}) and could not end by itself")
     raise
+
+
+def _wait_for_others(arguments: dict[str, Any]) -> None:
+  """Waits until all processes have started, if it is known where they meet.
+
+  Raises:
+    HostError: some did not start in time.
+  """
+  if "coordinator_address" not in arguments:
+    return
+  names = ("coordinator_address", "num_processes", "process_id")
+  try:
+    rollcall.wait_for_all(
+      *(arguments[name] for name in names), notice=rollcall.NOTICE, timeout=rollcall.TIMEOUT
+    )
+  except TimeoutError as error:
+    raise HostError(str(error)) from error
 
 
 _watchdog = Watchdog()

@@ -18,7 +18,7 @@ from grpo_jax.plan.programs import Programs, bytes_of
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Compiled programs of one topology: name, mesh and settings -> what `compile_program` returns.
-Compiled = dict[tuple, tuple["Memory", dict[str, tuple[Cost, float]]]]
+Compiled = dict[tuple, tuple["Memory", dict[str, tuple[Cost, float, float]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,12 @@ class Work:
   Attributes:
     times: runs per step.
     cost: cost of one run.
-    excess: FLOPs of all devices over those of the traced program; above 1, devices repeat work.
+    excess: FLOPs of all devices over those of the traced program, at least 1; above 1, devices
+      repeat work.
     seconds: roofline bound of one run; None if the chip's rates are unknown.
     limit: the resource that sets the bound: `"compute"`, `"memory"` or `"links"`.
+    matmul_time: mean time of a FLOP relative to one in bfloat16, as the dtypes and precisions of
+      the matmuls have it.
   """
 
   times: int
@@ -55,6 +58,7 @@ class Work:
   excess: float
   seconds: float | None
   limit: str | None
+  matmul_time: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +130,10 @@ def make_plan(
       with matmul_precision(config):
         compiled[key] = compile_program(programs, name)
     memory[name], parts = compiled[key]
-    for part, (cost, excess) in parts.items():
-      seconds, limit = roofline(cost, topology.chip) or (None, None)
-      work[part] = Work(programs.runs_per_step(part), cost, excess, seconds, limit)
+    for part, (cost, excess, matmul_time) in parts.items():
+      seconds, limit = roofline(cost, topology.chip, matmul_time) or (None, None)
+      times = programs.runs_per_step(part)
+      work[part] = Work(times, cost, excess, seconds, limit, matmul_time)
   return Plan(
     model=config.model.source,
     parameters=sum(leaf.size for leaf in jax.tree.leaves(programs.weights)),
@@ -140,7 +145,7 @@ def make_plan(
     memory=memory,
     work=work,
     compile_seconds=time.monotonic() - start,
-    notes=(*programs.prompts.notes, *_notes(config)),
+    notes=(*programs.prompts.notes, *_notes(config, work)),
   )
 
 
@@ -150,7 +155,14 @@ def _settings_of(c: ConfigDict, name: str) -> tuple:
   return (c.model.remat, c.train.micro_batches, c.train.micro_batch_tokens) if learns else ()
 
 
-def _notes(c: ConfigDict) -> Iterator[str]:
+def _notes(c: ConfigDict, work: dict[str, Work]) -> Iterator[str]:
+  times = {part: w.matmul_time for part, w in work.items() if w.matmul_time >= 1.005}
+  if times:
+    shown = ", ".join(f"{time:.3g} times in {part}" for part, time in times.items())
+    yield (
+      f"the bounds count that matmuls take longer in float32 than in bfloat16: {shown} "
+      f"(model.dtype={c.model.dtype}, model.matmul_precision={c.model.matmul_precision})"
+    )
   completions = c.eval.batch_prompts * max(c.eval.samples, 1)
   if completions > c.rollout.prompts_per_step * c.rollout.group_size:
     yield (
@@ -164,7 +176,9 @@ def _notes(c: ConfigDict) -> Iterator[str]:
 # --- one program ----------------------------------------------------------------------------------
 
 
-def compile_program(programs: Programs, name: str) -> tuple[Memory, dict[str, tuple[Cost, float]]]:
+def compile_program(
+  programs: Programs, name: str
+) -> tuple[Memory, dict[str, tuple[Cost, float, float]]]:
   """Compiles one program.
 
   Args:
@@ -172,8 +186,8 @@ def compile_program(programs: Programs, name: str) -> tuple[Memory, dict[str, tu
     name: one of `programs.names`.
 
   Returns:
-    The memory of a device while the program runs, and part -> (cost, excess) as in `Work`; no parts
-    if the compiler ran out of memory.
+    The memory of a device while the program runs, and part -> (cost, excess, matmul_time) as in
+    `Work`; no parts if the compiler ran out of memory.
   """
   platform, count = programs.topology.platform, len(programs.topology.devices)
   program = getattr(programs, name)()
@@ -200,13 +214,30 @@ def compile_program(programs: Programs, name: str) -> tuple[Memory, dict[str, tu
   error = argument_bytes / max(xla.argument_size_in_bytes, 1) - 1
   memory = Memory(by_purpose, sum(by_purpose.values()), error=error)
   once, iteration = Counter(executable.as_text()).cost()
-  traced_once, traced_iteration = matmul_flops(traced.jaxpr)
-  parts = {"prefill": (once, traced_once), "decode": (iteration, traced_iteration)}
-  parts = parts if name == "sample" else {name: (once, traced_once)}
+  names = ("prefill", "decode") if name == "sample" else (name,)
+  flops = matmul_flops(traced.jaxpr)
+  slowed = matmul_flops(traced.jaxpr, weight=programs.topology.chip.matmul_time)
   return memory, {
-    part: (_at_least(cost, flops / count), cost.flops * count / flops if flops else 1.0)
-    for part, (cost, flops) in parts.items()
+    part: _part_cost(*numbers, count)
+    for part, *numbers in zip(names, (once, iteration), flops, slowed)
   }
+
+
+def _part_cost(cost: Cost, flops: float, slowed: float, devices: int) -> tuple[Cost, float, float]:
+  """Returns (cost, excess, matmul_time) of a part, as in `Work`.
+
+  Args:
+    cost: cost of one device, from the compiled program.
+    flops: FLOPs of the traced program, over all devices.
+    slowed: the same, each weighted by its time relative to bfloat16.
+    devices: number of devices.
+  """
+  if not flops:
+    return cost, 1.0, 1.0
+  # A compiled program hides the FLOPs of library calls and of matmuls that became other operations,
+  # but each device does at least its share.
+  cost = dataclasses.replace(cost, flops=max(cost.flops, flops / devices))
+  return cost, cost.flops * devices / flops, slowed / flops
 
 
 def _used_arguments(traced: jax.stages.Traced, arguments: tuple) -> list[Any]:
@@ -216,11 +247,6 @@ def _used_arguments(traced: jax.stages.Traced, arguments: tuple) -> list[Any]:
   used |= {id(variable) for variable in jaxpr.outvars}
   leaves = jax.tree.leaves(arguments)
   return [leaf for leaf, variable in zip(leaves, jaxpr.invars) if id(variable) in used]
-
-
-def _at_least(cost: Cost, flops: float) -> Cost:
-  """Raises the FLOPs of a cost to a device's share: library calls hide their own."""
-  return dataclasses.replace(cost, flops=max(cost.flops, flops))
 
 
 def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:

@@ -5,9 +5,12 @@ XLA's cost analysis cannot see into kernels.
 
 import math
 import re
+from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
+from jax.typing import DTypeLike
 
 from grpo_jax.plan.hlo import Instruction
 
@@ -46,7 +49,14 @@ def kernel_cost(scope: str) -> tuple[float, float] | None:
   return (counts[0] * float(match.group(1)), float(match.group(2))) if counts else None
 
 
-def matmul_flops(jaxpr: Jaxpr, scope: str = "") -> tuple[float, float]:
+def unweighted(dtype: DTypeLike, precision: str) -> float:
+  """Returns 1: every FLOP counts the same."""
+  return 1.0
+
+
+def matmul_flops(
+  jaxpr: Jaxpr, scope: str = "", weight: Callable[[DTypeLike, str], float] = unweighted
+) -> tuple[float, float]:
   """Counts the FLOPs of the matmuls of a traced program, over all devices.
 
   >>> import jax, jax.numpy as jnp
@@ -57,6 +67,8 @@ def matmul_flops(jaxpr: Jaxpr, scope: str = "") -> tuple[float, float]:
   Args:
     jaxpr: the traced program.
     scope: named scopes of its caller.
+    weight: `(wider dtype of the operands, precision) -> weight` of each FLOP of a matmul, where the
+      precision is `default`, `high` or `highest`; `Chip.matmul_time`, for example.
 
   Returns:
     FLOPs that run once, and FLOPs of one iteration of the costliest loop with a data-dependent
@@ -70,11 +82,14 @@ def matmul_flops(jaxpr: Jaxpr, scope: str = "") -> tuple[float, float]:
       (contracted, _), _ = equation.params["dimension_numbers"]
       left = equation.invars[0].aval.shape
       out = equation.outvars[0].aval.shape
-      once += 2.0 * math.prod(out) * math.prod(left[d] for d in contracted)
+      size = 2.0 * math.prod(out) * math.prod(left[d] for d in contracted)
+      once += size * weight(
+        jnp.result_type(*(v.aval for v in equation.invars)), _precision(equation)
+      )
     if name in KERNEL_CALLS and (cost := kernel_cost(f"{path}/{name}")):
-      once += cost[0]
+      once += cost[0] * _mean_weight(equation, weight)
       continue
-    inner = [matmul_flops(part, path) for part in _inner(equation)]
+    inner = [matmul_flops(part, path, weight) for part in _inner(equation)]
     if name == "while":
       iteration = max(iteration, sum(a + b for a, b in inner))
     elif inner:
@@ -83,6 +98,21 @@ def matmul_flops(jaxpr: Jaxpr, scope: str = "") -> tuple[float, float]:
       once += count * combine(a for a, _ in inner)
       iteration = max(iteration, *(count * b for _, b in inner))
   return once, iteration
+
+
+def _precision(equation: JaxprEqn) -> str:
+  """Returns the higher of the precisions of a matmul's operands."""
+  precision = equation.params["precision"]
+  pair = precision if isinstance(precision, tuple) else (precision,)
+  names = {getattr(item, "name", "default").lower() for item in pair}
+  return next((name for name in ("highest", "high") if name in names), "default")
+
+
+def _mean_weight(kernel: JaxprEqn, weight: Callable[[DTypeLike, str], float]) -> float:
+  """Returns the mean weight of the matmuls inside a kernel; 1 if they cannot be seen."""
+  parts = _inner(kernel)
+  plain = sum(matmul_flops(part)[0] for part in parts)
+  return sum(matmul_flops(part, "", weight)[0] for part in parts) / plain if plain else 1.0
 
 
 def _trip_count(equation: JaxprEqn) -> float:

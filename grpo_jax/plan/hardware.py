@@ -5,9 +5,12 @@ import dataclasses
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from grpo_jax.plan.cost import Cost
 
@@ -25,6 +28,8 @@ class Chip:
     peak: peak bfloat16 FLOP/s.
     links: bytes per second that the chip can send to other chips, over all its links together.
     source: origin of the numbers.
+    float32: precision (`default`, `high` or `highest`) -> time of a float32 matmul relative to a
+      bfloat16 one; 1 for a precision that is not listed.
   """
 
   name: str
@@ -33,22 +38,43 @@ class Chip:
   peak: float | None = None
   links: float | None = None
   source: str = ""
+  float32: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+  def matmul_time(self, dtype: DTypeLike, precision: str) -> float:
+    """Returns the time of a matmul relative to one in bfloat16.
+
+    Args:
+      dtype: the wider dtype of the operands. The precision has no effect below float32.
+      precision: `default`, `high` or `highest`, as in `jax.default_matmul_precision`.
+    """
+    return self.float32.get(precision, 1.0) if jnp.dtype(dtype).itemsize >= 4 else 1.0
+
+
+# What a float32 matmul is made of is said by the documentation of `jax.lax.Precision`. TPU: 1, 3
+# or 6 matmuls in bfloat16. NVIDIA: TF32, TF32, or float32, which has no tensor cores. Rates of the
+# data sheets, in TFLOP/s, dense: bfloat16 989, TF32 494.5 and float32 67 for H100 and H200 SXM;
+# 312, 156 and 19.5 for A100.
+_TPU_FLOAT32 = {"default": 1.0, "high": 3.0, "highest": 6.0}
+_H100_FLOAT32 = {"default": 989 / 494.5, "high": 989 / 494.5, "highest": 989 / 67}
+_A100_FLOAT32 = {"default": 312 / 156, "high": 312 / 156, "highest": 312 / 19.5}
 
 _TPU = "memory: the limit of libtpu 0.0.42 for a program; the rest: cloud.google.com/tpu/docs/"
 _GPU = "data sheet, dense bfloat16"
 # fmt: off
 TPUS: dict[str, Chip] = {
   # Links: half of the documented bidirectional bandwidth between chips.
-  "v5e": Chip("TPU v5e", 15.75 * GIB, 819e9, 197e12, 200e9, _TPU + "v5e"),
-  "v5p": Chip("TPU v5p", 95.74 * GIB, 2765e9, 459e12, 600e9, _TPU + "v5p"),
-  "v6e": Chip("TPU v6e", 31.25 * GIB, 1600e9, 918e12, 400e9, _TPU + "v6e"),
+  "v5e": Chip("TPU v5e", 15.75 * GIB, 819e9, 197e12, 200e9, _TPU + "v5e", _TPU_FLOAT32),
+  "v5p": Chip("TPU v5p", 95.74 * GIB, 2765e9, 459e12, 600e9, _TPU + "v5p", _TPU_FLOAT32),
+  "v6e": Chip("TPU v6e", 31.25 * GIB, 1600e9, 918e12, 400e9, _TPU + "v6e", _TPU_FLOAT32),
 }
 # By the prefix of the driver's name for the device. The device reports its own memory.
 GPUS: tuple[tuple[str, Chip], ...] = (
-  ("NVIDIA H200", Chip("H200 SXM", None, 4800e9, 989e12, 450e9, _GPU)),
-  ("NVIDIA H100", Chip("H100 SXM", None, 3350e9, 989e12, 450e9, _GPU)),
-  ("NVIDIA A100-SXM4-80GB", Chip("A100 SXM 80GB", None, 2039e9, 312e12, 300e9, _GPU)),
+  ("NVIDIA H200", Chip("H200 SXM", None, 4800e9, 989e12, 450e9, _GPU, _H100_FLOAT32)),
+  ("NVIDIA H100", Chip("H100 SXM", None, 3350e9, 989e12, 450e9, _GPU, _H100_FLOAT32)),
+  (
+    "NVIDIA A100-SXM4-80GB",
+    Chip("A100 SXM 80GB", None, 2039e9, 312e12, 300e9, _GPU, _A100_FLOAT32),
+  ),
 )
 # fmt: on
 
@@ -151,11 +177,14 @@ def _host_memory() -> float:
   return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def roofline(cost: Cost, chip: Chip) -> tuple[float, str] | None:
+def roofline(cost: Cost, chip: Chip, matmul_time: float = 1.0) -> tuple[float, str] | None:
   """Returns the roofline bound: (least time in seconds, the resource that sets it).
 
   Compute, memory and links each run at their full rate, all at the same time. None for a chip with
   unknown rates.
+
+  Args:
+    matmul_time: mean time of a FLOP relative to one in bfloat16; see `Chip.matmul_time`.
 
   >>> chip = Chip("example", memory=None, bandwidth=10.0, peak=100.0, links=1.0)
   >>> roofline(Cost(flops=100.0, bytes=30.0), chip)
@@ -164,7 +193,7 @@ def roofline(cost: Cost, chip: Chip) -> tuple[float, str] | None:
   if not (chip.peak and chip.bandwidth and chip.links):
     return None
   return max(
-    (cost.flops / chip.peak, "compute"),
+    (cost.flops * matmul_time / chip.peak, "compute"),
     (cost.bytes / chip.bandwidth, "memory"),
     (cost.sent / chip.links, "links"),
   )

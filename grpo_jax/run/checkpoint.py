@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ DAMAGED = "damaged"  # folder of a work directory that damaged checkpoints are m
 # Files without a digest. Orbax writes the time of the rename into the second one, after the
 # digests; nothing is read from it.
 _UNCHECKED = (DIGESTS, "_CHECKPOINT_METADATA")
+_COMMIT = "commit_success.txt"  # in the folder itself, orbax makes it after the digests
 
 
 class SaveError(OSError):
@@ -248,15 +250,18 @@ def folder(workdir: str | Path) -> Path:
 
 def write_digests(checkpoint: Path) -> None:
   """Writes the size and the SHA-256 of every file of a checkpoint to `sha256.json` in it."""
-  files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-  files = [path for path in files if path.name not in _UNCHECKED]
+  sizes, _ = _list_files(checkpoint)
+  names = [name for name in sorted(sizes) if _is_checked(name)]
   with ThreadPoolExecutor() as pool:
-    digests = dict(zip([str(p.relative_to(checkpoint)) for p in files], pool.map(_digest, files)))
+    hashes = pool.map(lambda name: _digest(checkpoint / name), names)
+    digests = {name: (sizes[name], digest) for name, digest in zip(names, hashes)}
   workdirs.write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=1) + "\n")
 
 
 def find_damage(checkpoint: Path, shard: int = 0, shards: int = 1) -> list[str] | None:
-  """Compares the files of a checkpoint with its digests.
+  """Compares the files of a checkpoint with its digests, which must list all of them.
+
+  Only regular files in the folder are read: no links, no devices, and nothing outside it.
 
   Args:
     checkpoint: the folder.
@@ -265,28 +270,79 @@ def find_damage(checkpoint: Path, shard: int = 0, shards: int = 1) -> list[str] 
   Returns:
     A phrase for each file that differs; None if the checkpoint has no digests.
   """
-  if not (checkpoint / DIGESTS).is_file():
+  if not os.path.lexists(checkpoint / DIGESTS):
     return None
+  sizes, others = _list_files(checkpoint)
+  if DIGESTS not in sizes:
+    return [f"{DIGESTS} is not a regular file"]
   try:
-    digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-    rows = sorted((name, *digest) for name, digest in digests.items())[shard::shards]
-  except (ValueError, TypeError, AttributeError, OSError) as error:
+    digests = _read_digests(checkpoint / DIGESTS)
+  except (ValueError, OSError, RecursionError) as error:
     return [f"{DIGESTS} cannot be read ({first_line(error)})"]
+  problems = [f"{name} is not a regular file" for name in others]
+  unlisted = sorted(name for name in set(sizes) - set(digests) if _is_checked(name))
+  problems += [f"{name} is not listed in {DIGESTS}" for name in unlisted]
+  rows = sorted(digests.items())[shard::shards]
   with ThreadPoolExecutor() as pool:
-    differences = pool.map(lambda row: _difference(checkpoint / row[0], *row[1:]), rows)
-  return [f"{row[0]} {difference}" for row, difference in zip(rows, differences) if difference]
+    differences = pool.map(
+      lambda row: _difference(checkpoint / row[0], sizes.get(row[0]), *row[1]), rows
+    )
+    found = [
+      f"{name} {difference}" for (name, _), difference in zip(rows, differences) if difference
+    ]
+  return [*problems, *found] if shard == 0 else found
 
 
-def _digest(path: Path) -> tuple[int, str]:
+def _list_files(folder: Path) -> tuple[dict[str, int], list[str]]:
+  """Returns the size of each regular file in a folder by its name, and the names of links etc."""
+  sizes, others = {}, []
+  for parent, folders, files in os.walk(folder):  # does not follow links
+    for path in (Path(parent, name) for name in (*folders, *files)):
+      name = path.relative_to(folder).as_posix()
+      with contextlib.suppress(FileNotFoundError):  # a run may remove the checkpoint meanwhile
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode):
+          sizes[name] = status.st_size
+        elif not stat.S_ISDIR(status.st_mode):
+          others.append(name)
+  return sizes, sorted(others)
+
+
+def _is_checked(name: str) -> bool:
+  return Path(name).name not in _UNCHECKED and name != _COMMIT
+
+
+def _read_digests(path: Path) -> dict[str, tuple[int, str]]:
+  """Reads name -> (size, SHA-256).
+
+  Raises:
+    ValueError: the file holds something else.
+  """
+  digests = json.loads(path.read_text(encoding="utf-8"))
+  rows = digests.values() if isinstance(digests, dict) else [None]
+  for row in rows:
+    if not (isinstance(row, list) and list(map(type, row)) == [int, str]):
+      raise ValueError("it must hold the size and the SHA-256 of each file by its name")
+  return {name: tuple(row) for name, row in digests.items()}
+
+
+def _digest(path: Path) -> str:
   with path.open("rb") as file:
-    return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _difference(path: Path, size: int, digest: str) -> str:
-  """Returns a phrase about how a file differs from its digest; empty if it does not."""
+def _difference(path: Path, actual_size: int | None, size: int, digest: str) -> str:
+  """Returns a phrase about how a file differs from its digest; empty if it does not.
+
+  Args:
+    path: the file; read only if it has the size.
+    actual_size: its size; None if it is not a regular file of the checkpoint.
+  """
+  if actual_size is None:
+    return "is missing"
+  if actual_size != size:
+    return f"has {actual_size} bytes instead of {size}"
   try:
-    if path.stat().st_size != size:
-      return f"has {path.stat().st_size} bytes instead of {size}"
-    return "" if _digest(path)[1] == digest else "has other contents than were written"
+    return "" if _digest(path) == digest else "has other contents than were written"
   except OSError as error:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"

@@ -19,7 +19,8 @@ class Output(contextlib.AbstractContextManager):
   """Writes the files of one run and shows its progress. All hosts call it; the first one writes.
 
   The metrics of a step are written with the next step, so that no step waits for the device. Call
-  `resume` before anything else. Use it as a context manager.
+  `resume` before anything else. Use it as a context manager: it also draws the curve of a run that
+  ends early, by a signal or an error.
 
   Args:
     workdir: the work directory.
@@ -173,8 +174,13 @@ class Output(contextlib.AbstractContextManager):
     self.latest.update({name: (step, value) for name, value in values.items()})
     self._writer.write(step, values)
 
-  def __exit__(self, *error: Any) -> None:
-    self._open.__exit__(*error)
+  def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    try:
+      self._open.__exit__(kind, *error)
+    finally:
+      if kind is not None:  # interrupted: show what there is, and let nothing hide the reason
+        with contextlib.suppress(Exception):
+          self.draw_curve()
 
 
 def _warn(line: str) -> None:

@@ -132,6 +132,50 @@ def test_default_eps_of_multi_objective():
   close(actual, [[-x / 0.5001, x / 0.5001]], rtol=1e-5)
 
 
+# --- groups of one --------------------------------------------------------------------------------
+
+SINGLE = jnp.array([5.0, -1.0, nan, 0.0, 2.0, 2.0])[:, None]
+ALONE = {
+  **{name: (row.function, (SINGLE,)) for name, row in OF_TOTALS.items()},
+  "multi_objective": (grpo_jax.multi_objective, (jnp.stack([SINGLE, -SINGLE]), jnp.ones(2))),
+  "process_advantages": (
+    grpo_jax.process_advantages,
+    (SINGLE[..., None], jnp.zeros((6, 1, 1), int), jnp.ones((6, 1, 3), bool)),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_groups_of_one_are_an_error_unless_asked_for(name):
+  """It is raised when the program is traced: shapes are known then."""
+  function, arguments = ALONE[name]
+  shape = str(arguments[0].shape).replace("(", r"\(").replace(")", r"\)")
+  with pytest.raises(ValueError, match=rf"shape {shape}: a group of one .*allow_groups_of_one"):
+    jax.eval_shape(function, *arguments)
+  allowed = function(*arguments, allow_groups_of_one=True)
+  assert allowed.shape[:2] == (6, 1)
+  assert not allowed.any()
+
+
+def test_flat_rewards_do_not_train_on_zeros():
+  """Rewards of 6 completions as six groups would all get an advantage of 0."""
+  flat = jnp.arange(6.0)[:, None]
+  for name in ("grpo", "rloo", "max_rl", "lite_ppo"):
+    with pytest.raises(ValueError, match="a group of one"):
+      grpo_jax.advantages(name, flat)
+    assert grpo_jax.advantages(name, flat.reshape(2, 3)).any()
+  meant = grpo_jax.advantages(lambda r: grpo_jax.group_centered(r, allow_groups_of_one=True), flat)
+  assert not meant.any()
+
+
+def test_steps_of_a_single_completion_are_compared_with_each_other():
+  mask = jnp.ones((1, 1, 2), bool)
+  actual = grpo_jax.process_advantages(
+    jnp.array([[[1.0, 0.0]]]), jnp.array([[[0, 1]]]), mask, eps=0.0, ddof=0
+  )
+  close(actual, [[[0.0, -1.0]]])
+
+
 def test_process_advantages():
   # Steps of both completions: 1, 0, 0 (the fourth does not exist). Mean 1/3, population std
   # sqrt(2)/3: normalized 1.41421 and -0.70711. A token gets the steps that end at or after it.
@@ -224,11 +268,6 @@ def test_unscored_rewards_are_left_out(function, unscored):
 def test_one_scored_reward_or_none_gives_zero(function):
   rewards = np.array([[nan, 5.0, nan, nan], [nan, nan, nan, nan]], np.float32)
   assert not np.asarray(function(rewards)).any()
-
-
-@every_function
-def test_a_group_of_one_gives_zero(function):
-  assert not np.asarray(function(np.array([[5.0], [-1.0], [nan]], np.float32))).any()
 
 
 @every_function

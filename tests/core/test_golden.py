@@ -144,6 +144,13 @@ def expected_metrics(case):
   if case["config"]["importance_sampling_level"] == "sequence":
     # TRL averages over sequences; all metrics here are averages over tokens.
     metrics = {name: value for name, value in metrics.items() if name not in CLIP_METRICS}
+  if (delta := case["config"]["delta"]) is not None:
+    # TRL does not count the tokens that the floor of the dual clip stops.
+    ratio, mask = np.exp(INPUTS["logps"] - INPUTS["old"]), INPUTS["mask"] > 0
+    floor = ((INPUTS["adv"] < 0)[:, None] & (ratio > delta))[mask].mean()
+    assert floor > 0
+    for name in ("clip_ratio/high_mean", "clip_ratio/region_mean"):
+      metrics[name] += floor
   return {name: value for name, value in metrics.items() if name not in METRICS_UNMAPPED}
 
 

@@ -304,17 +304,17 @@ def test_sampler_corrections_by_hand(correction, distance):
   assert_comparison(cases.correction_case(correction, distance), expected, 1e-9)
 
 
-def test_stopped_fraction_is_a_mean_over_tokens_of_the_batch():
+def test_bounded_fraction_is_a_mean_over_tokens_of_the_batch():
   """The symmetric clip by hand: the mean over the tokens of both groups of two."""
-  stopped, tokens, drawn = [], [], []
+  bounded, tokens, drawn = [], [], []
   for prompt in range(2):
     t = plain.Tokens(prompt, cases.drawn_by(1.0))
     inside = np.arange(plain.BUDGET) < plain.LENGTH[:, None, None]
     counts = (~plain.inside_clip(t.ratio, t.a, 0.2, 0.2) & inside).sum(-1)
-    stopped.append((counts + counts.T).ravel())
+    bounded.append((counts + counts.T).ravel())
     tokens.append((plain.LENGTH[:, None] + plain.LENGTH).ravel())
     drawn.append(t.pair.ravel())
-  share = np.add.outer(*stopped) / np.add.outer(*tokens)
+  share = np.add.outer(*bounded) / np.add.outer(*tokens)
   expected = (np.multiply.outer(*drawn) * share).sum()
   assert cases.region_case("clip 0.2 / 0.2 (PPO, GRPO)", 1.0)[1] == pytest.approx(
     expected, abs=1e-12

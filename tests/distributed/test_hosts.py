@@ -4,13 +4,8 @@ Whole runs of several processes take a minute each and are slow tests.
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,54 +14,10 @@ import pytest
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.run.metrics import read_metrics
+from tests.helpers.processes import finish, free_port, run, start
 
 HEARTBEAT = 10  # seconds
 TIMES = ("step_time", "tokens_per_second")
-
-
-def start(program, index, count, port, devices=4, **variables):
-  """Starts one of `count` processes that join at `port`, with CPU devices of its own."""
-  environment = dict(
-    os.environ,
-    JAX_PLATFORMS="cpu",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
-    PYTHONUNBUFFERED="1",
-    PYTHONPATH=str(Path.cwd()),
-  )
-  if count > 1:
-    environment |= {
-      cluster.ADDRESS: f"localhost:{port}", cluster.COUNT: str(count), cluster.INDEX: str(index)
-    }  # fmt: skip
-  return subprocess.Popen(
-    [sys.executable, *program],
-    env=environment | variables,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def free_port():
-  with socket.socket() as listener:
-    listener.bind(("localhost", 0))
-    return listener.getsockname()[1]
-
-
-def run(program, count, **options):
-  """Runs `count` processes; returns (exit code, output) of each."""
-  port = free_port()
-  processes = [start(program, i, count, port, **options) for i in range(count)]
-  return finish(processes)
-
-
-def finish(processes, seconds=600):
-  """Waits for the processes and kills them after a time limit in seconds."""
-  try:
-    outputs = [process.communicate(timeout=seconds)[0] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  return [(process.returncode, output) for process, output in zip(processes, outputs)]
 
 
 # --- one process ----------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Tests that every experiment loads and takes one step, with a tiny model in place of its own."""
 
 import math
+import re
 from pathlib import Path
 
 import jax
 import pytest
 
+from grpo_jax import config as configs
 from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import load
@@ -64,6 +66,17 @@ def test_a_docstring_names_hardware_and_command(path):
   text = path.read_text(encoding="utf-8").split('"""')[1]
   assert "Hardware" in text
   assert f"--config experiments/{path.name} --workdir" in text
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_a_batch_divides_over_the_hardware_of_the_docstring(path):
+  text = path.read_text(encoding="utf-8").split('"""')[1]
+  hardware = text[text.index("Hardware") : text.index("Time")]
+  mesh = re.findall(r"--config\.mesh\.\S+=-?\d+", hardware)
+  assert configs.check(load(str(path)), 1) == []
+  for chips in map(int, re.findall(r"v5e-(\d+)", hardware)):
+    options = [m for m in mesh if m[-1] != "8" or chips == 8]
+    assert configs.check(load(str(path), options), chips) == []
 
 
 def test_a_lora_experiment_trains_only_its_adapters():

@@ -200,6 +200,16 @@ def test_pins_are_exact_and_meet_the_requirements():
   assert [line.split(":")[0] for line in lines] == ["jax", "jax", "flax", "jinja2", "tqdm"]
 
 
+def test_only_the_pinned_environment_is_compared_with_the_pins():
+  """An environment with another jax, such as one of `make test-matrix`, was not made from them."""
+  pinned, required = {"jax": "0.10.2", "flax": "0.12.8"}, {"jax": "0.6", "flax": "0.12.8"}
+  newest = {"jax": "0.12.0.1", "flax": "0.12.12"}
+  assert audit_pins.problems(pinned, required, audit_pins.made_from(pinned, newest)) == []
+  drifted = {"jax": "0.10.2", "flax": "0.12.12"}
+  (line,) = audit_pins.problems(pinned, required, audit_pins.made_from(pinned, drifted))
+  assert line == "flax: 0.12.8 is pinned, 0.12.12 is installed"
+
+
 def test_the_pins_of_this_project_hold():
   assert audit_pins.main() == 0
 

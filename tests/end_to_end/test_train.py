@@ -260,6 +260,7 @@ def test_signals_save_and_exit_the_run_goes_on_and_a_second_one_is_refused(tmp_p
     assert f"stopped after step {done}, which is saved; the same command continues" in output
     assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == list(range(done))
     assert not checkpoint.find_damage(tmp_path / "checkpoints" / str(done))
+    (tmp_path / "curve.png").unlink()  # it is drawn each time
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same(runs, tmp_path):

@@ -198,7 +198,7 @@ def _region_expectation(name: str) -> Callable:
 
 @functools.cache
 def region_case(name: str, distance: float) -> tuple[Comparison, float]:
-  """Compares a trust region off-policy; also returns the fraction of tokens that it stops."""
+  """Compares a trust region off-policy; also returns the fraction of tokens that it bounds."""
   expected = _region_expectation(name)(world.POLICY, drawn_by(distance))
   share = expected.metrics["clip_ratio/region_mean"]
   return world.compare(ascent(expected), reward_gradient()), share

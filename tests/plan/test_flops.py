@@ -12,8 +12,8 @@ from grpo_jax.plan.programs import open_programs
 from tests.helpers.plans import load, needs_libtpu
 
 
-def flops(function, *arguments):
-  return matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+def flops(function, *arguments, **options):
+  return matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr, **options)
 
 
 def test_a_batched_matmul():
@@ -41,6 +41,47 @@ def test_a_shard_map_counts_all_devices():
   rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
   function = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
   assert flops(function, jnp.ones((8, 6)), jnp.ones((6, 3))) == (4 * 2 * 2 * 6 * 3, 0)
+
+
+def by_precision(dtype, precision):
+  """A weight that tells apart every dtype and precision."""
+  wide = {"default": 2.0, "high": 3.0, "highest": 6.0}[precision]
+  return wide if dtype == jnp.float32 else 1.0
+
+
+@pytest.mark.parametrize(
+  ("context", "precision", "weight"),
+  [
+    (None, None, 2),
+    ("high", None, 3),
+    ("highest", None, 6),
+    ("default", None, 2),
+    ("highest", jax.lax.Precision.DEFAULT, 2),  # a matmul's own precision comes first
+    (None, (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST), 6),
+  ],
+)
+def test_matmuls_are_weighted_by_precision(context, precision, weight):
+  def function(x, w):
+    def layer(carry, row):
+      return jnp.dot(carry, row, precision=precision), None
+
+    return jax.lax.scan(layer, x, w)[0]
+
+  x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+  with jax.default_matmul_precision(context):
+    assert flops(function, x, w)[0] == 5 * 2 * 8 * 16 * 16
+    assert flops(function, x, w, weight=by_precision)[0] == weight * 5 * 2 * 8 * 16 * 16
+
+
+def test_the_wider_operand_decides_and_bfloat16_has_no_precisions():
+  half, single = jnp.ones((4, 4), jnp.bfloat16), jnp.ones((4, 4), jnp.float32)
+
+  def dot(a, b):
+    return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
+
+  with jax.default_matmul_precision("highest"):
+    assert flops(dot, half, half, weight=by_precision)[0] == 2 * 4**3
+    assert flops(dot, half, single, weight=by_precision)[0] == 6 * 2 * 4**3
 
 
 @pytest.mark.parametrize(
@@ -71,6 +112,6 @@ def test_a_tpu_program_does_the_flops_of_its_kernels():
   programs = open_programs(load("model.dtype=bfloat16", "model.attention=splash"), topology)
   for name, part in (("update", "update"), ("sample", "prefill")):
     traced, _ = matmul_flops(getattr(programs, name)().trace().jaxpr)
-    cost, excess = compile_program(programs, name)[1][part]
+    cost, excess, _ = compile_program(programs, name)[1][part]
     assert excess == pytest.approx(1, abs=0.02)
     assert cost.flops >= traced / 4

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from grpo_jax.plan.cost import Cost
-from grpo_jax.plan.hardware import Chip, open_topology, roofline
+from grpo_jax.plan.hardware import GPUS, TPUS, Chip, open_topology, roofline
 
 
 def test_the_roofline_names_what_binds():
@@ -16,6 +16,27 @@ def test_the_roofline_names_what_binds():
   sent = Cost(500.0, 20.0, {"all-gather": (1, 20.0), "all-reduce": (2, 15.0)})
   assert roofline(sent, chip) == (7.0, "links")
   assert roofline(sent, Chip("unknown", None)) is None
+
+
+@pytest.mark.parametrize(
+  ("chip", "default", "high", "highest"),
+  [
+    *((chip, 1, 3, 6) for chip in TPUS.values()),  # bfloat16 passes
+    *((chip, 2, 2, 989 / 67 if "H" in chip.name else 16) for _, chip in GPUS),  # TF32, float32
+    (Chip("unknown", None), 1, 1, 1),
+  ],
+)
+def test_float32_matmuls_take_longer(chip, default, high, highest):
+  expected = {"default": default, "high": high, "highest": highest}
+  for precision, time in expected.items():
+    assert chip.matmul_time("float32", precision) == pytest.approx(time)
+    assert chip.matmul_time("bfloat16", precision) == 1
+
+
+def test_the_roofline_counts_the_time_of_float32():
+  chip = Chip("example", None, bandwidth=10.0, peak=100.0, links=5.0)
+  assert roofline(Cost(flops=100.0, bytes=30.0), chip, 2.0) == (3.0, "memory")
+  assert roofline(Cost(flops=100.0, bytes=30.0), chip, 6.0) == (6.0, "compute")
 
 
 def test_cpu_devices_share_the_memory_of_the_host():

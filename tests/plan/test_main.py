@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 
+from grpo_jax import config as configs
 from grpo_jax.plan import __main__ as plan
 from grpo_jax.plan import estimate
 from grpo_jax.plan.cost import Cost
@@ -139,6 +143,15 @@ def test_mistakes_are_named_before_anything_compiles(capsys):
   assert plan.main([*run, "cpu:8", "--config.model.source=Qwen/Qwen3-8B",
                     "--config.rollout.completion_length=99999", *TINY[:1]]) == 2  # fmt: skip
   assert "40960" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(map(str, Path("docs").glob("*.md")))])
+def test_the_plans_that_the_pages_name_are_of_configs_that_divide(page):
+  """Checks the sizes only: the compiler of a topology need not be installed."""
+  command = r"-m grpo_jax.plan --config (experiments/\S+) --topology (v\w+):([\dx]+)(.*)"
+  for path, _, shape, options in re.findall(command, Path(page).read_text(encoding="utf-8")):
+    config = configs.load(path, re.findall(r"--config\.\S+=\S+", options))
+    assert configs.check(config, math.prod(map(int, shape.split("x")))) == []
 
 
 def test_a_missing_tpu_compiler_is_named(monkeypatch, capsys):

