@@ -168,13 +168,14 @@ class Run:
     """Starts the rewards: the task's in worker processes, the learned one in this process."""
     c = self.config
     if c.rewards.workers == 0:
-      return contextlib.nullcontext(score_in_process(self.task))
+      return contextlib.nullcontext(score_in_process(self.task, c.rewards.on_error))
     return RewardWorkers(
       partial(tasks.make_task, c.task.name, **c.task.settings.to_dict()),
       c.rewards.workers,
       c.rewards.timeout,
       here={name: self.task.rewards[name] for name in [LEARNED] if name in self.task.rewards},
       isolate=c.rewards.isolate,
+      on_error=c.rewards.on_error,
     )
 
   def learner(self, on_skip: Callable[[SkippedUpdate], object] | None = None) -> Learner:

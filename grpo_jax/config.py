@@ -4,12 +4,15 @@ A config is a locked ml_collections tree. An experiment is a Python file with `g
 starts from `default_config()`. It is a program and runs as one: load only files that you would run.
 """
 
+import argparse
 import ast
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
+
+from grpo_jax.errors import with_frames
 
 # Fields that hold one of a few words.
 VALUES = {
@@ -26,9 +31,13 @@ VALUES = {
   "model.attention": ("auto", "tiled", "splash", "cudnn"),
   "data.seeding": ("auto", "hashed", "added"),
   "rollout.overlong": ("error", "drop"),
+  "rewards.on_error": ("raise", "skip"),
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
 }
+TYPES = {
+  bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"
+}  # fmt: skip
 LARGEST = 2**31 - 1  # of any number without a limit of its own: what int32 holds
 STOP_LENGTH = 200  # characters of a stop string
 _WEEKS = 10**7  # seconds: no wait is longer than 16 weeks
@@ -217,6 +226,9 @@ def default_config() -> ConfigDict:
   c.rewards.timeout = 30.0  # seconds per completion; a slower one has no reward
   # Reward processes get no network, no environment, and cannot write or start programs.
   c.rewards.isolate = True
+  # An error of a reward function: raise (save and end the run), or skip (those completions have no
+  # reward, and count in rewards/raised).
+  c.rewards.on_error = "raise"
   c.rewards.allow_unscored = False  # go on although no completion of the first step was scored
 
   c.reward_model = Section()  # a learned reward, added to the task's
@@ -395,6 +407,24 @@ def _set(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
   return config
 
 
+def at_least(low: int) -> Callable[[str], int]:
+  """Returns the `type` of a command-line flag that holds a whole number from `low` to `LARGEST`.
+
+  Example:
+    >>> at_least(0)("12")
+    12
+  """
+
+  def whole_number(text: str) -> int:
+    if not re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", text) or not low <= int(text) <= LARGEST:
+      raise argparse.ArgumentTypeError(
+        f"{text!r:.80} is not a whole number of at least {low} and at most {LARGEST:,}"
+      )
+    return int(text)
+
+  return whole_number
+
+
 def function_name(function: Callable) -> str:
   """Returns 'file.py:name' for a function at the top level of a file.
 
@@ -416,18 +446,20 @@ def function_name(function: Callable) -> str:
 
 
 def check(config: ConfigDict, device_count: int) -> list[str]:
-  """Returns everything that is wrong with the numbers of a config; empty if nothing is."""
+  """Returns everything that is wrong with the values of a config; empty if nothing is."""
+  if wrong := _check_types(config, default_config()):
+    return wrong
   c, problems = config, _check_ranges(config)
 
   def need(holds: bool, name: str, allowed: str) -> None:
     if not holds:
-      problems.append(f"{name} is {_get(c, name)!r}, it must be {allowed}")
+      problems.append(f"{name} is {_shown(_get(c, name))}, it must be {allowed}")
 
   for name, allowed in VALUES.items():
     need(_get(c, name) in allowed, name, _one_of(allowed))
-  need(c.train.spike == 0 or c.train.spike > 1, "train.spike", "0 (off) or above 1")
-  strings = all(isinstance(text, str) and 0 < len(text) <= STOP_LENGTH for text in c.rollout.stop)
-  need(strings, "rollout.stop", f"strings of 1 to {STOP_LENGTH} characters")
+  need(not 0 < c.train.spike <= 1, "train.spike", "0 (off) or above 1")
+  need(all(map(_is_stop, c.rollout.stop)), "rollout.stop", f"strings of 1 to {STOP_LENGTH} "
+       "characters of Unicode")  # fmt: skip
   ids = all(type(number) is int and number >= 0 for number in c.rollout.stop_ids)
   need(ids, "rollout.stop_ids", "token ids: integers of at least 0")
   targets = c.lora.targets
@@ -444,17 +476,43 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   return _check_division(c, device_count)
 
 
+def _check_types(c: ConfigDict, defaults: ConfigDict, prefix: str = "") -> list[str]:
+  """Checks that each field holds a value of the type of its default; objects are checked later."""
+  problems = []
+  for field, default in defaults.items():
+    name, value, kind = f"{prefix}{field}", c[field], defaults.get_type(field)
+    if isinstance(default, ConfigDict) and isinstance(value, ConfigDict):
+      problems += _check_types(value, default, f"{name}.")
+    elif not (value is None and default is None) and not _is_of(value, kind):
+      article = TYPES.get(kind, "a group of fields")
+      problems.append(f"{name} is {_shown(value)}, it must be {article}")
+  return problems
+
+
+def _is_of(value: Any, kind: type) -> bool:
+  if kind in (int, float):
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+  return isinstance(value, list | tuple if kind is tuple else kind)
+
+
 def _check_ranges(c: ConfigDict) -> list[str]:
   """Checks that every number is finite, and within the limits of `RANGES`."""
   problems = []
   for name, value in _numbers(c):
     low, high, text = RANGES.get(name, (-LARGEST, LARGEST, ""))
     above = value > low if text.startswith("above") else value >= low
-    if not (math.isfinite(value) and above and value <= min(high, LARGEST)):
-      limit = f" and at most {high:,}" if math.isfinite(value) and value > high else ""
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not (finite and above and value <= min(high, LARGEST)):
+      limit = f" and at most {high:,}" if finite and value > high else ""
       allowed = f"{text or 'a finite number'}{limit}"
-      problems.append(f"{name} is {value!r}, it must be {allowed}")
+      problems.append(f"{name} is {_shown(value)}, it must be {allowed}")
   return problems
+
+
+def _is_stop(text: object) -> bool:
+  if not isinstance(text, str) or not 0 < len(text) <= STOP_LENGTH:
+    return False
+  return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _numbers(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -586,7 +644,7 @@ def _get_config(path: str) -> ConfigDict:
     config = module.get_config()
   except (Exception, SystemExit) as error:
     # ml_collections names the misspelt field and the nearest real one.
-    raise ConfigError([f"{path}: {type(error).__name__}: {error}"]) from error
+    raise ConfigError([f"{path}: {with_frames(error)}"]) from error
   if not isinstance(config, ConfigDict):
     raise ConfigError([f"{path}: get_config() returned {type(config).__name__}, not a ConfigDict"])
   return config
@@ -623,10 +681,16 @@ def _apply(config: ConfigDict, override: str) -> None:
     raise ValueError(f"{name} is a group of fields: {', '.join(sorted(node[last].keys()))}")
   # A choice of an algorithm is text, even "none".
   is_choice = parents == ["algorithm"] and last in CHOICES
+  kind, ignored = node.get_type(last), contextlib.nullcontext()
+  if parents == ["task", "settings"]:  # the task checks the types of its settings
+    ignored = config.ignore_type()
+    if kind is list or (kind is str and text.lstrip().startswith(("[", "(", "{"))):
+      kind = object  # a list of rewards in place of one, for example
   try:
-    node[last] = text if is_choice else _parse(text, node[last], node.get_type(last))
+    with ignored:
+      node[last] = text if is_choice else _parse(text, node[last], kind)
   except (TypeError, ValueError) as error:
-    raise ValueError(f"{name}={text}: {error}") from None
+    raise ValueError(f"{name}={_shown(text, str)}: {error}") from None
 
 
 def _parse(text: str, current: Any, kind: type) -> Any:
@@ -648,14 +712,23 @@ def _parse(text: str, current: Any, kind: type) -> Any:
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return _as_float(value)
   if kind is bool and not isinstance(value, bool):
-    raise ValueError(f"{text!r} is not a bool; write true or false")
+    raise ValueError(f"{_shown(text)} is not a bool; write true or false")
   if (
     kind in (int, float)
     and (not isinstance(value, kind) or isinstance(value, bool))
     and not (value is None and current is None)
   ):
-    raise ValueError(f"{text!r} is not of type {kind.__name__}")
+    raise ValueError(f"{_shown(text)} is not of type {kind.__name__}")
   return value
+
+
+def _shown(value: Any, form: Callable[[Any], str] = repr, width: int = 120) -> str:
+  """Returns a value for a message, without its end if it is longer than `width` characters."""
+  try:
+    text = form(value)
+  except ValueError:  # an integer of more digits than Python converts
+    return f"an integer of {value.bit_length()} bits"
+  return text if len(text) <= width else f"{text[:width]}..."
 
 
 def _as_float(value: int) -> float:

@@ -13,6 +13,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ import numpy as np
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.rollout import columns_of, records
+from grpo_jax.rollout import columns_of, ids_of, records
 from grpo_jax.run import console
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.answers import normalize
+from grpo_jax.tasks.rewards.logs import TrainerState
+from grpo_jax.tasks.rewards.scoring import RewardError
 from grpo_jax.tasks.rewards.workers import Scorer, score_in_process
 
 
@@ -58,11 +61,11 @@ def evaluate(
 ) -> Evaluation:
   """Measures greedy accuracy and lengths; pass@k and maj@k for k = 1, 2, 4, ... and `samples`.
 
-  Accuracy is the task's strict rule, 1.0 or nothing. A completion on which the rule hangs or dies
-  counts as wrong, and in `eval/missing`. maj@k needs `Task.answer`, and k above 2. Standard errors
-  are over problems. The last batch is padded with repeated prompts that are not counted, so that
-  one program is enough. On several hosts each host answers and scores its share of a batch, and all
-  of them return the metrics and samples of all.
+  Accuracy is the task's strict rule, 1.0 or nothing. A completion on which the rule hangs or dies,
+  or raises where that does not end the run, counts as wrong, and in `eval/missing`. maj@k needs
+  `Task.answer`, and k above 2. Standard errors are over problems. The last batch is padded with
+  repeated prompts that are not counted, so that one program is enough. On several hosts each host
+  answers and scores its share of a batch, and all of them return the metrics and samples of all.
 
   Args:
     params: in the sampler's layout.
@@ -279,10 +282,12 @@ def _batches(
     right, missing = np.zeros((0, group)), 0
     with hosts.together("scoring the answers"):
       if n:
-        scores = scorer(prompts[:n], texts, columns_of(part), lengths, rewards=False)
-        right, missing = np.nan_to_num(scores.accuracy, nan=0.0), scores.missing
+        ids = (ids_of(out) or [])[:n] or None
+        scores = scorer(prompts[:n], texts, columns_of(part), lengths, ids=ids, rewards=False)
+        right = np.nan_to_num(scores.accuracy, nan=0.0)
+        missing = scores.missing + scores.raised
       votes = [[_vote(task, text) for text in row] for row in texts] if group > 1 else []
-    samples = records(prompts[:n], texts, accuracy=right, length=lengths, ended=out.ended[:n])
+    samples = records(part, texts, accuracy=right, length=lengths, ended=out.ended[:n])
     yield _Answers(right, lengths, out.ended[:n], votes, missing, samples).of_all_hosts()
 
 
@@ -321,13 +326,16 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
 @console.guarded()
 def main(argv: list[str] | None = None) -> int:
   """Runs the command and returns its exit code."""
+  from grpo_jax import config
   from grpo_jax.build import build
 
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.evaluate", description=__doc__)
   parser.add_argument("--workdir", help="a work directory: its config, and its newest checkpoint")
   parser.add_argument("--config", help="an experiment file, for its model before training")
   parser.add_argument("--before", action="store_true", help="with --workdir: the start as well")
-  parser.add_argument("--samples", type=int, default=8, help="completions per problem for pass@k")
+  parser.add_argument(
+    "--samples", type=config.at_least(0), default=8, help="completions per problem for pass@k"
+  )
   parser.add_argument("--out", help="folder for numbers and completions; DIR/eval with --workdir")
   parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
   arguments, overrides = parser.parse_known_args(argv)
@@ -345,17 +353,21 @@ def main(argv: list[str] | None = None) -> int:
   metrics: list[dict[str, float]] = []
   with run.matmul_precision(), run.scorer() as scorer:
     for step, params in stages.items():
-      result = evaluate(
-        run.sampler,
-        run.to_sampling_params(params),
-        run.task,
-        run.task.splits["eval"],
-        samples=arguments.samples,
-        **run.evaluation_sampling(),
-        batch_prompts=settings.eval.batch_prompts,
-        key=jax.random.key(settings.seed),
-        scorer=scorer,
-      )
+      try:
+        result = evaluate(
+          run.sampler,
+          run.to_sampling_params(params),
+          run.task,
+          run.task.splits["eval"],
+          samples=arguments.samples,
+          **run.evaluation_sampling(),
+          batch_prompts=settings.eval.batch_prompts,
+          key=jax.random.key(settings.seed),
+          scorer=partial(scorer, state=TrainerState(step, settings.steps)),
+        )
+      except RewardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
       metrics.append(result.metrics)
       record = {**about, "step": step, **_sampling_record(run), **_plain(result.metrics)}
       if folder:

@@ -191,7 +191,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--workdir", help="a work directory: its config, and one of its checkpoints")
   parser.add_argument("--config", help="an experiment file, for its model before training")
   parser.add_argument("--out", required=True, help="the folder to write; must be missing or empty")
-  parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
+  parser.add_argument(
+    "--step", type=configs.at_least(0), help="step of the checkpoint; default: the newest"
+  )
   parser.add_argument(
     "--dtype", default="float32", choices=list(DTYPES), help="dtype of the weights"
   )

@@ -17,14 +17,16 @@ from grpo_jax.tasks.base import Task, unknown_name
 
 # Of a rollout, an update and the clock of a step, besides those that depend on the run.
 ALWAYS = (
-  "accuracy", "entropy", "rewards/missing", "update/padded", SKIPPED, "loss", "grad_norm",
-  "learning_rate", "step_time", "tokens_per_second", "num_tokens",
+  "accuracy", "entropy", "rewards/missing", "rewards/raised", "update/padded", SKIPPED, "loss",
+  "grad_norm", "learning_rate", "step_time", "tokens_per_second", "num_tokens",
 )  # fmt: skip
 _RESAMPLING = ("dynamic_sampling/kept", "dynamic_sampling/resamples")
 
 
 def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   """Returns the names of all metrics that a run with this config writes.
+
+  Those that reward functions log by `log_metric` are not among them: only the functions know them.
 
   Args:
     c: the config.

@@ -193,7 +193,9 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command and returns its exit code."""
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.replay", description=__doc__)
   parser.add_argument("dump", help="a folder under WORKDIR/skipped/")
-  parser.add_argument("--tokens", type=int, default=10, help="number of tokens to show")
+  parser.add_argument(
+    "--tokens", type=configs.at_least(0), default=10, help="number of tokens to show"
+  )
   arguments = parser.parse_args(argv)
   try:
     dump = dumps.read(arguments.dump)

@@ -28,6 +28,7 @@ from grpo_jax.sampling.sampler import Generated, Sampler
 from grpo_jax.statistics import rollout_metrics
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed
+from grpo_jax.tasks.rewards.logs import as_json, mean_metrics
 from grpo_jax.tasks.rewards.steps import step_arrays
 from grpo_jax.tasks.rewards.workers import Scorer, Scores
 from grpo_jax.tokens import AnyTokenizer, encode_prompt, encode_prompts
@@ -87,18 +88,23 @@ class Scored:
   """Completions of some prompts and their rewards.
 
   Attributes:
-    prompts: [P], text or chat messages.
+    examples: [P].
     out: the completions.
     scores: their rewards.
     step_rewards, step_ends: [P, G, S], from a task that rewards steps: reward (NaN = no such step)
       and index of the last token of each step.
   """
 
-  prompts: list[Prompt]
+  examples: list[Example]
   out: Generated
   scores: Scores
   step_rewards: Float[np.ndarray, "P G S"] | None = None
   step_ends: Int[np.ndarray, "P G S"] | None = None
+
+  @property
+  def prompts(self) -> list[Prompt]:
+    """[P], text or chat messages."""
+    return [example.prompt for example in self.examples]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +164,13 @@ def score(
     step_rewards: also rewards the steps of each completion; needs the `tokenizer`.
   """
   prompts, columns = [example.prompt for example in examples], columns_of(examples)
-  scores = scorer(prompts, out.texts, columns, out.lengths)
+  scores = scorer(prompts, out.texts, columns, out.lengths, ids=ids_of(out))
   if step_rewards is None:
-    return Scored(prompts, out, scores)
+    return Scored(list(examples), out, scores)
   if tokenizer is None:
     raise ValueError("score(step_rewards=...) needs the tokenizer of the completions")
   arrays = step_arrays(step_rewards, tokenizer, prompts, out.texts, out.tokens, out.mask, columns)
-  return Scored(prompts, out, scores, *arrays)
+  return Scored(list(examples), out, scores, *arrays)
 
 
 def make_batch(
@@ -204,7 +210,7 @@ def make_batch(
   layout = sampler.prompt_sharding
   weights = np.asarray(config.reward_weights, np.float32)
   arrays = hosts.to_global(host, layout)
-  if rows is not None and len(rows) == arrays["ended"].shape[0]:
+  if rows is not None and np.array_equal(rows, np.arange(arrays["ended"].shape[0])):
     rows = None
   replicated = sampler.chunks is not None
   batch, has_gradient = _make_batch(
@@ -258,10 +264,11 @@ def collect(
       "dynamic_sampling/kept": has_gradient.mean(),
       "dynamic_sampling/resamples": draws - 1,
     }
-  rows = np.arange(count)
+  rows, advantage = np.arange(count), np.full((len(order), config.group_size), np.nan)
   if draws > 1:
     rows = np.sort(np.argsort(~has_gradient, kind="stable")[:count])
     batch, has_gradient = make_batch(scored, sampler, config, order[rows])
+  advantage[rows] = np.asarray(_of_completions(batch, sampler.prompt_sharding))
   if config.row.beta == 0:
     rows = rows[has_gradient]
     batch = select(batch, np.flatnonzero(has_gradient), config.pad_prompts_to_multiple)
@@ -269,6 +276,9 @@ def collect(
     batch, arrays["prompt_tokens"][rows], arrays["lengths"][rows]
   )
   group, samples = config.group_size, hosts.gathered_json(_samples(scored))
+  for i, p in enumerate(order):
+    for g in range(group):
+      samples[p * group + g]["advantage"] = advantage[i, g].item()
   return Rollout(
     batch=batch,
     scored=scored,
@@ -317,11 +327,14 @@ def _gather_all_hosts(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[n
     entropy=out.entropy.sum(-1, dtype=np.float64),
     prompt_tokens=out.prompt_mask.sum(-1),
     missing=np.array([scores.missing]),
+    raised=np.array([scores.raised]),
   )
-  missing = int(arrays.pop("missing").sum())
+  counts = {name: int(arrays.pop(name).sum()) for name in ("missing", "raised")}
+  logged = mean_metrics(hosts.gathered_json(scores.logged))
   order = np.arange(len(arrays["total"])).reshape(hosts.own_shard()[1], draws, -1)
   order = order.swapaxes(0, 1).reshape(-1)
-  return {name: values[order] for name, values in arrays.items()} | {"missing": missing}, order
+  arrays = {name: values[order] for name, values in arrays.items()}
+  return arrays | counts | {"logged": logged}, order
 
 
 @partial(jax.jit, static_argnames=("algorithm", "max_length", "layout", "replicated"))
@@ -369,10 +382,14 @@ def _metrics(arrays: dict[str, Any]) -> dict[str, float]:
   prefix = "rewards/"
   per_name = {name.removeprefix(prefix): v for name, v in arrays.items() if name.startswith(prefix)}
   metrics = rollout_metrics(arrays["total"], per_name, arrays["lengths"], ~arrays["ended"])
-  return metrics | {
-    "accuracy": float(np.nanmean(arrays["accuracy"])),
+  judged = not np.isnan(arrays["accuracy"]).all()
+  return {
+    **arrays["logged"],
+    **metrics,
+    "accuracy": float(np.nanmean(arrays["accuracy"])) if judged else np.nan,
     "entropy": float(arrays["entropy"].sum() / arrays["lengths"].sum()),
     "rewards/missing": float(arrays["missing"]),
+    "rewards/raised": float(arrays["raised"]),
   }
 
 
@@ -406,24 +423,55 @@ def _pad_to_wider(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
   return pad(a), pad(b)
 
 
+@partial(jax.jit, static_argnames="layout")
+def _of_completions(batch: Batch, layout: Any) -> Float[jax.Array, "P G"]:
+  """Returns the advantage of each completion; where its tokens have their own, their mean."""
+  values = batch.advantages
+  if values.ndim == 3:
+    values = jnp.where(batch.mask, values, 0.0).sum(-1) / batch.mask.sum(-1)
+  return laid_out(values, layout, P())
+
+
 def _samples(scored: Scored) -> list[dict[str, Any]]:
-  """Returns the record of each completion."""
+  """Returns the record of each completion, without its advantage."""
   scores, out = scored.scores, scored.out
-  return records(
-    scored.prompts, out.texts, reward=scores.total, accuracy=scores.accuracy, length=out.lengths
+  rows = records(
+    scored.examples, out.texts, reward=scores.total, accuracy=scores.accuracy, length=out.lengths
   )
+  cells = [(p, g) for p in range(len(scored.examples)) for g in range(len(out.texts[p]))]
+  for row, (p, g) in zip(rows, cells):
+    row["rewards"] = {name: values[p, g].item() for name, values in scores.per_name.items()}
+    row |= scores.extras[p][g] if scores.extras else {}
+  return rows
 
 
 def records(
-  prompts: Sequence[Any], texts: Sequence[Sequence[str]], **arrays: np.ndarray
+  examples: Sequence[Example], texts: Sequence[Sequence[str]], **arrays: np.ndarray
 ) -> list[dict[str, Any]]:
-  """Returns one dict per completion: prompt, completion, and its entry of each [P, G] array."""
-  return [
-    {"prompt": prompt, "completion": text}
-    | {name: array[p, g].item() for name, array in arrays.items()}
-    for p, prompt in enumerate(prompts)
-    for g, text in enumerate(texts[p])
-  ]
+  """Returns one dict per completion: its example, its text, and its entry of each [P, G] array.
+
+  The column `answer` of the example, if there is one, is also an entry of its own.
+  """
+  rows = []
+  for p, example in enumerate(examples):
+    columns = as_json(example.columns)
+    about = {"prompt": example.prompt, "key": example.key, "columns": columns}
+    about |= {"answer": columns["answer"]} if "answer" in columns else {}
+    for g, text in enumerate(texts[p]):
+      values = {name: array[p, g].item() for name, array in arrays.items()}
+      rows.append({**about, "completion": text, **values})
+  return rows
+
+
+def ids_of(out: Generated) -> list[list[list[int]]] | None:
+  """Returns the token ids of each completion, [P][G]; None from a sampler that returns text only.
+
+  The ending token is included.
+  """
+  if not hasattr(out, "tokens"):
+    return None
+  pairs = zip(out.tokens, out.mask)
+  return [[ids[mask].tolist() for ids, mask in zip(*group)] for group in pairs]
 
 
 def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:

@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ if __name__ == "__main__":  # the imports below need the extra
 import jax
 from ml_collections import ConfigDict
 
+import grpo_jax
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build, schedule_steps
 from grpo_jax.distributed import cluster, hosts
@@ -29,12 +31,14 @@ from grpo_jax.evaluate import Evaluation, evaluate, table
 from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import SkippedError
 from grpo_jax.rollout import Rollout, collect
-from grpo_jax.run import checkpoint, compilation, console, identity, metrics, skipped
+from grpo_jax.run import checkpoint, compilation, console, identity, metrics, record, skipped
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.ending import Ending
 from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Signals
 from grpo_jax.summary import describe
+from grpo_jax.tasks.rewards.logs import TrainerState
+from grpo_jax.tasks.rewards.scoring import RewardError
 from grpo_jax.tasks.rewards.workers import Scorer
 
 # Fields that a continued run may change: its length, its output, its layout, its workers.
@@ -42,12 +46,13 @@ FREE = (
   *("steps", "epochs", "stop.", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
   *("compilation_cache", "model.remat", "train.micro_batches", "train.micro_batch_tokens"),
   *("train.max_skipped", "rewards.workers", "rewards.timeout", "rewards.isolate"),
-  *("rewards.allow_unscored", "optimizer.schedule_steps"),
+  *("rewards.on_error", "rewards.allow_unscored", "optimizer.schedule_steps"),
 )
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
 NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it
-GAVE_UP = 3  # too many updates in a row were skipped, nothing was scored, parameters are NaN
+# Too many updates in a row were skipped, nothing was scored, a reward raised, parameters are NaN.
+GAVE_UP = 3
 
 
 class UnscoredError(RuntimeError):
@@ -66,8 +71,8 @@ def run(
   With `config.epochs`, the number of steps follows from the number of training problems. With
   `config.stop`, the run may end earlier: it saves, evaluates and says why.
 
-  Leaves metrics.jsonl, TensorBoard events, samples/, curve.png, config.json, identity.json and
-  checkpoints/.
+  Leaves metrics.jsonl, TensorBoard events, samples/, curve.png, config.json, identity.json,
+  run.json, console.log and checkpoints/.
 
   Args:
     experiment: the file the config came from; a continued run needs the same.
@@ -79,14 +84,17 @@ def run(
   Raises:
     ConfigError: lists everything that is wrong with the config, before anything compiles.
     WorkdirError: another run uses `workdir`, its files are damaged, or it holds more steps.
+    RewardError: a reward function raised, or returned something else than rewards; the state as
+      it was is saved.
     UnscoredError: no completion of the first step was scored.
     SaveError: a checkpoint could not be written.
     Stopped: after a Ctrl-C or SIGTERM, with the finished steps saved.
     SkippedError: after too many skipped updates, with the finished steps saved.
     NotFiniteError: the parameters became NaN or infinite; the checkpoint before that stays.
   """
-  workdir, begun = Path(workdir), time.monotonic()
+  workdir, begun, session = Path(workdir), time.monotonic(), {}
   with contextlib.ExitStack() as stack:
+    stack.enter_context(console.guarded())
     compilation.use_cache(config.compilation_cache, workdir)
     watch = stack.enter_context(compilation.Watch())
     with hosts.together("reading the config and what it names"):
@@ -100,9 +108,15 @@ def run(
         check_workdir(config, workdir, files, accept)
         workdirs.write_config(workdir, saved)
         identity.write(workdir, files)
+        console.keep(workdir / console.LOG)
+        code = Path(experiment).parent if experiment else "."
+        session = stack.enter_context(record.session(workdir, grpo_jax.__version__, code))
     hosts.same("the config", json.dumps(saved, sort_keys=True))
     ending = Ending(config.stop.after_hours, config.stop.when, begun)
-    return _train(run, Output(workdir, **_log_settings(config)), watch, ending)
+    results = _train(run, Output(workdir, **_log_settings(config)), watch, ending)
+    if ending.reason:
+      session.update(reason="stopped", message=ending.reason)
+    return results
 
 
 def identity_of(run: Run, experiment: str | Path | None) -> dict[str, str]:
@@ -121,19 +135,21 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
     recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)
     update = run.learner(on_skip=recorder)
     for step in range(start, run.steps):
-      if run.evaluates_at(step):
-        out.write_evaluation(step, _evaluate(run, state.params, scorer))
-      if ending.reached(out.latest):
-        break
-      out.start_step()
-      params, examples = run.to_sampling_params(state.params), run.examples(step)
-      rollout = collect(run.sampler, params, examples, scorer, run.key(step), run.rollout)
+      score = partial(scorer, state=TrainerState(step, run.steps))
+      with out.saved_if_it_raises(step, state):
+        if run.evaluates_at(step):
+          out.write_evaluation(step, _evaluate(run, state.params, score))
+        if ending.reached(out.latest):
+          break
+        out.start_step()
+        params, examples = run.to_sampling_params(state.params), run.examples(step)
+        rollout = collect(run.sampler, params, examples, score, run.key(step), run.rollout)
       if step == start:
         _check_scored(run, rollout)
       with jax.transfer_guard("disallow"):  # the batch is on the device already
         state, values = update(state, rollout.batch, step)
       watch.report(out.print)
-      out.write_step(step, values | rollout.metrics, rollout.samples, rollout.num_tokens)
+      out.write_step(step, rollout.metrics | values, rollout.samples, rollout.num_tokens)
       stop = signals.of_any_host()
       if stop or update.trouble or run.saves_at(step + 1):
         out.save(step + 1, state)
@@ -141,7 +157,8 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
       if update.trouble:
         raise SkippedError(f"{update.trouble}. {recorder.advice()}; step {step + 1} is saved")
       signals.check(step + 1, stop)
-    results = _finish(run, out, state, scorer, ending.reason)
+    score = partial(scorer, state=TrainerState(out.finished, run.steps))
+    results = _finish(run, out, state, score, ending.reason)
     out.draw_curve()
   return results
 
@@ -264,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
   except hosts.HostError as error:
     print(f"error: {error}", file=sys.stderr)
     return cluster.FAILED
-  except (SkippedError, UnscoredError, checkpoint.NotFiniteError) as error:
+  except (RewardError, SkippedError, UnscoredError, checkpoint.NotFiniteError) as error:
     print(f"error: {error}", file=sys.stderr)
     return GAVE_UP
   except KeyboardInterrupt as error:

@@ -339,6 +339,16 @@ def test_stop_strings_on_the_command_line_may_name_a_line_break():
     assert override(default_config(), [f"--config.{text}"]).rollout.stop == ("\n",)
 
 
+def test_a_setting_of_a_task_that_is_text_may_become_a_list():
+  c = default_config()
+  with c.unlocked():
+    c.task.settings.update(reward="numeric", weights=(1.0,))
+  override(c, ["--config.task.settings.reward=['math', 'format']"])
+  assert list(c.task.settings.reward) == ["math", "format"]
+  override(c, ["--config.task.settings.reward=exact"])
+  assert c.task.settings.reward == "exact"
+
+
 @pytest.mark.parametrize(
   ("text", "trained"),
   [

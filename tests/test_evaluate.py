@@ -190,7 +190,8 @@ def test_every_number_by_hand(batch_prompts):
   assert set(got.metrics) - set(want) == {"eval/pass@1_se", "eval/pass@2_se", "eval/pass@4_se"}
   assert len(got.samples) == 5 * 6
   assert got.samples[5 + 5 * 1 + 4] == {
-    "prompt": "1", "completion": "one 1", "accuracy": 1.0, "length": 2, "ended": True
+    "prompt": "1", "key": "1", "columns": {"answer": 1}, "answer": 1, "completion": "one 1",
+    "accuracy": 1.0, "length": 2, "ended": True,
   }  # fmt: skip
 
 
@@ -261,7 +262,9 @@ def test_the_command_keeps_numbers_and_samples(tmp_path, capsys):
   assert {"eval/accuracy_se", "eval/mean_length_se", "eval/pass@4_se"} <= set(printed)
   lines = (tmp_path / "kept" / "step_000000_samples.jsonl").read_text().splitlines()
   assert len(lines) == 3 * (1 + 4)
-  assert set(json.loads(lines[0])) == {"prompt", "completion", "accuracy", "length", "ended"}
+  assert set(json.loads(lines[0])) == {
+    "prompt", "completion", "key", "columns", "accuracy", "length", "ended"
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize(

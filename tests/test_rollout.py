@@ -64,6 +64,51 @@ def test_rewards_belong_to_their_completions(params):
   assert out.metrics["frac_reward_zero_std"] >= 0.5
 
 
+def test_rows_of_samples_hold_the_problem_each_reward_and_the_advantage(params):
+  """Advantages by hand: the reward minus the mean of its group, also where draws are replaced."""
+
+  def logs(completions, log_extra, log_metric, **columns):
+    log_extra("size", [len(text) for text in completions])
+    log_metric("sizes", len(completions))
+    return position((), completions)
+
+  examples = [
+    dataclasses.replace(example, columns={**example.columns, "answer": 10 * n})
+    for n, example in enumerate(EXAMPLES)
+  ]
+  task = dataclasses.replace(TASK, rewards={"vowels": (vowels, 1.0), "logs": (logs, 0.5)})
+  for options in ({}, {"max_resamples": 1}):
+    draw = lambda number: examples  # noqa: E731
+    out = collect(params, "dr_grpo", draw=draw, task=task, reward_weights=(1.0, 0.5), **options)
+    rewards = out.scored.scores.total
+    for row, sample in enumerate(out.samples):
+      p, g = divmod(row, 4)
+      example = examples[p % len(examples)]
+      assert (sample["key"], sample["columns"]) == (example.key, example.columns)
+      assert sample["answer"] == example.columns["answer"]
+      assert sample["rewards"].keys() == {"vowels", "logs"}
+      assert sample["rewards"]["logs"] == g
+      total = sample["rewards"]["vowels"] + 0.5 * g
+      assert sample["reward"] == pytest.approx(total)
+      assert sample["size"] == len(sample["completion"])
+      if not np.isnan(sample["advantage"]):  # NaN: not in the batch
+        assert sample["advantage"] == pytest.approx(total - rewards[p].mean(), abs=1e-5)
+    known = [sample["advantage"] for sample in out.samples if not np.isnan(sample["advantage"])]
+    assert len(known) == 4 * len(examples)
+    assert out.metrics["sizes"] == 4 * len(examples)
+
+
+def test_an_advantage_of_tokens_is_recorded_as_its_mean(params):
+  task = dataclasses.replace(TASK, step_rewards=halves)
+  row = dataclasses.replace(ALGORITHMS["grpo"], advantage="process_advantages")
+  out = collect(params, row, task=task)
+  values, mask = np.asarray(out.batch.advantages), np.asarray(out.batch.mask)
+  expected = np.where(mask, values, 0).sum(-1) / mask.sum(-1)
+  np.testing.assert_allclose(
+    [sample["advantage"] for sample in out.samples], expected.reshape(-1), atol=1e-6
+  )
+
+
 def update(params, batch, algorithm):
   optimizer = optax.sgd(1.0)
   step = make_train_step(MODEL, algorithm, optimizer, lambda count: 1.0, temperature=1.0)

@@ -162,13 +162,21 @@ def together(task: str) -> Iterator[None]:
     error = raised
     # The others may wait elsewhere and never reach the exchange.
     _watchdog.set(GRACE, f"{task} failed ({first_line(error)}) and the other hosts do not answer")
-  messages = _exchange_bytes(f"{type(error).__name__}: {error}".encode() if error else b"")
+  messages = _exchange_bytes(
+    f"{type(error).__name__}: {error}".encode(errors="replace") if error else b""
+  )
   if error:
+    error.raised_together = True
     raise error
   for index, message in enumerate(messages):
     if message:
       text = message.decode(errors="replace")
       raise HostError(f"{task} failed on process {index} of {len(messages)}: {text}")
+
+
+def raised_together(error: BaseException) -> bool:
+  """Tells whether all hosts raise because of this error, as `together` makes them do."""
+  return isinstance(error, HostError) or getattr(error, "raised_together", False)
 
 
 def same(name: str, text: str) -> None:

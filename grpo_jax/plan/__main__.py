@@ -196,7 +196,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--quick", action="store_true", help="compile with less effort, in half the time"
   )
-  parser.add_argument("--tries", type=int, default=6, help="changes to compile if it does not fit")
+  parser.add_argument(
+    "--tries", type=configs.at_least(0), default=6, help="changes to compile if it does not fit"
+  )
   arguments, overrides = parser.parse_known_args(argv)
 
   def log(text: str) -> None:

@@ -4,9 +4,11 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from grpo_jax.distributed import hosts
 from grpo_jax.evaluate import Evaluation
@@ -156,6 +158,27 @@ class Output(contextlib.AbstractContextManager):
     self._writer.sync()
     self._checkpoints.save(steps, state)
     self._saved = steps
+
+  @contextlib.contextmanager
+  def saved_if_it_raises(self, steps: int, state: TrainState) -> Iterator[None]:
+    """Saves the state after `steps` steps if the body raises, and lets the error go on.
+
+    Ctrl-C does not save: a second one stops at once. On several hosts, only an error that all of
+    them raise together is one that all of them can save at.
+
+    Args:
+      state: the state before the body, which must not donate it.
+    """
+    try:
+      yield
+    except Exception as error:
+      if steps > self._saved and (jax.process_count() == 1 or hosts.raised_together(error)):
+        try:
+          self.save(steps, state)
+          self.print(f"the state after {steps} steps is saved; the same command continues")
+        except (OSError, ValueError, checkpoint.NotFiniteError) as reason:
+          _warn(f"the state after {steps} steps could not be saved: {reason}")
+      raise
 
   def check(self) -> None:
     """Checks for errors in the background without waiting.

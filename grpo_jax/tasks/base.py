@@ -5,9 +5,23 @@ A task is plain Python on the host and never touches the device.
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import inspect
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+import numbers
+import os
+import sys
+import types
+import typing
+from collections.abc import (
+  Awaitable,
+  Callable,
+  Hashable,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -100,7 +114,7 @@ def check_settings(kind: str, function: Callable[..., object], settings: Iterabl
   Args:
     kind: what has the settings, for the message, such as "task 'letters'".
     function: is called with the settings later.
-    settings: names of the settings.
+    settings: names of the settings; if a mapping, the values are held to the annotations.
 
   Example:
     >>> check_settings("task 'plus'", lambda a, b=1: a + b, ["b"])
@@ -114,6 +128,67 @@ def check_settings(kind: str, function: Callable[..., object], settings: Iterabl
   for name, parameter in parameters.items():
     if parameter.default is parameter.empty and name not in settings:
       raise ValueError(f"{kind} needs the setting {name!r}, which was not given")
+  if isinstance(settings, Mapping):
+    try:
+      annotations = typing.get_type_hints(function)
+    except (NameError, TypeError):  # types that are imported for type checkers only; no function
+      return
+    for name, value in settings.items():
+      if not _fits(value, annotations.get(name, Any)):
+        allowed = " or ".join(dict.fromkeys(_words(annotations[name])))
+        raise ValueError(f"the setting {name!r} of {kind} is {value!r:.200}: it must be {allowed}")
+
+
+_WORDS = {
+  bool: "true or false", int: "a whole number", float: "a finite number", str: "text",
+  type(None): "none",
+}  # fmt: skip
+_LARGEST = 2**63 - 1  # of a whole number in the settings of a task
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+  """Returns whether a value has a type; of the types that settings have, others fit any value."""
+  if annotation is Any:
+    return True
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    return any(_fits(value, argument) for argument in arguments)
+  if annotation is int:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and (
+      abs(value) <= _LARGEST
+    )  # fmt: skip
+  if annotation is float:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max
+  if origin is collections.abc.Mapping:
+    return isinstance(value, Mapping) and all(
+      _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+    )
+  if origin in (collections.abc.Sequence, list, tuple):
+    if isinstance(value, str):  # one string, where a list of strings is allowed
+      return arguments[0] is str
+    return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+  if origin is collections.abc.Callable:
+    return callable(value)
+  if annotation is str:
+    return isinstance(value, str | os.PathLike)
+  return not isinstance(annotation, type) or isinstance(value, annotation)
+
+
+def _words(annotation: Any) -> Iterator[str]:
+  """Yields the types that an annotation allows, in words."""
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    for argument in arguments:
+      yield from _words(argument)
+  elif origin in (collections.abc.Sequence, list, tuple):
+    yield f"a list whose entries are {' or '.join(_words(arguments[0]))}"
+  elif origin is collections.abc.Mapping:
+    yield "a table of names and values"
+  elif origin is collections.abc.Callable:
+    yield "a function"
+  else:
+    yield _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 _MOVED_TO_SCORING = (

@@ -66,6 +66,7 @@ def gsm8k_task(
   reward: Reward | Sequence[Reward] = "numeric",
   weights: Sequence[float] | None = None,
   accuracy: Reward | None = None,
+  completions: str = "text",
   eval_size: int | None = None,
   stop: Sequence[str] | None = None,
   seed: int = 0,
@@ -91,6 +92,7 @@ def gsm8k_task(
     reward: as in `table_task`; the default compares the last number of the answer.
     weights: as in `table_task`.
     accuracy: as in `table_task`.
+    completions: as in `table_task`.
     eval_size: number of evaluation problems, the first of a shuffle by `seed`. None: all.
     stop: strings that end the generation. None: the blank line or the "Q:" after a solution for
       "completion", none for "chat".
@@ -114,8 +116,8 @@ def gsm8k_task(
     system = ANSWERS[answer][0] if chat or not shots else ""
   if stop is None:
     stop = () if chat else ("\n\n",) if shots else ("\nQ:",)
-  rewards = weighted(reward, weights)
-  accuracy_function, extract_answer = accuracy_of(rewards, accuracy)
+  rewards = weighted(reward, weights, completions)
+  accuracy_function, extract_answer = accuracy_of(rewards, accuracy, completions)
   functions = {name: function for name, (function, _) in rewards.items()}
   check_columns({**functions, "accuracy": accuracy_function}, COLUMNS, "gsm8k")
 

@@ -43,6 +43,7 @@ def table_task(
   *,
   weights: Sequence[float] | None = None,
   accuracy: Reward | None = None,
+  completions: str = "text",
   prompt: str = "prompt",
   answer: str | None = None,
   rename: Mapping[str, str] | None = None,
@@ -73,6 +74,8 @@ def table_task(
     weights: one weight per reward; None: 1.0 each.
     accuracy: the function that returns exactly 1.0 for a correct answer, given like `reward`.
       None: the first reward.
+    completions: form of the completions that functions get which are not built in: "text", or
+      "messages", `[{"role": "assistant", "content": text}]`, as TRL passes them for chat data.
     prompt: path of the column with the prompt: text, or chat messages.
     answer: path of the column that reward functions get as `answer`; None: `answer`, if there is
       one. Built-in graders need it.
@@ -117,8 +120,8 @@ def table_task(
       f"eval_fraction is {eval_fraction}, and eval_path or eval_split names the problems of the "
       "evaluation: leave one of them out"
     )
-  rewards = weighted(reward, weights)
-  accuracy_function, extract_answer = accuracy_of(rewards, accuracy)
+  rewards = weighted(reward, weights, completions)
+  accuracy_function, extract_answer = accuracy_of(rewards, accuracy, completions)
   functions = {name: function for name, (function, _) in rewards.items()}
   names = dict(rename or {}) | ({answer: "answer"} if answer is not None else {})
 

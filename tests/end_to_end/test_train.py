@@ -309,6 +309,77 @@ def test_evaluate_command_reads_a_run(runs):
   assert "not a work directory" in output
 
 
+# Scores by the number of the step, and raises at step 5 unless a file says that the judge is back.
+JUDGE = """
+import pathlib
+
+def judge(prompts, completions, trainer_state, log_extra, log_metric, **columns):
+  log_extra("seen_at", [trainer_state.global_step] * len(completions))
+  log_metric("judge/progress", trainer_state.global_step / trainer_state.max_steps)
+  here = pathlib.Path(__file__).parent
+  if trainer_state.global_step == 5 and not (here / "back").exists():
+    raise TimeoutError("the judge did not answer")
+  return [sum(c.islower() for c in text) / 5 for text in completions]
+"""
+
+
+def test_a_reward_that_raises_saves_first_and_the_same_command_continues(tmp_path, capsys):
+  (tmp_path / "judge.py").write_text(JUDGE)
+  rows = [json.dumps({"prompt": f"{n}:"}) for n in range(12)]
+  (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+  (tmp_path / "exp.py").write_text(
+    "from experiments import tiny\n"
+    "def get_config():\n"
+    "  c = tiny.get_config()\n"
+    "  c.task.name = 'jsonl'\n"
+    "  with c.unlocked():\n"
+    f"    c.task.settings.update(path={str(tmp_path / 'rows.jsonl')!r},\n"
+    f"      reward={str(tmp_path / 'judge.py') + ':judge'!r}, eval_fraction=0.0)\n"
+    "  return c\n"
+  )
+
+  def command(workdir, *overrides):
+    code = train.main(
+      ["--config", str(tmp_path / "exp.py"), "--workdir", str(tmp_path / workdir),
+       "--config.steps=8", "--config.checkpoint.every=100", "--config.rollout.completion_length=5",
+       "--config.log.samples=1", *overrides]
+    )  # fmt: skip
+    return code, capsys.readouterr()
+
+  code, shown = command("run")
+  assert code == 3
+  assert "error: reward function 'judge' raised TimeoutError: the judge did not answer" in shown.err
+  assert 'judge.py", line 9, in judge' in shown.err
+  assert "the state after 5 steps is saved; the same command continues" in shown.out
+  assert "Traceback" not in shown.out + shown.err
+  with checkpoint.Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+    assert checkpoints.latest() == 5
+
+  code, _ = command("skip", "--config.rewards.on_error=skip")
+  assert code == 0
+  rows = {row["step"]: row for row in read_metrics(tmp_path / "skip") if "loss" in row}
+  assert [rows[step]["rewards/raised"] for step in (4, 5, 6)] == [0, 64, 0]
+  assert (rows[5]["reward"], rows[5]["frac_unscored"]) == (None, 1.0)
+  assert rows[6]["judge/progress"] == 6 / 8
+  lines = (tmp_path / "skip" / "samples" / "step_000005.jsonl").read_text().splitlines()
+  assert json.loads(lines[0])["rewards"] == {"judge": None}
+  lines = (tmp_path / "skip" / "samples" / "step_000006.jsonl").read_text().splitlines()
+  assert json.loads(lines[0])["seen_at"] == 6
+
+  (tmp_path / "back").touch()
+  assert command("run")[0] == 0
+  assert command("whole")[0] == 0
+  last = [tmp_path / name / "samples" / "step_000007.jsonl" for name in ("run", "whole")]
+  assert last[0].read_text() == last[1].read_text()
+  sessions = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
+  assert [session["reason"] for session in sessions] == ["error", "finished"]
+  assert sessions[0]["error"] == "RewardError"
+  log = (tmp_path / "run" / "console.log").read_text()
+  assert log.count("each step  8 prompts x 8 completions") == 2
+  assert "raised TimeoutError" in log
+  assert log.rstrip().endswith("checkpoints/")
+
+
 def test_the_loop_fits_on_a_screen():
   """The loop is meant to be read, pasted into a notebook and changed."""
   lines = Path(train.__file__).read_text().splitlines()

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from grpo_jax.run.console import GuardedStream, guarded
+from grpo_jax.run.console import GuardedStream, guarded, keep
+from grpo_jax.run.progress import Progress
 
 CODE = """
 import sys
@@ -56,3 +57,55 @@ def test_a_command_keeps_its_exit_code(shell):
   )
   assert completed.returncode == 7, completed.stderr
   assert b"Traceback" not in completed.stderr
+
+
+# --- the copy in a file ---------------------------------------------------------------------------
+
+
+def test_the_log_holds_what_is_shown_as_it_looks_at_the_end(tmp_path, capsys):
+  log = tmp_path / "console.log"
+  with guarded():
+    print("early")
+    keep(log)
+    with guarded():  # inside itself, it does nothing
+      print("\x1b[31mred\x1b[0m and \x1b]0;title\x07plain", file=sys.stderr)
+    for percent in (1, 50, 100):
+      print(f"\r\x1b[2K{percent} %", end="")
+      assert "%" not in log.read_text()
+    print("\r\x1b[2K√2 \ud800\r")
+    sys.stdout.write("split ")
+    sys.stdout.write("line\nlast")
+  assert log.read_bytes().decode() == "early\nred and plain\n√2 \\ud800\nsplit line\nlast\n"
+  assert "\x1b[31mred" in capsys.readouterr().err
+  with guarded():
+    keep(log)
+    print("resumed")
+  assert log.read_text().endswith("last\nresumed\n")
+
+
+def test_a_progress_bar_leaves_one_line(tmp_path, monkeypatch):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.setattr(sys, "stdout", Terminal())
+  with guarded():
+    keep(tmp_path / "console.log")
+    progress = Progress(total_steps=3)
+    for step in range(3):
+      progress.update(step, {"reward": 0.5})
+      progress.print(f"text {step}")
+    progress.close()
+  lines = (tmp_path / "console.log").read_text().splitlines()
+  assert [line for line in lines if line.startswith("text")] == ["text 0", "text 1", "text 2"]
+  assert sum(line.startswith("step") for line in lines) == 1
+  assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/no/such/folder/console.log", "/"])
+def test_a_log_that_cannot_be_written_ends_nothing(path, capsys):
+  with guarded():
+    keep(path)
+    print("shown")
+  assert capsys.readouterr().out == "shown\n"

@@ -13,20 +13,36 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from grpo_jax.errors import with_frames
 from grpo_jax.tasks.base import RewardFunction, Rewards, unknown_name
 from grpo_jax.tasks.rewards.graders import ANSWERS, GRADERS, make_grader
-from grpo_jax.tasks.rewards.scoring import RewardError, check_signature
+from grpo_jax.tasks.rewards.scoring import (
+  LARGEST,
+  ON_REQUEST,
+  RewardError,
+  as_number,
+  check_signature,
+  inner_function,
+  is_list,
+)
 
 # A name, {"name": a built-in reward, and its settings}, or the function itself.
 Reward: TypeAlias = str | Mapping[str, Any] | RewardFunction
+FORMS = ("text", "messages")  # forms of the completions that functions of the user get
 
 
-def weighted(reward: Reward | Sequence[Reward], weights: Sequence[float] | None = None) -> Rewards:
+def weighted(
+  reward: Reward | Sequence[Reward],
+  weights: Sequence[float] | None = None,
+  completions: str = "text",
+) -> Rewards:
   """Returns name -> (function, weight) for one or more rewards.
 
   Args:
     reward: one reward or a list of them.
     weights: one weight per reward; None: 1.0 each.
+    completions: "messages" calls functions that are not built in as TRL calls them for chat data;
+      see `WithMessages`.
 
   Raises:
     ValueError: a name does not lead to a function or occurs twice, or the number of weights is not
@@ -45,6 +61,7 @@ def weighted(reward: Reward | Sequence[Reward], weights: Sequence[float] | None 
   if len(weights) != len(rewards):
     raise ValueError(f"{len(weights)} weights for {len(rewards)} rewards: give one weight each")
   functions = [load_function(item) for item in rewards]
+  functions = [in_form(item, f, completions) for item, f in zip(rewards, functions)]
   names = [_metric_name(item, function) for item, function in zip(rewards, functions)]
   if len(set(names)) < len(names):
     raise ValueError(f"two rewards have the same name in {names}: metrics are recorded by name")
@@ -52,13 +69,14 @@ def weighted(reward: Reward | Sequence[Reward], weights: Sequence[float] | None 
 
 
 def accuracy_of(
-  rewards: Rewards, accuracy: Reward | None = None
+  rewards: Rewards, accuracy: Reward | None = None, completions: str = "text"
 ) -> tuple[RewardFunction, Callable[[str], Hashable | None] | None]:
   """Returns a task's `accuracy` and `answer`.
 
   Args:
     rewards: the task's rewards.
     accuracy: the function that returns exactly 1.0 for a correct answer. None: the first reward.
+    completions: as in `weighted`.
 
   Returns:
     The accuracy function, and a function that extracts the answer from a completion; None for the
@@ -72,7 +90,7 @@ def accuracy_of(
   name, (first, _) = next(iter(rewards.items()))
   if accuracy is None:
     return ExactlyOne(first), ANSWERS.get(name)
-  function = load_function(accuracy)
+  function = in_form(accuracy, load_function(accuracy), completions)
   return ExactlyOne(function), ANSWERS.get(_metric_name(accuracy, function))
 
 
@@ -129,10 +147,8 @@ def load_function(reward: Reward) -> RewardFunction:
     module = _load_file(source) if source.endswith(".py") else importlib.import_module(source)
   except FileNotFoundError:
     raise
-  except Exception as error:
-    raise ValueError(f"{reward!r}: loading {source} raised {type(error).__name__}: {error}") from (
-      error
-    )
+  except (Exception, SystemExit) as error:
+    raise ValueError(f"{reward!r}: loading {source} raised {with_frames(error)}") from error
   function = getattr(module, name, None)
   if function is None:
     functions = [n for n, value in vars(module).items() if inspect.isroutine(value)]
@@ -167,7 +183,8 @@ def check_columns(
 class ExactlyOne:
   """An accuracy function: 1.0 where `function` returns exactly 1.0, otherwise 0.0.
 
-  It is `async` if `function` is.
+  What is not a list of numbers is returned as it is, and refused where it is scored. It is `async`
+  if `function` is.
   """
 
   function: RewardFunction
@@ -177,15 +194,81 @@ class ExactlyOne:
     """The signature of `function`, so that both require the same columns."""
     return inspect.signature(self.function)
 
-  def __call__(self, /, **columns: Any) -> list[float] | Awaitable[list[float]]:
+  @property
+  def __wrapped__(self) -> RewardFunction:
+    """The function itself, as `inspect.unwrap` finds it."""
+    return self.function
+
+  def __call__(self, /, **columns: Any) -> list[Any] | Awaitable[list[Any]]:
     values = self.function(**columns)
     if not inspect.isawaitable(values):
-      return [float(value == 1) for value in values]
+      return _exactly_one(values)
 
-    async def await_values() -> list[float]:
-      return [float(value == 1) for value in await values]
+    async def await_values() -> list[Any]:
+      return _exactly_one(await values)
 
     return await_values()
+
+
+def _exactly_one(values: Any) -> Any:
+  if not is_list(values):
+    return values
+  numbers = [(value, as_number(value)) for value in values]
+  return [
+    value if number is None or abs(number) > LARGEST else float(number == 1)
+    for value, number in numbers
+  ]
+
+
+@dataclass(frozen=True)
+class WithMessages:
+  """A reward function that is called as TRL calls it for chat data.
+
+  Each completion is a list with one message, `[{"role": "assistant", "content": text}]`. A function
+  that ends its parameters with `**` gets the arguments of `scoring.ON_REQUEST` without naming them.
+
+  Example:
+    >>> def brief(completions, **columns):
+    ...   return [float(len(completion[0]["content"]) < 3) for completion in completions]
+    >>> WithMessages(brief)(completions=["-4", "minus four"])
+    [1.0, 0.0]
+  """
+
+  function: RewardFunction
+
+  @property
+  def __signature__(self) -> inspect.Signature:
+    """The signature of `function`, with the arguments that it takes by `**`."""
+    signature = inspect.signature(self.function)
+    *others, last = signature.parameters.values() or [None]
+    if last is None or last.kind is not last.VAR_KEYWORD:
+      return signature
+    names = [name for name in ON_REQUEST if name not in signature.parameters]
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+    return signature.replace(parameters=[*others, *more, last])
+
+  @property
+  def __wrapped__(self) -> RewardFunction:
+    """The function itself, as `inspect.unwrap` finds it."""
+    return self.function
+
+  def __call__(self, completions: Sequence[str], **columns: Any) -> Any:
+    messages = [[{"role": "assistant", "content": text}] for text in completions]
+    return self.function(completions=messages, **columns)
+
+
+def in_form(reward: Reward, function: RewardFunction, completions: str) -> RewardFunction:
+  """Returns a function that gets completions in a form of `FORMS`; built-in ones always get text.
+
+  Args:
+    reward: as the user gave it.
+    function: the function it stands for.
+    completions: "text" or "messages".
+  """
+  if completions not in FORMS:
+    raise ValueError(f"completions is {completions!r}: it must be 'text' or 'messages'")
+  built_in = isinstance(reward, Mapping) or (isinstance(reward, str) and ":" not in reward)
+  return function if built_in or completions == "text" else WithMessages(function)
 
 
 def _load_file(path: str) -> ModuleType:
@@ -209,7 +292,7 @@ def _metric_name(reward: Reward, function: RewardFunction) -> str:
   """Returns the name of a reward in metrics; a built-in one keeps the name it was loaded by."""
   if isinstance(reward, Mapping):
     return reward["name"]
-  if reward in GRADERS:
+  if isinstance(reward, str) and reward in GRADERS:
     return reward
-  inner = getattr(function, "func", function)  # the function inside a functools.partial
+  inner = inner_function(function)
   return getattr(inner, "__name__", type(inner).__name__)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import math
 import numbers
 import threading
+import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
+from grpo_jax.errors import with_frames
 from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Rewards
+from grpo_jax.tasks.rewards.logs import Logs, TrainerState
 
-# The column with the completions' lengths in tokens. A function gets it only if it names it.
-LENGTHS = "completion_lengths"
-# Names that reward functions are called with: a column of a task must have another one.
-RESERVED = (
-  "prompts", "completions", LENGTHS, "completion_ids", "trainer_state", "log_extra", "log_metric",
-)  # fmt: skip
+# Arguments that a function gets only if it names them. The first two have one value per completion:
+# its length in tokens, and its token ids.
+LENGTHS, IDS = "completion_lengths", "completion_ids"
+ON_REQUEST = (LENGTHS, IDS, "trainer_state", "log_extra", "log_metric")
+# Names of arguments, which a column must not have.
+RESERVED = ("prompts", "completions", *ON_REQUEST)
 # Keyword arguments of a reward function: name -> one value per completion.
 Arguments: TypeAlias = Mapping[str, list[Any]]
 Result: TypeAlias = Sequence[float | None]
@@ -32,6 +36,7 @@ class RewardError(ValueError):
 
 # Squares of larger rewards, summed over a batch, leave float32.
 LARGEST = 1e15
+BISECT_SECONDS = 5.0  # time limit in seconds for finding the completion that makes a function raise
 
 
 def score(
@@ -40,6 +45,10 @@ def score(
   completions: Sequence[Sequence[str]],
   columns: Columns,
   lengths: Sequence[Sequence[int]] | None = None,
+  *,
+  ids: Sequence[Sequence[Sequence[int]]] | None = None,
+  state: TrainerState | None = None,
+  logs: Logs | None = None,
 ) -> tuple[Float[np.ndarray, "P G"], dict[str, Float[np.ndarray, "P G"]]]:
   """Returns the weighted sum of the rewards that apply, `sum_i weight_i * reward_i`.
 
@@ -52,7 +61,10 @@ def score(
     completions: [P][G], text. All prompts have the same number of completions.
     columns: name -> [P], passed to the functions by name.
     lengths: [P][G], number of tokens of each completion. Passed as `completion_lengths` to the
-      functions that have a parameter of that name.
+      functions that have a parameter of that name; the next three are passed in the same way.
+    ids: [P][G], token ids of each completion, `completion_ids`.
+    state: `trainer_state`; None is that of step 0.
+    logs: collects what the functions log with `log_extra` and `log_metric`; None drops it.
 
   Returns:
     (total [P, G], name -> rewards [P, G]), float64. A function returns `None` or NaN where it does
@@ -75,16 +87,25 @@ def score(
   for name, (_, weight) in rewards.items():
     if not math.isfinite(weight):
       raise ValueError(f"the weight of reward {name!r} is {weight}: it must be a finite number")
-  shape = check_batch(prompts, completions, columns, lengths)
+  shape = check_batch(prompts, completions, columns, lengths, ids)
   if 0 in shape:
     return np.zeros(shape), {name: np.zeros(shape) for name in rewards}
   group = range(shape[1])
   arguments = {name: [value for value in values for _ in group] for name, values in columns.items()}
   arguments["prompts"] = [prompt for prompt in prompts for _ in group]
   arguments["completions"] = [text for texts in completions for text in texts]
-  on_request = {} if lengths is None else {LENGTHS: [int(n) for row in lengths for n in row]}
+  on_request: dict[str, list[Any]] = {}
+  if lengths is not None:
+    on_request[LENGTHS] = [int(n) for row in lengths for n in row]
+  if ids is not None:
+    on_request[IDS] = [[int(i) for i in tokens] for row in ids for tokens in row]
 
-  results = _call_all({name: f for name, (f, _) in rewards.items()}, arguments, on_request)
+  state, logs = state or TrainerState(), logs or Logs(shape[0] * shape[1])
+  calls = {
+    name: _Call(name, function, arguments, on_request, state)
+    for name, (function, _) in rewards.items()
+  }
+  results = _call_all(calls, logs)
   per_name = {
     name: _to_numbers(_label(name, rewards[name][0]), result, arguments).reshape(shape)
     for name, result in results.items()
@@ -118,6 +139,7 @@ def check_batch(
   completions: Sequence[Sequence[str]],
   columns: Columns,
   lengths: Sequence[Sequence[int]] | None = None,
+  ids: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> tuple[int, int]:
   """Returns (P, G) of the arguments of `score`; ValueError if they are inconsistent.
 
@@ -132,6 +154,8 @@ def check_batch(
     raise ValueError(f"every prompt needs the same number of completions, got {sorted(sizes)}")
   if lengths is not None and [len(row) for row in lengths] != [len(row) for row in completions]:
     raise ValueError("lengths must hold one number of tokens for each completion")
+  if ids is not None and [len(row) for row in ids] != [len(row) for row in completions]:
+    raise ValueError("ids must hold the token ids of each completion")
   for name, values in columns.items():
     if name in RESERVED:
       raise ValueError(f"a column must not be called {name!r}: reward functions use that name")
@@ -144,7 +168,7 @@ def check_signature(
   name: str,
   function: RewardFunction,
   columns: Iterable[str],
-  on_request: Collection[str] = (LENGTHS,),
+  on_request: Collection[str] = ON_REQUEST,
 ) -> list[str]:
   """Returns the `on_request` columns that a reward function names in its signature.
 
@@ -200,24 +224,51 @@ def show_completion(prompt: Prompt, completion: str) -> str:
 # --- calling the functions ------------------------------------------------------------------------
 
 
-def _call_all(
-  functions: Mapping[str, RewardFunction], arguments: Arguments, on_request: Arguments
-) -> dict[str, Result]:
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """A reward function and its arguments: by name, one value per completion, or a shared one."""
+
+  name: str
+  function: RewardFunction
+  arguments: Arguments
+  on_request: Arguments
+  state: TrainerState
+
+  def __call__(self, logs: Logs, rows: slice = slice(None)) -> Any:
+    """Calls the function on these completions and returns its result, which may be awaitable."""
+    shared = {
+      "trainer_state": self.state, "log_extra": logs.log_extra, "log_metric": logs.log_metric
+    }  # fmt: skip
+    available = (*self.on_request, *shared)
+    requested = check_signature(self.name, self.function, self.arguments, available)
+    values = {name: column[rows] for name, column in self.arguments.items()}
+    for name in requested:
+      values[name] = shared[name] if name in shared else self.on_request[name][rows]
+    return self.function(**values)
+
+  def fails(self, start: int, stop: int) -> bool:
+    """Tells whether the function raises on the completions from `start` to `stop`."""
+    try:
+      result = self(Logs(stop - start), slice(start, stop))
+      return inspect.isawaitable(result) and isinstance(_await_together([result])[0], Exception)
+    except Exception:
+      return True
+
+
+def _call_all(calls: Mapping[str, _Call], logs: Logs) -> dict[str, Result]:
   """Calls plain functions one after another, then awaits the results of the async ones together."""
-  called_with: dict[str, Arguments] = {}
   results: dict[str, Result] = {}
   pending: dict[str, Awaitable[Result]] = {}
   try:
-    for name, function in functions.items():
-      requested = check_signature(name, function, arguments, on_request)
-      called_with[name] = {**arguments, **{column: on_request[column] for column in requested}}
+    for name, call in calls.items():
       try:
-        result = function(**called_with[name])
+        results[name] = call(logs)
+      except RewardError:
+        raise
       except Exception as error:
-        raise _failure(name, function, error, called_with[name]) from error
-      results[name] = result
-      if inspect.isawaitable(result):
-        pending[name] = result
+        raise _failure(call, error) from error
+      if inspect.isawaitable(results[name]):
+        pending[name] = results[name]
   except RewardError:
     for awaitable in pending.values():
       if inspect.iscoroutine(awaitable):
@@ -226,7 +277,7 @@ def _call_all(
   if pending:
     for name, result in zip(pending, _await_together(list(pending.values()))):
       if isinstance(result, Exception):
-        raise _failure(name, functions[name], result, called_with[name]) from result
+        raise _failure(calls[name], result) from result
       results[name] = result
   return results
 
@@ -252,30 +303,26 @@ def _await_together(awaitables: list[Awaitable[Result]]) -> list[Result | BaseEx
 def _to_numbers(label: str, values: Any, arguments: Arguments) -> Float[np.ndarray, "B"]:
   """Returns the result of a reward function as float64, NaN for None; RewardError if it is bad."""
   count = len(arguments["completions"])
-  if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+  expected = f"it must return a list with one number (or None) per completion, here {count}"
+  if (shape := getattr(values, "shape", None)) is not None and len(shape) != 1:
     raise RewardError(
-      f"{label} returned {type(values).__name__} {_abridged(values)}: it must return a list with "
-      f"one number (or None) per completion, here {count}\n{_show_at(arguments, 0)}"
+      f"{label} returned an array of shape {tuple(shape)}: {expected}\n{_show_at(arguments, 0)}"
+    )
+  if not is_list(values):
+    raise RewardError(
+      f"{label} returned {type(values).__name__} {_abridged(values)}: {expected}\n"
+      f"{_show_at(arguments, 0)}"
     )
   values = list(values)
   if len(values) != count:
     raise RewardError(
-      f"{label} returned {len(values)} values for {count} completions: it must return one number "
-      f"(or None) for each\n{_show_at(arguments, min(len(values), count - 1))}"
+      f"{label} returned {len(values)} values for {count} completions: {expected}\n"
+      f"{_show_at(arguments, min(len(values), count - 1))}"
     )
   out = np.full(count, np.nan)
   for i, value in enumerate(values):
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a zero-dimensional array
-      value = value.item()
-    if value is None:
-      continue
-    number = math.inf
-    if isinstance(value, numbers.Real):
-      try:
-        number = float(value)
-      except OverflowError:  # an integer beyond the range of floats: treat it as infinite
-        number = math.inf
-    if abs(number) > LARGEST:
+    number = as_number(value)
+    if number is None or abs(number) > LARGEST:
       raise RewardError(
         f"{label} returned {type(value).__name__} {_abridged(value)} at position {i}: it must be a "
         f"finite number of at most {LARGEST:g} either way, or None where it does not apply\n"
@@ -285,39 +332,67 @@ def _to_numbers(label: str, values: Any, arguments: Arguments) -> Float[np.ndarr
   return out
 
 
+def is_list(values: Any) -> bool:
+  """Tells whether a result is a list, a tuple, or another sequence or array of one dimension."""
+  if isinstance(values, str | bytes | bytearray | memoryview):
+    return False
+  return isinstance(values, Sequence) or len(getattr(values, "shape", ())) == 1
+
+
+def as_number(value: Any) -> float | None:
+  """Returns a reward as a float, NaN for None; None if it is not a number.
+
+  Example:
+    >>> as_number(True), as_number(np.float32(0.5)), as_number(None), as_number("1.0")
+    (1.0, 0.5, nan, None)
+  """
+  if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a zero-dimensional array
+    value = value.item()
+  if value is None:
+    return math.nan
+  if not isinstance(value, numbers.Real):
+    return None
+  try:
+    return float(value)
+  except OverflowError:  # an integer beyond the range of floats: treat it as infinite
+    return math.inf
+
+
 # --- error messages -------------------------------------------------------------------------------
 
 
-def _failure(
-  name: str, function: RewardFunction, error: Exception, arguments: Arguments
-) -> RewardError:
+def _failure(call: _Call, error: Exception) -> RewardError:
   """Returns the error of a function that raised, with a completion that alone makes it raise."""
-
-  def fails(start: int, stop: int) -> bool:
-    try:
-      result = function(**{column: values[start:stop] for column, values in arguments.items()})
-      if inspect.isawaitable(result):
-        return isinstance(_await_together([result])[0], Exception)
-      return False
-    except Exception:
-      return True
-
-  start, stop = 0, len(arguments["completions"])
-  while stop - start > 1:  # bisect: a reward function may be slow
+  count = len(call.arguments["completions"])
+  start, stop, deadline = 0, count, time.monotonic() + BISECT_SECONDS
+  while stop - start > 1 and time.monotonic() < deadline:  # bisect: a function may be slow
     middle = (start + stop) // 2
-    start, stop = (start, middle) if fails(start, middle) else (middle, stop)
-  alone = fails(start, stop)
-  note = "" if alone else "  (no completion raises it alone; this is the first)\n"
+    start, stop = (start, middle) if call.fails(start, middle) else (middle, stop)
+  note = ""
+  if stop - start > 1:
+    note = f"  (one of {stop - start} completions raises it; this is the first of them)\n"
+  elif count > 1 and not call.fails(start, stop):
+    start, note = 0, "  (no completion raises it alone; this is the first)\n"
+  if isinstance(error, KeyError) and error.args and error.args[0] in ON_REQUEST:
+    name = error.args[0]
+    note += f"  ({name} is passed to functions that name it: `def f(completions, {name}, **_)`)\n"
   return RewardError(
-    f"{_label(name, function)} raised {type(error).__name__}: {error}\n{note}"
-    + _show_at(arguments, start if alone else 0)
+    f"reward function {call.name!r} raised {with_frames(error)}\n{note}"
+    + _show_at(call.arguments, start)
   )
 
 
 def _label(name: str, function: RewardFunction) -> str:
-  code = getattr(inspect.unwrap(function), "__code__", None)
+  code = getattr(inner_function(function), "__code__", None)
   where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
   return f"reward function {name!r}{where}"
+
+
+def inner_function(function: RewardFunction) -> RewardFunction:
+  """Returns the function inside wrappers and `functools.partial` objects."""
+  while callable(inner := getattr(function := inspect.unwrap(function), "func", None)):
+    function = inner
+  return function
 
 
 def _show_at(arguments: Arguments, i: int) -> str:
@@ -326,7 +401,10 @@ def _show_at(arguments: Arguments, i: int) -> str:
 
 def _abridged(value: object, width: int = 400) -> str:
   """Returns the repr of a value, without its middle if it is longer than `width` characters."""
-  text = repr(value)
+  try:
+    text = repr(value)
+  except Exception:  # such as an integer of more digits than Python converts
+    text = "that cannot be shown"
   if len(text) <= width:
     return text
   return f"{text[: width // 2]} ... {text[-width // 2 :]}"

@@ -20,7 +20,8 @@ from jaxtyping import Float
 
 from grpo_jax.environments import isolation
 from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Task
-from grpo_jax.tasks.rewards.scoring import RewardError, score
+from grpo_jax.tasks.rewards.logs import Logs, TrainerState
+from grpo_jax.tasks.rewards.scoring import RewardError, inner_function, score
 
 # The program of a worker. `import grpo_jax` would import jax, which takes a second and much memory:
 # the package is an empty module, with submodules, until a reward function accesses another name.
@@ -52,8 +53,10 @@ def serve(connection: Connection) -> None:
 
   The first message is the pickled (factory of the task, whether to isolate). It is answered by
   ("ready", [weights, layers]). Every further message is a pickled (timeout in seconds, *arguments
-  of `score_task`). It is answered by ("calling", function) before each call of a function, and then
-  by ("done", [rewards, accuracy]). An error is answered by ("raised", message).
+  of `score_task`). It is answered by ("calling", function) before each call of a function, then by
+  ("logged", [extras, metrics]), as in `logs.Logs`, if functions logged anything, and then by
+  ("done", [rewards, accuracy]). The error of a function is answered by ("raised", message), and one
+  that must end the run by ("broken", message).
 
   Answers are JSON, never pickles: text of a model has been in this process.
   """
@@ -82,14 +85,20 @@ def serve(connection: Connection) -> None:
         # thread ends the process, unless a function never releases the GIL. This timer ends it
         # then: it does not need the GIL.
         faulthandler.dump_traceback_later(timeout + GRACE, exit=True, file=devnull)
-        rewards, accuracy = score_task(task, *arguments)
-        canary()
+        logs = Logs(sum(len(texts) for texts in arguments[2]))
+        rewards, accuracy = score_task(task, *arguments, logs=logs)
+        if logs.metrics or any(logs.extras):
+          answer("logged", [logs.extras, logs.metrics])
         values = {name: array.tolist() for name, array in rewards.items()}
         reply = ("done", [values, accuracy.tolist()])
       except RewardError as error:
         reply = ("raised", f"{error}{_hint(error) if layers else ''}")
       except Exception as error:
         reply = ("raised", f"{type(error).__name__}: {error}")
+      try:
+        canary()
+      except Exception as error:
+        reply = ("broken", str(error))
       faulthandler.cancel_dump_traceback_later()
       answer(*reply)
 
@@ -142,6 +151,10 @@ def score_task(
   completions: Sequence[Sequence[str]],
   columns: Columns,
   lengths: Sequence[Sequence[int]] | None,
+  ids: Sequence[Sequence[Sequence[int]]] | None = None,
+  state: TrainerState | None = None,
+  *,
+  logs: Logs | None = None,
 ) -> tuple[dict[str, Float[np.ndarray, "P G"]], Float[np.ndarray, "P G"]]:
   """Returns (rewards by name, accuracy), each [P, G].
 
@@ -150,7 +163,8 @@ def score_task(
   Args:
     task: the task.
     rewards: whether to compute the rewards; if not, the first result is empty.
-    prompts: as in `scoring.score`, like all further arguments.
+    prompts: as in `scoring.score`, like all further arguments. What the accuracy function logs is
+      dropped if the rewards are computed, as it is often one of them.
 
   Example:
     >>> from grpo_jax.tasks.letters import letters_task
@@ -159,12 +173,15 @@ def score_task(
     (array([[1. , 0.5]]), array([[1., 0.]]))
   """
   batch = (prompts, completions, columns, lengths)
-  values = score(task.rewards, *batch)[1] if rewards else {}
+  options = {"ids": ids, "state": state}
+  values = score(task.rewards, *batch, **options, logs=logs)[1] if rewards else {}
   name = _judging_reward(task)
   if name in values:
     is_reward = task.rewards[name][0] is task.accuracy
     return values, values[name] if is_reward else (values[name] == 1).astype(np.float64)
-  return values, score({"accuracy": (task.accuracy, 1.0)}, *batch)[1]["accuracy"]
+  name = getattr(inner_function(task.accuracy), "__name__", "accuracy")
+  accuracy = {name: (task.accuracy, 1.0)}
+  return values, score(accuracy, *batch, **options, logs=None if rewards else logs)[1][name]
 
 
 def _judging_reward(task: Task) -> str | None:

@@ -19,14 +19,29 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
-from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Rewards, Task
+from grpo_jax.tasks.base import Columns, Prompt, Rewards, Task
+from grpo_jax.tasks.rewards.logs import Logs, TrainerState
+from grpo_jax.tasks.rewards.scorer import (
+  Errors,
+  Scorer,
+  Scores,
+  Unit,
+  UnitResult,
+  call_units,
+  joined,
+  part_of,
+  score_in_process,
+  score_with,
+  split,
+  whole_of,
+)
 from grpo_jax.tasks.rewards.scoring import (
   RewardError,
   check_batch,
@@ -34,7 +49,9 @@ from grpo_jax.tasks.rewards.scoring import (
   show_completion,
   weighted_sum,
 )
-from grpo_jax.tasks.rewards.worker_process import START, score_task
+from grpo_jax.tasks.rewards.worker_process import START
+
+__all__ = ["RewardWorkers", "Scorer", "Scores", "score_in_process", "score_with"]
 
 MESSAGE_BYTES = 2**28  # longest message of a worker
 START_SECONDS = 600.0  # time limit in seconds for building the task in a worker
@@ -42,89 +59,6 @@ REMEDY = (
   "Name reward functions as 'path/to/file.py:function', or have them called in this process: "
   "rewards.workers=0"
 )
-Unit: TypeAlias = tuple[slice, slice]  # of prompts, and of the completions of each
-# (rewards by name, accuracy) of a unit, as `score_task` returns them.
-UnitResult: TypeAlias = tuple[dict[str, Float[np.ndarray, "P G"]], Float[np.ndarray, "P G"]]
-
-
-@dataclass(frozen=True)
-class Scores:
-  """The rewards of a batch of completions.
-
-  Attributes:
-    total: weighted sum of the rewards, [P, G]; NaN: not scored.
-    per_name: rewards of each function, [P, G]; NaN where it does not apply.
-    accuracy: [P, G], 1.0 for correct answers.
-    missing: number of completions on which a function hung or crashed. All their values are NaN.
-  """
-
-  total: Float[np.ndarray, "P G"]
-  per_name: dict[str, Float[np.ndarray, "P G"]]
-  accuracy: Float[np.ndarray, "P G"]
-  missing: int
-
-
-class Scorer(Protocol):
-  """Scores completions with the reward functions of a task."""
-
-  def __call__(
-    self,
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[str]],
-    columns: Columns,
-    lengths: Sequence[Sequence[int]] | None = None,
-    *,
-    rewards: bool = True,
-  ) -> Scores:
-    """Returns the scores of a batch.
-
-    Args:
-      prompts: as in `scoring.score`, like the arguments up to `lengths`.
-      rewards: whether to compute the rewards. If not, only the accuracy is computed; `total` is
-        NaN and `per_name` empty.
-    """
-
-
-def score_in_process(task: Task) -> Scorer:
-  """Returns a scorer that calls a task's functions in this process, without a time limit.
-
-  Example:
-    >>> from grpo_jax.tasks.letters import letters_task
-    >>> score_in_process(letters_task())(["1:"], [["ab", "a1"]], {}).total
-    array([[1. , 0.5]])
-  """
-
-  def scorer(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[str]],
-    columns: Columns,
-    lengths: Sequence[Sequence[int]] | None = None,
-    *,
-    rewards: bool = True,
-  ) -> Scores:
-    values, accuracy = score_task(task, rewards, prompts, completions, columns, lengths)
-    weights = {name: weight for name, (_, weight) in task.rewards.items()}
-    total = weighted_sum(values, weights) if rewards else np.full(accuracy.shape, np.nan)
-    return Scores(total, values, accuracy, 0)
-
-  return scorer
-
-
-def score_with(reward: RewardFunction, accuracy: RewardFunction | None = None) -> Scorer:
-  """Returns a scorer that calls one reward function in this process, without a time limit.
-
-  Args:
-    reward: `f(prompts, completions, **columns) -> list[float | None]`.
-    accuracy: function of the same form that returns 1.0 for a correct answer; None: the reward.
-
-  Example:
-    >>> def short(prompts, completions, **columns):
-    ...   return [float(len(text) < 3) for text in completions]
-    >>> score_with(short)(["5 - 9 ="], [["-4", "minus four"]], {}).total.tolist()
-    [[1.0, 0.0]]
-  """
-  name = getattr(reward, "__name__", "reward")
-  return score_in_process(Task(name, {}, {name: (reward, 1.0)}, accuracy or reward))
 
 
 class RewardWorkers:
@@ -134,7 +68,8 @@ class RewardWorkers:
   process crashes, the prompts are scored one by one, with all completions of a prompt in one call.
   The completions of a prompt that fails again are scored one by one. A completion that fails alone
   is missing, and a warning shows it. A function that raises, or does not return a list of numbers,
-  stops the run with a RewardError.
+  stops the run with a RewardError. With `on_error="skip"` it costs rewards instead, in the same
+  way; after `MOST_IN_A_ROW` such errors in a row the rest of the batch is not tried.
 
   Use it as a context manager, or call `close`. The worker processes also end with this process,
   however it ends.
@@ -148,6 +83,7 @@ class RewardWorkers:
       need its device. They have no time limit.
     isolate: take network, writing, starting programs and the environment away from the workers
       once they have built the task. A machine that cannot do it gets a warning.
+    on_error: "raise", or "skip": completions on which a function raises have no reward.
 
   Raises:
     ValueError: an argument is out of range, or `make` cannot be pickled.
@@ -161,7 +97,9 @@ class RewardWorkers:
     *,
     here: Rewards | None = None,
     isolate: bool = True,
+    on_error: str = "raise",
   ) -> None:
+    Errors((0, 0), on_error)  # checks the name
     if workers < 1 or not 0 < timeout < math.inf:
       raise ValueError(
         f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
@@ -172,7 +110,7 @@ class RewardWorkers:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
       raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
     self._timeout = timeout
-    self._here = dict(here or {})
+    self._here, self._on_error = dict(here or {}), on_error
     self._whole_batches = True  # False once a batch was too slow as a whole
     self._workers = [_Worker(pickled, isolate) for _ in range(workers)]
     for worker in self._workers:
@@ -196,17 +134,16 @@ class RewardWorkers:
     columns: Columns,
     lengths: Sequence[Sequence[int]] | None = None,
     *,
+    ids: Sequence[Sequence[Sequence[int]]] | None = None,
+    state: TrainerState | None = None,
     rewards: bool = True,
   ) -> Scores:
-    shape = check_batch(prompts, completions, columns, lengths)
+    shape = check_batch(prompts, completions, columns, lengths, ids)
+    batch = (prompts, completions, columns, lengths, ids)
 
     def payload(unit: Unit) -> bytes:
-      rows, within = unit
-      texts = [list(row)[within] for row in completions[rows]]
-      counts = None if lengths is None else [[int(n) for n in row][within] for row in lengths[rows]]
-      part = {name: values[rows] for name, values in columns.items()}
       try:
-        return pickle.dumps((self._timeout, rewards, list(prompts[rows]), texts, part, counts))
+        return pickle.dumps((self._timeout, rewards, *part_of(batch, unit), state))
       except Exception as error:
         raise RewardError(
           f"the columns {', '.join(columns)} cannot be sent to another process: {error}. Leave out "
@@ -216,35 +153,48 @@ class RewardWorkers:
     def show(p: int, g: int) -> str:
       return show_completion(prompts[p], completions[p][g])
 
+    errors = Errors(shape, self._on_error)
     try:
-      results, missing = self._score_units(shape, payload, show)
+      results, missing = self._score_units(shape, payload, show, errors)
     finally:
       for worker in self._workers:
         if worker.unit:  # interrupted by an error or Ctrl-C
           worker.kill()
-    weights, accuracy, values = self._weights(), np.full(shape, np.nan), {}
-    for unit, (unit_rewards, unit_accuracy) in results:
-      accuracy[unit] = unit_accuracy
-      for name, array in unit_rewards.items():
-        values.setdefault(name, np.full(shape, np.nan))[unit] = array
-    if not rewards:
-      return Scores(np.full(shape, np.nan), {}, accuracy, int(missing.sum()))
-    values = {name: values.get(name, np.full(shape, np.nan)) for name in weights}
-    if self._here:
-      values |= score(self._here, prompts, completions, columns, lengths)[1]
-      weights |= {name: weight for name, (_, weight) in self._here.items()}
-    total = np.where(missing, np.nan, weighted_sum(values, weights))
-    return Scores(total, values, accuracy, int(missing.sum()))
+    if not rewards or not self._here:
+      errors.warn()
+      return joined(results, self._weights() if rewards else {}, shape, errors, missing)
+
+    def call_here(unit: Unit) -> UnitResult:
+      prompts, completions, columns, lengths, ids = part_of(batch, unit)
+      values = score(self._here, prompts, completions, columns, lengths, ids=ids, state=state)[1]
+      of_unit = next(iter(values.values())).shape
+      return values, np.full(of_unit, np.nan), Logs(math.prod(of_unit))
+
+    errors.in_a_row = 0
+    own = call_units(call_here, shape, errors)
+    errors.warn()
+    scores = joined(results, self._weights(), shape, errors, missing)
+    weights = {name: weight for name, (_, weight) in self._here.items()}
+    values = scores.per_name | joined(own, weights, shape, errors).per_name
+    total = weighted_sum(values, self._weights() | weights)
+    total = np.where(missing | errors.raised, np.nan, total)
+    return replace(scores, total=total, per_name=values)
 
   def _score_units(
-    self, shape: tuple[int, int], payload: Callable[[Unit], bytes], show: Callable[[int, int], str]
+    self,
+    shape: tuple[int, int],
+    payload: Callable[[Unit], bytes],
+    show: Callable[[int, int], str],
+    errors: Errors,
   ) -> tuple[list[tuple[Unit, UnitResult]], Bool[np.ndarray, "P G"]]:
     """Returns the results of units that cover the batch, and the mask of missing completions."""
-    whole = (slice(0, shape[0]), slice(0, shape[1]))
-    pending = deque([whole] if self._whole_batches else _split(whole) or [whole])
+    whole = whole_of(shape)
+    pending = deque([whole] if self._whole_batches else split(whole) or [whole])
     results: list[tuple[Unit, UnitResult]] = []
     missing, too_slow = np.zeros(shape, bool), False
     while pending or any(worker.unit for worker in self._workers):
+      if errors.gives_up(pending) and not any(worker.unit for worker in self._workers):
+        break
       for worker in self._workers:
         if pending and worker.connection is None:
           worker.start()
@@ -254,14 +204,17 @@ class RewardWorkers:
       for worker, kind, value in _events([w for w in self._workers if w.connection and not w.idle]):
         unit, worker.unit = worker.unit, None
         if kind == "done":
+          errors.in_a_row = 0
           results.append((unit, value))
         elif kind == "raised":
+          pending.extend(errors.handle(unit, RewardError(value)))
+        elif kind == "broken":
           raise RewardError(value)
         else:  # "late" or "died"
           called = worker.called
           worker.kill()
           too_slow |= unit == whole and kind == "late"
-          parts = _split(unit)
+          parts = split(unit)
           pending.extend(parts)
           if not parts:
             missing[unit] = True
@@ -278,16 +231,6 @@ class RewardWorkers:
     return dict(next(worker.weights for worker in self._workers if worker.weights is not None))
 
 
-def _split(unit: Unit) -> list[Unit]:
-  """Splits several prompts into prompts, one prompt into completions, one completion into none."""
-  rows, within = unit
-  if rows.stop - rows.start > 1:
-    return [(slice(p, p + 1), within) for p in range(rows.start, rows.stop)]
-  if within.stop - within.start > 1:
-    return [(rows, slice(g, g + 1)) for g in range(within.start, within.stop)]
-  return []
-
-
 # --- the parent's side of a worker ----------------------------------------------------------------
 
 
@@ -301,6 +244,7 @@ class _Worker:
     self.unit: Unit | None = None
     self.deadline = 0.0
     self.called = ""  # the function it called last
+    self._logs = Logs(0)
     self._ready = False
 
   @property
@@ -326,6 +270,7 @@ class _Worker:
     """Sends a unit to an idle worker."""
     self.unit, self.deadline = unit, time.monotonic() + timeout
     self.called = "a reward function"
+    self._logs = Logs(math.prod(part.stop - part.start for part in unit))
     self._send(payload)
 
   def _send(self, payload: bytes) -> None:
@@ -345,6 +290,8 @@ class _Worker:
       ) from error
     if kind == "calling":
       self.called = value
+    elif kind == "logged":
+      self._logs = value
     elif kind == "ready":
       (self.weights, layers), self._ready = value, True
       if self._isolate and "landlock" not in layers:
@@ -354,10 +301,10 @@ class _Worker:
         )  # fmt: skip
     elif not self._ready:
       self.kill()
-      reason = value if kind == "raised" else f"it ended its {value}"
+      reason = value if kind in ("raised", "broken") else f"it ended its {value}"
       raise RewardError(f"a reward worker could not build the task: {reason}. {REMEDY}")
     else:
-      return kind, value
+      return kind, (*value, self._logs) if kind == "done" else value
     return "", None
 
   def kill(self) -> None:
@@ -406,12 +353,25 @@ def _message(payload: bytes, unit: Unit | None) -> tuple[str, Any]:
     # `reshape` raises for any other size; of size 0, the nested lists do not say the shape.
     arrays = {name: array.reshape(shape) for name, array in arrays.items()}
     return kind, (arrays, np.array(accuracy, np.float64).reshape(shape))
+  if kind == "logged":
+    return kind, _logs(*value, unit)
   if kind == "ready":
     weights, layers = value
     return kind, ({str(name): float(weight) for name, weight in weights.items()}, list(layers))
-  if kind not in ("calling", "raised") or not isinstance(value, str):
+  if kind not in ("calling", "raised", "broken") or not isinstance(value, str):
     raise ValueError(f"the message {payload[:80]!r}")
   return kind, value
+
+
+def _logs(extras: Any, metrics: Any, unit: Unit) -> Logs:
+  """Returns what a worker says its functions logged, checked like all that a worker sends."""
+  logs = Logs(math.prod(part.stop - part.start for part in unit))
+  columns = dict.fromkeys(name for row in extras for name in row)
+  for name in columns:
+    logs.log_extra(name, [row.get(name) for row in extras])
+  for name, value, _ in metrics:
+    logs.log_metric(name, value)
+  return logs
 
 
 def _events(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, str, Any]]:

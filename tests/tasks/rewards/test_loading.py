@@ -104,3 +104,33 @@ def test_the_files_of_rewards_are_listed_once():
   assert files_of("dir/b.py:f") == ("dir/b.py",)
   assert files_of({"mine": "a.py:f", "built in": "exact"}) == ("a.py",)
   assert files_of(None) == files_of(math.sqrt) == ()
+
+
+@pytest.mark.parametrize(
+  ("source", "words"),
+  [
+    ("x = 1\ndef f(:\n", r"SyntaxError: .*\n  File \".*mine\.py\", line 2\n    def f\(:"),
+    ("x = 1\nraise KeyError('x')\n", r"KeyError: 'x'\n  File \".*mine\.py\", line 2, in <module>"),
+    ("import sys\nsys.exit(3)\n", r"SystemExit: 3\n  File \".*mine\.py\", line 2, in <module>"),
+  ],
+)
+def test_a_file_that_cannot_be_loaded_shows_its_line(tmp_path, source, words):
+  (tmp_path / "mine.py").write_text(source)
+  with pytest.raises(ValueError, match=words):
+    load_function(f"{tmp_path}/mine.py:f")
+
+
+def test_messages_are_for_functions_of_the_user_and_keep_their_names():
+  def brief(completions, **columns):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+  rewards = weighted([brief, "exact", {"name": "format"}], completions="messages")
+  assert list(rewards) == ["brief", "exact", "format"]
+  texts = {"completions": ["a", "bb"]}
+  assert rewards["brief"][0](**texts) == [1.0, 2.0]
+  assert rewards["exact"][0](**texts, answer=["a", "a"]) == [1.0, 0.0]
+  accuracy, answer = accuracy_of(rewards, None, "messages")
+  assert (accuracy(**texts), answer) == ([1.0, 0.0], None)
+  names = list(inspect.signature(rewards["brief"][0]).parameters)
+  assert (names[0], names[-1]) == ("completions", "columns")
+  assert {"completion_ids", "trainer_state", "log_extra", "log_metric"} < set(names)

@@ -2,11 +2,16 @@
 
 import asyncio
 import functools
+import json
 import math
 
 import numpy as np
 import pytest
 
+from grpo_jax.tasks.base import Task
+from grpo_jax.tasks.rewards import scoring
+from grpo_jax.tasks.rewards.loading import ExactlyOne
+from grpo_jax.tasks.rewards.scorer import score_in_process
 from grpo_jax.tasks.rewards.scoring import (
   RewardError,
   check_batch,
@@ -196,11 +201,29 @@ def test_lengths_must_have_the_shape_of_the_completions(lengths):
     ("ab", "returned str 'ab'"),
     ({0: 1.0, 1: 1.0}, "returned dict"),
     (None, "returned NoneType"),
+    ({1.0, 2.0}, "returned set"),
+    ((x for x in (0.0, 1.0)), "returned generator"),
+    ({"a": 1.0, "b": 2.0}.values(), "returned dict_values"),
+    (b"ab", "returned bytes"),
+    (np.zeros((2, 1)), r"returned an array of shape \(2, 1\)"),
+    (np.zeros((1, 2)), r"returned an array of shape \(1, 2\)"),
+    (np.float32(0.5), r"returned an array of shape \(\)"),
+    (np.zeros(3), "returned 3 values for 2 completions"),
+    ([[0.0, 1.0]], "returned 1 values for 2 completions"),
+    ([0.0, 10**5000], "int that cannot be shown at position 1"),
+    ([0.0, np.str_("1")], "str_ .* at position 1"),
   ],
 )
-def test_a_bad_result_names_the_function_and_shows_a_completion(values, message):
+@pytest.mark.parametrize("accuracy", [False, True])
+def test_a_bad_result_names_the_function_and_shows_a_completion(values, message, accuracy):
+  def mine(completions, **columns):
+    return values
+
+  scorer = score_in_process(Task("t", {}, {"mine": (mine, 1.0)}, ExactlyOne(mine)))
   with pytest.raises(RewardError, match=message) as caught:
-    score({"mine": (lambda **columns: values, 1.0)}, ["what?"], [["good", "bad"]], {})
+    # An evaluation comes first, and calls the accuracy alone.
+    scorer(["what?"], [["good", "bad"]], {}, rewards=not accuracy)
+  assert "number" in str(caught.value)
   assert "reward function 'mine'" in str(caught.value)
   assert "test_scoring.py" in str(caught.value)
   assert "'what?'" in str(caught.value)
@@ -215,6 +238,43 @@ def test_an_exception_shows_the_completion_that_raises_it(function):
     score({"picky": (function, 1.0)}, ["one", "two", "three"], completions, {})
   assert str(caught.value).endswith("  prompt:     'three'\n  completion: ''")
   assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_an_exception_shows_the_users_own_lines_once():
+  """Frames of this package, of json and of asyncio are left out; those of the user are in order."""
+
+  def parsed(text):
+    return json.loads(text)["score"]
+
+  def plain(completions, **columns):
+    return [parsed(text) for text in completions]
+
+  async def waits(completions, **columns):
+    return [parsed(text) for text in completions]
+
+  for function in (plain, waits, functools.partial(plain), ExactlyOne(plain)):
+    with pytest.raises(RewardError) as caught:
+      score({"mine": (function, 1.0)}, ["p"], [['{"score": 1}', "{"]], {})
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("reward function 'mine' raised JSONDecodeError: ")
+    files = [line for line in lines if line.startswith("  File ")]
+    assert all("test_scoring.py" in line for line in files)
+    assert files[-1].endswith("in parsed")
+    assert sum('return json.loads(text)["score"]' in line for line in lines) == 1
+    assert lines[-1] == "  completion: '{'"
+
+
+def test_a_slow_function_that_raises_is_not_called_on_and_on(monkeypatch):
+  monkeypatch.setattr(scoring, "BISECT_SECONDS", 0.0)
+  calls = []
+
+  def judge(completions, **columns):
+    calls.append(completions)
+    raise TimeoutError("no answer")
+
+  with pytest.raises(RewardError, match="one of 8 completions raises it"):
+    score({"judge": (judge, 1.0)}, ["p"], [list("abcdefgh")], {})
+  assert len(calls) == 1
 
 
 def test_an_exception_that_only_the_whole_batch_raises():
@@ -265,7 +325,7 @@ def test_inconsistent_arguments(arguments, message):
     score(*arguments)
 
 
-@pytest.mark.parametrize("name", ["prompts", "completions", "completion_lengths"])
+@pytest.mark.parametrize("name", scoring.RESERVED)
 def test_columns_must_not_have_the_names_of_other_arguments(name):
   with pytest.raises(ValueError, match=f"a column must not be called '{name}'"):
     check_batch(["p", "q"], TEXTS, {name: [1, 2]})

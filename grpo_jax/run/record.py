@@ -1,0 +1,139 @@
+"""Records how a run was started and why it ended, in `run.json`: one session per command.
+
+{"sessions": [{"start": ..., "end": ..., "reason": "finished", "command": [...], ...}]}
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from grpo_jax.errors import first_line
+from grpo_jax.run.workdir import write_whole
+
+RECORD = "run.json"
+PACKAGES = (
+  *("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "transformers"),
+  *("safetensors", "math-verify", "reasoning-gym"),
+)
+GIT_SECONDS = 5  # time limit in seconds for asking git
+
+
+@contextlib.contextmanager
+def session(
+  workdir: str | Path, version: str, folder: str | Path = "."
+) -> Iterator[dict[str, Any]]:
+  """Appends a session to `run.json` when the body starts, and writes why it ended at its end.
+
+  The reason is `finished`; `signal` for Ctrl-C and SIGTERM, with the signal's name; or `error`,
+  with the type and the first line of the error. The body may set another, such as `stopped`. A
+  session that never came to its end is `killed` in the record of the next one.
+
+  Args:
+    workdir: the work directory.
+    version: of this package.
+    folder: a folder of the code of the run, whose git commit is recorded.
+
+  Yields:
+    The session.
+  """
+  sessions = read(workdir)
+  for earlier in sessions:
+    if earlier.get("reason") is None:
+      earlier["reason"] = "killed"
+  now = {
+    "start": _now(),
+    "end": None,
+    "reason": None,
+    "command": list(sys.orig_argv),
+    "folder": os.getcwd(),
+    "host": socket.gethostname(),
+    "versions": {"python": platform.python_version(), "grpo_jax": version, **_versions()},
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "git": git_commit(folder),
+  }
+  sessions.append(now)
+  _write(workdir, sessions)
+  error: BaseException | None = None
+  try:
+    yield now
+  except BaseException as raised:
+    error = raised
+    raise
+  finally:
+    now["end"] = _now()
+    now.update({"reason": now["reason"] or "finished"} if error is None else _reason(error))
+    with contextlib.suppress(OSError):  # a full device must not hide the error that is raised
+      _write(workdir, sessions)
+
+
+def read(workdir: str | Path) -> list[dict[str, Any]]:
+  """Reads the sessions of a run; none if there is no record. A damaged one is put aside."""
+  path = Path(workdir) / RECORD
+  if not path.is_file():
+    return []
+  try:
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+    if not isinstance(sessions, list) or not all(isinstance(s, dict) for s in sessions):
+      raise ValueError("it does not hold a list of sessions")
+    return sessions
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
+    aside = path.with_name(f"{RECORD}.damaged")
+    print(f"warning: {path} is damaged ({error}); it is kept as {aside.name}", file=sys.stderr)
+    os.replace(path, aside)
+    return []
+
+
+def git_commit(folder: str | Path) -> dict[str, Any] | None:
+  """Returns the commit of the git repository around a folder, and whether files have changed since.
+
+  Returns:
+    {"commit": hash, "changed": bool}; None if there is no repository, no commit or no git.
+  """
+
+  def ask(*command: str) -> str:
+    return subprocess.run(
+      ["git", "-C", str(folder), *command],
+      check=True, capture_output=True, text=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL,
+    ).stdout  # fmt: skip
+
+  try:
+    commit = ask("rev-parse", "HEAD").strip()
+    return {"commit": commit, "changed": bool(ask("status", "--porcelain", "-uno").strip())}
+  except (OSError, ValueError, subprocess.SubprocessError):
+    return None
+
+
+def _reason(error: BaseException) -> dict[str, str]:
+  """Returns why a session ended, from the exception that ended it."""
+  if isinstance(error, KeyboardInterrupt):
+    number = getattr(error, "exit_code", 128 + signal.SIGINT) - 128
+    return {"reason": "signal", "signal": signal.Signals(number).name}
+  return {"reason": "error", "error": type(error).__name__, "message": first_line(error)}
+
+
+def _versions() -> dict[str, str]:
+  versions = {}
+  for package in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  return versions
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _write(workdir: str | Path, sessions: list[dict[str, Any]]) -> None:
+  write_whole(Path(workdir) / RECORD, json.dumps({"sessions": sessions}, indent=2) + "\n")
