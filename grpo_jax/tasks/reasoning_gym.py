@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
 from grpo_jax import extras
+from grpo_jax.environments.tools import ToolName, with_tools
 from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 from grpo_jax.tasks.rewards import foreign
 from grpo_jax.tasks.rewards.answers import final, number, plain
@@ -55,6 +56,8 @@ def reasoning_gym_task(
   shots: int | None = None,
   system: str | None = None,
   reward: str = "exact",
+  tools: Sequence[ToolName] = (),
+  tool_settings: Mapping[str, Any] | None = None,
 ) -> Task:
   """Builds a task from distinct problems of one dataset, or of a weighted mixture of datasets.
 
@@ -79,6 +82,8 @@ def reasoning_gym_task(
     reward: "exact", 1.0 if the dataset's `score_answer` returns 1.0 and otherwise 0.0, or "score",
       its return value, which in most datasets gives partial credit to an answer that merely
       contains the right one. Accuracy is exact in both cases.
+    tools: as in `table_task`, like `tool_settings`.
+    tool_settings: settings of the tools.
 
   Raises:
     ValueError: a name or setting is unknown or out of range, or there are fewer distinct problems
@@ -112,7 +117,7 @@ def reasoning_gym_task(
   functions = _reward_functions(
     [(name, make()) for name, make in parts], numeric_only=format == "chat"
   )
-  return Task(
+  task = Task(
     name="reasoning_gym:" + "+".join(dict.fromkeys(name for name, _ in parts)),
     splits=splits,
     rewards={reward: (functions[reward], 1.0)},
@@ -122,6 +127,7 @@ def reasoning_gym_task(
     canary="banana",
     foreign=any(name in foreign.CLEAN for name, _ in parts),
   )
+  return with_tools(task, tools, tool_settings)
 
 
 # --- answers --------------------------------------------------------------------------------------

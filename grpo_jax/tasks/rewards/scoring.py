@@ -224,17 +224,24 @@ def _call_all(
         awaitable.close()  # otherwise Python warns that it was never awaited
     raise
   if pending:
-    for name, result in zip(pending, _await_together(list(pending.values()))):
+    for name, result in zip(pending, await_together(list(pending.values()))):
       if isinstance(result, Exception):
         raise _failure(name, functions[name], result, called_with[name]) from result
       results[name] = result
   return results
 
 
-def _await_together(awaitables: list[Awaitable[Result]]) -> list[Result | BaseException]:
-  """Returns the results, or exceptions, in order. Works inside a running event loop too."""
+def await_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any | BaseException]:
+  """Returns the results, or exceptions, in order. Works inside a running event loop too.
 
-  async def gather() -> list[Result | BaseException]:
+  Example:
+    >>> async def double(x):
+    ...   return 2 * x
+    >>> await_together([double(1), double(4)])
+    [2, 8]
+  """
+
+  async def gather() -> list[Any | BaseException]:
     return await asyncio.gather(*awaitables, return_exceptions=True)
 
   try:
@@ -242,7 +249,7 @@ def _await_together(awaitables: list[Awaitable[Result]]) -> list[Result | BaseEx
   except RuntimeError:
     return asyncio.run(gather())
   # A notebook has a running loop, in which asyncio.run raises: run another loop in a thread.
-  results: list[Result | BaseException] = []
+  results: list[Any | BaseException] = []
   thread = threading.Thread(target=lambda: results.extend(asyncio.run(gather())), daemon=True)
   thread.start()
   thread.join()
@@ -297,7 +304,7 @@ def _failure(
     try:
       result = function(**{column: values[start:stop] for column, values in arguments.items()})
       if inspect.isawaitable(result):
-        return isinstance(_await_together([result])[0], Exception)
+        return isinstance(await_together([result])[0], Exception)
       return False
     except Exception:
       return True

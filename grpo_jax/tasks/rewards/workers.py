@@ -174,7 +174,7 @@ class RewardWorkers:
     self._timeout = timeout
     self._here = dict(here or {})
     self._whole_batches = True  # False once a batch was too slow as a whole
-    self._workers = [_Worker(pickled, isolate) for _ in range(workers)]
+    self._workers = [WorkerProcess(pickled, isolate) for _ in range(workers)]
     for worker in self._workers:
       worker.start()
 
@@ -291,8 +291,10 @@ def _split(unit: Unit) -> list[Unit]:
 # --- the parent's side of a worker ----------------------------------------------------------------
 
 
-class _Worker:
+class WorkerProcess:
   """A worker process: absent, starting (it builds the task), idle, or busy with a unit."""
+
+  program = START
 
   def __init__(self, make: bytes, isolate: bool) -> None:
     self._make, self._isolate = make, isolate
@@ -311,7 +313,7 @@ class _Worker:
     self.connection, child = multiprocessing.Pipe()
     self.deadline, self._ready = time.monotonic() + START_SECONDS, False
     self._process = subprocess.Popen(
-      [sys.executable, "-u", "-P", "-c", START, str(child.fileno())],
+      [sys.executable, "-u", "-P", "-c", self.program, str(child.fileno())],
       pass_fds=[child.fileno()],
       stdin=subprocess.DEVNULL,
       # Ctrl-C is for the parent, and processes that a function starts end with the worker.
@@ -414,7 +416,7 @@ def _message(payload: bytes, unit: Unit | None) -> tuple[str, Any]:
   return kind, value
 
 
-def _events(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, str, Any]]:
+def _events(workers: Sequence[WorkerProcess]) -> Iterator[tuple[WorkerProcess, str, Any]]:
   """Waits for the first worker with an event; ("late", None) is that of a passed deadline."""
   seconds = min(worker.deadline for worker in workers) - time.monotonic()
   ready = wait([worker.connection for worker in workers], timeout=max(seconds, 0.0))
