@@ -24,6 +24,8 @@ MODULES = {
     "pyarrow", "sympy",
   ),
   "gguf": ("gguf",),
+  "openenv": ("websockets",),
+  "textarena": ("textarena",),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ environments in workers need `rewards.isolate=false`: isolated ones have no netw
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -137,12 +138,9 @@ class OpenEnvEnvironment:
     socket, self._socket = self._socket, None
     if socket is None:
       return
-    try:
+    with contextlib.suppress(Exception):  # it may be closed already
       socket.send(json.dumps({"type": "close"}))
-    except Exception:  # it is closed already
-      pass
-    finally:
-      socket.close()
+    socket.close()
 
   def _connect(self) -> None:
     from websockets.sync.client import connect
@@ -160,8 +158,12 @@ class OpenEnvEnvironment:
 
   def _ask(self, kind: str, data: Mapping[str, Any]) -> tuple[str, Any]:
     """Returns ("", data of the answer), or the code of an error and its message."""
+    from websockets.exceptions import ConnectionClosed
+
     try:
-      self._socket.send(json.dumps({"type": kind, "data": data}))
+      # A server without a free session says so unasked and closes; its message is still there.
+      with contextlib.suppress(ConnectionClosed):
+        self._socket.send(json.dumps({"type": kind, "data": data}))
       message = json.loads(self._socket.recv(timeout=self._episodes.timeout))
       answer = message["data"]
       if message["type"] == "error":

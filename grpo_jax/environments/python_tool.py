@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, Pipe
 from grpo_jax.environments import isolation, sandbox
 
 SECONDS = 5.0  # of a program
+OUTPUT_LENGTH = 1500  # characters of the output, and of the errors, that the model reads
 _runner: Connection | None = None  # to the child of this process, once `prepare` has started one
 _number = 0  # of the last program
 
@@ -94,8 +95,12 @@ def _ask(code: str) -> list:
 
 
 def _report(stdout: str, stderr: str, killed: str | None) -> str:
+  """Returns what the model reads: why the program was ended, its output, then its errors."""
   reasons = {"time": f"it ran longer than {SECONDS:g} s", "memory": "it used too much memory"}
-  parts = [stdout.rstrip("\n"), stderr.rstrip("\n")]
-  if killed is not None:
-    parts.append(f"The program was ended: {reasons.get(killed, 'it printed too much')}")
-  return "\n".join(part for part in parts if part) or "(no output)"
+  ended = f"The program was ended: {reasons.get(killed, 'it printed too much')}" if killed else ""
+  stdout, stderr = stdout.strip("\n"), stderr.strip("\n")
+  if len(stdout) > OUTPUT_LENGTH:
+    stdout = f"{stdout[:OUTPUT_LENGTH]} ... (cut: {len(stdout):,} characters)"
+  if len(stderr) > OUTPUT_LENGTH:  # the end of a traceback says what is wrong
+    stderr = f"... {stderr[-OUTPUT_LENGTH:]}"
+  return "\n".join(part for part in (ended, stdout, stderr) if part) or "(no output)"

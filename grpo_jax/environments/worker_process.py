@@ -175,6 +175,8 @@ class Session:
       return call_within(self._timeout, function, *arguments)
     except OutOfTime:
       raise EnvironmentFault(f"{name} took more than {self._timeout:g} s") from None
+    except EnvironmentFault as error:
+      raise EnvironmentFault(f"{name}: {error}") from error
     except (Exception, SystemExit, GeneratorExit) as error:
       hint = HINT if self._isolated and isinstance(error, PermissionError) else ""
       message = f"{error}"[:500]
