@@ -153,13 +153,18 @@ class Session:
     return Outcome("", None, False)
 
   def _step(self, job: Job) -> Outcome:
-    step = checked_step(self._call("step", self._environments[job.key].step, job.texts[0]))
+    step = checked_step(self._call("step", self._environment(job).step, job.texts[0]))
     return Outcome(step.observation, step.reward, step.done, None, step.metrics)
 
   def _finish(self, job: Job) -> Outcome:
-    finish = getattr(self._environments[job.key], "finish", None)
+    finish = getattr(self._environment(job), "finish", None)
     reward = None if finish is None else checked_reward(self._call("finish", finish), "finish")
     return Outcome("", reward, True)
+
+  def _environment(self, job: Job) -> Environment:
+    if job.key not in self._environments:
+      raise EnvironmentFault("environment could not be restored")
+    return self._environments[job.key]
 
   def _close(self, key: Key) -> None:
     environment = self._environments.pop(key, None)

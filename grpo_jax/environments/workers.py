@@ -13,7 +13,7 @@ import math
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
@@ -32,6 +32,7 @@ from grpo_jax.tasks.rewards.worker_process import START
 from grpo_jax.tasks.rewards.workers import MESSAGE_BYTES, START_SECONDS, WorkerProcess
 
 GRACE = 2.0  # seconds beyond its time limit that a call may take until its process is killed
+PAUSE = 30.0  # longest time in seconds between two jobs of a worker, on a machine that is busy
 REMEDY = (
   "Name environments and tools as 'path/to/file.py:name', or have them called in this process: "
   "rewards.workers=0"
@@ -145,11 +146,12 @@ def _agreed(p: int, answers: Sequence[Answer]) -> Prompt | None:
   return prompts[0] if prompts else None
 
 
-def _warn_of_failures(outcomes: Iterable[Outcome]) -> None:
+def _warn_of_failures(outcomes: Collection[Outcome]) -> None:
   reasons = [outcome.failure for outcome in outcomes if outcome.failure]
   for reason in dict.fromkeys(reasons):
+    count = f"{reasons.count(reason)} of {len(outcomes)}"
     warnings.warn(
-      f"{reasons.count(reason)} episodes are lost and not scored: the environment's {reason}",
+      f"lost {count} episodes, which are not scored: the environment's {reason}",
       RuntimeWarning, stacklevel=3,
     )  # fmt: skip
 
@@ -270,14 +272,12 @@ class EnvironmentWorkers(_Runner):
     return sum(key) % len(self._workers)
 
   def _take(self, job: Job, answer: Answer, answers: dict[Key, Answer]) -> None:
-    self._episodes[job.key].record(job, answer)
-    worker = self._workers[self._number(job.key)]
+    episode = self._episodes[job.key]
+    if episode.lost is not None:  # when it was restored: the reason of that is the reason
+      answer = failed(episode.lost)
+    episode.record(job, answer)
     if job.kind != "restore":
       answers[job.key] = answer
-    elif self._episodes[job.key].over:  # lost, and with it what it still had to do
-      others = [other for other in worker.pending if other.key != job.key]
-      answers |= {job.key: answer} if len(others) < len(worker.pending) else {}
-      worker.pending = others
 
   def _restart(self, n: int) -> None:
     """Starts a worker that ended, with the episodes that it had."""
@@ -322,7 +322,7 @@ class _Worker(WorkerProcess):
         "plain data, or have environments called in this process: rewards.workers=0"
       ) from error
     if self._ready:
-      self.deadline = time.monotonic() + GRACE
+      self.deadline = time.monotonic() + PAUSE
 
   def clear(self) -> None:
     """Has it close all its environments."""
@@ -354,7 +354,7 @@ class _Worker(WorkerProcess):
   def _handle(self, kind: str, value: Any) -> list[tuple[Job, Answer]]:
     if kind == "ready":
       self._ready = True
-      self.deadline = time.monotonic() + GRACE
+      self.deadline = time.monotonic() + PAUSE
       if self._isolate and "landlock" not in value:
         warnings.warn(
           "environments are not isolated on this machine: its kernel has no Landlock",
@@ -363,7 +363,7 @@ class _Worker(WorkerProcess):
     elif kind == "raised":
       self.kill()
       raise WorkerError(f"an environment worker could not build the task: {value}. {REMEDY}")
-    elif kind == "at":
+    elif kind == "at" and self.current is None:
       self.current = {job.key: job for job in reversed(self.pending)}[tuple(value)]
       self.deadline = time.monotonic() + self.current.calls * self._timeout + GRACE
     elif kind == "done":
@@ -374,7 +374,7 @@ class _Worker(WorkerProcess):
         raise ValueError(key)
       self.pending = [other for other in self.pending if other is not job]
       self.current, self._unexplained = None, 0
-      self.deadline = time.monotonic() + GRACE
+      self.deadline = time.monotonic() + PAUSE
       return [(job, answer)]
     else:
       raise ValueError(kind)

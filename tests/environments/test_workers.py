@@ -64,7 +64,7 @@ def test_a_reset_that_fails_costs_its_episodes(runners):
   for runner, count in zip(runners, (2, 1)):
     examples = [Example("p", {"orders": order}, "p") for order in orders[:count]]
     assert runner.reset([*examples, EXAMPLES[1]], 1, [0] * (count + 1)) == [None] * (count + 1)
-    with pytest.warns(RuntimeWarning, match="not scored: the environment's reset"):
+    with pytest.warns(RuntimeWarning, match="the environment's reset"):
       outcomes = runner.step({(p, 0): "a" for p in range(count + 1)})
     failures = [outcome.failure for outcome in outcomes.values()]
     assert failures[0] == "reset raised KeyError: 'no such problem'"
@@ -142,7 +142,7 @@ def test_a_hang_or_a_crash_costs_its_own_episode(workers, text, reason):
   workers.step(dict.fromkeys(keys, "a"))
   workers.step(dict.fromkeys(keys[1:], "b"))
   began = time.monotonic()
-  with pytest.warns(RuntimeWarning, match="1 episodes are lost"):
+  with pytest.warns(RuntimeWarning, match="lost 1 of 5 episodes"):
     outcomes = workers.step(dict.fromkeys(keys[2:], "c") | {(0, 1): text})
   assert time.monotonic() - began < 15
   assert outcomes[0, 1].failure == reason
@@ -166,12 +166,26 @@ def test_an_episode_that_cannot_be_played_again_is_lost(workers):
   workers.reset([EXAMPLES[0]], group=5, seeds=[1])
   workers.step({(0, g): "vary" if g == 2 else "a" for g in range(5)})
   with pytest.warns(RuntimeWarning):
-    outcomes = workers.step({(0, 0): "die", (0, 4): "b"})
+    outcomes = workers.step({(0, 0): "die", (0, 4): "b", (0, 3): "c"})
+  assert outcomes[0, 3].observation == "c 1 2"
   assert outcomes[0, 4].observation == "b 1 2"
   with pytest.warns(RuntimeWarning):
     outcomes = workers.step({(0, 2): "a", (0, 1): "b"})
   assert "played again it did not answer the same" in outcomes[0, 2].failure
   assert outcomes[0, 1].failure is None
+
+
+def test_an_episode_that_is_lost_when_it_is_restored_says_why(workers):
+  """Its next turn is in the same batch."""
+  workers.reset([EXAMPLES[0]], group=3, seeds=[1])
+  workers.step({(0, 2): "vary", (0, 0): "a"})
+  with pytest.warns(RuntimeWarning):
+    outcomes = workers.step({(0, 0): "die", (0, 2): "b", (0, 1): "c"})
+  assert "played again it did not answer the same" in outcomes[0, 2].failure
+  assert outcomes[0, 0].failure == "step ended its process (exit code 3)"
+  assert outcomes[0, 1].failure is None
+  with pytest.warns(RuntimeWarning):
+    assert "played again" in workers.step({(0, 2): "b"})[0, 2].failure
 
 
 def test_episodes_out_of_budget_are_finished(runners):
@@ -238,6 +252,7 @@ def test_a_worker_that_ended_between_two_turns_is_replaced(workers):
     json.dumps(["rewards", 3]).encode(),
     json.dumps([["at"], 3]).encode(),
     json.dumps(["at", [7, 7]]).encode(),
+    json.dumps(["at", [0, 0]]).encode(),
   ],
 )
 def test_a_message_that_is_not_an_answer_costs_the_episode(workers, message, monkeypatch):
