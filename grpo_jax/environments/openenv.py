@@ -96,6 +96,7 @@ class OpenEnvEnvironment:
   def __init__(self, episodes: OpenEnvEpisodes) -> None:
     self._episodes = episodes
     self._socket: Any = None
+    self._opened = contextlib.ExitStack()
 
   def reset(self, example: Example, seed: int) -> Prompt | None:
     """Opens a session and resets it, waiting for one that is free."""
@@ -135,22 +136,25 @@ class OpenEnvEnvironment:
 
   def close(self) -> None:
     """Ends the session, so that its place is free."""
-    socket, self._socket = self._socket, None
-    if socket is None:
-      return
-    with contextlib.suppress(Exception):  # it may be closed already
-      socket.send(json.dumps({"type": "close"}))
-    socket.close()
+    if self._socket is not None:
+      with contextlib.suppress(Exception):  # it may be closed already
+        self._socket.send(json.dumps({"type": "close"}))
+    self._drop()
+
+  def _drop(self) -> None:
+    self._socket = None
+    self._opened.close()
 
   def _connect(self) -> None:
     from websockets.sync.client import connect
 
     try:
       # Between two turns the policy writes, for minutes perhaps: no pings, which would time out.
-      self._socket = connect(
+      connection = connect(
         self._episodes.url, open_timeout=self._episodes.timeout, close_timeout=1.0,
         ping_interval=None, max_size=MESSAGE_BYTES, proxy=None,
       )  # fmt: skip
+      self._socket = self._opened.enter_context(connection)
     except Exception as error:
       raise EnvironmentFault(
         f"server {self._episodes.url} cannot be reached: {type(error).__name__}: {error}"
@@ -173,8 +177,7 @@ class OpenEnvEnvironment:
         raise ValueError(f"a message of type {message['type']!r}")
       return "", answer
     except BaseException as error:  # its next answer would be that to this message
-      self._socket.close()
-      self._socket = None
+      self._drop()
       if not isinstance(error, Exception):
         raise
       if isinstance(error, TimeoutError):

@@ -331,6 +331,7 @@ class _Worker(WorkerProcess):
       self._send(pickle.dumps([]))
 
   def kill(self) -> None:
+    """Ends the process; what is pending stays pending."""
     super().kill()
     self.current = None
 

@@ -307,9 +307,11 @@ class WorkerProcess:
 
   @property
   def idle(self) -> bool:
+    """Whether it has built the task and waits for a unit."""
     return self.connection is not None and self._ready and self.unit is None
 
   def start(self) -> None:
+    """Starts the process and has it build the task."""
     self.connection, child = multiprocessing.Pipe()
     self.deadline, self._ready = time.monotonic() + START_SECONDS, False
     self._process = subprocess.Popen(
@@ -363,6 +365,7 @@ class WorkerProcess:
     return "", None
 
   def kill(self) -> None:
+    """Ends the process and everything it started; does nothing if there is none."""
     if self.connection is None:
       return
     self.connection.close()
