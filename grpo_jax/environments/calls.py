@@ -48,7 +48,7 @@ class Format:
 
 
 def without_thoughts(text: str) -> str:
-  """Returns the text after the last thought; nothing if the thought goes on.
+  """Returns the text after the last thought, and before one that goes on.
 
   Example:
     >>> without_thoughts("<think>I could call it.</think>So"), without_thoughts("a <think> b")
@@ -128,22 +128,22 @@ def _decoded(text: str, start: int) -> tuple[Any, int, str | None]:
 
 def _calls_of(value: Any) -> list[Call]:
   """Returns the calls that a JSON value stands for: one, or a list of them."""
-  if isinstance(value, list) and value:
-    return [call for item in value for call in _calls_of(item) if not isinstance(item, list)] or [
-      Call("", error="a call must be a JSON object with name and arguments")
-    ]
+  return [_call_of(item) for item in value] if isinstance(value, list) else [_call_of(value)]
+
+
+def _call_of(value: Any) -> Call:
   if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
-    return [Call("", error="a call must be a JSON object with name and arguments")]
-  arguments = value.get("arguments", value.get("parameters", {}))
+    return Call("", error="a call must be a JSON object with name and arguments")
+  name, arguments = value["name"], value.get("arguments", value.get("parameters"))
   if isinstance(arguments, str):  # JSON in a string, as an API returns it
     arguments, _, error = _decoded(arguments, 0)
     if error is not None:
-      return [Call(value["name"], error=f"its arguments are {error}")]
+      return Call(name, error=f"its arguments are {error}")
   if arguments is None:
     arguments = {}
   if not isinstance(arguments, dict):
-    return [Call(value["name"], error="its arguments must be a JSON object")]
-  return [Call(value["name"], arguments)]
+    return Call(name, error="its arguments must be a JSON object")
+  return Call(name, arguments)
 
 
 # --- plain text -----------------------------------------------------------------------------------

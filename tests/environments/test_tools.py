@@ -8,13 +8,12 @@ from typing import Literal, Optional
 import pytest
 
 from grpo_jax.environments import sandbox
+from grpo_jax.environments.calling import RESULT_LENGTH, matches
 from grpo_jax.environments.calls import FORMATS
 from grpo_jax.environments.tools import (
-  RESULT_LENGTH,
   check_chat_template,
   episodes_with_tools,
   load_tool,
-  matches,
   with_tools,
 )
 from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
@@ -162,7 +161,7 @@ def test_unknown_names_are_errors(tmp_path):
     load_tool(f"{tmp_path}/none.py:f")
   with pytest.raises(ValueError, match=r"unknown tool in .* 'ad'"):
     load_tool(f"{__file__}:ad")
-  with pytest.raises(ValueError, match="unknown tool_format 'hermess'"):
+  with pytest.raises(ValueError, match="unknown format of calls 'hermess'"):
     episodes_with_tools([add], "hermess")
   with pytest.raises(ValueError, match="two tools have the same name"):
     episodes_with_tools([add, add])
@@ -216,6 +215,7 @@ FAULTS = {
   ),
   f"<tool_call>{'[' * 100_000}</tool_call>": ("malformed", "nested too deeply"),
   f"<tool_call>{'9' * 10_000}</tool_call>": ("malformed", "a number is too long"),
+  f"<tool_call>{'[' * 400}{']' * 400}</tool_call>": ("malformed", "must be a JSON object"),
 }
 
 
@@ -300,6 +300,16 @@ def test_calls_in_plain_text():
   assert read("so [calculator:12*7", format="bracket") == " = 84\n"
   assert read(" calculator(12 * 7)", format="line") == "Result: 84\nAnswer:"
   assert read("calculator('12 * 7')\n", format="line") == "Result: 84\nAnswer:"
+  assert read("search('cats', kind='mail')", format="line").startswith(
+    'Result: {"text": "cats", "k'
+  )
+  assert read("search(text='cats')", format="line").startswith('Result: {"text": "cats", "k')
+  assert read("search(cats and dogs, 3)", format="line").startswith(
+    'Result: {"text": "cats and dogs,'
+  )
+  assert read("calculator(1, 234)", format="line").startswith(
+    "Result: error: ValueError: write num"
+  )
   assert read("calculator(12)", format="line", result="-> {result}\n") == "-> 12\n"
   assert read("add(1, 2, 3)", format="line").startswith("Result: error: add takes a (integer)")
   assert read("add(1, a=2)", format="line").startswith("Result: error: add takes")
