@@ -61,7 +61,8 @@ class Environment(Protocol):
   def reset(self, example: Example, seed: int) -> Prompt | None:
     """Starts the episode and returns its prompt; None stands for the example's own.
 
-    All completions of a group get the same example and seed, and must return the same prompt.
+    All completions of a group get the same example and seed, and must return the same prompt. An
+    environment without chance may leave out the parameter `seed`.
     """
 
   def step(self, text: str) -> Step | tuple[Observation, float | None, bool]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import inspect
 import json
 import os
 import pickle
@@ -134,7 +135,8 @@ class Session:
   def _reset(self, job: Job) -> Prompt | None:
     environment = self._call("the environment", self._make)
     self._environments[job.key] = environment
-    prompt = self._call("reset", environment.reset, job.example, job.seed)
+    arguments = [job.example, job.seed][: _positions(environment.reset)]
+    prompt = self._call("reset", environment.reset, *arguments)
     if prompt is None:
       return None
     prompt = checked_observation(prompt, "reset returned the prompt")
@@ -186,6 +188,17 @@ class Session:
       hint = HINT if self._isolated and isinstance(error, PermissionError) else ""
       message = f"{error}"[:500]
       raise EnvironmentFault(f"{name} raised {type(error).__name__}: {message}{hint}") from error
+
+
+def _positions(reset: Callable[..., Any]) -> int:
+  """Returns 1 for a `reset` that takes an example and no seed, else 2."""
+  try:
+    inspect.signature(reset).bind(None, 0)
+  except TypeError:
+    return 1
+  except ValueError:  # some callables written in C have no signature to inspect
+    pass
+  return 2
 
 
 # --- the process ----------------------------------------------------------------------------------

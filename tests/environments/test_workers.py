@@ -52,6 +52,20 @@ def test_a_reset_may_give_the_prompt_of_its_group(runners):
     assert runner.reset(examples, group=3, seeds=[7, 8]) == ["p 7", None]
 
 
+class WithoutSeed:
+  def reset(self, example):
+    return f"{example.prompt}!"
+
+  def step(self, text):
+    return text, None, True
+
+
+def test_an_environment_without_chance_needs_no_seed():
+  runner = run_in_process(Task("plain", {}, {}, len, environment=WithoutSeed))
+  assert runner.reset([EXAMPLES[0]], 2, [0]) == ["p!"]
+  assert runner.step({(0, 0): "a"})[0, 0].failure is None
+
+
 def test_a_group_whose_prompts_differ_is_named(runners):
   examples = [EXAMPLES[0], Example("q", {"orders": "differ"}, "q")]
   for runner in runners:
