@@ -123,6 +123,10 @@ class Session:
       answer = self._restore(job) if job.kind == "restore" else run[job.kind](job)
     except EnvironmentFault as error:
       answer = failed(f"{error}")
+    except Exception as error:  # from what an answer is made of, such as a number that is none
+      answer = failed(
+        f"{job.kind} gave something that raised {type(error).__name__}: {error}"[:500]
+      )
     if isinstance(answer, Outcome) and answer.done:
       self._close(job.key)
     return answer
@@ -133,7 +137,10 @@ class Session:
       self._close(key)
 
   def _reset(self, job: Job) -> Prompt | None:
-    environment = self._call("the environment", self._make)
+    environment = self._call("constructor", self._make)
+    for method in ("reset", "step"):
+      if not callable(getattr(environment, method, None)):
+        raise EnvironmentFault(f"class {type(environment).__name__!r} has no method {method}")
     self._environments[job.key] = environment
     arguments = [job.example, job.seed][: _positions(environment.reset)]
     prompt = self._call("reset", environment.reset, *arguments)
@@ -165,7 +172,7 @@ class Session:
 
   def _environment(self, job: Job) -> Environment:
     if job.key not in self._environments:
-      raise EnvironmentFault("environment could not be restored")
+      raise EnvironmentFault("state could not be restored")
     return self._environments[job.key]
 
   def _close(self, key: Key) -> None:

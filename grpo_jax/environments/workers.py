@@ -398,7 +398,7 @@ class _Worker(WorkerProcess):
       job = self.pending[0]
     lost = [other for other in self.pending if other.key == job.key]
     self.pending = [other for other in self.pending if other.key != job.key]
-    verb = "environment" if job.kind == "restore" else job.kind
+    verb = "replay" if job.kind == "restore" else job.kind
     return [(other, failed(f"{verb} {reason}")) for other in lost]
 
 

@@ -60,6 +60,39 @@ class WithoutSeed:
     return text, None, True
 
 
+class WithoutStep:
+  def reset(self, example):
+    return None
+
+
+class Strange:
+  """Returns a reward that raises when it is looked at."""
+
+  ndim = 0
+
+  def item(self):
+    raise OSError("gone")
+
+  def reset(self, example):
+    return None
+
+  def step(self, text):
+    return text, self, True
+
+
+def test_strange_environments_cost_their_episodes():
+  for make, message in [
+    (WithoutStep, "class 'WithoutStep' has no method step"),
+    (lambda: None, "class 'NoneType' has no method reset"),
+    (lambda: 1 / 0, "constructor raised ZeroDivisionError"),
+    (Strange, "step gave something that raised OSError: gone"),
+  ]:
+    runner = run_in_process(Task("strange", {}, {}, len, environment=make))
+    assert runner.reset([EXAMPLES[0]], 1, [0]) == [None]
+    with pytest.warns(RuntimeWarning, match="lost 1 of 1 episodes"):
+      assert message in runner.step({(0, 0): "a"})[0, 0].failure
+
+
 def test_an_environment_without_chance_needs_no_seed():
   runner = run_in_process(Task("plain", {}, {}, len, environment=WithoutSeed))
   assert runner.reset([EXAMPLES[0]], 2, [0]) == ["p!"]
