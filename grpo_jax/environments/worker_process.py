@@ -123,7 +123,7 @@ class Session:
       answer = self._restore(job) if job.kind == "restore" else run[job.kind](job)
     except EnvironmentFault as error:
       answer = failed(f"{error}")
-    except Exception as error:  # from what an answer is made of, such as a number that is none
+    except Exception as error:  # from what an answer is made of, such as a strange number
       answer = failed(
         f"{job.kind} gave something that raised {type(error).__name__}: {error}"[:500]
       )
