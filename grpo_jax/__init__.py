@@ -20,6 +20,7 @@ from grpo_jax.core.advantages import (
   max_rl,
   multi_objective,
   process_advantages,
+  turn_advantages,
 )
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm, advantages
 from grpo_jax.core.kl import kl_k1, kl_k2, kl_k3
@@ -51,4 +52,5 @@ __all__ = [
   "testing",
   "token_logprobs",
   "token_weights",
+  "turn_advantages",
 ]

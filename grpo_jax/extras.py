@@ -5,8 +5,11 @@ formats need are extras of setup.cfg, e.g. `pip install 'grpo_jax[train]'`. This
 standard library only, so that it runs where they are missing.
 """
 
+import contextlib
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 
 _TRAIN = (
   "ml_collections", "flax", "optax", "orbax", "transformers", "tokenizers", "jinja2", "safetensors",
@@ -21,6 +24,8 @@ MODULES = {
     "pyarrow", "sympy",
   ),
   "gguf": ("gguf",),
+  "openenv": ("websockets",),
+  "textarena": ("textarena",),
 }  # fmt: skip
 
 
@@ -70,3 +75,23 @@ def require_for_command(extra: str, module: str) -> None:
   except ModuleNotFoundError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+  """Keeps transformers from reporting that PyTorch is missing, when it is imported in the block.
+
+  Example:
+    >>> with quiet_transformers():
+    ...   from transformers import PreTrainedTokenizerFast
+  """
+  variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+  before = os.environ.get(variable)
+  os.environ[variable] = "1"
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ[variable]
+    else:
+      os.environ[variable] = before

@@ -7,7 +7,6 @@ a device or imports flax.
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
+from grpo_jax import extras
 from grpo_jax.errors import first_line
 from grpo_jax.models.io.gguf import open_gguf
 from grpo_jax.models.io.gguf_tokenizer import read_gguf_tokenizer
@@ -414,15 +414,6 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 
 def _fast_tokenizer_class() -> type[PreTrainedTokenizerFast]:
-  # On import, transformers reports that PyTorch is missing. Tokenizers do not need it.
-  variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-  before = os.environ.get(variable)
-  os.environ[variable] = "1"
-  try:
+  with extras.quiet_transformers():
     from transformers import PreTrainedTokenizerFast
-  finally:
-    if before is None:
-      del os.environ[variable]
-    else:
-      os.environ[variable] = before
   return PreTrainedTokenizerFast

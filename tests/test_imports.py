@@ -48,7 +48,9 @@ ALLOWED = {
     f"{TASKS} {HELPERS} numpy jaxtyping reasoning_gym math_verify sympy tensorflow_datasets "
     "pyarrow huggingface_hub"
   ),
-  "grpo_jax.environments*": f"{TASKS} {HELPERS} numpy jaxtyping",
+  "grpo_jax.environments*": (
+    f"{TASKS} {HELPERS} numpy jaxtyping transformers websockets textarena"
+  ),
   # The engine. It gets the model, the optimizer and the tokenizer as arguments.
   "grpo_jax.distributed*": f"grpo_jax.distributed {HELPERS} {ARRAYS}",
   "grpo_jax.learning*": f"{ENGINE} grpo_jax.learning {HELPERS} {ARRAYS} optax",
@@ -103,7 +105,8 @@ NOT_REACHED = {
 # Libraries that load slowly or come with an extra: imported inside the function that needs them.
 LAZY = (
   "reasoning_gym math_verify sympy tensorflow_datasets pyarrow grain gguf huggingface_hub "
-  "safetensors transformers tokenizers matplotlib rich tensorboardX wandb trackio"
+  "safetensors transformers tokenizers matplotlib rich tensorboardX wandb trackio websockets "
+  "textarena"
 )
 
 

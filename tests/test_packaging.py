@@ -28,7 +28,8 @@ from grpo_jax import extras
 ROOT = Path(__file__).parents[1]
 BASE = {"jax", "numpy", "jaxtyping"}
 EXTRAS = {
-  "train", "tasks", "gguf", "tensorboard", "cuda", "tpu", "plan", "all", "docs", "test",
+  "train", "tasks", "gguf", "tensorboard", "openenv", "textarena", "cuda", "tpu", "plan", "all",
+  "docs", "test",
 }  # fmt: skip
 DESCRIPTION = (
   "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md",

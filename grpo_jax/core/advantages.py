@@ -340,12 +340,7 @@ def process_advantages(
     ...                    jnp.ones((1, 1, 3), bool), eps=0.0, ddof=0).tolist()
     [[[0.0, -1.0, -1.0]]]
   """
-  step_rewards = as_float("step_rewards", step_rewards)
-  check_rank("step_rewards", step_rewards, 3, "P, G, S: prompts, completions, steps")
-  step_ends = as_tokens("step_ends", step_ends, step_rewards.shape)
-  mask = as_mask("mask", mask)
-  check_rank("mask", mask, 3, "P, G, T: prompts, completions, tokens")
-  check_shape("mask", mask, (*step_rewards.shape[:2], mask.shape[-1]))
+  step_rewards, step_ends, mask = _step_arguments("step", step_rewards, step_ends, mask)
   prompts, group, steps = step_rewards.shape
   _check_groups("step_rewards", step_rewards, group * steps, allow_groups_of_one)
   rows = step_rewards.reshape(prompts, group * steps)
@@ -355,6 +350,82 @@ def process_advantages(
   ends_at_or_after = step_ends[..., None, :] >= token
   advantages = jnp.where(ends_at_or_after, normalized[..., None, :], 0.0).sum(-1)
   return jnp.where(mask, advantages, 0.0)
+
+
+def turn_advantages(
+  turn_rewards: Float[Array, "P G S"],
+  turn_ends: Int[Array, "P G S"],
+  mask: Bool[Array, "P G T"],
+  *,
+  eps: float = 1e-4,
+  ddof: int = 1,
+  allow_groups_of_one: bool = False,
+) -> Float[Array, "P G T"]:
+  """Returns `A[t] = (R_k - mean_k) / (std_k + eps)`, `R_k = r_k + r_(k+1) + ...`, t in turn k.
+
+  `R_k` is the reward of turn k and all later ones: earlier rewards do not depend on the tokens of
+  turn k. Mean and standard deviation are those of `R_k` over the completions of the group that
+  have a turn k. Without the division by the standard deviation, the expected update of turn k is
+  its part of the gradient of mean reward times the mean of (n - 1) / n, for the n completions that
+  have a turn k. `process_advantages` subtracts a mean for each step instead, so a completion's own
+  number of turns changes its baseline, and the update is biased where that number differs.
+
+  Args:
+    turn_rewards: reward of each turn of an episode; NaN = no such turn (use it as padding). A
+      reward of the whole episode belongs to its last turn.
+    turn_ends: index of the last token that the policy wrote in each turn, counted from 0 in the
+      completion and rising from turn to turn.
+    mask: true on the tokens of the policy; the others, such as observations, get 0. Tokens after
+      the last turn get 0 too.
+    eps: number added to the standard deviation, in reward units.
+    ddof: 1 divides the variance by n - 1, 0 by n.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
+
+  References:
+    Rewards to go: Sutton et al. 2000, "Policy gradient methods for reinforcement learning with
+    function approximation", theorem 1. Turn rewards in GRPO: MT-GRPO, arXiv 2505.11821, which
+    normalizes the reward of each turn and then adds; here the sum is normalized.
+
+  Raises:
+    ValueError: a dtype or a shape does not fit.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> rewards = jnp.array([[[1.0, 0.0], [0.0, 3.0]]])  # R is (1, 0) and (3, 3)
+    >>> ends = jnp.array([[[0, 2], [1, 2]]])
+    >>> mask = jnp.ones((1, 2, 3), bool)
+    >>> turn_advantages(rewards, ends, mask, eps=0.0, ddof=0).tolist()
+    [[[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]]]
+  """
+  turn_rewards, turn_ends, mask = _step_arguments("turn", turn_rewards, turn_ends, mask)
+  prompts, group, turns = turn_rewards.shape
+  _check_groups("turn_rewards", turn_rewards, group, allow_groups_of_one)
+  exists = jnp.isfinite(turn_rewards)
+  rewards = jnp.where(exists, turn_rewards, 0.0)
+  later = jnp.flip(jnp.cumsum(jnp.flip(rewards, -1), -1), -1)
+  by_turn = jnp.where(exists, later, jnp.nan).swapaxes(1, 2).reshape(prompts * turns, group)
+  normalized = group_normalized(by_turn, eps=eps, ddof=ddof, allow_groups_of_one=True)
+  normalized = normalized.reshape(prompts, turns, group).swapaxes(1, 2)
+  # The first turn that ends at or after a token is the turn of that token.
+  tokens = mask.shape[-1]
+  ends = jnp.where(exists, turn_ends, tokens)[..., None, :]
+  ends = jnp.where(ends >= jnp.arange(tokens).reshape(1, 1, -1, 1), ends, tokens)
+  is_turn = (ends == ends.min(-1, keepdims=True, initial=tokens)) & (ends < tokens)
+  advantages = jnp.where(is_turn, normalized[..., None, :], 0.0).sum(-1)
+  return jnp.where(mask, advantages, 0.0)
+
+
+def _step_arguments(
+  name: str, rewards: Array, ends: Array, mask: Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the rewards, ends and mask of steps or turns as arrays; ValueError if they differ."""
+  rewards = as_float(f"{name}_rewards", rewards)
+  check_rank(f"{name}_rewards", rewards, 3, f"P, G, S: prompts, completions, {name}s")
+  ends = as_tokens(f"{name}_ends", ends, rewards.shape)
+  mask = as_mask("mask", mask)
+  check_rank("mask", mask, 3, "P, G, T: prompts, completions, tokens")
+  check_shape("mask", mask, (*rewards.shape[:2], mask.shape[-1]))
+  return rewards, ends, mask
 
 
 # Arguments that an advantage function gets, in this order, for each kind of rewards.
@@ -420,6 +491,7 @@ ADVANTAGES: dict[str, Advantage] = {
   "max_rl": Advantage(max_rl),
   "multi_objective": Advantage(multi_objective, rewards="each"),
   "process_advantages": Advantage(process_advantages, rewards="steps"),
+  "turn_advantages": Advantage(turn_advantages, rewards="steps"),  # a turn is a step
 }
 
 

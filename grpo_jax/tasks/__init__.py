@@ -8,6 +8,7 @@ from typing import Any
 from grpo_jax.tasks.base import Example, RewardFunction, Task, check_settings, unknown_name
 from grpo_jax.tasks.countdown import countdown_task
 from grpo_jax.tasks.gsm8k import gsm8k_task
+from grpo_jax.tasks.guess_number import guess_number_task
 from grpo_jax.tasks.letters import letters_task
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
 from grpo_jax.tasks.rewards.scoring import RewardError, score
@@ -34,6 +35,7 @@ TASKS: dict[str, Callable[..., Task]] = {
   "jsonl": table_task,
   "parquet": table_task,
   "letters": letters_task,
+  "guess_number": guess_number_task,
 }
 
 

@@ -23,7 +23,10 @@ from collections.abc import (
   Sequence,
 )
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+  from grpo_jax.environments.base import Environment
 
 # Text, or chat messages such as {"role": "user", "content": "..."}.
 Prompt: TypeAlias = str | list[dict[str, str]]
@@ -72,6 +75,8 @@ class Task:
     files: files of the data and the reward functions; a continued run needs the same contents.
     canary: a wrong answer that is scored after each batch; its rewards must never change.
     foreign: the rewards are other people's code, which runs in worker processes only.
+    environment: makes the environment of one episode; None: a completion is a single turn.
+    tools: JSON schemas of the tools that the chat template shows the model.
   """
 
   name: str
@@ -84,6 +89,8 @@ class Task:
   files: tuple[str, ...] = ()
   canary: str = ""
   foreign: bool = False
+  environment: Callable[[], Environment] | None = None
+  tools: tuple[dict[str, Any], ...] = ()
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:

@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from grpo_jax import extras
+from grpo_jax.environments.tools import ToolName, with_tools
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
 from grpo_jax.tasks.files import JsonLines
 from grpo_jax.tasks.indexed import Indexed, shuffled
@@ -69,6 +70,8 @@ def gsm8k_task(
   completions: str = "text",
   eval_size: int | None = None,
   stop: Sequence[str] | None = None,
+  tools: Sequence[ToolName] = (),
+  tool_settings: Mapping[str, Any] | None = None,
   seed: int = 0,
 ) -> Task:
   """Builds the task that trains on the training problems and evaluates on the test problems.
@@ -96,6 +99,8 @@ def gsm8k_task(
     eval_size: number of evaluation problems, the first of a shuffle by `seed`. None: all.
     stop: strings that end the generation. None: the blank line or the "Q:" after a solution for
       "completion", none for "chat".
+    tools: as in `table_task`, like `tool_settings`.
+    tool_settings: settings of the tools.
     seed: selects the solved examples and the evaluation problems.
 
   Raises:
@@ -130,7 +135,7 @@ def gsm8k_task(
   shot_indices = _short_problems(train, order, shots)
   render = _Render(chat, answer, system, tuple(_columns(train, i) for i in shot_indices))
   eval_indices = range(len(test)) if eval_size is None else shuffled(len(test), seed)[:eval_size]
-  return Task(
+  task = Task(
     name="gsm8k",
     splits={
       "train": Indexed(partial(_example, train, render), sorted(set(order) - set(shot_indices))),
@@ -142,6 +147,7 @@ def gsm8k_task(
     answer=extract_answer,
     files=(*([str(jsonl)] if jsonl else []), *files_of([reward, accuracy])),
   )
+  return with_tools(task, tools, tool_settings)
 
 
 # --- the prepared set -----------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from fractions import Fraction
 from typing import Any, Protocol, TypeAlias
 
 from grpo_jax import extras
+from grpo_jax.environments.retries import Retries
+from grpo_jax.environments.tools import ToolName, with_environment, with_tools
 from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 from grpo_jax.tasks.rewards import foreign
 from grpo_jax.tasks.rewards.answers import final, number, plain
@@ -55,6 +57,9 @@ def reasoning_gym_task(
   shots: int | None = None,
   system: str | None = None,
   reward: str = "exact",
+  tries: int = 1,
+  tools: Sequence[ToolName] = (),
+  tool_settings: Mapping[str, Any] | None = None,
 ) -> Task:
   """Builds a task from distinct problems of one dataset, or of a weighted mixture of datasets.
 
@@ -79,6 +84,10 @@ def reasoning_gym_task(
     reward: "exact", 1.0 if the dataset's `score_answer` returns 1.0 and otherwise 0.0, or "score",
       its return value, which in most datasets gives partial credit to an answer that merely
       contains the right one. Accuracy is exact in both cases.
+    tries: answers to a problem. After a wrong one the model is told so, and asked again; more than
+      one make an episode of several turns. Not together with `tools`.
+    tools: as in `table_task`, like `tool_settings`.
+    tool_settings: settings of the tools.
 
   Raises:
     ValueError: a name or setting is unknown or out of range, or there are fewer distinct problems
@@ -102,6 +111,7 @@ def reasoning_gym_task(
     ("train_size", train_size, 1),
     ("eval_size", eval_size, 0),
     ("shots", shots, 0),
+    ("tries", tries, 1),
   ):
     if value < minimum:
       raise ValueError(f"{name} is {value}: it must be at least {minimum}")
@@ -112,7 +122,7 @@ def reasoning_gym_task(
   functions = _reward_functions(
     [(name, make()) for name, make in parts], numeric_only=format == "chat"
   )
-  return Task(
+  task = Task(
     name="reasoning_gym:" + "+".join(dict.fromkeys(name for name, _ in parts)),
     splits=splits,
     rewards={reward: (functions[reward], 1.0)},
@@ -122,6 +132,9 @@ def reasoning_gym_task(
     canary="banana",
     foreign=any(name in foreign.CLEAN for name, _ in parts),
   )
+  if tries > 1:
+    task = with_environment(task, _retries(functions[reward], tries, format == "chat"))
+  return with_tools(task, tools, tool_settings)
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -203,6 +216,21 @@ def _reward_functions(
     return [float(value == 1.0) for value in score(**columns)]
 
   return {"score": score, "exact": exact}
+
+
+def _retries(score: RewardFunction, tries: int, chat: bool) -> Retries:
+  """Returns the factory of episodes in which a wrong answer may be followed by another."""
+
+  def score_one(text: str, example: Example) -> float:
+    columns = {name: [value] for name, value in example.columns.items()}
+    return score(prompts=[example.prompt], completions=[text], **columns)[0]
+
+  def feedback(text: str, example: Example) -> str | list[dict[str, str]]:
+    if chat:
+      return [{"role": "user", "content": "That is wrong. Try again."}]
+    return "Wrong. " + example.prompt.rpartition("\n")[2]  # and the last line of the problem
+
+  return Retries(score_one, feedback, tries)
 
 
 # --- datasets and their problems ------------------------------------------------------------------

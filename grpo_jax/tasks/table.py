@@ -18,19 +18,28 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.environments.base import Environment
+from grpo_jax.environments.tools import ToolName, with_environment, with_tools
 from grpo_jax.tasks import hub
 from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 from grpo_jax.tasks.files import Row, Rows, find_files, open_rows
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.golds import check_answer, graders_of
-from grpo_jax.tasks.rewards.loading import Reward, accuracy_of, check_columns, files_of, weighted
+from grpo_jax.tasks.rewards.loading import (
+  Reward,
+  accuracy_of,
+  check_columns,
+  files_of,
+  load_object,
+  weighted,
+)
 from grpo_jax.tasks.rewards.scoring import RESERVED
 
 # Share of the problems that is held out where no data for the evaluation are named.
@@ -55,6 +64,9 @@ def table_task(
   revision: str | None = None,
   key: str | None = None,
   stop: Sequence[str] = (),
+  tools: Sequence[ToolName] = (),
+  tool_settings: Mapping[str, Any] | None = None,
+  environment: str | Callable[[], Environment] | None = None,
   seed: int = 0,
 ) -> Task:
   """Builds a task from data and one or more reward functions.
@@ -92,6 +104,12 @@ def table_task(
     key: path of the column that identifies a problem. Rows with the same key are in the same
       split. None: the prompt.
     stop: strings that end the generation.
+    tools: what the model may call: "calculator", "calc", "python", 'path/to/file.py:function',
+      'module:function', or functions.
+    tool_settings: `format` ("hermes", "llama3", "inline", "bracket", "line"), `max_calls` and
+      `result`, as in `grpo_jax.environments.tools.ToolEpisodes`.
+    environment: makes the environment of an episode: 'path/to/file.py:Class', 'module:Class', or a
+      class or function without arguments. Not together with `tools`.
     seed: selects the keys that are held out.
 
   Raises:
@@ -142,7 +160,7 @@ def table_task(
   if not train:
     raise ValueError(f"{_named(files)}: every problem is in the evaluation, none is left to train")
   held = [i for i, digest in enumerate(eval_digests) if digest in held_out]
-  return Task(
+  task = Task(
     name=f"table:{_title(path)}",
     splits={
       "train": Indexed(rows.example, np.array(train)),
@@ -152,8 +170,11 @@ def table_task(
     accuracy=accuracy_function,
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
     answer=extract_answer,
-    files=tuple(dict.fromkeys((*files, *eval_files, *files_of([reward, accuracy])))),
+    files=tuple(dict.fromkeys((*files, *eval_files, *files_of([reward, accuracy, environment])))),
   )
+  if environment is not None:
+    task = with_environment(task, load_object(environment, "environment"))
+  return with_tools(task, tools, tool_settings)
 
 
 # --- data files -----------------------------------------------------------------------------------

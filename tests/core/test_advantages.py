@@ -135,13 +135,12 @@ def test_default_eps_of_multi_objective():
 # --- groups of one --------------------------------------------------------------------------------
 
 SINGLE = jnp.array([5.0, -1.0, nan, 0.0, 2.0, 2.0])[:, None]
+OF_STEPS = (SINGLE[..., None], jnp.zeros((6, 1, 1), int), jnp.ones((6, 1, 3), bool))
 ALONE = {
   **{name: (row.function, (SINGLE,)) for name, row in OF_TOTALS.items()},
   "multi_objective": (grpo_jax.multi_objective, (jnp.stack([SINGLE, -SINGLE]), jnp.ones(2))),
-  "process_advantages": (
-    grpo_jax.process_advantages,
-    (SINGLE[..., None], jnp.zeros((6, 1, 1), int), jnp.ones((6, 1, 3), bool)),
-  ),
+  "process_advantages": (grpo_jax.process_advantages, OF_STEPS),
+  "turn_advantages": (grpo_jax.turn_advantages, OF_STEPS),
 }
 
 
@@ -200,6 +199,97 @@ def test_process_advantages_divide_by_n_minus_1_by_default():
   actual = grpo_jax.process_advantages(jnp.array([[[1.0, 0.0, 0.0]]]), ends, mask, eps=0.0)
   # (2/3, -1/3, -1/3) over their std, sqrt(1/3), summed from the end.
   np.testing.assert_allclose(actual, [[[0.0, -2 / 3**0.5, -1 / 3**0.5]]], rtol=1e-6, atol=1e-6)
+
+
+def test_turn_advantages():
+  """Rewards of a turn and later ones: (1, 0) and (0 + 4, 4), (2,) in the third completion."""
+  rewards = jnp.array([[[1.0, 0.0], [0.0, 4.0], [2.0, nan]]])
+  ends = jnp.array([[[1, 3], [0, 4], [2, 0]]])
+  mask = jnp.array([[[1, 1, 1, 1, 0], [1, 0, 0, 1, 1], [1, 1, 1, 1, 1]]])
+  actual = grpo_jax.turn_advantages(rewards, ends, mask, eps=0.0, ddof=0)
+  # First turn: 1, 4, 2, mean 7/3, deviations -4/3, 5/3, -1/3, population std sqrt(14)/3.
+  first = np.array([-4.0, 5.0, -1.0]) / 14**0.5
+  # Second turn: 0 and 4 of the two completions that have one: -1 and 1.
+  expected = [
+    [first[0], first[0], -1, -1, 0],
+    [first[1], 0, 0, 1, 1],
+    [first[2], first[2], first[2], 0, 0],  # after its last turn there is no turn
+  ]
+  close(actual, [expected], rtol=1e-6)
+
+
+def test_eps_and_ddof_of_turn_advantages():
+  rewards, ends = jnp.array([[[1.0], [0.0]]]), jnp.zeros((1, 2, 1), int)
+  mask = jnp.ones((1, 2, 1), bool)
+  a = 0.5 / (0.5**0.5 + 1e-4)
+  close(grpo_jax.turn_advantages(rewards, ends, mask), [[[a], [-a]]])
+  close(grpo_jax.turn_advantages(rewards, ends, mask, eps=0.5, ddof=0), [[[0.5], [-0.5]]])
+
+
+def test_turn_advantages_of_one_turn_are_those_of_the_completion():
+  rewards = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+  rewards[1, 2] = nan
+  mask = np.ones((3, 4, 5), bool)
+  actual = grpo_jax.turn_advantages(rewards[..., None], np.full((3, 4, 1), 4), mask)
+  close(actual, np.repeat(np.asarray(grpo_jax.group_normalized(rewards))[..., None], 5, -1))
+
+
+def test_earlier_rewards_do_not_reach_later_turns():
+  rng = np.random.default_rng(0)
+  rewards = rng.normal(size=(2, 4, 3)).astype(np.float32)
+  ends, mask = np.tile([1, 3, 5], (2, 4, 1)), np.ones((2, 4, 6), bool)
+  before = np.asarray(grpo_jax.turn_advantages(rewards, ends, mask))
+  rewards[:, 0, 0] += 3
+  after = np.asarray(grpo_jax.turn_advantages(rewards, ends, mask))
+  np.testing.assert_array_equal(before[..., 2:], after[..., 2:])
+  assert (before[:, 0, :2] != after[:, 0, :2]).all()
+
+
+@pytest.mark.parametrize("unscored", [nan, np.inf, -np.inf])
+def test_padding_of_turns_and_tokens_changes_nothing(unscored):
+  rng = np.random.default_rng(1)
+  rewards, ends = rng.normal(size=(2, 3, 2)).astype(np.float32), np.tile([1, 3], (2, 3, 1))
+  mask = rng.random((2, 3, 4)) < 0.7
+  expected = np.asarray(grpo_jax.turn_advantages(rewards, ends, mask))
+  wide = np.concatenate([rewards, np.full((2, 3, 2), unscored, np.float32)], -1)
+  for filler in (0, 2, 9, -1):
+    wide_ends = np.concatenate([ends, np.full((2, 3, 2), filler)], -1)
+    wide_mask = np.concatenate([mask, np.zeros((2, 3, 3), bool)], -1)
+    actual = np.asarray(grpo_jax.turn_advantages(wide, wide_ends, wide_mask))
+    np.testing.assert_allclose(actual[..., :4], expected, rtol=1e-6)
+    assert not actual[..., 4:].any()
+
+
+def test_turn_advantages_of_zero_variance_groups_and_lost_episodes_are_exactly_zero():
+  rewards = np.array([[[0.1, 0.2], [0.1, 0.2], [nan, nan]], [[nan] * 2] * 3], np.float32)
+  ends, mask = np.tile([0, 1], (2, 3, 1)), np.ones((2, 3, 2), bool)
+  assert not np.asarray(grpo_jax.turn_advantages(rewards, ends, mask)).any()
+
+
+def test_errors_of_turn_advantages():
+  rewards, ends = jnp.zeros((2, 3, 2)), jnp.zeros((2, 3, 2), int)
+  mask = jnp.ones((2, 3, 5), bool)
+  call = grpo_jax.turn_advantages
+  with pytest.raises(ValueError, match=r"^turn_rewards has shape \(3, 2\), expected 3 axes \[P, G"):
+    call(rewards[0], ends, mask)
+  with pytest.raises(ValueError, match=r"^turn_ends has shape \(2, 3, 1\), expected \(2, 3, 2\)"):
+    call(rewards, ends[..., :1], mask)
+  with pytest.raises(ValueError, match=r"^turn_ends must hold integer"):
+    call(rewards, rewards, mask)
+  with pytest.raises(ValueError, match=r"^mask has shape \(2, 2, 5\), expected \(2, 3, 5\)"):
+    call(rewards, ends, mask[:, :2])
+
+
+def test_turn_advantages_jit_vmap_gradient_and_float64(x64):
+  rng = np.random.default_rng(0)
+  rewards, ends = rng.normal(size=(5, 2, 3, 2)), rng.integers(0, 4, (5, 2, 3, 2))
+  mask = rng.random((5, 2, 3, 4)) < 0.7
+  actual = jax.jit(jax.vmap(grpo_jax.turn_advantages))(rewards, ends, mask)
+  assert actual.dtype == jnp.float64
+  close(actual[2], grpo_jax.turn_advantages(rewards[2], ends[2], mask[2]))
+  rewards[2, 0, 0] = nan
+  slope = jax.grad(lambda r: (grpo_jax.turn_advantages(r, ends[2], mask[2]) ** 2).sum())
+  assert np.isfinite(np.asarray(slope(rewards[2]))).all()
 
 
 def test_leave_one_out_of_two():
@@ -404,7 +494,8 @@ def test_process_advantages_jit_vmap_and_float64(x64):
 def test_kinds_of_rewards():
   assert ADVANTAGES["multi_objective"].rewards == ("each",)
   assert ADVANTAGES["process_advantages"].rewards == ("steps",)
-  assert len(OF_TOTALS) == len(ADVANTAGES) - 2
+  assert ADVANTAGES["turn_advantages"].rewards == ("steps",)
+  assert len(OF_TOTALS) == len(ADVANTAGES) - 3
   assert Advantage(gdpo).rewards == ("total",)
   assert Advantage(gdpo, rewards=["total", "steps"]).rewards == ("total", "steps")
 

@@ -265,6 +265,8 @@ def test_advantages_pass_on_the_rewards_that_are_needed(name):
     expected = grpo_jax.multi_objective(EACH, e["reward_weights"])
   elif row.advantage == "process_advantages":
     expected = grpo_jax.process_advantages(e["step_rewards"], e["step_ends"], e["mask"])
+  elif row.advantage == "turn_advantages":
+    expected = grpo_jax.turn_advantages(e["step_rewards"], e["step_ends"], e["mask"])
   else:
     expected = getattr(grpo_jax, row.advantage)(REWARDS)
   np.testing.assert_array_equal(advantages(name, **e), expected)

@@ -25,6 +25,7 @@ CALLS = {
   "max_rl": lambda f: f(REWARDS),
   "multi_objective": lambda f: f(jnp.stack([REWARDS] * R), jnp.ones(R)),
   "process_advantages": lambda f: f(jnp.ones((P, G, S)), jnp.zeros((P, G, S), jnp.int32), MASK),
+  "turn_advantages": lambda f: f(jnp.ones((P, G, S)), jnp.zeros((P, G, S), jnp.int32), MASK),
   "token_logprobs": lambda f: f(jnp.zeros((P, G, T, V)), TOKENS, temperature=0.7),
   "head_logprobs": lambda f: f(
     jnp.zeros((P, G, T, D)), jnp.zeros((D, V)), TOKENS, temperature=1.0, where=MASK, softcap=30.0

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grpo_jax
 from grpo_jax import (
   ALGORITHMS,
   Algorithm,
@@ -182,6 +183,116 @@ def test_weight_of_a_prompt_by_success_rate(rate):
     case = cases.rate_case(name, rate)
     assert case.scale == pytest.approx(value, abs=1e-10), name
     assert case.bias < 1e-10
+
+
+# --- turns ---------------------------------------------------------------------------------------
+
+# A completion of this world as an episode: its first token is a turn, and the others are another.
+TURN_ENDS = np.array([(0, max(len(c) - 1, 0)) for c in plain.COMPLETIONS])
+HAS_TURN = np.array([(True, len(c) > 1) for c in plain.COMPLETIONS])
+TURN_OF_TOKEN = np.array([0, 1, 1])
+# A reward of the first token, and one of the whole completion.
+TURN_REWARDS = np.stack(
+  [
+    np.array([[0.2, 1.0, -0.5], [1.0, 0.3, 0.0]])[:, [c[0] for c in plain.COMPLETIONS]],
+    world.STYLE,
+  ],
+  -1,
+)
+
+
+def turn_gradients():
+  """Returns each turn's part of the gradient of the mean sum of rewards, [S, P, X, V], by hand."""
+  rewards = np.where(HAS_TURN, TURN_REWARDS, 0.0)
+  later = np.flip(np.cumsum(np.flip(rewards, -1), -1), -1)
+  drawn = plain.probabilities(world.POLICY) / 2
+  parts = []
+  for turn in range(2):
+    on = (turn == TURN_OF_TOKEN) & (np.arange(3) < plain.LENGTH[:, None])
+    parts.append(plain.pull(np.where(on, (drawn * later[..., turn])[..., None], 0.0), world.POLICY))
+  return np.stack(parts)
+
+
+def expected_turn_gradients(function, size):
+  """Returns the expected gradient of each turn, on-policy, for groups of `size`, [S, P, X, V]."""
+  groups = world.list_groups(1, size)
+  ids = groups.ids[:, 0]
+  gradients = np.zeros((2, *world.POLICY.shape))
+  for prompt in range(2):
+    rewards = np.where(HAS_TURN, TURN_REWARDS[prompt], np.nan)[ids]
+    mask = jnp.asarray(world.MASK)[ids]
+    a = np.asarray(jax.jit(function)(rewards, jnp.asarray(TURN_ENDS)[ids], mask))
+    drawn = groups.count * plain.probabilities(world.POLICY)[prompt][ids].prod(-1)
+    terms = drawn[:, None, None] * a / (2 * size)
+    coefficients = np.zeros((2, 15, 3))
+    np.add.at(coefficients[prompt], ids, terms)
+    for turn in range(2):
+      on = np.where(turn == TURN_OF_TOKEN, coefficients, 0.0)
+      gradients[turn] += plain.pull(on, world.POLICY)
+  return gradients
+
+
+def test_the_parts_of_the_turns_add_up_to_the_gradient_of_the_sum_of_rewards():
+  total = np.where(HAS_TURN, TURN_REWARDS, 0.0).sum(-1)
+  expected = plain.difference(lambda x: plain.reward(x, total), world.POLICY)
+  np.testing.assert_allclose(turn_gradients().sum(0), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_turn_advantages_are_unbiased_but_for_the_division(size):
+  """An eps that outweighs every deviation leaves the baseline: each turn has its part, scaled.
+
+  The scale is the mean of (n - 1) / n over the number n of completions that have the turn.
+  """
+  large = 1e9
+
+  def centered(*arguments):
+    return large * grpo_jax.turn_advantages(*arguments, eps=large)
+
+  actual, true = expected_turn_gradients(centered, size), turn_gradients()
+  longer = plain.probabilities(world.POLICY) @ HAS_TURN[:, 1]
+  for prompt in range(2):
+    others = [
+      math.comb(size - 1, k) * longer[prompt] ** k * (1 - longer[prompt]) ** (size - 1 - k)
+      for k in range(size)
+    ]
+    scale = sum(p * k / (k + 1) for k, p in enumerate(others))
+    first, second = actual[:, prompt], true[:, prompt]
+    np.testing.assert_allclose(first[0], (size - 1) / size * second[0], atol=1e-8)
+    np.testing.assert_allclose(first[1], scale * second[1], atol=1e-8)
+
+
+def test_turn_advantages_by_hand():
+  """The whole estimator, with the division, against the formula in NumPy."""
+
+  def by_hand(rewards, ends, mask):
+    out = np.zeros(mask.shape)
+    rewards, later = np.asarray(rewards), np.nancumsum(rewards[..., ::-1], -1)[..., ::-1]
+    for turn in range(2):
+      has = ~np.isnan(rewards[..., turn])
+      n = has.sum(-1, keepdims=True)
+      r = np.where(has, later[..., turn], 0.0)
+      centered = np.where(has, r - r.sum(-1, keepdims=True) / np.maximum(n, 1), 0.0)
+      std = np.sqrt((centered**2).sum(-1, keepdims=True) / np.maximum(n - 1, 1))
+      out[..., turn == TURN_OF_TOKEN] = (centered / (std + 1e-4))[..., None]
+    return np.where(mask, out, 0.0)
+
+  groups = world.list_groups(1, 3)
+  rewards = np.where(HAS_TURN, TURN_REWARDS[0], np.nan)[groups.ids[:, 0]]
+  mask = world.MASK[groups.ids[:, 0]]
+  actual = grpo_jax.turn_advantages(rewards, TURN_ENDS[groups.ids[:, 0]], mask)
+  np.testing.assert_allclose(actual, by_hand(rewards, None, mask), atol=1e-9)
+
+
+def test_process_advantages_are_biased_where_the_number_of_turns_differs():
+  """Each turn lowers the advantage by a mean, so longer episodes have another baseline."""
+  large = 1e9
+
+  def centered(*arguments):
+    return large * grpo_jax.process_advantages(*arguments, eps=large)
+
+  actual, true = expected_turn_gradients(centered, 3), turn_gradients()
+  assert compare(actual[0], true[0]).bias > 0.2
 
 
 # --- the whole loss, by central differences over ordered groups ----------------------------------

@@ -13,7 +13,9 @@ def test_a_task_is_built_by_name_with_its_settings():
 
 
 def test_unknown_names_and_settings_are_errors_with_suggestions():
-  with pytest.raises(ValueError, match=r"unknown task 'jsonnl'.*'jsonl'.*gsm8k, jsonl, letters"):
+  with pytest.raises(
+    ValueError, match=r"unknown task 'jsonnl'.*'jsonl'.*gsm8k, guess_number, jsonl"
+  ):
     make_task("jsonnl")
   with pytest.raises(ValueError, match=r"unknown setting of task .* 'train_sise'.*'train_size'"):
     make_task("reasoning_gym", dataset="chain_sum", train_sise=3)

@@ -131,31 +131,58 @@ def load_function(reward: Reward) -> RewardFunction:
     if "name" not in reward:
       raise ValueError(f"a reward with settings needs a 'name' too, got {dict(reward)}")
     return make_grader(**reward)
-  source, colon, name = str(reward).rpartition(":")
-  if not colon:
+  if ":" not in str(reward):
     try:
       return make_grader(reward)
     except ValueError as error:
       raise ValueError(
         f"{error}. Or write 'path/to/file.py:function' or 'module:function'"
       ) from error
-  if not source or not name:
+  return load_object(reward, "function")
+
+
+def load_object(name: str | Callable[..., Any], kind: str, known: Iterable[str] = ()) -> Any:
+  """Returns what 'path/to/file.py:name' or 'module:name' stands for; a callable stands for itself.
+
+  Args:
+    name: the name.
+    kind: what it should be, such as "function", for messages.
+    known: names that the caller knows besides, for messages.
+
+  Raises:
+    ValueError: the name does not lead to a callable.
+    FileNotFoundError: the file does not exist.
+
+  Example:
+    >>> load_object("json:dumps", "function")([1])
+    '[1]'
+  """
+  if callable(name):
+    return name
+  source, colon, attribute = str(name).rpartition(":")
+  if not colon and known:
     raise ValueError(
-      f"{reward!r} does not name a function: write 'path/to/file.py:function' or 'module:function'"
+      f"{unknown_name(kind, name, known)}. Or write 'path/to/file.py:{kind}' or 'module:{kind}'"
+    )
+  if not source or not attribute:
+    raise ValueError(
+      f"{name!r} does not name a {kind}: write 'path/to/file.py:{kind}' or 'module:{kind}'"
     )
   try:
     module = _load_file(source) if source.endswith(".py") else importlib.import_module(source)
   except FileNotFoundError:
     raise
   except (Exception, SystemExit) as error:
-    raise ValueError(f"{reward!r}: loading {source} raised {with_frames(error)}") from error
-  function = getattr(module, name, None)
-  if function is None:
-    functions = [n for n, value in vars(module).items() if inspect.isroutine(value)]
-    raise unknown_name(f"function in {source}", name, functions)
-  if not callable(function):
-    raise ValueError(f"{reward!r} is of type {type(function).__name__}, not a function")
-  return function
+    raise ValueError(f"{name!r}: loading {source} raised {with_frames(error)}") from error
+  loaded = getattr(module, attribute, None)
+  if loaded is None:
+    names = [n for n, value in vars(module).items() if inspect.isroutine(value)]
+    if kind != "function":
+      names += [n for n, value in vars(module).items() if inspect.isclass(value)]
+    raise unknown_name(f"{kind} in {source}", attribute, names)
+  if not callable(loaded):
+    raise ValueError(f"{name!r} is of type {type(loaded).__name__}, not a {kind}")
+  return loaded
 
 
 def check_columns(

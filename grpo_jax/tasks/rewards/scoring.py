@@ -250,7 +250,7 @@ class _Call:
     """Tells whether the function raises on the completions from `start` to `stop`."""
     try:
       result = self(Logs(stop - start), slice(start, stop))
-      return inspect.isawaitable(result) and isinstance(_await_together([result])[0], Exception)
+      return inspect.isawaitable(result) and isinstance(await_together([result])[0], Exception)
     except Exception:
       return True
 
@@ -275,17 +275,24 @@ def _call_all(calls: Mapping[str, _Call], logs: Logs) -> dict[str, Result]:
         awaitable.close()  # otherwise Python warns that it was never awaited
     raise
   if pending:
-    for name, result in zip(pending, _await_together(list(pending.values()))):
+    for name, result in zip(pending, await_together(list(pending.values()))):
       if isinstance(result, Exception):
         raise _failure(calls[name], result) from result
       results[name] = result
   return results
 
 
-def _await_together(awaitables: list[Awaitable[Result]]) -> list[Result | BaseException]:
-  """Returns the results, or exceptions, in order. Works inside a running event loop too."""
+def await_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any | BaseException]:
+  """Returns the results, or exceptions, in order. Works inside a running event loop too.
 
-  async def gather() -> list[Result | BaseException]:
+  Example:
+    >>> async def double(x):
+    ...   return 2 * x
+    >>> await_together([double(1), double(4)])
+    [2, 8]
+  """
+
+  async def gather() -> list[Any | BaseException]:
     return await asyncio.gather(*awaitables, return_exceptions=True)
 
   try:
@@ -293,7 +300,7 @@ def _await_together(awaitables: list[Awaitable[Result]]) -> list[Result | BaseEx
   except RuntimeError:
     return asyncio.run(gather())
   # A notebook has a running loop, in which asyncio.run raises: run another loop in a thread.
-  results: list[Result | BaseException] = []
+  results: list[Any | BaseException] = []
   thread = threading.Thread(target=lambda: results.extend(asyncio.run(gather())), daemon=True)
   thread.start()
   thread.join()

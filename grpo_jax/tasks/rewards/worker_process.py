@@ -66,7 +66,7 @@ def serve(connection: Connection) -> None:
     connection.send_bytes(json.dumps([kind, value]).encode())
 
   inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-  threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+  threading.Thread(target=receive_into, args=(connection, inbox), daemon=True).start()
   try:
     make, isolate = pickle.loads(inbox.get())
     task = _with_announcements(make(), lambda name: answer("calling", name))
@@ -190,7 +190,7 @@ def _judging_reward(task: Task) -> str | None:
   return next((name for name, (f, _) in task.rewards.items() if f is judge), None)
 
 
-def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
+def receive_into(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
   """Puts messages into the inbox; ends the process when the parent is gone."""
   try:
     while True:

@@ -112,7 +112,7 @@ class RewardWorkers:
     self._timeout = timeout
     self._here, self._on_error = dict(here or {}), on_error
     self._whole_batches = True  # False once a batch was too slow as a whole
-    self._workers = [_Worker(pickled, isolate) for _ in range(workers)]
+    self._workers = [WorkerProcess(pickled, isolate) for _ in range(workers)]
     for worker in self._workers:
       worker.start()
 
@@ -234,8 +234,10 @@ class RewardWorkers:
 # --- the parent's side of a worker ----------------------------------------------------------------
 
 
-class _Worker:
+class WorkerProcess:
   """A worker process: absent, starting (it builds the task), idle, or busy with a unit."""
+
+  program = START
 
   def __init__(self, make: bytes, isolate: bool) -> None:
     self._make, self._isolate = make, isolate
@@ -249,13 +251,15 @@ class _Worker:
 
   @property
   def idle(self) -> bool:
+    """Whether it has built the task and waits for a unit."""
     return self.connection is not None and self._ready and self.unit is None
 
   def start(self) -> None:
+    """Starts the process and has it build the task."""
     self.connection, child = multiprocessing.Pipe()
     self.deadline, self._ready = time.monotonic() + START_SECONDS, False
     self._process = subprocess.Popen(
-      [sys.executable, "-u", "-P", "-c", START, str(child.fileno())],
+      [sys.executable, "-u", "-P", "-c", self.program, str(child.fileno())],
       pass_fds=[child.fileno()],
       stdin=subprocess.DEVNULL,
       # Ctrl-C is for the parent, and processes that a function starts end with the worker.
@@ -308,6 +312,7 @@ class _Worker:
     return "", None
 
   def kill(self) -> None:
+    """Ends the process and everything it started; does nothing if there is none."""
     if self.connection is None:
       return
     self.connection.close()
@@ -374,7 +379,7 @@ def _logs(extras: Any, metrics: Any, unit: Unit) -> Logs:
   return logs
 
 
-def _events(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, str, Any]]:
+def _events(workers: Sequence[WorkerProcess]) -> Iterator[tuple[WorkerProcess, str, Any]]:
   """Waits for the first worker with an event; ("late", None) is that of a passed deadline."""
   seconds = min(worker.deadline for worker in workers) - time.monotonic()
   ready = wait([worker.connection for worker in workers], timeout=max(seconds, 0.0))

@@ -1,0 +1,408 @@
+"""Runs environments in worker processes, so that a hang or crash costs a single episode.
+
+A worker holds many episodes, and a turn of all of them is one message. If a call exceeds its time
+limit, a signal interrupts it and its episode is lost. If that does not help, or the process dies,
+the episode of that call is lost with the process; the others are restored in a new process, by
+playing their texts again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any
+
+from grpo_jax.environments import worker_process
+from grpo_jax.environments.base import (
+  EnvironmentFault,
+  EnvironmentRunner,
+  Key,
+  Outcome,
+  failed,
+)
+from grpo_jax.environments.worker_process import Answer, Job, Session, from_json
+from grpo_jax.tasks.base import Example, Prompt, Task
+from grpo_jax.tasks.rewards.worker_process import START
+from grpo_jax.tasks.rewards.workers import MESSAGE_BYTES, START_SECONDS, WorkerProcess
+
+GRACE = 2.0  # seconds beyond its time limit that a call may take until its process is killed
+PAUSE = 30.0  # longest time in seconds between two jobs of a worker, on a machine that is busy
+REMEDY = (
+  "Name environments and tools as 'path/to/file.py:name', or have them called in this process: "
+  "rewards.workers=0"
+)
+
+
+class WorkerError(RuntimeError):
+  """An environment worker could not be started."""
+
+
+@dataclass
+class _Episode:
+  """All that an environment was given and has answered, so that it can be played again.
+
+  Attributes:
+    lost: why the environment failed; None while it has not.
+  """
+
+  example: Example
+  seed: int
+  texts: list[str] = field(default_factory=list)
+  answers: list[Answer] = field(default_factory=list)
+  over: bool = False
+  lost: str | None = None
+
+  def record(self, job: Job, answer: Answer) -> None:
+    """Takes the answer to a job."""
+    if isinstance(answer, Outcome) and answer.done:
+      self.over, self.lost = True, answer.failure
+    elif job.kind != "restore":
+      self.texts += job.texts
+      self.answers.append(answer)
+
+
+class _Runner:
+  """The part of both runners that does not depend on where environments are called."""
+
+  def __init__(self) -> None:
+    self._episodes: dict[Key, _Episode] = {}
+
+  def _run(self, jobs: Sequence[Job]) -> dict[Key, Answer]:
+    """Runs at most one job for each episode, and records the answers in `_episodes`."""
+    raise NotImplementedError
+
+  def _clear(self) -> None:
+    """Closes all environments."""
+    raise NotImplementedError
+
+  def reset(
+    self, examples: Sequence[Example], group: int, seeds: Sequence[int]
+  ) -> list[Prompt | None]:
+    """See `EnvironmentRunner.reset`."""
+    if len(seeds) != len(examples):
+      raise ValueError(f"{len(examples)} examples but {len(seeds)} seeds: give one seed each")
+    self._episodes = {}
+    self._clear()
+    seeds = [int(seed) for seed in seeds]
+    keys = [(p, g) for p in range(len(examples)) for g in range(group)]
+    self._episodes = {(p, g): _Episode(examples[p], seeds[p]) for p, g in keys}
+    answers = self._run([Job((p, g), "reset", examples[p], seeds[p]) for p, g in keys])
+    return [_agreed(p, [answers[p, g] for g in range(group)]) for p in range(len(examples))]
+
+  def step(self, texts: Mapping[Key, str]) -> dict[Key, Outcome]:
+    """See `EnvironmentRunner.step`."""
+    jobs, outcomes = [], {}
+    for key, text in texts.items():
+      episode = self._episode(key)
+      if episode.lost is not None:  # by `reset`, or with its process, which is told only now
+        outcomes[key] = failed(episode.lost)
+      elif episode.over:
+        raise ValueError(f"episode {key} is over: it takes no further text")
+      else:
+        jobs.append(Job(key, "step", texts=(text,)))
+    outcomes |= self._run(jobs)
+    _warn_of_failures(outcomes.values())
+    return {key: outcomes[key] for key in texts}
+
+  def finish(self, keys: Collection[Key]) -> dict[Key, float | None]:
+    """See `EnvironmentRunner.finish`."""
+    outcomes = self._run([Job(key, "finish") for key in keys if not self._episode(key).over])
+    _warn_of_failures(outcomes.values())
+    return {key: outcomes[key].reward if key in outcomes else None for key in keys}
+
+  def close(self) -> None:
+    """Ends all episodes."""
+    self._episodes = {}
+    self._clear()
+
+  def _episode(self, key: Key) -> _Episode:
+    if key not in self._episodes:
+      raise ValueError(f"there is no episode {key}: `reset` started {len(self._episodes)}")
+    return self._episodes[key]
+
+  def __enter__(self) -> EnvironmentRunner:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def _agreed(p: int, answers: Sequence[Answer]) -> Prompt | None:
+  """Returns the prompt of a group; EnvironmentFault if its episodes differ."""
+  prompts = [answer for answer in answers if not isinstance(answer, Outcome)]
+  for prompt in prompts:
+    if prompt != prompts[0]:
+      raise EnvironmentFault(
+        f"reset returned different prompts for the group of prompt {p}: {prompts[0]!r:.200} and "
+        f"{prompt!r:.200}. All completions of a group get the same example and the same seed, and "
+        "must return the same prompt"
+      )
+  return prompts[0] if prompts else None
+
+
+def _warn_of_failures(outcomes: Collection[Outcome]) -> None:
+  reasons = [outcome.failure for outcome in outcomes if outcome.failure]
+  for reason in dict.fromkeys(reasons):
+    count = f"{reasons.count(reason)} of {len(outcomes)}"
+    warnings.warn(
+      f"lost {count} episodes, which are not scored: the environment's {reason}",
+      RuntimeWarning, stacklevel=3,
+    )  # fmt: skip
+
+
+# --- in this process ------------------------------------------------------------------------------
+
+
+class _InProcess(_Runner):
+  def __init__(self, task: Task) -> None:
+    super().__init__()
+    if task.environment is None:
+      raise ValueError(f"task {task.name!r} has no environment")
+    self._session = Session(task.environment, timeout=None)
+
+  def _run(self, jobs: Sequence[Job]) -> dict[Key, Answer]:
+    answers = {job.key: self._session.run(job) for job in jobs}
+    for job in jobs:
+      self._episodes[job.key].record(job, answers[job.key])
+    return answers
+
+  def _clear(self) -> None:
+    self._session.close()
+
+
+def run_in_process(task: Task) -> EnvironmentRunner:
+  """Returns a runner that calls a task's environments in this process, without a time limit.
+
+  Raises:
+    ValueError: the task has no environment.
+
+  Example:
+    >>> from grpo_jax.tasks.guess_number import guess_number_task
+    >>> task = guess_number_task(low=1, high=9)
+    >>> runner = run_in_process(task)
+    >>> example = task.splits["train"][0]
+    >>> prompts = runner.reset([example], group=2, seeds=[0])
+    >>> secret = example.columns["secret"]
+    >>> outcomes = runner.step({(0, 0): f" {secret}", (0, 1): " 10"})
+    >>> outcomes[0, 0].done, outcomes[0, 1].done
+    (True, False)
+  """
+  return _InProcess(task)
+
+
+# --- in worker processes --------------------------------------------------------------------------
+
+
+class EnvironmentWorkers(_Runner):
+  """A runner that calls a task's environments in worker processes, under a time limit.
+
+  Use it as a context manager, or call `close`. The worker processes also end with this process,
+  however it ends.
+
+  Args:
+    make: returns the task. It is called in every worker and therefore has to be picklable, as
+      `functools.partial(make_task, name, **settings)` is.
+    workers: number of processes.
+    timeout: time limit in seconds of each call of an environment.
+    isolate: take network, writing, starting programs and the variables of this process away from
+      the workers once they have built the task. A machine that cannot do it gets a warning.
+
+  Raises:
+    ValueError: an argument is out of range, or `make` cannot be pickled.
+  """
+
+  def __init__(
+    self,
+    make: Callable[[], Task],
+    workers: int = 1,
+    timeout: float = 30.0,
+    *,
+    isolate: bool = True,
+  ) -> None:
+    super().__init__()
+    if workers < 1 or not 0 < timeout < math.inf:
+      raise ValueError(
+        f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
+        "seconds"
+      )
+    try:
+      settings = pickle.dumps((make, timeout, isolate))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+      raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
+    self._timeout = timeout
+    self._workers = [_Worker(settings, timeout, isolate) for _ in range(workers)]
+    for worker in self._workers:
+      worker.start()
+
+  def close(self) -> None:
+    """Ends the processes. A later `reset` starts new ones."""
+    self._episodes = {}
+    for worker in self._workers:
+      worker.kill()
+
+  def _clear(self) -> None:
+    for worker in self._workers:
+      worker.clear()
+
+  def _run(self, jobs: Sequence[Job]) -> dict[Key, Answer]:
+    answers: dict[Key, Answer] = {}
+    try:
+      for n, worker in enumerate(self._workers):
+        worker.assign([job for job in jobs if self._number(job.key) == n])
+      while busy := [n for n, worker in enumerate(self._workers) if worker.pending]:
+        _wait([self._workers[n] for n in busy])
+        for n in busy:
+          for job, answer in self._workers[n].receive():
+            self._take(job, answer, answers)
+          if self._workers[n].connection is None:
+            self._restart(n)
+    except BaseException:
+      self.close()  # interrupted in the middle: later answers would belong to nothing
+      raise
+    return answers
+
+  def _number(self, key: Key) -> int:
+    """Returns the number of the worker that has an episode; a group is spread over the workers."""
+    return sum(key) % len(self._workers)
+
+  def _take(self, job: Job, answer: Answer, answers: dict[Key, Answer]) -> None:
+    episode = self._episodes[job.key]
+    if episode.lost is not None:  # when it was restored: the reason of that is the reason
+      answer = failed(episode.lost)
+    episode.record(job, answer)
+    if job.kind != "restore":
+      answers[job.key] = answer
+
+  def _restart(self, n: int) -> None:
+    """Starts a worker that ended, with the episodes that it had."""
+    restored = [
+      Job(key, "restore", episode.example, episode.seed, (*episode.texts,), (*episode.answers,))
+      for key, episode in self._episodes.items()
+      if self._number(key) == n and episode.answers and not episode.over
+    ]
+    worker = self._workers[n]
+    worker.assign([*restored, *(job for job in worker.pending if job.kind != "restore")])
+
+
+class _Worker(WorkerProcess):
+  """A worker process: absent, starting (it builds the task), idle, or busy with jobs.
+
+  Attributes:
+    pending: jobs that it has not answered.
+    current: the job that it is at, if any.
+  """
+
+  program = START.replace("grpo_jax.tasks.rewards.worker_process", worker_process.__name__)
+
+  def __init__(self, settings: bytes, timeout: float, isolate: bool) -> None:
+    super().__init__(settings, isolate)
+    self._timeout = timeout
+    self.pending: list[Job] = []
+    self.current: Job | None = None
+    self._unexplained = 0  # ends of the process between two jobs, while the same jobs are pending
+
+  def assign(self, jobs: Sequence[Job]) -> None:
+    """Sends jobs; starts the process if there is none."""
+    self.pending = [*jobs]
+    if not jobs:
+      return
+    if self.connection is None:
+      self.start()
+    try:
+      self._send(pickle.dumps(self.pending))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+      raise EnvironmentFault(
+        f"an example cannot be sent to another process: {error}. Leave out columns that are not "
+        "plain data, or have environments called in this process: rewards.workers=0"
+      ) from error
+    if self._ready:
+      self.deadline = time.monotonic() + PAUSE
+
+  def clear(self) -> None:
+    """Has it close all its environments."""
+    self.pending = []
+    if self.connection is not None:
+      self._send(pickle.dumps([]))
+
+  def kill(self) -> None:
+    """Ends the process; what is pending stays pending."""
+    super().kill()
+    self.current = None
+
+  def receive(self) -> list[tuple[Job, Answer]]:
+    """Returns the jobs that have ended, and their answers; none while it is at work.
+
+    If the process ends, `connection` is None afterwards, and the job that it was at has failed.
+    """
+    try:
+      if self.connection.poll():
+        return self._handle(*json.loads(self.connection.recv_bytes(MESSAGE_BYTES)))
+      if time.monotonic() < self.deadline:
+        return []
+      reason = f"took more than {self._timeout:g} s"
+    except (EOFError, OSError):
+      reason = f"ended its process ({self._exit_reason()})"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, EnvironmentFault):
+      reason = "sent something that is not an answer: a text has changed its process"
+    return self._lose(reason)
+
+  def _handle(self, kind: str, value: Any) -> list[tuple[Job, Answer]]:
+    if kind == "ready":
+      self._ready = True
+      self.deadline = time.monotonic() + PAUSE
+      if self._isolate and "landlock" not in value:
+        warnings.warn(
+          "environments are not isolated on this machine: its kernel has no Landlock",
+          RuntimeWarning, stacklevel=6,
+        )  # fmt: skip
+    elif kind == "raised":
+      self.kill()
+      raise WorkerError(f"an environment worker could not build the task: {value}. {REMEDY}")
+    elif kind == "at" and self.current is None:
+      self.current = {job.key: job for job in reversed(self.pending)}[tuple(value)]
+      self.deadline = time.monotonic() + self.current.calls * self._timeout + GRACE
+    elif kind == "done":
+      key, answer_kind, answer = value
+      job = self.current
+      answer = from_json(answer_kind, answer)
+      if list(job.key) != key or (job.kind != "reset" and not isinstance(answer, Outcome)):
+        raise ValueError(key)
+      self.pending = [other for other in self.pending if other is not job]
+      self.current, self._unexplained = None, 0
+      self.deadline = time.monotonic() + PAUSE
+      return [(job, answer)]
+    else:
+      raise ValueError(kind)
+    return []
+
+  def _lose(self, reason: str) -> list[tuple[Job, Answer]]:
+    """Kills the process; returns the failure of the job that it was at."""
+    job = self.current
+    if not self._ready:
+      self.kill()
+      raise WorkerError(
+        f"an environment worker did not build the task within {START_SECONDS:g} s, or {reason}. "
+        f"{REMEDY}"
+      )
+    self.kill()
+    if job is None:  # it ended between two jobs: nobody's fault, the first time
+      self._unexplained += 1
+      if self._unexplained < 2:
+        return []
+      job = self.pending[0]
+    lost = [other for other in self.pending if other.key == job.key]
+    self.pending = [other for other in self.pending if other.key != job.key]
+    verb = "replay" if job.kind == "restore" else job.kind
+    return [(other, failed(f"{verb} {reason}")) for other in lost]
+
+
+def _wait(workers: Sequence[_Worker]) -> None:
+  """Waits for a message of a worker, or the first deadline."""
+  seconds = min(worker.deadline for worker in workers) - time.monotonic()
+  wait([worker.connection for worker in workers], timeout=max(seconds, 0.0))

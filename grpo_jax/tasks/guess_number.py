@@ -1,0 +1,197 @@
+"""Guessing a number from the answers "Higher" and "Lower": the smallest game of several turns.
+
+    Guess a number from 1 to 9.
+    Guess: 5
+    Higher
+    Guess: 7
+    Lower
+    Guess: 6
+    Correct
+
+No guess is right or wrong by its text alone, and every game has the same prompt: what a guess is
+worth is known to the environment only.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from grpo_jax.environments.base import Step
+from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
+from grpo_jax.tasks.indexed import shuffled
+
+FORMATS = ("completion", "chat")
+REWARDS = ("final", "turns")
+GUESS = re.compile(r"\s*(\d{1,9})\s*\.?\s*")
+
+
+def guess_number_task(
+  *,
+  low: int = 1,
+  high: int = 9,
+  turns: int = 3,
+  games: int = 2,
+  reward: str = "final",
+  format: str = "completion",
+  eval_fraction: float = 0.2,
+  train_size: int = 1000,
+  seed: int = 0,
+) -> Task:
+  """Builds the task. The optimum is bisection, which finds 7 of 9 numbers in 3 turns.
+
+  Args:
+    low: the smallest number.
+    high: the largest number.
+    turns: guesses in a game.
+    games: finished games that a prompt shows; every prompt of the task shows the same ones.
+    reward: "final" gives the last turn 1 if the number was found, else 0. "turns" gives every turn
+      the part of the remaining numbers that its answer rules out; 1 if it is the number.
+    format: "completion", text whose turns end at a line break, or "chat", messages for a chat
+      template.
+    eval_fraction: part of the numbers that are never the secret in training, in (0, 1).
+    train_size: number of training games; they repeat the secrets.
+    seed: selects the games that are shown and the numbers that are held out.
+
+  Raises:
+    ValueError: a setting is unknown or out of range.
+
+  Example:
+    >>> task = guess_number_task(games=0)
+    >>> task.splits["train"][0].prompt
+    'Guess a number from 1 to 9.\\nGuess:'
+    >>> game = task.environment()
+    >>> game.reset(Example("", {"secret": 6}, "6"), 0)
+    >>> game.step(" 5").observation, game.step(" 7").observation, game.step(" 6").reward
+    ('Higher\\nGuess:', 'Lower\\nGuess:', 1.0)
+  """
+  if format not in FORMATS:
+    raise unknown_name("format", format, FORMATS)
+  if reward not in REWARDS:
+    raise unknown_name("reward", reward, REWARDS)
+  if not (0 <= low < high < 10**9 and high - low < 10**6):
+    raise ValueError(
+      f"low is {low} and high {high}: need 0 <= low < high, below 10^9, at most 10^6"
+    )
+  if turns < 1 or games < 0 or train_size < 1 or not 0 < eval_fraction < 1:
+    raise ValueError(
+      f"turns is {turns}, games {games}, train_size {train_size} and eval_fraction "
+      f"{eval_fraction}: need at least 1, 0 and 1, and a part in (0, 1)"
+    )
+  chat = format == "chat"
+  numbers = [low + i for i in shuffled(high - low + 1, seed)]
+  held_out = min(max(round(eval_fraction * len(numbers)), 1), len(numbers) - 1)
+  prompt = _prompt(low, high, turns, chat, _example_games(low, high, turns, games, seed))
+  train = [numbers[held_out:][i % (len(numbers) - held_out)] for i in range(train_size)]
+
+  def example(secret: int) -> Example:
+    return Example(prompt, {"secret": secret}, f"{low} to {high}: {secret}")
+
+  return Task(
+    name=f"guess_number:{low}-{high}",
+    splits={
+      "train": [example(secret) for secret in train],
+      "eval": [example(secret) for secret in sorted(numbers[:held_out])],
+    },
+    rewards={"found": (found, 1.0)},
+    accuracy=found,
+    stop=() if chat else ("\n",),
+    environment=partial(GuessNumber, low, high, turns, reward, chat),
+  )
+
+
+def found(completions: Sequence[str], secret: Sequence[int], **columns: Any) -> list[float]:
+  """Returns 1.0 where the last number of the completion is the secret.
+
+  Example:
+    >>> found(completions=[" 5\\nHigher\\nGuess: 6", "6, no, 7"], secret=[6, 6])
+    [1.0, 0.0]
+  """
+  last = [(re.findall(r"\d{1,9}", text) or ["-1"])[-1] for text in completions]
+  return [float(int(number) == right) for number, right in zip(last, secret)]
+
+
+class GuessNumber:
+  """One game; see `guess_number_task` for the arguments."""
+
+  def __init__(self, low: int, high: int, turns: int, reward: str, chat: bool) -> None:
+    self._low, self._high, self._turns = low, high, turns
+    self._reward, self._chat = reward, chat
+
+  def reset(self, example: Example, seed: int) -> Prompt | None:
+    """Takes the number from the example; the seed changes nothing."""
+    self._secret, self._turn = int(example.columns["secret"]), 0
+    self._bounds = (self._low, self._high)
+    return None
+
+  def step(self, text: str) -> Step:
+    """Answers a guess: higher, lower, correct, or what a guess looks like."""
+    self._turn += 1
+    match = GUESS.fullmatch(text)
+    guess = int(match[1]) if match else None
+    correct = guess == self._secret
+    if guess is None:
+      answer = f"Write a number from {self._low} to {self._high}"
+    elif correct:
+      answer = "Correct"
+    else:
+      answer = "Higher" if guess < self._secret else "Lower"
+    done = correct or self._turn == self._turns
+    metrics = {"guess/parsed": float(guess is not None), "guess/found": float(correct)}
+    return Step(self._observation(answer, done), self._rewarded(guess, done), done, metrics)
+
+  def _rewarded(self, guess: int | None, done: bool) -> float | None:
+    if self._reward == "final":
+      return float(guess == self._secret) if done else None
+    if guess is None:
+      return 0.0
+    low, high = self._bounds
+    if guess == self._secret:
+      return 1.0
+    self._bounds = (
+      (max(low, guess + 1), high) if guess < self._secret else (low, min(high, guess - 1))
+    )
+    return 1 - (self._bounds[1] - self._bounds[0] + 1) / (high - low + 1)
+
+  def _observation(self, answer: str, done: bool) -> str | list[dict[str, str]]:
+    if self._chat:
+      return [{"role": "user", "content": answer}]
+    return f"{answer}\n" if done else f"{answer}\nGuess:"
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def _example_games(low: int, high: int, turns: int, count: int, seed: int) -> list[list[str]]:
+  """Returns the lines of won games, played by bisection after a random first guess."""
+  rng = random.Random(f"guess_number/{seed}")
+  return [_example_game(low, high, rng.randint(1, turns), rng) for _ in range(count)]
+
+
+def _example_game(low: int, high: int, turns: int, rng: random.Random) -> list[str]:
+  guess, lines = rng.randint(low, high), []
+  for _ in range(turns - 1):
+    sides = [side for side in ((low, guess - 1), (guess + 1, high)) if side[0] <= side[1]]
+    if not sides:
+      break
+    lines += [f"Guess: {guess}"]
+    low, high = rng.choice(sides)
+    lines += ["Higher" if low > guess else "Lower"]
+    guess = (low + high) // 2
+  return [*lines, f"Guess: {guess}", "Correct"]
+
+
+def _prompt(low: int, high: int, turns: int, chat: bool, games: list[list[str]]) -> Prompt:
+  head = f"Guess a number from {low} to {high}."
+  if not chat:
+    shown = ["\n".join([head, *lines]) for lines in games]
+    return "\n\n".join([*shown, f"{head}\nGuess:"])
+  text = (
+    f"I think of a number from {low} to {high}. You have {turns} guesses, and I answer each with "
+    "Higher or Lower. Write your guess, a number and nothing else."
+  )
+  shown = ["\n".join(line.removeprefix("Guess: ") for line in lines) for lines in games]
+  return [{"role": "user", "content": "\n\n".join([text, *(f"A game:\n{game}" for game in shown)])}]
