@@ -263,8 +263,10 @@ def test_bad_evaluation_data_are_named(tmp_path):
     with pytest.raises(ValueError, match=rf"{name} is 'x', but .*train\.jsonl is a file"):
       make_task("table", path=train, reward=right, **{name: "x"})
   for path, message in (
-    ([], "path is an empty list"), (5, "path is 5: it must be a file"), ("", "path is ''"),
-    ([[]], "path is an empty list"), ([None], "path is None"), (None, "path is None"),
+    ([], "path is an empty list"), (5, "'path' of task 'table' is 5: it must be text"),
+    ("", "path is ''"), ([[]], "is .*: it must be text or a list"),
+    ([None], "is .*None.*: it must be text or a list"),
+    (None, "'path' of task 'table' is None"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=message):
       make_task("table", path=path, reward=right)
