@@ -16,16 +16,16 @@ import dataclasses
 import functools
 import json
 import os
+import select
 import selectors
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from grpo_jax.environments import isolation
 from grpo_jax.environments.isolation import IsolationError
@@ -34,7 +34,8 @@ OUTPUT_BYTES = 64 * 1024  # of standard output and of standard error each; more 
 TMP_BYTES = 16 * 2**20  # of all files in /tmp
 PROCESSES = 16  # processes and threads of a program
 _SERVER = Path(__file__).with_name("sandbox_server.py")
-_GRACE = 5.0  # seconds that a server may take beyond a program's time
+_GRACE = 10.0  # seconds that a server may take beyond a program's time
+_MESSAGE = 1 << 16
 # Layers that shut off network and files, alternatives from the strictest on.
 _LADDER = (
   ("namespaces", "landlock", "seccomp"),
@@ -93,15 +94,34 @@ def run_python(
     raise ValueError(
       f"code and stdin must be text, got {type(code).__name__}, {type(stdin).__name__}"
     )
-  if not (0 < seconds <= 3600 and 16 <= memory_mb <= 2**20):
-    raise ValueError(
-      f"seconds is {seconds} and memory_mb {memory_mb}: they must be in (0, 3600] and [16, 2^20]"
-    )
-  with _borrowed_server(unsafe) as server:
+  check_limits(seconds, memory_mb)
+  with borrowed_server(unsafe) as server:
     return server.run(
       code.encode("utf-8", "surrogatepass"), stdin.encode("utf-8", "surrogatepass"),
       seconds=seconds, memory_bytes=memory_mb * 2**20, programs=programs,
     )  # fmt: skip
+
+
+def check_limits(seconds: float, memory_mb: int) -> None:
+  """Raises ValueError for limits of a program that are out of range."""
+  if not (0 < seconds <= 3600 and 16 <= memory_mb <= 2**20):
+    raise ValueError(
+      f"seconds is {seconds} and memory_mb {memory_mb}: they must be in (0, 3600] and [16, 2^20]"
+    )
+
+
+def require_isolation(unsafe: bool = False) -> None:
+  """Starts what runs programs, so that this process may lose the right to start others.
+
+  Raises:
+    IsolationError: this machine cannot isolate programs, and `unsafe` is False.
+  """
+  if not layers() and not unsafe:
+    raise IsolationError(
+      f"{explain()}. Run it in a Linux container or virtual machine that allows user namespaces, "
+      "or set unsafe=True to run a model's code with the rights of this process"
+    )
+  _fork_server()
 
 
 @functools.cache
@@ -171,7 +191,7 @@ def _holds(candidate: tuple[str, ...]) -> bool:
   """Returns whether a program runs behind these layers and cannot reach network or files."""
   try:
     with contextlib.closing(_Server(candidate)) as server:
-      out = server.run(_PROBE.encode(), b"", seconds=10.0, memory_bytes=2**29, programs=False)
+      out = server.run(_PROBE.encode(), seconds=10.0, memory_bytes=2**29)
     return out.stdout == "isolated\n"
   except (IsolationError, OSError):
     return False
@@ -180,57 +200,97 @@ def _holds(candidate: tuple[str, ...]) -> bool:
 # --- servers --------------------------------------------------------------------------------------
 
 
-class _Server:
-  """One server process, which runs one program at a time."""
+class _ForkServer:
+  """The process that servers are forked from: started fresh, so it has nothing of this one's."""
 
-  def __init__(self, found: tuple[str, ...]) -> None:
-    self._layers = found
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+  def __init__(self) -> None:
+    self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
       self._process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_SERVER), str(theirs.fileno())],
         env={}, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
       )  # fmt: skip
-    self._connection = ours
-    self._folder = tempfile.mkdtemp(prefix="grpo_jax_sandbox_")
+
+  @property
+  def alive(self) -> bool:
+    return self._process.poll() is None
+
+  def connect(self, found: Sequence[str]) -> socket.socket:
+    """Returns the connection to a new server behind these layers."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+      socket.send_fds(self._control, [json.dumps(list(found)).encode()], [theirs.fileno()])
+    return ours
+
+  def close(self) -> None:
+    self._control.close()  # it then ends by itself
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(timeout=2)
+
+
+class _Server:
+  """The caller's end of one server, which runs one program at a time."""
+
+  def __init__(self, found: Sequence[str]) -> None:
+    self._connection = _fork_server().connect(found)
+    self._connection.settimeout(_GRACE)
+    try:
+      ready = self._connection.recv(_MESSAGE)
+    except OSError as error:
+      ready = json.dumps({"setup": f"no answer: {error}"}).encode()
+    answer = json.loads(ready or b'{"setup": "its process ended"}')
+    if "setup" in answer:
+      self.close()
+      raise IsolationError(f"the sandbox could not be set up: {answer['setup']}")
+    self._connection.settimeout(None)
+    self.pid: int = answer["pid"]
 
   def run(
     self,
     code: bytes,
-    stdin: bytes,
+    stdin: bytes = b"",
     *,
     seconds: float,
     memory_bytes: int,
-    programs: bool,
-    descriptors: Sequence[int] = (),
+    programs: bool = False,
+    role: str = "program",
+    files: Sequence[BinaryIO] = (),
   ) -> Execution:
-    """Runs one program; `descriptors` are further open files for it, see `__descriptors__`."""
-    workdir = tempfile.mkdtemp(dir=self._folder)
+    """Runs one program.
+
+    Args:
+      code: the text for the role.
+      stdin, seconds, programs: as in `run_python`.
+      memory_bytes: `memory_mb` in bytes.
+      role: what the server does with the text, see `sandbox_server.py`.
+      files: further open files for it, closed here once it has them.
+    """
     request = {
-      "layers": self._layers, "seconds": seconds, "memory_bytes": memory_bytes,
-      "programs": programs, "tmp_bytes": TMP_BYTES, "processes": PROCESSES, "workdir": workdir,
-      "read": [],
+      "seconds": seconds, "memory_bytes": memory_bytes, "programs": programs, "role": role,
+      "tmp_bytes": TMP_BYTES, "processes": PROCESSES,
     }  # fmt: skip
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-      files = [stack.enter_context(_memory_file(data)) for data in (stdin, code)]
-      out_read, out_write = os.pipe()
-      err_read, err_write = os.pipe()
-      for pipe in (out_read, err_read):
-        stack.callback(os.close, pipe)
+      stdin_read, stdin_write = pipe(stack)
+      out_read, out_write = pipe(stack)
+      err_read, err_write = pipe(stack)
+      code_read, code_write = pipe(stack)
+      theirs = [stdin_read, out_write, err_write, code_read]
+      inputs = {stdin_write: memoryview(stdin), code_write: memoryview(code)}
+      outputs = [out_read, err_read]
+      for file in (*inputs, *outputs):
+        os.set_blocking(file.fileno(), False)
       try:
-        fds = [files[0].fileno(), out_write, err_write, files[1].fileno(), *descriptors]
-        try:
-          socket.send_fds(self._connection, [json.dumps(request).encode()], fds)
-        finally:
-          os.close(out_write)
-          os.close(err_write)
-        (stdout, stderr), answer = self._collect([out_read, err_read], seconds)
+        message = json.dumps(request).encode()
+        handed_over = [file.fileno() for file in (*theirs, *files)]
+        socket.send_fds(self._connection, [message], handed_over)
+        for file in (*theirs, *files):
+          file.close()
+        (stdout, stderr), answer = self._exchange(inputs, outputs, seconds)
       except ConnectionError as error:
         self.close()
         raise IsolationError("the sandbox's server process ended") from error
-    shutil.rmtree(workdir, ignore_errors=True)
     if "setup" in answer:
       raise IsolationError(f"the sandbox could not be set up: {answer['setup']}")
     killed = answer["killed"]
@@ -244,101 +304,141 @@ class _Server:
       killed=killed,
     )
 
-  def _collect(self, pipes: list[int], seconds: float) -> tuple[list[bytes], dict]:
-    """Reads output up to its limit until the server answers."""
-    outputs: dict[int, bytes] = dict.fromkeys(pipes, b"")
+  def _exchange(
+    self, inputs: dict[BinaryIO, memoryview], outputs: list[BinaryIO], seconds: float
+  ) -> tuple[list[bytes], dict]:
+    """Writes the inputs and reads the outputs, up to their limit, until the server answers."""
+    read: dict[BinaryIO, bytes] = dict.fromkeys(outputs, b"")
     deadline, answer = time.monotonic() + seconds + _GRACE, None
     with selectors.DefaultSelector() as selector:
-      for pipe in pipes:
-        selector.register(pipe, selectors.EVENT_READ)
-      selector.register(self._connection, selectors.EVENT_READ)
+      for file in inputs:
+        selector.register(file, selectors.EVENT_WRITE)
+      for file in (*outputs, self._connection):
+        selector.register(file, selectors.EVENT_READ)
       while answer is None:
         events = selector.select(max(deadline - time.monotonic(), 0))
         if not events:
-          raise IsolationError("the sandbox did not answer in time; its process was killed")
+          raise IsolationError("the sandbox did not answer in time")
         for key, _ in events:
           if key.fileobj is self._connection:
-            answer = self._connection.recv(1 << 16)
-          elif not self._read(key.fd, outputs):
-            selector.unregister(key.fd)
-    for pipe in pipes:  # what was written before the end
-      os.set_blocking(pipe, False)
-      while self._read(pipe, outputs, ask=False):
+            answer = self._connection.recv(_MESSAGE)
+          elif key.fileobj in inputs:
+            if _write_some(key.fileobj, inputs):
+              selector.unregister(key.fileobj)
+              key.fileobj.close()
+          elif not self._read_some(key.fileobj, read):
+            selector.unregister(key.fileobj)
+    for file in outputs:  # what was written before the end
+      while self._read_some(file, read, ask=False):
         pass
     if not answer:
       raise ConnectionError
-    return [outputs[pipe] for pipe in pipes], json.loads(answer)
+    return list(read.values()), json.loads(answer)
 
-  def _read(self, pipe: int, outputs: dict[int, bytes], ask: bool = True) -> bool:
-    """Reads some of a pipe; False at its end or its limit, where the program is killed."""
+  def _read_some(self, file: BinaryIO, read: dict[BinaryIO, bytes], ask: bool = True) -> bool:
+    """Reads some output; False at its end or its limit, where the program is killed."""
     try:
-      part = os.read(pipe, 1 << 16)
-    except (BlockingIOError, OSError):
+      part = os.read(file.fileno(), 1 << 16)
+    except OSError:
       return False
-    outputs[pipe] = (outputs[pipe] + part)[: OUTPUT_BYTES + 1]
-    if len(outputs[pipe]) > OUTPUT_BYTES:
-      outputs[pipe] = outputs[pipe][:OUTPUT_BYTES]
+    read[file] = (read[file] + part)[: OUTPUT_BYTES + 1]
+    if len(read[file]) > OUTPUT_BYTES:
+      read[file] = read[file][:OUTPUT_BYTES]
       if ask:
         self._connection.send(b"output")
       return False
     return bool(part)
 
+  def interrupt(self) -> None:
+    """Ends the program that runs, if one does; for another thread than that of `run`."""
+    with contextlib.suppress(OSError):
+      self._connection.send(b"interrupted")
+
   def close(self) -> None:
-    """Ends the process and everything it started; a second call does nothing."""
+    """Ends the server and everything it started; a second call does nothing."""
     self._connection.close()
-    if self._process.poll() is None:
-      try:
-        self._process.wait(timeout=2)
-      except subprocess.TimeoutExpired:
-        self._process.kill()
-        self._process.wait()
-    shutil.rmtree(self._folder, ignore_errors=True)
 
   @property
   def alive(self) -> bool:
-    return self._connection.fileno() >= 0 and self._process.poll() is None
+    """False once the server has ended: an idle one has nothing to say."""
+    if self._connection.fileno() < 0:
+      return False
+    return not select.select([self._connection], [], [], 0)[0]
 
 
-def _memory_file(data: bytes):
-  """Returns an open file that lies in memory, at its beginning."""
-  file = os.fdopen(os.memfd_create("sandbox", os.MFD_CLOEXEC), "w+b")
-  file.write(data)
-  file.flush()
-  file.seek(0)
-  return file
+def pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
+  """Returns the ends of a pipe, to read from and to write to."""
+  read, write = os.pipe()
+  return (
+    stack.enter_context(os.fdopen(read, "rb", 0)),
+    stack.enter_context(os.fdopen(write, "wb", 0)),
+  )
 
 
+def _write_some(file: BinaryIO, inputs: dict[BinaryIO, memoryview]) -> bool:
+  """Writes some of an input and closes it at the end; True if nothing is left to do."""
+  try:
+    while inputs[file]:
+      inputs[file] = inputs[file][os.write(file.fileno(), inputs[file][: 1 << 16]) :]
+  except BlockingIOError:
+    return False
+  except OSError:  # nobody reads it any more
+    pass
+  return True
+
+
+_fork_servers: list[_ForkServer] = []  # one, or none yet
 _idle: list[_Server] = []
-_lock = threading.Lock()
-os.register_at_fork(after_in_child=_idle.clear)  # a server answers one process only
+_lock = threading.RLock()
+
+
+def _forget() -> None:
+  """Leaves the parent's servers to the parent: one answers one process only."""
+  global _lock
+  _lock = threading.RLock()
+  _idle.clear()
+  _fork_servers.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _fork_server() -> _ForkServer:
+  with _lock:
+    if _fork_servers and not _fork_servers[0].alive:
+      _fork_servers.pop().close()
+    if not _fork_servers:
+      _fork_servers.append(_ForkServer())
+    return _fork_servers[0]
 
 
 @atexit.register
-def _close_idle() -> None:
-  for server in _idle:
+def _close_all() -> None:
+  for server in (*_idle, *_fork_servers):
     server.close()
 
 
 @contextlib.contextmanager
-def _borrowed_server(unsafe: bool) -> Iterator[_Server]:
-  """Yields an idle server, or a new one; it goes back unless it failed."""
-  found = layers()
-  if not found and not unsafe:
-    raise IsolationError(
-      f"{explain()}. Run it in a Linux container or virtual machine that allows user namespaces, "
-      "or pass unsafe=True to run a model's code with the rights of this process"
-    )
+def borrowed_server(unsafe: bool) -> Iterator[_Server]:
+  """Yields an idle server, or a new one; it goes back unless it failed.
+
+  Raises:
+    IsolationError: this machine cannot isolate programs, and `unsafe` is False; or no server can
+      be started.
+  """
+  require_isolation(unsafe)
   with _lock:
-    server = _idle.pop() if _idle else None
-  if server is None or not server.alive:
-    server = _Server(found)
+    while (server := _idle.pop() if _idle else None) and not server.alive:
+      server.close()
+  if server is None:
+    server = _Server(layers())
   try:
     yield server
   except BaseException:
     server.close()
     raise
   with _lock:
-    if len(_idle) < max(os.cpu_count() or 1, 2):
+    if len(_idle) < 2 * max(os.cpu_count() or 1, 2):
       _idle.append(server)
       return
   server.close()

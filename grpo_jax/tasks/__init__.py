@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.tasks.base import Example, RewardFunction, Task, check_settings, unknown_name
+from grpo_jax.tasks.code import code_task
 from grpo_jax.tasks.countdown import countdown_task
 from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.letters import letters_task
@@ -34,6 +35,7 @@ TASKS: dict[str, Callable[..., Task]] = {
   "jsonl": table_task,
   "parquet": table_task,
   "letters": letters_task,
+  "code": code_task,
 }
 
 

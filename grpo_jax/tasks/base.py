@@ -72,6 +72,7 @@ class Task:
     files: files of the data and the reward functions; a continued run needs the same contents.
     canary: a wrong answer that is scored after each batch; its rewards must never change.
     foreign: the rewards are other people's code, which runs in worker processes only.
+    note: shown at the start of a run, such as how code is isolated.
   """
 
   name: str
@@ -84,6 +85,7 @@ class Task:
   files: tuple[str, ...] = ()
   canary: str = ""
   foreign: bool = False
+  note: str = ""
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:

@@ -131,7 +131,7 @@ def table_task(
 
   files = _files(path, split, subset, revision)
   rows, digests = read(files)
-  held_out = _held_out(digests, eval_fraction)
+  held_out = held_out_keys(digests, eval_fraction)
   eval_rows, eval_digests, eval_files = rows, digests, []
   if has_eval:
     eval_files = _files(path if eval_path is None else eval_path, eval_split, subset, revision)
@@ -216,7 +216,7 @@ class _Rows:
 
   def example(self, i: int) -> Example:
     row, where = self.source[i], self.source.where(i)
-    prompt = _checked_prompt(row, self.prompt, where)
+    prompt = checked_prompt(row, self.prompt, where)
     identity = prompt if self.key is None else _pick(row, self.key, "key column", where)
     if not isinstance(identity, str):
       identity = json.dumps(identity, sort_keys=True, default=str)
@@ -290,7 +290,7 @@ def _scan(
   return digests
 
 
-def _checked_prompt(row: Row, column: str, where: str) -> Prompt:
+def checked_prompt(row: Row, column: str, where: str) -> Prompt:
   """Returns the prompt of a row; ValueError unless it is non-empty text or chat messages."""
   if column not in row and column.split(".")[0] not in row:
     raise ValueError(
@@ -314,7 +314,7 @@ def _is_message(message: object) -> bool:
   )
 
 
-def _held_out(digests: Sequence[bytes], fraction: float) -> set[bytes]:
+def held_out_keys(digests: Sequence[bytes], fraction: float) -> set[bytes]:
   """Returns about `fraction` of the distinct keys, independent of the order of the rows."""
   if fraction == 0:
     return set()

@@ -1,6 +1,7 @@
 """Tests that a program runs as Python runs it, ends at its limits, and reaches nothing outside."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -117,9 +118,18 @@ def test_nothing_of_a_program_is_left_for_the_next():
 def test_a_server_that_died_is_reported_and_replaced():
   run_python("pass")
   server = sandbox._idle[-1]
-  server._process.kill()
+  os.kill(server.pid, signal.SIGKILL)
   with pytest.raises(IsolationError, match="server process ended"):
-    server.run(b"", b"", seconds=1.0, memory_bytes=2**28, programs=False)
+    server.run(b"", seconds=1.0, memory_bytes=2**28)
+  assert run_python("print(1)").stdout == "1\n"
+
+
+@isolated
+def test_a_fork_server_that_died_is_replaced():
+  run_python("pass")
+  sandbox._fork_servers[0]._process.kill()
+  sandbox._fork_servers[0]._process.wait()
+  sandbox._idle.clear()
   assert run_python("print(1)").stdout == "1\n"
 
 
