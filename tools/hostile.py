@@ -1,7 +1,7 @@
 """Runs hostile programs in the sandbox and prints what became of each, as a table in Markdown.
 
-    python -m tools.hostile > table.md
-    python -m tools.hostile namespaces > table.md  # without this layer
+    python -m tools.hostile > docs/hostile.md
+    python -m tools.hostile namespaces  # without this layer
 
 A program prints ESCAPED if its attack succeeds. It is contained if it does not, reaches no
 listener, changes no file and kills no process of this machine, ends in time and leaves no process,
@@ -25,6 +25,11 @@ from grpo_jax.environments import sandbox
 from grpo_jax.environments.sandbox import Execution
 
 SECONDS, MEMORY_MB = 1.0, 128
+HEAD = """\
+`make hostile` wrote this page; `tools/hostile.py` has the programs. Each is given 1 s and 128 MB.
+It is contained if its attack fails, it reaches no listener, changes no file and kills no process of
+the machine, ends in time and leaves no process behind, and the next program runs as usual. A test
+runs them all."""
 OVERTIME = 4.0  # seconds that a program may take beyond its limit, on a busy machine
 
 # Name -> program. @PID@, @VICTIM@: this process and another one. @PORT@, @ABSTRACT@, @SOCKET@:
@@ -400,7 +405,7 @@ def main(arguments: list[str]) -> int:
   """
   layers = tuple(layer for layer in sandbox.layers() if layer not in arguments)
   sandbox.layers = lambda: layers
-  print(f"{sandbox.explain()}.\n")
+  print(f"# Hostile programs in the sandbox\n\n{HEAD}\n\nHere, {sandbox.explain()}.\n")
   print(f"| program | contained | how it ended | seconds (limit {SECONDS:g}) |\n|---|---|---|---|")
   failures = 0
   with machine() as target:

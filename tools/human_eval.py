@@ -24,6 +24,16 @@ from grpo_jax.environments.tester import Limits, judge
 from tools import mutations
 
 CHANGES = 5  # of each solution
+HEAD = """\
+# The judge on HumanEval
+
+`make human-eval HUMAN_EVAL=HumanEval.jsonl` wrote this page (`tools/human_eval.py`) on the problems
+of HumanEval (Chen et al. 2021, arXiv 2107.03374; MIT license, github.com/openai/human-eval). Every
+published solution must pass its tests. Of each solution, five changes that change what it does are
+judged: other operators, constants, conditions or results. A change that the tests do not catch is a
+gap of the tests; it is listed with an input that shows the difference. Every verdict is compared
+with that of the same tests in the program's own process, which is right where nobody cheats.
+"""
 LIMITS = Limits(seconds=3.0)
 
 # Runs the tests with a function that records its arguments, varies these, and compares both.
@@ -159,6 +169,7 @@ def main(arguments: list[str]) -> int:
   missed = [change for change in changes if not change.caught]
   agree = sum(change.agrees for change in changes)
   fewer = [row["task_id"] for row, (_, c) in zip(rows, results) if len(c) < CHANGES]
+  print(HEAD)
   print(
     f"| | |\n|---|---|\n| problems | {len(rows)} |\n| solutions that pass | {right} |\n"
     f"| changed solutions | {len(changes)} |\n| caught by the tests | {len(changes) - len(missed)} "
