@@ -21,8 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from grpo_jax.environments import sandbox
-from grpo_jax.environments.sandbox import Execution
+from grpo_jax.environments import sandbox, servers
+from grpo_jax.environments.servers import Execution
 
 SECONDS, MEMORY_MB = 1.0, 128
 HEAD = """\
@@ -372,7 +372,7 @@ def accepts(listener: socket.socket) -> bool:
 
 def left_running() -> list[int]:
   """Returns the processes below the idle servers of this process."""
-  return [pid for server in sandbox._idle for pid in children(server.pid)]
+  return [pid for server in servers.idle for pid in children(server.pid)]
 
 
 def children(pid: int) -> list[int]:

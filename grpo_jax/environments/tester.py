@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 from grpo_jax.environments import unit_tests
-from grpo_jax.environments.sandbox import Execution, IsolationError, borrowed_server, pipe
+from grpo_jax.environments.sandbox import IsolationError, borrowed_server
+from grpo_jax.environments.servers import Execution, pipe
 from grpo_jax.environments.tester_process import DONE, FAILED, PASSED, READY
 
 CACHED = 20_000  # verdicts that are remembered

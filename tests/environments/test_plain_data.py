@@ -20,7 +20,7 @@ class Sly(int):
 @pytest.mark.parametrize(
   "value",
   [
-    None, True, 0, -(2**63) - 1, 10**5000, 1.5, -0.0, math.inf, 1 + 2j, "", "é\ud800\0", b"\xff",
+    None, True, 0, -(2**63) - 1, 10**30, 1.5, -0.0, math.inf, 1 + 2j, "", "é\ud800\0", b"\xff",
     [], (), set(), {}, [[1], (2, (3,)), {4}, frozenset({5})], {(1, 2): {"a": [None]}, 3: b""},
     [True, 1, 1.0], ["l", "i", "d"],
   ],
@@ -32,6 +32,10 @@ def test_a_value_passes_with_its_exact_types(value):
 
   assert decode(encode(value)) == value
   assert exact(decode(encode(value))) == exact(value)
+
+
+def test_an_integer_beyond_the_digits_that_python_prints_passes():
+  assert decode(encode(-(10**5000))) == -(10**5000)
 
 
 def test_nan_passes():

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from grpo_jax.environments import sandbox
-from grpo_jax.environments.sandbox import OUTPUT_BYTES, IsolationError, layers, run_python
+from grpo_jax.environments import sandbox, servers
+from grpo_jax.environments.sandbox import IsolationError, layers, run_python
+from grpo_jax.environments.servers import OUTPUT_BYTES
 
 isolated = pytest.mark.skipif(not layers(), reason="needs Linux with namespaces or Landlock")
 
@@ -117,7 +118,7 @@ def test_nothing_of_a_program_is_left_for_the_next():
 @isolated
 def test_a_server_that_died_is_reported_and_replaced():
   run_python("pass")
-  server = sandbox._idle[-1]
+  server = servers.idle[-1]
   os.kill(server.pid, signal.SIGKILL)
   with pytest.raises(IsolationError, match="server process ended"):
     server.run(b"", seconds=1.0, memory_bytes=2**28)
@@ -127,9 +128,9 @@ def test_a_server_that_died_is_reported_and_replaced():
 @isolated
 def test_a_fork_server_that_died_is_replaced():
   run_python("pass")
-  sandbox._fork_servers[0]._process.kill()
-  sandbox._fork_servers[0]._process.wait()
-  sandbox._idle.clear()
+  servers.fork_servers[0]._process.kill()
+  servers.fork_servers[0]._process.wait()
+  servers.idle.clear()
   assert run_python("print(1)").stdout == "1\n"
 
 

@@ -118,7 +118,7 @@ def square(x):
       if name in ("answer", "message", "plain_data"):
         frame.f_globals["PASSED"] = True
     frame = frame.f_back
-  json.dumps = lambda *a, **k: '["d", "value", true]'
+  json.dumps = lambda *a, **k: '["d", "value", 99]'
   return 0
 """,
   "expected values from the frames": """
