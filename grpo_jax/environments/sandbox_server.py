@@ -28,13 +28,14 @@ import time
 import traceback
 from types import ModuleType, SimpleNamespace
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-for _name, _folder in (("grpo_jax", os.path.dirname(_HERE)), ("grpo_jax.environments", _HERE)):
-  sys.modules[_name] = ModuleType(_name)  # without their own imports, such as jax
-  sys.modules[_name].__path__ = [_folder]
+if __name__ == "__main__":  # the packages without their own imports, such as jax
+  _here = os.path.dirname(os.path.abspath(__file__))
+  for _name, _folder in (("grpo_jax", os.path.dirname(_here)), ("grpo_jax.environments", _here)):
+    sys.modules[_name] = ModuleType(_name)
+    sys.modules[_name].__path__ = [_folder]
 
-from grpo_jax.environments import candidate_process, isolation, tester_process  # noqa: E402
-from grpo_jax.environments.usage import Usage  # noqa: E402
+from grpo_jax.environments import candidate_process, isolation, tester_process
+from grpo_jax.environments.usage import Usage
 
 # What programs of such tasks import most, loaded once.
 _PRELOADED = (

@@ -225,6 +225,9 @@ def program_of(completion: str, tests: Tests, answer: str) -> str | None:
 _FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([\w+.-]*)[^`\n]*")
 
 
+_PYTHON = re.compile(r"((py|python)[\d.]*)?")
+
+
 def last_block(text: str) -> str | None:
   """Returns the last fenced block that is marked as Python, else the last unmarked one.
 
@@ -237,7 +240,7 @@ def last_block(text: str) -> str | None:
     True
   """
   blocks: dict[bool, str] = {}
-  lines = iter(text.splitlines())
+  lines = iter(text.replace("\r\n", "\n").split("\n"))
   for line in lines:
     if not (opening := _FENCE.fullmatch(line)):
       continue
@@ -248,7 +251,7 @@ def last_block(text: str) -> str | None:
       if closing and set(closing) == {fence[0]} and len(closing) >= len(fence):
         break
       body.append(inner.removeprefix(indent))
-    if language.lower() in ("", "py", "python", "python3"):
+    if _PYTHON.fullmatch(language.lower()):
       blocks[bool(language)] = "".join(f"{line}\n" for line in body)
   return blocks.get(True, blocks.get(False))
 
@@ -286,8 +289,10 @@ class _Rows:
           f"{where}: {self.prompt!r} holds chat messages already: leave out chat and template"
         )
       return prompt
-    tests = "\n".join(row.get("test_list") or [])
-    text = self.template.replace("{tests}", tests).replace("{prompt}", prompt)
+    if "{tests}" in self.template and not row.get("test_list"):
+      raise ValueError(f"{where}: template has the place {{tests}}, but there is no 'test_list'")
+    values = {"prompt": prompt, "tests": "\n".join(row.get("test_list") or [])}
+    text = re.sub(r"\{(prompt|tests)\}", lambda place: values[place[1]], self.template)
     return [{"role": "user", "content": text}] if self.chat else text
 
 
