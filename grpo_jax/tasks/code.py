@@ -15,23 +15,19 @@ References:
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from grpo_jax.environments import sandbox, unit_tests
 from grpo_jax.environments.tester import Limits, Tests, Verdict, count, judge_all
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
-from grpo_jax.tasks.indexed import Indexed
-from grpo_jax.tasks.table import JsonLines, Parquet, Row, checked_prompt, held_out_keys, open_rows
+from grpo_jax.tasks.files import Row, Rows, open_rows
+from grpo_jax.tasks.table import checked_prompt, digest_of, make_splits, pick, title
 
 ANSWERS = ("either", "block", "continuation")
 REWARDS = ("share", "all")
@@ -42,7 +38,7 @@ _PAIRS = (("stdin", "stdout"), ("input", "output"), ("inputs", "outputs"))
 
 
 def code_task(
-  path: str,
+  path: str | Sequence[str],
   *,
   format: str = "humaneval",
   answer: str = "either",
@@ -54,12 +50,17 @@ def code_task(
   memory_mb: int = 512,
   parallel: int = 0,
   unsafe: bool = False,
-  eval_fraction: float = 0.1,
+  eval_path: str | Sequence[str] | None = None,
+  eval_fraction: float | None = None,
+  split: str | None = None,
+  eval_split: str | None = None,
+  subset: str | None = None,
+  revision: str | None = None,
   key: str | None = None,
   stop: Sequence[str] | None = None,
   seed: int = 0,
 ) -> Task:
-  """Builds a task from a file of code problems, a JSONL or Parquet file.
+  """Builds a task from files of code problems.
 
   Every row is checked once, here. Programs can import the standard library.
 
@@ -83,47 +84,45 @@ def code_task(
     memory_mb: memory limit of a program, MiB.
     parallel: programs at a time; 0: one per processor.
     unsafe: run programs where the machine cannot isolate them, with the rights of this process.
-    eval_fraction: as in `table_task`.
-    key: as in `table_task`.
+    eval_path, eval_fraction, split, eval_split, subset, revision, key: as in `table_task`.
     stop: strings that end the generation. None: those that end a function for "continuation".
     seed: as in `table_task`.
 
   Raises:
     ValueError: a setting or a row is invalid; the message has the number of the line or row.
-    FileNotFoundError: the file does not exist.
+    FileNotFoundError: a file does not exist, or a data set cannot be reached.
     IsolationError: programs cannot be isolated here, and `unsafe` is False.
   """
-  _check_settings(format, answer, reward, template, eval_fraction, seconds, memory_mb, parallel)
+  _check_settings(format, answer, reward, template, seconds, memory_mb, parallel)
   sandbox.require_isolation(unsafe)  # starts it, before this process may be confined itself
-  rows = _Rows(open_rows(path), FORMATS[format], prompt, template, chat, key)
-  digests = [
-    hashlib.sha256(f"{seed}\n{rows.example(i).key}".encode()).digest()
-    for i in range(len(rows.source))
-  ]
-  held_out = held_out_keys(digests, eval_fraction)
-  is_eval = np.array([digest in held_out for digest in digests])
+
+  def read(files: list[str]) -> tuple[_Rows, list[bytes]]:
+    rows = _Rows(open_rows(files), FORMATS[format], prompt, template, chat, key)
+    return rows, [digest_of(rows.example(i), seed) for i in range(len(rows.source))]
+
+  splits, files = make_splits(
+    read, path, eval_path=eval_path, eval_fraction=eval_fraction, split=split,
+    eval_split=eval_split, subset=subset, revision=revision,
+  )  # fmt: skip
   if stop is None:
     stop = CONTINUATION_STOP if answer == "continuation" and format == "humaneval" else ()
   limits = Limits(seconds, memory_mb, stop_early=reward == "all", unsafe=unsafe)
   scorer = _Scorer(answer, limits, parallel)
   rewards = {"share": scorer.share_passed, "all": scorer.all_passed}
   return Task(
-    name=f"code:{Path(path).name}",
-    splits={
-      "train": Indexed(rows.example, np.flatnonzero(~is_eval)),
-      "eval": Indexed(rows.example, np.flatnonzero(is_eval)),
-    },
+    name=f"code:{title(path)}",
+    splits=splits,
     rewards={"tests": (rewards[reward], 1.0)},
     accuracy=scorer.all_passed,
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
-    files=(str(path),),
+    files=tuple(dict.fromkeys(files)),
     note=sandbox.explain(),
   )
 
 
 def _check_settings(
-  format: str, answer: str, reward: str, template: str, eval_fraction: float, seconds: float,
-  memory_mb: int, parallel: int,
+  format: str, answer: str, reward: str, template: str, seconds: float, memory_mb: int,
+  parallel: int,
 ) -> None:  # fmt: skip
   for kind, value, names in (
     ("format", format, FORMATS), ("answer", answer, ANSWERS), ("reward", reward, REWARDS)
@@ -132,8 +131,6 @@ def _check_settings(
       raise unknown_name(kind, value, names)
   if "{prompt}" not in template:
     raise ValueError(f"template is {template!r}: it must have the place {{prompt}}")
-  if not 0 <= eval_fraction < 1:
-    raise ValueError(f"eval_fraction is {eval_fraction}: it must be in [0, 1)")
   if parallel < 0:
     raise ValueError(f"parallel is {parallel}: it must be at least 1, or 0 for one per processor")
   sandbox.check_limits(seconds, memory_mb)
@@ -263,7 +260,7 @@ def last_block(text: str) -> str | None:
 class _Rows:
   """The examples of a file by row number."""
 
-  source: JsonLines | Parquet
+  source: Rows
   make_tests: Callable[[Row, Prompt, str], dict[str, Any]]
   prompt: str
   template: str
@@ -273,9 +270,7 @@ class _Rows:
   def example(self, i: int) -> Example:
     row, where = self.source[i], self.source.where(i)
     prompt = checked_prompt(row, self.prompt, where)
-    if self.key is not None and self.key not in row:
-      raise unknown_name(f"key column (in {where})", self.key, row)
-    identity = prompt if self.key is None else row[self.key]
+    identity = prompt if self.key is None else pick(row, self.key, "key column", where)
     if not isinstance(identity, str):
       identity = json.dumps(identity, sort_keys=True, default=str)
     tests = self.make_tests(row, prompt, where)
