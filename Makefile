@@ -12,7 +12,7 @@ CHECK := tests/core tests/test_testing.py grpo_jax/core grpo_jax/testing.py grpo
 # Left out of it: expectations by enumeration, which take longer than all other tests of the core.
 CHECK += --ignore=tests/core/test_unbiased.py
 
-.PHONY: demo check test test-matrix test-slow test-faults soak mutants plans bench-peers docs estimators lint
+.PHONY: demo check test test-matrix test-slow test-faults soak mutants plans bench-peers docs estimators hostile human-eval lint
 
 demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
@@ -62,6 +62,14 @@ docs: .venv/docs
 # The page whose numbers are computed by enumeration.
 estimators: .venv/ready
 	$(BIN)/python -m tools.estimators_page > docs/estimators.md
+
+# Programs that attack the sandbox, and what became of each.
+hostile: .venv/ready
+	$(BIN)/python -m tools.hostile > docs/hostile.md
+
+# HUMAN_EVAL is the file HumanEval.jsonl, unpacked from github.com/openai/human-eval.
+human-eval: .venv/ready
+	$(BIN)/python -m tools.human_eval $(HUMAN_EVAL) > docs/human_eval.md
 
 lint: .venv/ready
 	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .

@@ -17,7 +17,7 @@ NONZERO_VARIANCE = 0.5
 
 
 def describe(config: ConfigDict, run: Run, start: int) -> str:
-  """Formats model, task, algorithm, sizes, devices and the remaining time as five lines of text.
+  """Formats model, task, algorithm, sizes, devices and the remaining time as lines of text.
 
   Args:
     config: the config of the run.
@@ -36,6 +36,7 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       f"model      {c.model.source}: {count_parameters(run) / 1e6:.1f} M parameters, "
       f"{m.layers} layers",
       f"task       {run.task.name}: {train} training problems, {held_out} held out",
+      *([f"           {run.task.note}"] if run.task.note else []),
       f"algorithm  {c.algorithm.name}: {run.algorithm.source}",
       f"each step  {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions, "
       f"prompts of {run.sampler.prompt_length} and completions of up to "

@@ -53,9 +53,19 @@ _SYSCALLS = {
   "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
   "lremovexattr": (198, 15), "fremovexattr": (199, 16), "utimensat": (280, 88),
   "utime": (132, None), "utimes": (235, None), "futimesat": (261, None),
-  "mount_setattr": (442, 442), "sched_setaffinity": (203, 122), "setpriority": (141, 140),
+  "mount_setattr": (442, 442),
+  # Of other processes of the same user: their priority, processors and pages.
+  "sched_setaffinity": (203, 122), "setpriority": (141, 140), "ioprio_set": (251, 30),
+  "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
+  "migrate_pages": (256, 238), "move_pages": (279, 239), "kcmp": (312, 272),
+  "process_mrelease": (448, 448), "syslog": (103, 116),
 }  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
+# Refused with some arguments: (numbers, index of the argument, values); None: any but 0.
+_ARGUMENTS = (
+  ((72, 25), 1, (8, 10, 15)),  # fcntl that has a signal sent: F_SETOWN, F_SETSIG, F_SETOWN_EX
+  ((302, 261), 0, None),  # prlimit64 of another process
+)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 SIGNALS = (
@@ -122,19 +132,49 @@ def limit(
       resource.setrlimit(which, (value, value))
 
 
-def drop_privileges(*, user: bool) -> None:
+def unused_user() -> int:
+  """Returns a user number for this process alone, so that a limit counts its processes alone.
+
+  `NOBODY` in a container that has few numbers.
+  """
+  number = 2**30 + os.getpid()
+  for file in ("/proc/self/uid_map", "/proc/self/gid_map"):
+    try:
+      with open(file) as lines:
+        spans = [[int(value) for value in line.split()] for line in lines]
+    except OSError:
+      return NOBODY
+    if not any(first <= number < first + count for first, _, count in spans):
+      return NOBODY
+  return number
+
+
+def processes_of(user: int | None) -> int:
+  """Returns the number of processes and threads that a user has; None: the user of this process."""
+  user, count = os.geteuid() if user is None else user, 0
+  for name in os.listdir("/proc"):
+    if name.isdecimal():
+      try:
+        if os.stat(f"/proc/{name}").st_uid == user:
+          count += os.stat(f"/proc/{name}/task").st_nlink - 2
+      except OSError:
+        continue  # it has ended
+  return count
+
+
+def drop_privileges(*, user: int | None = None) -> None:
   """Gives up all capabilities, and the way back to them through set-user-id programs.
 
   Args:
-    user: also become the user `NOBODY`; needs the host's user 0.
+    user: also become the user and group of this number; needs the host's user 0.
   """
   for capability in range(64):
     if _libc.prctl(_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
       break  # beyond the last capability, or without the right to drop: nothing to lose then
-  if user:
+  if user is not None:
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
   header = struct.pack("Ii", 0x20080522, 0)  # capset, version 3
   _check(_libc.capset(header, struct.pack("IIIIII", *[0] * 6)), "capset")
   _prctl(_NO_NEW_PRIVS, 1)
@@ -152,7 +192,7 @@ def confine() -> list[str]:
     return []
   limit(open_files=1024)
   held = ["no new privileges"]
-  drop_privileges(user=False)
+  drop_privileges()
   try:
     landlock(read=["/"], write=["/dev/null"], signals=False)
     held.append("landlock")
@@ -271,6 +311,13 @@ def refuse_system_calls(names: Iterable[str]) -> None:
     rules += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]
   for number in numbers:
     rules += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]
+  for pair, argument, values in _ARGUMENTS:
+    body = [(_LOAD, 0, 0, 16 + 8 * argument)]
+    for value in values or (0,):
+      jumps = (0, 1) if values else (1, 0)
+      body += [(_EQUAL, *jumps, value), (_RETURN, 0, 0, _EPERM)]
+    body += [(_LOAD, 0, 0, 0)]
+    rules += [(_EQUAL, 0, len(body), pair[column]), *body]
   # Its flags lie in memory, which a filter cannot read; libraries then use `clone`.
   rules += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ENOSYS)]
   rules += [(_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, 16)]
@@ -291,9 +338,7 @@ _DETACH = 2
 
 
 def enter_namespaces(*, privileged: bool) -> None:
-  """Leaves the host's mounts, network, processes, IPC and names behind.
-
-  Process numbers are new for the children of this process only.
+  """Leaves the host's mounts, network, IPC and names behind; `fork_apart` leaves its processes.
 
   Args:
     privileged: the process has the rights of the host's user 0; otherwise it first enters a user
@@ -302,7 +347,7 @@ def enter_namespaces(*, privileged: bool) -> None:
   Raises:
     IsolationError: the machine does not allow it.
   """
-  kinds = ["mount", "pid", "net", "ipc", "uts", "cgroup"]
+  kinds = ["mount", "net", "ipc", "uts", "cgroup"]
   if not privileged:
     kinds.append("user")
   user, group = os.geteuid(), os.getegid()
@@ -314,11 +359,22 @@ def enter_namespaces(*, privileged: bool) -> None:
     _write("/proc/self/gid_map", f"{NOBODY} {group} 1")
 
 
-def enter_root(read_only: Iterable[str], *, tmp_bytes: int) -> None:
+def fork_apart() -> int:
+  """Forks into a new process namespace, as `os.fork`; the kernel kills all of it with the child.
+
+  Python does not know of the child: it must not start threads, and should fork before it does more.
+  Needs `enter_namespaces`.
+  """
+  flags = ctypes.c_ulong(_CLONE_NEW["pid"] | signal.SIGCHLD)
+  number = _CLONE[_ARCHITECTURES[platform.machine()][0]]
+  return _check(_libc.syscall(number, flags, 0, 0, 0, 0), "namespaces")
+
+
+def enter_root(read_only: Iterable[str]) -> None:
   """Replaces the root file system by an empty one with some folders of the host, read-only.
 
-  It has a writable /tmp of `tmp_bytes`, and /dev with null, zero and urandom. There is no /proc.
-  Needs `enter_namespaces`.
+  It has an empty folder /tmp for `mount_tmp`, and /dev with null, zero and urandom. There is no
+  /proc. Needs `enter_namespaces`.
   """
   _mount("", "/", flags=_RECURSIVE | _PRIVATE)
   root = "/tmp"  # where the new root is put together; nothing of it stays on the host
@@ -343,8 +399,6 @@ def enter_root(read_only: Iterable[str], *, tmp_bytes: int) -> None:
     _mount(f"/dev/{device}", f"{root}/dev/{device}", flags=_BIND)
   os.makedirs(f"{root}/tmp")
   os.makedirs(f"{root}/old")
-  options = f"size={tmp_bytes},mode=777,nr_inodes=4096"
-  _mount("tmpfs", f"{root}/tmp", "tmpfs", _NO_SUID | _NO_DEVICES, options)
   os.chdir(root)
   number = {"x86_64": 155, "aarch64": 41}[platform.machine()]
   _check(_libc.syscall(number, b".", b"old"), "pivot_root")
@@ -352,6 +406,17 @@ def enter_root(read_only: Iterable[str], *, tmp_bytes: int) -> None:
   _check(_libc.umount2(b"/old", _DETACH), "umount")
   os.rmdir("/old")
   _mount("", "/", flags=_BIND | _REMOUNT | _READ_ONLY | _NO_SUID | _NO_DEVICES)
+
+
+def mount_tmp(tmp_bytes: int) -> None:
+  """Puts an empty writable file system of `tmp_bytes` at /tmp. Needs `enter_root`."""
+  options = f"size={tmp_bytes},mode=777,nr_inodes=4096"
+  _mount("tmpfs", "/tmp", "tmpfs", _NO_SUID | _NO_DEVICES, options)
+
+
+def unmount_tmp() -> None:
+  """Takes away what `mount_tmp` put at /tmp, with all files in it."""
+  _check(_libc.umount2(b"/tmp", _DETACH), "umount")
 
 
 def _kept(path: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.tasks.base import Example, RewardFunction, Task, check_settings, unknown_name
+from grpo_jax.tasks.code import code_task
 from grpo_jax.tasks.countdown import countdown_task
 from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.guess_number import guess_number_task
@@ -36,6 +37,7 @@ TASKS: dict[str, Callable[..., Task]] = {
   "parquet": table_task,
   "letters": letters_task,
   "guess_number": guess_number_task,
+  "code": code_task,
 }
 
 

@@ -77,6 +77,7 @@ class Task:
     foreign: the rewards are other people's code, which runs in worker processes only.
     environment: makes the environment of one episode; None: a completion is a single turn.
     tools: JSON schemas of the tools that the chat template shows the model.
+    note: shown at the start of a run, such as how code is isolated.
   """
 
   name: str
@@ -91,6 +92,7 @@ class Task:
   foreign: bool = False
   environment: Callable[[], Environment] | None = None
   tools: tuple[dict[str, Any], ...] = ()
+  note: str = ""
 
 
 def unknown_name(kind: str, name: object, names: Iterable[str]) -> ValueError:

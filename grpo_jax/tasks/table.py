@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -128,6 +128,61 @@ def table_task(
     >>> {split: len(examples) for split, examples in task.splits.items()}
     {'train': 1, 'eval': 1}
   """
+  rewards = weighted(reward, weights, completions)
+  accuracy_function, extract_answer = accuracy_of(rewards, accuracy, completions)
+  functions = {name: function for name, (function, _) in rewards.items()}
+  names = dict(rename or {}) | ({answer: "answer"} if answer is not None else {})
+
+  def read(files: list[str]) -> tuple[_Rows, list[bytes]]:
+    rows = _Rows(open_rows(files), prompt, key, names)
+    return rows, _scan(rows, seed, {**functions, "accuracy": accuracy_function}, _named(files))
+
+  splits, files = make_splits(
+    read, path, eval_path=eval_path, eval_fraction=eval_fraction, split=split,
+    eval_split=eval_split, subset=subset, revision=revision,
+  )  # fmt: skip
+  task = Task(
+    name=f"table:{title(path)}",
+    splits=splits,
+    rewards=rewards,
+    accuracy=accuracy_function,
+    stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    answer=extract_answer,
+    files=tuple(dict.fromkeys((*files, *files_of([reward, accuracy, environment])))),
+  )
+  if environment is not None:
+    task = with_environment(task, load_object(environment, "environment"))
+  return with_tools(task, tools, tool_settings)
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+class Examples(Protocol):
+  """Makes examples of the rows of some files."""
+
+  def example(self, i: int) -> Example:
+    """Returns the example of row i."""
+    ...
+
+
+def make_splits(
+  read: Callable[[list[str]], tuple[Examples, list[bytes]]],
+  path: str | Sequence[str],
+  *,
+  eval_path: str | Sequence[str] | None = None,
+  eval_fraction: float | None = None,
+  split: str | None = None,
+  eval_split: str | None = None,
+  subset: str | None = None,
+  revision: str | None = None,
+) -> tuple[dict[str, Sequence[Example]], list[str]]:
+  """Returns the splits "train" and "eval" of data, and the files they are from.
+
+  Args:
+    read: reads files and returns their examples, and a digest of the key of each row.
+    path: as in `table_task`, like all further arguments.
+  """
   has_eval = eval_path is not None or eval_split is not None
   if eval_fraction is None:
     eval_fraction = 0.0 if has_eval else EVAL_FRACTION
@@ -138,15 +193,6 @@ def table_task(
       f"eval_fraction is {eval_fraction}, and eval_path or eval_split names the problems of the "
       "evaluation: leave one of them out"
     )
-  rewards = weighted(reward, weights, completions)
-  accuracy_function, extract_answer = accuracy_of(rewards, accuracy, completions)
-  functions = {name: function for name, (function, _) in rewards.items()}
-  names = dict(rename or {}) | ({answer: "answer"} if answer is not None else {})
-
-  def read(files: list[str]) -> tuple[_Rows, list[bytes]]:
-    rows = _Rows(open_rows(files), prompt, key, names)
-    return rows, _scan(rows, seed, {**functions, "accuracy": accuracy_function}, _named(files))
-
   files = _files(path, split, subset, revision)
   rows, digests = read(files)
   held_out = _held_out(digests, eval_fraction)
@@ -160,24 +206,11 @@ def table_task(
   if not train:
     raise ValueError(f"{_named(files)}: every problem is in the evaluation, none is left to train")
   held = [i for i, digest in enumerate(eval_digests) if digest in held_out]
-  task = Task(
-    name=f"table:{_title(path)}",
-    splits={
-      "train": Indexed(rows.example, np.array(train)),
-      "eval": Indexed(eval_rows.example, np.array(held, int)),
-    },
-    rewards=rewards,
-    accuracy=accuracy_function,
-    stop=(stop,) if isinstance(stop, str) else tuple(stop),
-    answer=extract_answer,
-    files=tuple(dict.fromkeys((*files, *eval_files, *files_of([reward, accuracy, environment])))),
-  )
-  if environment is not None:
-    task = with_environment(task, load_object(environment, "environment"))
-  return with_tools(task, tools, tool_settings)
-
-
-# --- data files -----------------------------------------------------------------------------------
+  splits = {
+    "train": Indexed(rows.example, np.array(train)),
+    "eval": Indexed(eval_rows.example, np.array(held, int)),
+  }
+  return splits, [*files, *eval_files]
 
 
 def _files(
@@ -208,7 +241,7 @@ def _named(files: Sequence[str]) -> str:
   return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
-def _title(path: str | Sequence[str]) -> str:
+def title(path: str | Sequence[str]) -> str:
   """Returns a short name for the data."""
   paths = list(path) if isinstance(path, list | tuple) else [path]
   more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
@@ -219,7 +252,7 @@ def _warn_of_overlap(count: int, size: int, eval_files: Sequence[str]) -> None:
   if count:
     warnings.warn(
       f"left out of training: {count} of {size} rows, whose problems are in {_named(eval_files)}",
-      stacklevel=3,
+      stacklevel=4,
     )
 
 
@@ -237,8 +270,8 @@ class _Rows:
 
   def example(self, i: int) -> Example:
     row, where = self.source[i], self.source.where(i)
-    prompt = _checked_prompt(row, self.prompt, where)
-    identity = prompt if self.key is None else _pick(row, self.key, "key column", where)
+    prompt = checked_prompt(row, self.prompt, where)
+    identity = prompt if self.key is None else pick(row, self.key, "key column", where)
     if not isinstance(identity, str):
       identity = json.dumps(identity, sort_keys=True, default=str)
     columns = self._columns({n: v for n, v in row.items() if n != self.prompt}, where)
@@ -247,7 +280,7 @@ class _Rows:
   def _columns(self, row: Row, where: str) -> Row:
     columns = {name: value for name, value in row.items() if name not in self.rename}
     for old, new in self.rename.items():
-      value = _pick(row, old, "column to rename", where)
+      value = pick(row, old, "column to rename", where)
       if new in columns:
         raise ValueError(f"{where}: rename={dict(self.rename)} gives two columns the same name")
       columns[new] = value
@@ -261,7 +294,7 @@ class _Rows:
     return columns
 
 
-def _pick(row: Row, path: str, kind: str, where: str) -> Any:
+def pick(row: Row, path: str, kind: str, where: str) -> Any:
   """Returns the value at a path of names and indices; a column may itself have dots in its name.
 
   Raises:
@@ -307,18 +340,23 @@ def _scan(
         f"{differing}. Give every line the same columns (null where there is no value)"
       )
     check_answer(graders, example.columns.get("answer"), rows.source.where(i), answer_column)
-    digests.append(hashlib.sha256(f"{seed}\n{example.key}".encode()).digest())
+    digests.append(digest_of(example, seed))
   return digests
 
 
-def _checked_prompt(row: Row, column: str, where: str) -> Prompt:
+def digest_of(example: Example, seed: int) -> bytes:
+  """Returns what ranks a problem among those that may be held out."""
+  return hashlib.sha256(f"{seed}\n{example.key}".encode()).digest()
+
+
+def checked_prompt(row: Row, column: str, where: str) -> Prompt:
   """Returns the prompt of a row; ValueError unless it is non-empty text or chat messages."""
   if column not in row and column.split(".")[0] not in row:
     raise ValueError(
       f"{where}: no column {column!r}; it has: {', '.join(row) or 'none'}. Set `prompt` to the "
       "column with the prompt"
     )
-  prompt = _pick(row, column, "prompt column", where)
+  prompt = pick(row, column, "prompt column", where)
   if isinstance(prompt, str) and prompt.strip():
     return prompt
   if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):

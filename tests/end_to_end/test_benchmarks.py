@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import alternate, cost, logprobs, plans, sampling, settings, step, tails
+from grpo_jax.environments.sandbox import layers as isolated
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 
@@ -230,3 +231,10 @@ def test_the_page_of_plans_shows_its_records():
   text = plans.row(row)
   assert f"{decoding['seconds'] * (1024 - 1):.2f} s, {decoding['limit']}" in text
   assert "**no**" in text
+
+
+@pytest.mark.skipif(not isolated(), reason="needs Linux with namespaces or Landlock")
+def test_sandbox(run):
+  rows = run("sandbox", "--seconds", "0.3", "--parallel", "1")
+  assert [row["what"] for row in rows] == ["programs", "functions", "outputs"]
+  assert all(row["per_second"] > 0 for row in rows)

@@ -1,13 +1,15 @@
 """Tests that a program runs as Python runs it, ends at its limits, and reaches nothing outside."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from grpo_jax.environments import sandbox
-from grpo_jax.environments.sandbox import OUTPUT_BYTES, IsolationError, layers, run_python
+from grpo_jax.environments import sandbox, servers
+from grpo_jax.environments.sandbox import IsolationError, layers, run_python
+from grpo_jax.environments.servers import OUTPUT_BYTES
 
 isolated = pytest.mark.skipif(not layers(), reason="needs Linux with namespaces or Landlock")
 
@@ -19,6 +21,8 @@ isolated = pytest.mark.skipif(not layers(), reason="needs Linux with namespaces 
     ("print(input() + 'b')", 0, "ab\n", ""),
     ("import sys; sys.exit(3)", 3, "", ""),
     ("exit(3)", 3, "", ""),
+    ("import threading\nthreading.Thread(target=print, args=(1,)).start()", 0, "1\n", ""),
+    ("import atexit\natexit.register(print, 1)\nraise SystemExit(2)", 2, "1\n", ""),
     ("quit()", 0, "", ""),
     ("import sys; sys.exit('bad')", 1, "", "bad\n"),
     ("import os; os._exit(7)", 7, "", ""),
@@ -116,11 +120,38 @@ def test_nothing_of_a_program_is_left_for_the_next():
 @isolated
 def test_a_server_that_died_is_reported_and_replaced():
   run_python("pass")
-  server = sandbox._idle[-1]
-  server._process.kill()
+  server = servers.idle[-1]
+  os.kill(server.pid, signal.SIGKILL)
   with pytest.raises(IsolationError, match="server process ended"):
-    server.run(b"", b"", seconds=1.0, memory_bytes=2**28, programs=False)
+    server.run(b"", seconds=1.0, memory_bytes=2**28)
   assert run_python("print(1)").stdout == "1\n"
+
+
+@isolated
+def test_a_fork_server_that_died_is_replaced():
+  run_python("pass")
+  servers.fork_servers[0]._process.kill()
+  servers.fork_servers[0]._process.wait()
+  servers.idle.clear()
+  assert run_python("print(1)").stdout == "1\n"
+
+
+@isolated
+@pytest.mark.parametrize("size", [0, 1, 2**16, 2**20])
+def test_a_program_and_its_input_of_any_size(size):
+  ran = run_python(f"print(len(input()))  # {'x' * size}", stdin="y" * size + "\n")
+  assert ran.stdout == f"{size}\n"
+  assert run_python("print(1)", stdin="y" * size).stdout == "1\n"  # it is not read
+
+
+@isolated
+def test_a_program_may_be_unsafe_by_name(monkeypatch):
+  monkeypatch.setattr(sandbox, "layers", lambda: ())
+  monkeypatch.setattr(servers, "idle", [])
+  with pytest.raises(IsolationError, match="set unsafe=True"):
+    run_python("print(1)")
+  ran = run_python("import os\nprint(os.path.exists('/etc/passwd'), *os.environ)", unsafe=True)
+  assert ran.stdout == "True\n"
 
 
 @isolated
