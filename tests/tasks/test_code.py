@@ -193,7 +193,7 @@ def test_no_problem_is_in_both_splits(make):
     (TWICE, {"template": "{prompt}{tests}"}, "line 1: template has the place {tests}, but there"),
     (TWICE, {"template": "x"}, "template is 'x': it must have the place {prompt}"),
     (TWICE, {"seconds": 0}, "seconds is 0"),
-    (TWICE, {"seconds": "5"}, "seconds is '5'"),
+    (TWICE, {"seconds": "5"}, "'seconds' of task 'code' is '5'"),
     (TWICE, {"memory_mb": 1}, "memory_mb 1"),
     (TWICE, {"parallel": -1}, "parallel is -1"),
     (TWICE, {"eval_fraction": 1.0}, "eval_fraction is 1.0"),
