@@ -28,7 +28,6 @@ from grpo_jax.environments.base import (
 )
 from grpo_jax.environments.worker_process import Answer, Job, Session, from_json
 from grpo_jax.tasks.base import Example, Prompt, Task
-from grpo_jax.tasks.rewards.worker_process import START
 from grpo_jax.tasks.rewards.workers import MESSAGE_BYTES, START_SECONDS, WorkerProcess
 
 GRACE = 2.0  # seconds beyond its time limit that a call may take until its process is killed
@@ -298,7 +297,7 @@ class _Worker(WorkerProcess):
     current: the job that it is at, if any.
   """
 
-  program = START.replace("grpo_jax.tasks.rewards.worker_process", worker_process.__name__)
+  module = worker_process.__name__
 
   def __init__(self, settings: bytes, timeout: float, isolate: bool) -> None:
     super().__init__(settings, isolate)

@@ -23,28 +23,6 @@ from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Task
 from grpo_jax.tasks.rewards.logs import Logs, TrainerState
 from grpo_jax.tasks.rewards.scoring import RewardError, inner_function, score
 
-# The program of a worker. `import grpo_jax` would import jax, which takes a second and much memory:
-# the package is an empty module, with submodules, until a reward function accesses another name.
-START = """
-import importlib.util, pickle, sys
-from multiprocessing.connection import Connection
-connection = Connection(int(sys.argv[1]))
-sys.path[:] = pickle.loads(connection.recv_bytes())
-spec = importlib.util.find_spec("grpo_jax")
-package = importlib.util.module_from_spec(spec)
-def load(name):
-  if name.startswith("__"):
-    raise AttributeError(name)
-  if importlib.util.find_spec("grpo_jax." + name):
-    return importlib.import_module("grpo_jax." + name)
-  del package.__getattr__
-  spec.loader.exec_module(package)
-  return getattr(package, name)
-package.__getattr__ = load
-sys.modules["grpo_jax"] = package
-from grpo_jax.tasks.rewards.worker_process import serve
-serve(connection)
-"""
 GRACE = 10.0  # seconds after its time limit until a worker without a parent ends itself
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections import deque
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from grpo_jax.environments import child
 from grpo_jax.tasks.base import Columns, Prompt, Rewards, Task
 from grpo_jax.tasks.rewards.logs import Logs, TrainerState
 from grpo_jax.tasks.rewards.scorer import (
@@ -49,7 +48,6 @@ from grpo_jax.tasks.rewards.scoring import (
   show_completion,
   weighted_sum,
 )
-from grpo_jax.tasks.rewards.worker_process import START
 
 __all__ = ["RewardWorkers", "Scorer", "Scores", "score_in_process", "score_with"]
 
@@ -237,7 +235,7 @@ class RewardWorkers:
 class WorkerProcess:
   """A worker process: absent, starting (it builds the task), idle, or busy with a unit."""
 
-  program = START
+  module = "grpo_jax.tasks.rewards.worker_process"  # which the process serves
 
   def __init__(self, make: bytes, isolate: bool) -> None:
     self._make, self._isolate = make, isolate
@@ -256,18 +254,8 @@ class WorkerProcess:
 
   def start(self) -> None:
     """Starts the process and has it build the task."""
-    self.connection, child = multiprocessing.Pipe()
     self.deadline, self._ready = time.monotonic() + START_SECONDS, False
-    self._process = subprocess.Popen(
-      [sys.executable, "-u", "-P", "-c", self.program, str(child.fileno())],
-      pass_fds=[child.fileno()],
-      stdin=subprocess.DEVNULL,
-      # Ctrl-C is for the parent, and processes that a function starts end with the worker.
-      start_new_session=True,
-      env=_environment(self._isolate),
-    )
-    child.close()
-    self._send(pickle.dumps(sys.path))
+    self._process, self.connection = child.start(self.module, _environment(self._isolate))
     self._send(self._make)
 
   def assign(self, unit: Unit, payload: bytes, timeout: float) -> None:
@@ -333,15 +321,7 @@ class WorkerProcess:
 def _environment(isolate: bool) -> dict[str, str]:
   """Returns the environment of a worker; an isolated one sees no keys and no tokens."""
   # A function that uses jax gets no accelerator.
-  own = {"JAX_PLATFORMS": "cpu"}
-  if not isolate:
-    return os.environ | own
-  plain = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
-  return {
-    name: value
-    for name, value in os.environ.items()
-    if name in plain or name.startswith(("LC_", "PYTHON", "OMP_", "OPENBLAS_", "COVERAGE"))
-  } | own
+  return (child.plain_environment() if isolate else dict(os.environ)) | {"JAX_PLATFORMS": "cpu"}
 
 
 def _message(payload: bytes, unit: Unit | None) -> tuple[str, Any]:

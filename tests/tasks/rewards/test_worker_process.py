@@ -1,28 +1,22 @@
 """Tests the program of a reward worker: its messages, and that it ends with its parent."""
 
 import json
-import multiprocessing
+import os
 import pickle
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 
-from grpo_jax.tasks.rewards.worker_process import START, score_task
+from grpo_jax.environments import child
+from grpo_jax.tasks.rewards.worker_process import score_task
 from tests.helpers import guarded_rewards
 
 
 @pytest.fixture
 def worker():
   """A worker process as (connection, process), with the module search path already sent."""
-  connection, child = multiprocessing.Pipe()
-  process = subprocess.Popen(
-    [sys.executable, "-P", "-c", START, str(child.fileno())], pass_fds=[child.fileno()]
-  )
-  child.close()
-  connection.send_bytes(pickle.dumps(sys.path))
+  process, connection = child.start("grpo_jax.tasks.rewards.worker_process", os.environ)
   yield connection, process
   process.kill()
   process.wait()
