@@ -6,17 +6,20 @@ a device or imports flax.
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
 from grpo_jax import extras
+from grpo_jax.environments.templates import ChatTemplate, TemplateError
 from grpo_jax.errors import first_line
 from grpo_jax.models.io.gguf import open_gguf
 from grpo_jax.models.io.gguf_tokenizer import read_gguf_tokenizer
@@ -26,11 +29,21 @@ from grpo_jax.models.io.sources import resolve
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-Messages: TypeAlias = list[dict[str, str]]
+Messages: TypeAlias = list[dict[str, Any]]
+# Variables of a chat template that are the prompt itself.
+CHAT_VARIABLES = frozenset(("messages", "add_generation_prompt", "tools", "documents"))
+MAX_IDS = 2**24  # ids of a tokenizer; a larger one is damage
 
 
 class Tokenizer:
   """Wraps a fast tokenizer of transformers in the interface that training needs.
+
+  Args:
+    fast: the tokenizer.
+    eos_ids: ids that end a completion.
+    name: appears in messages.
+    date: day that the chat template sees, YYYY-MM-DD; None: today.
+    arguments: variables of the chat template, such as {"enable_thinking": False}.
 
   Attributes:
     name: appears in messages.
@@ -43,25 +56,74 @@ class Tokenizer:
     ValueError: there is no EOS id, or one is outside the vocabulary.
   """
 
-  def __init__(self, fast: PreTrainedTokenizerFast, eos_ids: Sequence[int], name: str) -> None:
+  def __init__(
+    self,
+    fast: PreTrainedTokenizerFast,
+    eos_ids: Sequence[int],
+    name: str,
+    *,
+    date: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+  ) -> None:
     if not eos_ids:
       raise ValueError(f"{name}: no end-of-text id in the tokenizer or config; set eos_token_id")
-    if bad := [i for i in eos_ids if not isinstance(i, int) or not 0 <= i < len(fast)]:
-      raise ValueError(f"{name}: eos_token_id {bad} must be integers in 0..{len(fast) - 1}")
+    # Ids may have gaps, so their number is not the largest one.
+    ids = fast.backend_tokenizer.get_vocab(with_added_tokens=True).values()
+    count = max(ids, default=-1) + 1
+    if not 0 < count <= MAX_IDS:
+      raise ValueError(
+        f"{name}: the tokenizer has ids up to {count - 1}, allowed: 0..{MAX_IDS - 1}"
+      )
+    if bad := [i for i in eos_ids if type(i) is not int or not 0 <= i < count]:
+      raise ValueError(
+        f"{name}: eos_token_id {bad} must be integers in 0..{count - 1}; it is that of "
+        "generation_config.json, else of config.json, and that of the tokenizer"
+      )
     self._fast = fast
     self.name = name
-    self.vocab_size: int = len(fast)
+    self.vocab_size: int = count
     self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
     self.pad_id: int = self.eos_ids[0] if fast.pad_token_id is None else fast.pad_token_id
     self.bos_id: int | None = fast.bos_token_id
     # Special ids that are not part of a text: they begin, end or pad it.
     self._markers = {*self.eos_ids, self.pad_id, self.bos_id} & set(fast.all_special_ids)
+    self._template = _chat_template(fast, name, date, arguments or {})
+
+  def for_model(self, rows: int) -> Tokenizer:
+    """Returns this tokenizer for a model that has only the ids below `rows`.
+
+    The model cannot write further ids, and a prompt that holds one is an error (`encode_prompt`).
+
+    Raises:
+      ValueError: the model has none of the ids that end a text.
+    """
+    if self.vocab_size <= rows:
+      return self
+    eos_ids = tuple(i for i in self.eos_ids if i < rows)
+    if not eos_ids:
+      raise ValueError(
+        f"{self.name}: the ids {list(self.eos_ids)} that end a text are beyond the model, which "
+        f"has ids 0..{rows - 1}: it could never write one; set eos_token_id"
+      )
+    fitted = copy.copy(self)
+    fitted.vocab_size, fitted.eos_ids = rows, eos_ids
+    fitted.pad_id = self.pad_id if self.pad_id < rows else eos_ids[0]
+    return fitted
 
   @property
   def chat_template(self) -> str:
     """The chat template as text; empty where there is none."""
     template = self._fast.chat_template
     return template if isinstance(template, str) else json.dumps(template) if template else ""
+
+  def chat_variables(self) -> frozenset[str]:
+    """Returns the names that the chat template reads; ValueError if it has an error."""
+    if self._template is None:
+      return frozenset()
+    try:
+      return self._template.variables()
+    except TemplateError as error:
+      raise ValueError(f"the chat template of {self.name} failed: {error}") from error
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, with a BOS id if and only if the tokenizer itself adds one.
@@ -83,9 +145,23 @@ class Tokenizer:
     ids = [i for i in map(int, ids) if i not in self._markers]
     return self._fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-  def chat(self, messages: Messages) -> list[int]:
-    """Returns the ids of a conversation, up to and including the start of the assistant's turn."""
-    return self._apply_template(messages, add_generation_prompt=True)
+  def token(self, i: int) -> str:
+    """Returns the token with an id, for messages."""
+    return str(self._fast.convert_ids_to_tokens(i))
+
+  def chat(self, messages: Messages, **arguments: Any) -> list[int]:
+    """Returns the ids of a conversation, up to and including the start of the assistant's turn.
+
+    Some templates, such as Gemma 2's, refuse a system turn. Its text then begins the user's turn.
+
+    Args:
+      messages: the conversation.
+      arguments: variables of the template, in addition to those of the tokenizer.
+
+    Raises:
+      ValueError: there is no template, or it failed; the message holds the template's own words.
+    """
+    return self._apply_template(messages, add_generation_prompt=True, **arguments)
 
   def encode_exchange(self, prompt: str | Messages, completion: str) -> list[int]:
     """Returns the ids of a conversation that ends with `completion` as the assistant's turn.
@@ -93,15 +169,38 @@ class Tokenizer:
     A text prompt is the user's turn. Without a chat template, the completion continues the text.
     """
     if isinstance(prompt, str):
-      if self._fast.chat_template is None:
+      if self._template is None:
         return self._fast.encode(prompt + completion, verbose=False)
       prompt = [{"role": "user", "content": prompt}]
-    return self._apply_template([*prompt, {"role": "assistant", "content": completion}])
+    messages = [*prompt, {"role": "assistant", "content": completion}]
+    return self._apply_template(messages, add_generation_prompt=False)
 
-  def _apply_template(self, messages: Messages, **options: bool) -> list[int]:
-    if self._fast.chat_template is None:
+  def _apply_template(self, messages: Messages, **variables: Any) -> list[int]:
+    if self._template is None:
       raise ValueError(f"{self.name} has no chat template: give the prompt as text, not messages")
-    return self._fast.apply_chat_template(messages, return_dict=False, **options)
+    try:
+      text = self._template.render(messages=_without_nulls(messages), **variables)
+    except TemplateError as error:
+      text = self._without_system_turn(messages, variables)
+      if text is None:
+        raise ValueError(f"the chat template of {self.name} failed: {error}") from error
+      warnings.warn(
+        f"the chat template of {self.name} refuses a system turn ({error}): its text is put "
+        "before that of the user's turn",
+        stacklevel=2,
+      )
+    return self._fast.encode(text, add_special_tokens=False, verbose=False)
+
+  def _without_system_turn(self, messages: Messages, variables: Mapping[str, Any]) -> str | None:
+    """Renders messages with the system turn as part of the user's; None where that fails too."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+      return None
+    system, user, *others = messages
+    user = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+    try:
+      return self._template.render(messages=_without_nulls([user, *others]), **variables)
+    except TemplateError:
+      return None
 
   def save(self, folder: str | Path) -> None:
     """Writes the tokenizer files and the chat template in the format of transformers."""
@@ -115,6 +214,8 @@ class Tokenizer:
     added = backend.get_added_tokens_decoder()
     pieces = [b""] * self.vocab_size
     for token, i in backend.get_vocab(with_added_tokens=True).items():
+      if i >= self.vocab_size:
+        continue
       if i not in added:
         pieces[i] = to_bytes(token)
       elif i not in self._markers:
@@ -166,6 +267,10 @@ class ByteTokenizer:
     """Returns the text of `ids`; invalid UTF-8 becomes U+FFFD."""
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
+  def chat_variables(self) -> frozenset[str]:
+    """Returns no names: there is no template."""
+    return frozenset()
+
   def chat(self, messages: Messages) -> list[int]:
     """Returns the ids of a line `role: content` per message, followed by `assistant: `."""
     lines = [f"{message['role']}: {message['content']}\n" for message in messages]
@@ -199,6 +304,42 @@ class ByteTokenizer:
 
 
 AnyTokenizer: TypeAlias = Tokenizer | ByteTokenizer
+
+
+def fit_to_model(tokenizer: AnyTokenizer, rows: int) -> AnyTokenizer:
+  """Returns a tokenizer for a model with the ids below `rows`; see `Tokenizer.for_model`."""
+  return tokenizer.for_model(rows) if isinstance(tokenizer, Tokenizer) else tokenizer
+
+
+def _chat_template(
+  fast: PreTrainedTokenizerFast, name: str, date: str | None, arguments: Mapping[str, Any]
+) -> ChatTemplate | None:
+  """Returns the chat template of a tokenizer, None where there is none."""
+  source = fast.chat_template
+  if source is None:
+    return None
+  if isinstance(source, dict):
+    source = source.get("default")
+  if not isinstance(source, str):
+    raise ValueError(
+      f"{name}: the chat template must be text, or several of which one is named 'default', got "
+      f"{_abridged(repr(fast.chat_template), 80)}"
+    )
+  # What transformers hands to a template.
+  special = {key: _as_text(value) for key, value in fast.special_tokens_map.items()}
+  names = {"tools": None, "documents": None, **special, **arguments}
+  return ChatTemplate(source, date or datetime.date.today().isoformat(), names)
+
+
+def _as_text(token: Any) -> Any:
+  return [str(part) for part in token] if isinstance(token, list | tuple) else str(token)
+
+
+def _without_nulls(messages: Messages) -> Messages:
+  """Leaves out fields that are null: templates test whether a field is there."""
+  return [{k: v for k, v in message.items() if v is not None} for message in messages]
+
+
 _BYTES_TEMPLATE = (
   "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
   "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -240,15 +381,30 @@ def _sentence_piece_bytes(token: str) -> bytes:
 
 
 def encode_prompt(tokenizer: AnyTokenizer, prompt: str | Messages) -> list[int]:
-  """Returns the ids of one prompt, text or chat messages; ValueError if it has no tokens.
+  """Returns the ids of one prompt, text or chat messages.
+
+  Raises:
+    ValueError: it has no tokens, cannot be encoded, or holds an id that the model does not have.
 
   Example:
     >>> encode_prompt(ByteTokenizer(), "hi")
     [104, 105]
   """
-  ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
+  try:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt)
+  except Exception as error:  # the tokenizers library raises bare Exception
+    reason = str(error)
+    if not isinstance(error, ValueError):
+      reason = f"the tokenizer of {tokenizer.name} failed: {first_line(error)}"
+    raise ValueError(f"{reason}. The prompt is {_abridged(repr(prompt))}") from error
   if not ids:
-    raise ValueError(f"the prompt {prompt!r} has no tokens")
+    raise ValueError(f"the prompt {prompt!r} has no tokens (the tokenizer is {tokenizer.name})")
+  if (largest := max(ids)) >= tokenizer.vocab_size:
+    raise ValueError(
+      f"{tokenizer.name}: the token {tokenizer.token(largest)!r} has id {largest}, and the model "
+      f"has only ids 0..{tokenizer.vocab_size - 1}; take it out of the prompt "
+      f"{_abridged(repr(prompt))}"
+    )
   return ids
 
 
@@ -356,12 +512,16 @@ def _abridged(text: str, limit: int = 600) -> str:
 # --- loading --------------------------------------------------------------------------------------
 
 
-def load_tokenizer(source: str) -> AnyTokenizer:
+def load_tokenizer(
+  source: str, *, date: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> AnyTokenizer:
   """Loads the tokenizer of a model.
 
   Args:
     source: as in `models.load_model`: a folder, a .gguf file, 'package:NAME', 'random:NAME' or a
       hub id.
+    date: day that the chat template sees, YYYY-MM-DD; None: the day of this call.
+    arguments: variables of the chat template, such as {"enable_thinking": False}.
 
   Raises:
     ValueError: the tokenizer is damaged or not supported.
@@ -374,12 +534,12 @@ def load_tokenizer(source: str) -> AnyTokenizer:
   resolved = resolve(source)
   if resolved.kind == "random":
     return ByteTokenizer()
-  if resolved.kind == "gguf":
-    return _load_gguf(Path(resolved.location))
-  return _load_folder(Path(resolved.location))
+  load = _load_gguf if resolved.kind == "gguf" else _load_folder
+  fast, eos_ids = load(Path(resolved.location))
+  return Tokenizer(fast, eos_ids, resolved.location, date=date, arguments=arguments)
 
 
-def _load_gguf(path: Path) -> Tokenizer:
+def _load_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, list[int]]:
   stored = read_gguf_tokenizer(open_gguf(path))
   fast = _fast_tokenizer_class()(
     tokenizer_object=stored.backend,
@@ -387,10 +547,10 @@ def _load_gguf(path: Path) -> Tokenizer:
     clean_up_tokenization_spaces=False,
     **stored.special_tokens,
   )
-  return Tokenizer(fast, stored.eos_ids, str(path))
+  return fast, stored.eos_ids
 
 
-def _load_folder(folder: Path) -> Tokenizer:
+def _load_folder(folder: Path) -> tuple[PreTrainedTokenizerFast, list[int]]:
   """Reads tokenizer.json as it is.
 
   AutoTokenizer is not used: for some class names in tokenizer_config.json, such as GPT2Tokenizer,
@@ -400,8 +560,13 @@ def _load_folder(folder: Path) -> Tokenizer:
     raise FileNotFoundError(f"no tokenizer.json in {folder}: a fast tokenizer file is needed")
   try:
     fast = _fast_tokenizer_class().from_pretrained(str(folder), local_files_only=True)
-  except Exception as error:  # the tokenizers library raises bare Exception
-    raise ValueError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # the tokenizers library raises bare Exception, and panics
+    raise ValueError(
+      f"{folder / 'tokenizer.json'}, or a file beside it: the tokenizer cannot be read: "
+      f"{first_line(error)}"
+    ) from error
   # If both files have the field, generation_config.json is the corrected one.
   eos: int | list[int] | None = None
   for name in ("generation_config.json", "config.json"):
@@ -410,7 +575,7 @@ def _load_folder(folder: Path) -> Tokenizer:
   ids = [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
   if fast.eos_token_id is not None:
     ids.append(fast.eos_token_id)
-  return Tokenizer(fast, ids, str(folder))
+  return fast, ids
 
 
 def _fast_tokenizer_class() -> type[PreTrainedTokenizerFast]:

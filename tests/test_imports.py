@@ -49,7 +49,7 @@ ALLOWED = {
     "pyarrow huggingface_hub"
   ),
   "grpo_jax.environments*": (
-    f"{TASKS} {HELPERS} numpy jaxtyping transformers websockets textarena"
+    f"{TASKS} {HELPERS} numpy jaxtyping jinja2 transformers websockets textarena"
   ),
   # The engine. It gets the model, the optimizer and the tokenizer as arguments.
   "grpo_jax.distributed*": f"grpo_jax.distributed {HELPERS} {ARRAYS}",
@@ -60,8 +60,8 @@ ALLOWED = {
   "grpo_jax.sampling*": f"{ENGINE} grpo_jax.sampling {HELPERS} {ARRAYS}",
   # What stands between text and arrays.
   "grpo_jax.tokens": (
-    f"grpo_jax.models.config grpo_jax.models.io {HELPERS} transformers tokenizers jinja2 numpy "
-    "jaxtyping"
+    "grpo_jax.models.config grpo_jax.models.io grpo_jax.environments.templates "
+    f"{HELPERS} transformers tokenizers numpy jaxtyping"
   ),
   "grpo_jax.data": f"grpo_jax.tasks {HELPERS} grain numpy",
   "grpo_jax.reward_model": (

@@ -15,6 +15,7 @@ from grpo_jax.tokens import (
   Tokenizer,
   decode_completions,
   encode_prompts,
+  fit_to_model,
   load_tokenizer,
 )
 from tests.helpers import tiny_gguf
@@ -172,6 +173,120 @@ def test_transformers_is_imported_lazily_and_silently_and_flax_never():
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- ids beyond the model -------------------------------------------------------------------------
+
+
+def larger(tmp_path, **tokens):
+  """The fixture's tokenizer with an added token, id 128; its model has ids 0..127."""
+  tokenizer = load_tokenizer(str(copy_with(tmp_path, "tokenizer_config.json", **tokens)))
+  assert tokenizer.vocab_size == 129
+  return tokenizer
+
+
+def test_a_tokenizer_is_cut_to_the_rows_of_its_model(tmp_path):
+  tokenizer = larger(tmp_path, pad_token="[PAD]")
+  assert tokenizer.pad_id == 128
+  fitted = fit_to_model(tokenizer, 128)
+  assert (fitted.vocab_size, fitted.pad_id, fitted.eos_ids) == (128, 2, (2,))
+  assert len(fitted.pieces()) == 128
+  assert fitted.pieces() == tokenizer.pieces()[:128]
+  tokens, mask, _ = encode_prompts(fitted, ["1", "23"], 3)
+  assert tokens.max() < 128
+  assert fitted.encode("23") == tokens[1][mask[1]].tolist()
+  assert fit_to_model(tokenizer, 129) is tokenizer
+
+
+def test_a_prompt_with_an_id_beyond_the_model_is_an_error(tmp_path):
+  fitted = fit_to_model(larger(tmp_path, pad_token="[PAD]"), 128)
+  assert 128 in fitted.encode("1 [PAD]")
+  for prompt in ("1 [PAD] 2", [{"role": "user", "content": "[PAD]"}]):
+    with pytest.raises(ValueError, match=r"token '\[PAD\]' has id 128, .* only ids 0\.\.127"):
+      encode_prompts(fitted, ["1", prompt], 64)
+
+
+def test_an_end_of_text_beyond_the_model_is_left_out_or_an_error(tmp_path):
+  both = larger(tmp_path, eos_token="<end>")
+  assert both.eos_ids == (2, 128)
+  assert fit_to_model(both, 128).eos_ids == (2,)
+  folder = copy_with(tmp_path, "tokenizer_config.json", eos_token="<end>")
+  for name in ("config.json", "generation_config.json"):
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({k: v for k, v in values.items() if "eos" not in k}))
+  with pytest.raises(ValueError, match=r"\[128\] that end a text are beyond the model"):
+    fit_to_model(load_tokenizer(str(folder)), 128)
+
+
+def test_ids_with_gaps_all_have_a_piece():
+  from tokenizers import Tokenizer as Backend
+  from tokenizers import models
+  from transformers import PreTrainedTokenizerFast
+
+  backend = Backend(models.WordLevel({"a": 0, "b": 9}, unk_token="a"))
+  tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), [0], "gaps")
+  assert tokenizer.vocab_size == 10
+  assert tokenizer.pieces()[9] == b"b"
+  backend = Backend(models.WordLevel({"a": 0, "b": 2**31}, unk_token="a"))
+  with pytest.raises(ValueError, match="gaps: the tokenizer has ids up to 2147483648"):
+    Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), [0], "gaps")
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+NO_SYSTEM = (
+  "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+  "{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+
+
+def with_template(tmp_path, source, **options):
+  folder = copy_with(tmp_path, "config.json")
+  (folder / "chat_template.jinja").write_text(source)
+  return load_tokenizer(str(folder), **options)
+
+
+def test_a_template_that_refuses_a_system_turn_gets_it_in_the_users_turn(tmp_path):
+  """As Gemma 3's own template does: the text of the system turn, an empty line, the user's."""
+  tokenizer = with_template(tmp_path, NO_SYSTEM)
+  messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12"}]
+  with pytest.warns(UserWarning, match=r"refuses a system turn \(System role not supported\)"):
+    ids = tokenizer.chat(messages)
+  assert ids == tokenizer.encode("[user]Be brief.\n\n12")
+  assert messages[1]["content"] == "12"
+
+
+@pytest.mark.parametrize(
+  ("source", "words"),
+  [
+    (NO_SYSTEM, "System role not supported"),
+    ("{{ raise_exception('only pictures') }}", "only pictures"),
+    ("{% for m in messages %}", "syntax error in line 1"),
+    ("{{ messages[0].contents.strip() }}", "has no attribute 'contents'"),
+  ],
+)
+def test_a_template_that_fails_is_an_error_with_its_words_and_the_prompt(tmp_path, source, words):
+  tokenizer = with_template(tmp_path, source)
+  prompt = [{"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}]
+  with pytest.raises(ValueError, match=words) as caught:
+    encode_prompts(tokenizer, [prompt], 64)
+  assert f"the chat template of {tokenizer.name} failed" in str(caught.value)
+  assert str(prompt) in str(caught.value)
+
+
+def test_a_template_sees_one_date_and_the_arguments(tmp_path):
+  source = "{{ strftime_now('%d%m%y') }}{% if not enable_thinking %}<no>{% endif %}{{ effort }}"
+  arguments = {"enable_thinking": True, "effort": "low"}
+  tokenizer = with_template(tmp_path, source, date="2024-12-31", arguments=arguments)
+  assert tokenizer.decode(tokenizer.chat(HELLO)) == "311224low"
+  assert tokenizer.decode(tokenizer.chat(HELLO, enable_thinking=False)) == "311224<no>low"
+  assert tokenizer.chat_variables() == {"enable_thinking", "effort"}
+
+
+def test_fields_that_are_null_are_not_in_the_message(tmp_path):
+  tokenizer = with_template(tmp_path, "{{ 'x' if messages[0].tool_calls is defined else 'y' }}")
+  message = {"role": "user", "content": "", "tool_calls": None}
+  assert tokenizer.chat([message]) == tokenizer.encode("y")
 
 
 # --- bytes ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from grpo_jax.sampling import generate as generation
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.generate import Completions
 from grpo_jax.sampling.stopping import stop_table
-from grpo_jax.tokens import AnyTokenizer, Messages, decode_completions, encode_prompts
+from grpo_jax.tokens import AnyTokenizer, Messages, decode_completions, encode_prompts, fit_to_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,10 @@ class Sampler:
   chunks: deterministic.Chunks | None = None
 
   def __post_init__(self) -> None:
+    table, vocab = self.stop_table, self.model.config.vocab_size
+    object.__setattr__(self, "tokenizer", fit_to_model(self.tokenizer, vocab))
     special = self.tokenizer.marker_ids(self.stop) if self.stop else []
     ids = tuple(dict.fromkeys((*self.tokenizer.eos_ids, *self.stop_ids, *special)))
-    table, vocab = self.stop_table, self.model.config.vocab_size
     if table is None:
       pieces = self.tokenizer.pieces() if self.stop else []
       table = stop_table(pieces, self.stop, ids, vocab)

@@ -149,9 +149,8 @@ def test_a_chat_template_stays_in_its_sandbox(model):
     file.unlink()
   change(model / "tokenizer_config.json", chat_template=evil)
   tokenizer = load_tokenizer(str(model))
-  with pytest.raises(Exception, match="unsafe") as error:
+  with pytest.raises(ValueError, match=r"SecurityError: .* unsafe"):
     tokenizer.chat([{"role": "user", "content": "hello"}])
-  assert type(error.value).__name__ == "SecurityError"
 
 
 @pytest.mark.parametrize("folder", ["..", "{}", "a/../.."])
