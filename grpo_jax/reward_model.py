@@ -19,12 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.io.families import FAMILIES, find_family
 from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
-from grpo_jax.tokens import Messages, Tokenizer, load_tokenizer
+from grpo_jax.tokens import Messages, Tokenizer, fit_to_model, load_tokenizer
 
 # Shortest padded length in tokens. Longer conversations are padded to a power of two, or to the
 # context of the model, so that few programs are compiled.
@@ -65,6 +66,7 @@ class RewardModel:
     dtype: DTypeLike = jnp.float32,
     batch_size: int = 8,
     devices: Sequence[jax.Device] | None = None,
+    date: str | None = None,
   ) -> "RewardModel":
     """Opens and checks a reward model.
 
@@ -73,10 +75,10 @@ class RewardModel:
       dtype: of activations.
       batch_size: number of conversations per device and batch.
       devices: devices of this host; None: all of them. Hosts do not wait for each other.
+      date: day that its chat template sees, YYYY-MM-DD; None: today.
 
     Raises:
-      ValueError: the model does not have exactly one label, or its tokenizer has more ids than the
-        model.
+      ValueError: the model does not have exactly one label, or a file is damaged.
       FileNotFoundError: there is no such model.
     """
     weights = open_weights(source)
@@ -87,19 +89,13 @@ class RewardModel:
         f"{source} is {kind}; a reward model is a *ForSequenceClassification model with one label "
         "(num_labels=1)"
       )
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > config.vocab_size:
-      raise ValueError(
-        f"the tokenizer of {source} has {tokenizer.vocab_size} ids, but its model only "
-        f"{config.vocab_size}"
-      )
-    settings = read_json(Path(resolve(source).location) / "config.json")
+    tokenizer = fit_to_model(load_tokenizer(source, date=date), config.vocab_size)
     return cls(
       name=source,
       decoder=Decoder(config, dtype=dtype),
       weights=weights,
       tokenizer=tokenizer,
-      pad_id=settings.get("pad_token_id"),
+      pad_id=_pad_id(Path(resolve(source).location) / "config.json"),
       batch_size=batch_size,
       devices=tuple(jax.local_devices() if devices is None else devices),
     )
@@ -157,6 +153,17 @@ class RewardModel:
   @cached_property
   def _mesh(self) -> jax.sharding.Mesh:
     return meshes.make_mesh((1, len(self.devices), 1), list(self.devices))
+
+
+def _pad_id(path: Path) -> int | None:
+  """Returns the padding token of a config.json: that of the language model in a larger one."""
+  raw = read_json(path)
+  family = FAMILIES[find_family(raw, str(path))[0]]
+  language_model = raw.get("text_config") or {} if family.wraps else raw
+  pad_id = {**family.defaults, **language_model}.get("pad_token_id")
+  if pad_id is not None and type(pad_id) is not int:
+    raise ValueError(f"{path}: pad_token_id must be an integer or null, got {pad_id!r}")
+  return pad_id
 
 
 @partial(jax.jit, static_argnums=0)

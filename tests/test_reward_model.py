@@ -145,11 +145,13 @@ def test_models_without_exactly_one_label_are_rejected(folder):
     RewardModel.load(str(folder))
 
 
-def test_a_tokenizer_with_too_many_ids_is_rejected(monkeypatch, llama):
-  other = type("Larger", (), {"vocab_size": 129})
-  monkeypatch.setattr(reward_model, "load_tokenizer", lambda source: other)
-  with pytest.raises(ValueError, match="has 129 ids, but its model only 128"):
-    RewardModel.load(str(LLAMA))
+def test_a_padding_token_beyond_the_model_is_never_scored(folder):
+  """An added [PAD] has id 128, and the model has ids 0..127."""
+  path = folder / "tokenizer_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "[PAD]"}))
+  model = load_one(folder)
+  assert (model.tokenizer.vocab_size, model.tokenizer.pad_id) == (128, 2)
+  assert load_one(LLAMA)(["12 + 34"], ["46"]) == model(["12 + 34"], ["46"])
 
 
 def test_a_score_that_is_not_finite_is_an_error(folder):
@@ -166,3 +168,21 @@ def test_weights_that_are_not_finite_are_an_error(folder):
   save_file(tensors, folder / "model.safetensors")
   with pytest.raises(ValueError, match="the weights of score hold NaN or infinity"):
     load_one(folder)(["12 + 34"], ["46"])
+
+
+def test_the_padding_token_of_a_larger_model_is_that_of_its_language_model(tmp_path):
+  """As in transformers; a config that does not name it has the default of the family, 0."""
+  path = tmp_path / "config.json"
+  for raw, expected in (
+    ({"architectures": ["Gemma3ForSequenceClassification"], "text_config": {"pad_token_id": 7}}, 7),
+    ({"architectures": ["Gemma3ForSequenceClassification"], "pad_token_id": 5}, 0),
+    ({"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 5}, 5),
+    ({"architectures": ["LlamaForSequenceClassification"]}, None),
+  ):
+    path.write_text(json.dumps(raw))
+    assert reward_model._pad_id(path) == expected, raw
+  path.write_text(
+    json.dumps({"architectures": ["LlamaForSequenceClassification"], "pad_token_id": "5"})
+  )
+  with pytest.raises(ValueError, match=r"config\.json: pad_token_id must be an integer or null"):
+    reward_model._pad_id(path)

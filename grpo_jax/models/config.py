@@ -94,17 +94,44 @@ class ModelConfig:
   local_rope_theta: float | None = None
 
 
+MAX_LAYERS = 10_000
+# Largest sizes of a model, far beyond any there is. A file with larger ones is damaged, and lists
+# as long as its layers would fill the memory.
+_LIMITS = {
+  "vocab_size": 10**8, "width": 10**6, "layers": MAX_LAYERS, "heads": 10**5, "kv_heads": 10**5,
+  "head_dim": 10**5, "mlp": 10**7, "labels": 10**6, "context": 10**9,
+}  # fmt: skip
+
+
 def check_numbers(config: ModelConfig, where: str) -> None:
   """Checks the numbers of a config that was read from a file.
 
   Raises:
     ValueError: a number is not finite or out of range; the message names it and the file.
   """
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
+  numbers = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  if s := config.rope_scaling:
+    numbers |= {f"rope_scaling.{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)}
+  for name, value in numbers.items():
     if isinstance(value, bool) or not isinstance(value, int | float):
       continue
-    positive = field.name not in ("labels", "window", "norm_eps", "norm_offset")
+    positive = name not in ("labels", "window", "norm_eps", "norm_offset", "rope_scaling.original")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
       limit = "a finite number above 0" if positive else "a finite number of at least 0"
-      raise ValueError(f"{where}: {field.name} is {value}, it must be {limit}")
+      raise ValueError(f"{where}: {name} is {value}, it must be {limit}")
+    if value > _LIMITS.get(name, math.inf):
+      raise ValueError(f"{where}: {name} is {value:,}, it must be at most {_LIMITS[name]:,}")
+  if config.heads % config.kv_heads or config.head_dim % 2:
+    raise ValueError(
+      f"{where}: the number of key-value heads, {config.kv_heads}, must divide that of heads, "
+      f"{config.heads}, and the head size, {config.head_dim}, must be even"
+    )
+  if config.local_layers and len(config.local_layers) != config.layers:
+    raise ValueError(
+      f"{where}: {len(config.local_layers)} layers are named local or global, of {config.layers}"
+    )
+  if s and s.kind != "linear" and (not s.original or s.low >= s.high or config.rope_theta <= 1):
+    raise ValueError(
+      f"{where}: the rope scaling {s} with rope_theta {config.rope_theta} must have original above "
+      "0, low below high, and rope_theta above 1"
+    )

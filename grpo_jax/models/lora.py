@@ -12,8 +12,8 @@ References:
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +26,7 @@ from grpo_jax.core.checks import Array
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.folders import new_folder
 from grpo_jax.models.io.json_files import read_json
+from grpo_jax.models.io.safetensors import read_whole
 from grpo_jax.models.io.weights import ROWS, shapes_of
 from grpo_jax.models.protocol import Params
 
@@ -51,8 +52,9 @@ def scale(rank: int, alpha: float) -> float:
   """
   if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
     raise ValueError(f"the LoRA rank is {rank!r}: it must be an integer of at least 1")
-  if not math.isfinite(alpha) or alpha <= 0:
-    raise ValueError(f"the LoRA alpha is {alpha!r}: it must be a finite number above 0")
+  number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+  if not number or not 0 < alpha <= sys.float_info.max:
+    raise ValueError(f"the LoRA alpha is {repr(alpha)[:80]}: it must be a finite number above 0")
   return alpha / rank
 
 
@@ -168,6 +170,11 @@ def merge(base: Params, adapters: Adapters, scale: float) -> Params:
   return params | {"layers": layers}
 
 
+def matrices(adapters: Adapters) -> tuple[str, ...]:
+  """Returns the names of the adapted matrices, in the order of `MATRICES`."""
+  return tuple(name for name, *_ in _pairs(adapters))
+
+
 def _pairs(adapters: Adapters) -> Iterator[tuple[str, Array, Array]]:
   """Yields (name of the matrix, A, B) for each pair."""
   layers = adapters.get("layers", {})
@@ -226,12 +233,10 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, f
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: the adapters are not plain LoRA on matrices of all layers, or their shapes do not
-      fit the base model.
+    ValueError: a file is damaged, the adapters are not plain LoRA on matrices of all layers, they
+      hold NaN or infinity, or their shapes do not fit the base model.
   """
-  from safetensors.numpy import load_file
-
-  folder = Path(folder)
+  folder = Path(folder).expanduser()
   settings = read_json(folder / _CONFIG)
   if settings.get("peft_type") != "LORA":
     raise ValueError(f"{folder / _CONFIG}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
@@ -239,8 +244,12 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, f
     raise ValueError(
       f"{folder / _CONFIG}: only plain LoRA is supported, but it sets {', '.join(variants)}"
     )
-  rank, alpha = settings["r"], settings["lora_alpha"]
-  tensors, count = load_file(folder / _WEIGHTS), config.layers
+  rank, alpha = settings.get("r"), settings.get("lora_alpha")
+  try:
+    scale(rank, alpha)
+  except ValueError as error:
+    raise ValueError(f"{folder / _CONFIG}: r or lora_alpha: {error}") from error
+  tensors, count = read_whole(folder / _WEIGHTS), config.layers
   parts = [
     (name, part, shape)
     for name, matrix in shapes_of(config)["layers"].items()
@@ -250,6 +259,11 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, f
   expected = {
     _peft_name(name, layer, part): shape for name, part, shape in parts for layer in range(count)
   }
+  if not parts:
+    raise ValueError(
+      f"{folder / _WEIGHTS} holds no adapter of a matrix of layer 0: its tensors are "
+      f"{', '.join([*tensors][:5]) or 'none'}, expected names such as {_peft_name('q', 0, 'A')}"
+    )
   actual = {name: tensor.shape for name, tensor in tensors.items()}
   if wrong := [name for name in {**expected, **actual} if expected.get(name) != actual.get(name)]:
     name = wrong[0]

@@ -5,6 +5,7 @@ peft wrote fixtures/tiny_llama_lora and computed its logits; see fixtures/peft_i
 
 import importlib.util
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -296,7 +297,7 @@ def test_other_adapters_are_refused(tmp_path):
   save_file({key: value for key, value in tensors.items() if key != name}, file)
   with pytest.raises(ValueError, match=f"1 tensor.*{name}: shape missing, expected .48, 3.$"):
     lora.load_peft(folder, config)
-  save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((3, 32))}, file)
+  save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((3, 32), "f4")}, file)
   with pytest.raises(ValueError, match=r"lm_head.lora_A.weight: .* expected no such tensor"):
     lora.load_peft(folder, config)
 
@@ -318,3 +319,43 @@ def test_adapters_are_not_written_over_a_full_folder(tmp_path):
     lora.save_peft(adapters, tmp_path, alpha=4.0, base_name="x")
   assert (tmp_path / "adapter_config.json").read_text() == "precious"
   assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"r": None}, r"adapter_config\.json: r or lora_alpha: the LoRA rank is None"),
+    ({"r": 0}, "the LoRA rank is 0"),
+    ({"r": "3"}, "the LoRA rank is '3'"),
+    ({"lora_alpha": math.nan}, "the LoRA alpha is nan"),
+    ({"lora_alpha": "6"}, "the LoRA alpha is '6'"),
+    ({"lora_alpha": 10**400}, "the LoRA alpha is 1000.*: it must be a finite number"),
+    ({"lora_alpha": True}, "the LoRA alpha is True"),
+  ],
+)
+def test_adapters_with_damaged_settings_are_refused(tmp_path, change, message):
+  folder = Path(shutil.copytree(PEFT, tmp_path / "adapter"))
+  settings = json.loads((folder / "adapter_config.json").read_text())
+  (folder / "adapter_config.json").write_text(json.dumps(settings | change))
+  with pytest.raises(ValueError, match=message):
+    lora.load_peft(folder, load(str(FIXTURES / "tiny_llama"))[0])
+
+
+def test_adapters_without_tensors_or_with_nan_are_refused(tmp_path):
+  config = load(str(FIXTURES / "tiny_llama"))[0]
+  folder = Path(shutil.copytree(PEFT, tmp_path / "adapter"))
+  file = folder / "adapter_model.safetensors"
+  tensors = load_file(file)
+  name = next(iter(tensors))
+  for content, message in (
+    ({}, r"adapter_model\.safetensors holds no adapter .* its tensors are none"),
+    ({"x": np.zeros(2, "f4")}, "its tensors are x, expected names such as base_model"),
+    ({**tensors, name: tensors[name] * np.nan}, "holds NaN or infinity"),
+    ({**tensors, name: tensors[name].astype(np.int8)}, "is I8, known: F32"),
+  ):
+    save_file(content, file)
+    with pytest.raises(ValueError, match=message):
+      lora.load_peft(folder, config)
+  file.write_bytes(b"x" * 20)
+  with pytest.raises(ValueError, match=r"adapter_model\.safetensors .* is truncated or is not"):
+    lora.load_peft(folder, config)

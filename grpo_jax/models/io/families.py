@@ -7,11 +7,12 @@ that a file omits have the defaults of the family's config class in transformers
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_jax.models.config import ModelConfig, RopeScaling
+from grpo_jax.models.config import MAX_LAYERS, ModelConfig, RopeScaling, check_numbers
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -57,20 +58,53 @@ class Fields:
   def number(self, name: str, default: float | None = None) -> float:
     """Returns the value of a numeric field; ValueError for any other value."""
     value = self.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ValueError(f"{self.where}: {name} must be given as a number, got {value!r}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:
+      raise self._wrong(name, value, "a finite number")
     return float(value)
+
+  def positive(self, name: str, default: float | None = None) -> float:
+    """Returns the value of a numeric field above 0; ValueError for any other value."""
+    if (value := self.number(name, default)) <= 0:
+      raise self._wrong(name, value, "a finite number above 0")
+    return value
 
   def integer(self, name: str, default: int | None = None) -> int:
     """Returns the value of a positive integer field; ValueError for any other value."""
     value = self.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"{self.where}: {name} must be given as a positive integer, got {value!r}")
+    if type(value) is not int or value < 1:
+      raise self._wrong(name, value, "a positive integer")
+    if value >= 2**31:
+      raise self._wrong(name, value, "an integer below 2^31")
     return value
+
+  @property
+  def layers(self) -> int:
+    """The number of layers; ValueError where it would make endless lists."""
+    if (value := self.integer("num_hidden_layers")) > MAX_LAYERS:
+      raise self._wrong("num_hidden_layers", value, f"at most {MAX_LAYERS}")
+    return value
+
+  def flag(self, name: str, default: bool = False) -> bool:
+    """Returns the value of a true-or-false field; ValueError for any other value."""
+    value = self.get(name, default)
+    if not isinstance(value, bool):
+      raise self._wrong(name, value, "true or false")
+    return value
+
+  def group(self, name: str) -> dict[str, Any]:
+    """Returns the fields of a group, none if it is missing; ValueError for any other value."""
+    value = self.get(name, {})
+    if not isinstance(value, dict):
+      raise self._wrong(name, value, "an object")
+    return value
+
+  def _wrong(self, name: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{self.where}: {name} must be given as {allowed}, got {repr(value)[:80]}")
 
   def cap(self, name: str) -> float | None:
     """Returns a soft cap, or None if the field is missing, null or 0."""
-    return self.number(name) if self.get(name) else None
+    return self.number(name, 0.0) or None
 
   def refuse(self, name: str, reason: str) -> None:
     """Raises ValueError if the field is set."""
@@ -82,12 +116,12 @@ class Fields:
 
 
 def _llama(f: Fields) -> dict[str, Any]:
-  biases = ("q", "k", "v", "o") if f.get("attention_bias") else ()
-  return {"biases": biases + (("gate", "up", "down") if f.get("mlp_bias") else ())}
+  biases = ("q", "k", "v", "o") if f.flag("attention_bias") else ()
+  return {"biases": biases + (("gate", "up", "down") if f.flag("mlp_bias") else ())}
 
 
 def _mistral(f: Fields) -> dict[str, Any]:
-  return _local(f, [f.get("sliding_window") is not None] * f.integer("num_hidden_layers"))
+  return _local(f, [f.get("sliding_window") is not None] * f.layers)
 
 
 def _qwen2(f: Fields) -> dict[str, Any]:
@@ -99,10 +133,10 @@ def _qwen3(f: Fields) -> dict[str, Any]:
 
 
 def _qwen_windows(f: Fields) -> dict[str, Any]:
-  layers = f.integer("num_hidden_layers")
-  if not f.get("use_sliding_window") or f.get("sliding_window") is None:
+  layers = f.layers
+  if not f.flag("use_sliding_window") or f.get("sliding_window") is None:
     return {}
-  first = f.integer("max_window_layers", layers)
+  first = f.number("max_window_layers", layers)
   return _local(f, _layer_types(f) or [i >= first for i in range(layers)])
 
 
@@ -118,26 +152,28 @@ def _gemma3(f: Fields) -> dict[str, Any]:
 def _gemma(f: Fields, pattern: int) -> dict[str, Any]:
   """Returns the fields that all Gemmas share; every `pattern`-th layer is global, others local."""
   f.refuse("use_bidirectional_attention", "generation is causal")
-  layers = f.integer("num_hidden_layers")
+  layers = f.layers
   return {
     **_llama(f),
     **_local(f, _layer_types(f) or [bool((i + 1) % pattern) for i in range(layers)]),
     "post_norm": True,
     "norm_offset": 1.0,
     "embed_scale": f.integer("hidden_size") ** 0.5,
-    "attn_scale": f.number("query_pre_attn_scalar") ** -0.5,
+    "attn_scale": f.positive("query_pre_attn_scalar") ** -0.5,
     "softcap": f.cap("final_logit_softcapping"),
   }
 
 
 def _layer_types(f: Fields) -> list[bool] | None:
   """Returns for each layer whether it is local, or None if the file does not list the layers."""
-  names, layers = f.get("layer_types"), f.integer("num_hidden_layers")
+  names, layers = f.get("layer_types"), f.layers
   if names is None:
     return None
-  if len(names) != layers or not set(names) <= {LOCAL, GLOBAL}:
+  known = isinstance(names, list) and all(name in (LOCAL, GLOBAL) for name in names)
+  if not known or len(names) != layers:
     raise ValueError(
-      f"{f.where}: layer_types must name {layers} layers, each {LOCAL} or {GLOBAL}, got {names}"
+      f"{f.where}: layer_types must name {layers} layers, each {LOCAL} or {GLOBAL}, got "
+      f"{repr(names)[:200]}"
     )
   return [name == LOCAL for name in names]
 
@@ -162,6 +198,7 @@ _GEMMA = {
   "query_pre_attn_scalar": 256,
   "sliding_window": 4096,
   "tie_word_embeddings": True,
+  "pad_token_id": 0,
 }
 _GEMMA3 = _GEMMA | {
   "vocab_size": 262208,
@@ -211,13 +248,12 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
   """
   name, is_classifier = find_family(raw, where)
   family = FAMILIES[name]
-  language_model = raw.get("text_config") or {} if family.wraps else raw
+  top = Fields(raw, {}, where)
+  language_model = top.group("text_config") if family.wraps else raw
   f = Fields(language_model, family.defaults, where)
-  Fields(raw, {}, where).refuse(
-    "quantization_config", "weights are trained in float; use the unquantized checkpoint"
-  )
-  activation = f.get("hidden_activation") or f.get("hidden_act", "silu")
-  if activation not in _ACTIVATIONS:
+  top.refuse("quantization_config", "weights are trained in float; use the unquantized checkpoint")
+  activation = f.get("hidden_activation", f.get("hidden_act", "silu"))
+  if not isinstance(activation, str) or activation not in _ACTIVATIONS:
     raise ValueError(
       f"{where}: hidden_act {activation!r} is not supported, known: {', '.join(_ACTIVATIONS)}"
     )
@@ -232,23 +268,25 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
       f"head_dim {head_dim} must be even"
     )
   overrides = family.overrides(f)
-  return ModelConfig(
+  config = ModelConfig(
     vocab_size=f.integer("vocab_size"),
     width=width,
-    layers=f.integer("num_hidden_layers"),
+    layers=f.layers,
     heads=heads,
     kv_heads=kv_heads,
     head_dim=head_dim,
     mlp=f.integer("intermediate_size"),
     norm_eps=f.number("rms_norm_eps", 1e-6),
     # The entry of the larger model takes precedence.
-    tied=bool(raw.get("tie_word_embeddings", f.get("tie_word_embeddings", False))),
+    tied=top.flag("tie_word_embeddings", f.flag("tie_word_embeddings")),
     context=f.integer("max_position_embeddings", 2048),
-    labels=_labels(raw) if is_classifier else 0,
+    labels=_labels(top) if is_classifier else 0,
     activation=_ACTIVATIONS[activation],
     **_rope(f, local=bool(overrides.get("local_layers"))),
     **overrides,
   )
+  check_numbers(config, where)
+  return config
 
 
 def find_family(raw: Mapping[str, Any], where: str) -> tuple[str, bool]:
@@ -261,6 +299,8 @@ def find_family(raw: Mapping[str, Any], where: str) -> tuple[str, bool]:
     ValueError: no family or more than one matches.
   """
   architectures = raw.get("architectures") or []
+  if not isinstance(architectures, list):
+    raise ValueError(f"{where}: architectures must be a list, got {repr(architectures)[:80]}")
   model_type = raw.get("model_type")
   matches = [
     (name, architecture == family.classifier)
@@ -268,7 +308,7 @@ def find_family(raw: Mapping[str, Any], where: str) -> tuple[str, bool]:
     for architecture in architectures
     if architecture in (family.language_model, family.classifier)
   ]
-  if not architectures and model_type in FAMILIES:
+  if not architectures and isinstance(model_type, str) and model_type in FAMILIES:
     matches = [(model_type, False)]
   if len(matches) != 1:
     known = ", ".join(f"{row.language_model}, {row.classifier}" for row in FAMILIES.values())
@@ -280,10 +320,9 @@ def find_family(raw: Mapping[str, Any], where: str) -> tuple[str, bool]:
   return matches[0]
 
 
-def _labels(raw: Mapping[str, Any]) -> int:
+def _labels(top: Fields) -> int:
   """Returns the number of labels of a classifier; by default 2, as in transformers."""
-  names = raw.get("id2label")
-  return len(names) if names else raw.get("num_labels") or 2
+  return len(top.group("id2label")) or top.integer("num_labels", 2)
 
 
 def _rope(f: Fields, local: bool) -> dict[str, Any]:
@@ -295,25 +334,29 @@ def _rope(f: Fields, local: bool) -> dict[str, Any]:
   Args:
     local: whether the model has local layers.
   """
-  parameters, scaling = f.get("rope_parameters", {}), f.get("rope_scaling", {})
+  parameters, scaling = f.group("rope_parameters"), f.group("rope_scaling")
+  kinds = Fields(parameters, {}, f.where)
   by_kind = GLOBAL in parameters or LOCAL in parameters
-  chosen = (parameters.get(GLOBAL) or {}) | scaling if by_kind else scaling or parameters
+  chosen = kinds.group(GLOBAL) | scaling if by_kind else scaling or parameters
   p = Fields(chosen, {"rope_theta": f.get("rope_theta", 10_000.0)}, f.where)
-  fields = {"rope_theta": p.number("rope_theta"), "rope_scaling": _scaling(f, p)}
+  fields = {"rope_theta": p.positive("rope_theta"), "rope_scaling": _scaling(f, p)}
   if not local:
     return fields
-  local_parameters = (parameters.get(LOCAL) or {}) if by_kind else {}
+  local_parameters = kinds.group(LOCAL) if by_kind else {}
   if local_parameters.get("rope_type", "default") != "default":
     raise ValueError(f"{f.where}: rope scaling of {LOCAL} is not supported, got {local_parameters}")
-  theta = local_parameters.get("rope_theta", f.get("rope_local_base_freq"))
-  same = theta is None or (theta == fields["rope_theta"] and fields["rope_scaling"] is None)
-  return fields if same else fields | {"local_rope_theta": float(theta)}
+  other = Fields(local_parameters, {"rope_theta": f.get("rope_local_base_freq")}, f.where)
+  if other.get("rope_theta") is None:
+    return fields
+  theta = other.positive("rope_theta")
+  same = theta == fields["rope_theta"] and fields["rope_scaling"] is None
+  return fields if same else fields | {"local_rope_theta": theta}
 
 
 def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
   """Returns the scaling in the rotary parameters `p` of a config with the fields `f`."""
-  kind = p.get("rope_type") or p.get("type", "default")
-  if kind not in _ROPES:
+  kind = p.get("rope_type", p.get("type", "default"))
+  if not isinstance(kind, str) or kind not in _ROPES:
     reason = " (its frequencies change with the longest sequence)" if kind == "dynamic" else ""
     raise ValueError(
       f"{f.where}: rope scaling {kind!r} is not supported{reason}; known: {', '.join(_ROPES)}"
@@ -323,29 +366,28 @@ def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
   if kind == "default":
     return None
   if kind == "linear":
-    return RopeScaling("linear", p.number("factor"))
+    return RopeScaling("linear", p.positive("factor"))
   context = f.integer("max_position_embeddings", 2048)
-  original = f.get("original_max_position_embeddings") or p.integer(
-    "original_max_position_embeddings", context
-  )
+  name = "original_max_position_embeddings"
+  original = f.integer(name) if f.get(name) else p.integer(name, context)
   if kind == "llama3":
     low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
-    return RopeScaling("llama3", p.number("factor"), original, low, high)
-  factor = p.number("factor", context / original)
+    return RopeScaling("llama3", p.positive("factor"), original, low, high)
+  factor = p.positive("factor", context / original)
 
   def amplitude(strength: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
 
   if p.get("mscale") and p.get("mscale_all_dim"):
-    default = amplitude(p.number("mscale")) / amplitude(p.number("mscale_all_dim"))
+    default = amplitude(p.positive("mscale")) / amplitude(p.positive("mscale_all_dim"))
   else:
     default = amplitude(1.0)
   return RopeScaling(
     "yarn",
     factor,
     original,
-    low=float(p.get("beta_slow") or 1),
-    high=float(p.get("beta_fast") or 32),
-    amplitude=p.number("attention_factor", default),
-    rounded=p.get("truncate", True),
+    low=p.number("beta_slow", 1.0) or 1.0,
+    high=p.number("beta_fast", 32.0) or 32.0,
+    amplitude=p.positive("attention_factor", default),
+    rounded=p.flag("truncate", True),
   )

@@ -6,7 +6,7 @@ of quantized numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from grpo_jax import extras
 from grpo_jax.errors import first_line
-from grpo_jax.models.config import ModelConfig, RopeScaling
+from grpo_jax.models.config import MAX_LAYERS, ModelConfig, RopeScaling, check_numbers
+from grpo_jax.models.io.gguf_header import check_header
 from grpo_jax.models.io.safetensors import Index, Tensor
 from grpo_jax.models.rope import frequencies
 
@@ -51,13 +52,41 @@ class Gguf(NamedTuple):
   def get(self, key: str, default: Any = None) -> Any:
     """Returns the metadata under `key`, or `default` if there is none."""
     field = self.reader.fields.get(key)
-    return default if field is None else field.contents()
+    try:
+      return default if field is None else field.contents()
+    except Exception as error:  # such as text that is not UTF-8
+      raise ValueError(f"{self.path}: {key} cannot be read: {first_line(error)}") from error
 
   def need(self, key: str) -> Any:
     """Returns the metadata under `key`; ValueError if there is none."""
     if key not in self.reader.fields:
       raise ValueError(f"{self.path}: the metadata has no {key}")
     return self.get(key)
+
+  def integer(self, key: str, default: int | None = None) -> int:
+    """Returns the positive integer under `key`; without a default, it must be there."""
+    value = self.need(key) if default is None else self.get(key, default)
+    if type(value) is not int or not 1 <= value < 2**31:
+      raise self.wrong(key, value, "a positive integer below 2^31")
+    return value
+
+  def number(self, key: str, default: float | None = None) -> float:
+    """Returns the positive, finite number under `key`; without a default, it must be there."""
+    value = self.need(key) if default is None else self.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+      raise self.wrong(key, value, "a finite number above 0")
+    return float(value)
+
+  def texts(self, key: str) -> list[str]:
+    """Returns the list of texts under `key`."""
+    value = self.need(key)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+      raise self.wrong(key, value, "a list of texts")
+    return value
+
+  def wrong(self, key: str, value: Any, allowed: str) -> ValueError:
+    """Returns the error for metadata of another type or range."""
+    return ValueError(f"{self.path}: {key} must be {allowed}, got {str(value)[:80]!r}")
 
 
 def open_gguf(path: Path) -> Gguf:
@@ -74,6 +103,7 @@ def open_gguf(path: Path) -> Gguf:
   if magic != b"GGUF":
     raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
   try:
+    check_header(path)
     return Gguf(path, gguf.GGUFReader(path))
   except Exception as error:  # reading past the end raises many unrelated types
     raise ValueError(
@@ -94,62 +124,69 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
   """
   file = open_gguf(path)
   architecture = file.need("general.architecture")
-  if architecture not in ARCHITECTURES:
+  if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
     raise ValueError(
       f"{path}: general.architecture is {architecture!r}, known: {', '.join(ARCHITECTURES)}"
     )
   tensors = {tensor.name: tensor for tensor in file.reader.tensors}
   config = _config(file, architecture, tensors)
+  check_numbers(config, str(path))
   tensors.pop("rope_freqs.weight", None)  # is in config.rope_scaling
   return config, {name: _tensor(t, config, architecture, path) for name, t in tensors.items()}
 
 
 def _config(file: Gguf, architecture: str, tensors: dict[str, Any]) -> ModelConfig:
-  def need(name: str) -> Any:
-    return file.need(f"{architecture}.{name}")
-
   def get(name: str, default: Any = None) -> Any:
     return file.get(f"{architecture}.{name}", default)
 
-  width, heads, layers = (
-    need("embedding_length"),
-    need("attention.head_count"),
-    need("block_count"),
-  )
-  head_dim = get("attention.key_length", width // heads)
+  def integer(name: str, default: int | None = None) -> int:
+    return file.integer(f"{architecture}.{name}", default)
+
+  def number(name: str, default: float | None = None) -> float:
+    return file.number(f"{architecture}.{name}", default)
+
+  width, heads, layers = map(integer, ("embedding_length", "attention.head_count", "block_count"))
+  if layers > MAX_LAYERS:
+    raise file.wrong(f"{architecture}.block_count", layers, f"at most {MAX_LAYERS}")
+  head_dim = integer("attention.key_length", max(width // heads, 1))
   if (rotated := get("rope.dimension_count", head_dim)) != head_dim:
     raise ValueError(f"{file.path}: rope over {rotated} of {head_dim} dimensions is not supported")
-  theta = float(get("rope.freq_base", 10_000.0))
+  theta = number("rope.freq_base", 10_000.0)
   fields = dict(ARCHITECTURES[architecture])
   if biases := tuple(name for name, part in _BIASED.items() if f"blk.0.{part}.bias" in tensors):
     fields["biases"] = biases
   if architecture == "gemma3":
     divisor = width // heads if layers == _GEMMA_27B_LAYERS else head_dim
     pattern = get("attention.sliding_window_pattern", _GEMMA_PATTERN)
-    local = (
-      [bool((i + 1) % pattern) for i in range(layers)] if isinstance(pattern, int) else pattern
-    )
+    if isinstance(pattern, list):
+      local = pattern
+    else:
+      pattern = integer("attention.sliding_window_pattern", _GEMMA_PATTERN)
+      local = [bool((i + 1) % pattern) for i in range(layers)]
+    cap = "final_logit_softcapping"
     fields |= {
       "embed_scale": width**0.5,
       "attn_scale": divisor**-0.5,
-      "softcap": get("final_logit_softcapping") or None,
-      "window": need("attention.sliding_window"),
+      "softcap": number(cap) if get(cap) else None,
+      "window": integer("attention.sliding_window"),
       "local_layers": tuple(map(bool, local)),
-      "local_rope_theta": float(get("rope.freq_base_swa", 10_000.0)),
+      "local_rope_theta": number("rope.freq_base_swa", 10_000.0),
     }
   return ModelConfig(
-    vocab_size=get("vocab_size") or len(file.need("tokenizer.ggml.tokens")),
+    vocab_size=integer("vocab_size")
+    if get("vocab_size")
+    else len(file.texts("tokenizer.ggml.tokens")),
     width=width,
     layers=layers,
     heads=heads,
-    kv_heads=get("attention.head_count_kv", heads),
+    kv_heads=integer("attention.head_count_kv", heads),
     head_dim=head_dim,
-    mlp=need("feed_forward_length"),
+    mlp=integer("feed_forward_length"),
     rope_theta=theta,
-    rope_scaling=_rope_scaling(file, get, head_dim, theta, tensors.get("rope_freqs.weight")),
-    norm_eps=_shortest(need("attention.layer_norm_rms_epsilon")),
+    rope_scaling=_rope_scaling(file, architecture, head_dim, theta, tensors),
+    norm_eps=_shortest(number("attention.layer_norm_rms_epsilon")),
     tied="output.weight" not in tensors,
-    context=need("context_length"),
+    context=integer("context_length"),
     **fields,
   )
 
@@ -165,23 +202,26 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(
-  file: Gguf, get: Callable[..., Any], head_dim: int, theta: float, factors: Any
+  file: Gguf, architecture: str, head_dim: int, theta: float, tensors: dict[str, Any]
 ) -> RopeScaling | None:
-  """Returns the scaling in the metadata, or the Llama 3 scaling that gives the tensor `factors`."""
-  kind = get("rope.scaling.type", "none")
+  """Returns the scaling in the metadata, or the Llama 3 scaling with the factors of a tensor."""
+  kind = file.get(f"{architecture}.rope.scaling.type", "none")
+  factors = tensors.get("rope_freqs.weight")
   if factors is not None:
     actual = np.array(factors.data, np.float32).ravel()
+    if kind != "none" or actual.size != head_dim // 2:
+      raise ValueError(f"{file.path}: rope_freqs.weight is not the rope scaling of Llama 3")
     # The converter writes the factors but not their limits; every Llama 3 has these limits.
     scaling = RopeScaling(
       "llama3", _shortest(float(actual.max())), original=8192, low=1.0, high=4.0
     )
     expected = frequencies(head_dim, theta) / frequencies(head_dim, theta, scaling)
-    if kind != "none" or actual.shape != expected.shape or not np.allclose(actual, expected, 1e-4):
+    if not np.allclose(actual, expected, 1e-4):
       raise ValueError(f"{file.path}: rope_freqs.weight is not the rope scaling of Llama 3")
     return scaling
   if kind == "none":
     return None
-  factor = _shortest(get("rope.scaling.factor", 1.0))
+  factor = _shortest(file.number(f"{architecture}.rope.scaling.factor", 1.0))
   if kind == "linear":
     return RopeScaling("linear", factor)
   raise ValueError(f"{file.path}: rope scaling {kind!r} is not supported, known: none, linear")
@@ -199,8 +239,8 @@ def _tensor(tensor: Any, config: ModelConfig, architecture: str, path: Path) -> 
   offset = config.norm_offset if tensor.name.endswith("norm.weight") else 0.0
   try:
     quants.dequantize(tensor.data[:1], tensor.tensor_type)
-  except NotImplementedError as error:
-    raise ValueError(f"{path}: {tensor.name}: {error}") from error
+  except Exception as error:  # of a type that is not supported, or without any data
+    raise ValueError(f"{path}: {tensor.name}: {first_line(error)}") from error
 
   def read(index: Index) -> np.ndarray:
     if heads:

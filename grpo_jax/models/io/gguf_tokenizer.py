@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from grpo_jax.errors import first_line
 from grpo_jax.models.io.gguf import Gguf
 
 if TYPE_CHECKING:
@@ -43,18 +44,51 @@ def read_gguf_tokenizer(file: Gguf) -> GgufTokenizer:
   """Reads a byte-level BPE tokenizer from the metadata of a GGUF file.
 
   Raises:
-    ValueError: the tokenizer is of another kind, or the metadata lacks a field.
+    ValueError: the tokenizer is of another kind, or the metadata lacks a field or is damaged.
   """
-  from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-
   kind, pre = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
-  if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+  if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
     raise ValueError(
       f"{file.path}: the tokenizer is of kind {kind!r} with pre-tokenizer {pre!r}; "
       f"supported: 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}"
     )
-  tokens = file.need("tokenizer.ggml.tokens")
-  merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
+  tokens = file.texts("tokenizer.ggml.tokens")
+  ids = _special_ids(file, len(tokens))
+  try:
+    backend = _backend(file, pre, tokens, ids["bos"])
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # the tokenizers library raises bare Exception, and panics
+    raise ValueError(
+      f"{file.path}: the tokenizer in the metadata cannot be read: {first_line(error)}"
+    ) from error
+  names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+  special = {f"{short}_token": ids[name] for short, name in names.items()}
+  return GgufTokenizer(
+    backend=backend,
+    special_tokens={name: tokens[i] for name, i in special.items() if i is not None},
+    chat_template=file.get("tokenizer.chat_template"),
+    # Some files distinguish the end of a turn ("eot") from the end of the text ("eos").
+    eos_ids=[ids[name] for name in ("eos", "eot") if ids[name] is not None],
+  )
+
+
+def _special_ids(file: Gguf, count: int) -> dict[str, int | None]:
+  """Returns the ids of special tokens; ValueError for one outside 0..count - 1."""
+  ids = {}
+  for name in ("bos", "eos", "eot", "unknown", "padding"):
+    key = f"tokenizer.ggml.{name}_token_id"
+    ids[name] = file.get(key)
+    if ids[name] is not None and (type(ids[name]) is not int or not 0 <= ids[name] < count):
+      raise file.wrong(key, ids[name], f"an id in 0..{count - 1}")
+  return ids
+
+
+def _backend(file: Gguf, pre: str, tokens: list[str], bos: int | None) -> Tokenizer:
+  """Returns the tokenizer with its merges and special tokens."""
+  from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+  merges = [tuple(merge.split(" ", 1)) for merge in file.texts("tokenizer.ggml.merges")]
   vocab = {token: i for i, token in enumerate(tokens)}
   # Llama 3 encodes a piece that is a token as that token, whatever the merges would give.
   backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
@@ -68,24 +102,15 @@ def read_gguf_tokenizer(file: Gguf) -> GgufTokenizer:
     elif token_type == _USER_DEFINED:
       backend.add_tokens([AddedToken(token, normalized=False)])
 
-  def special_id(name: str) -> int | None:
-    return file.get(f"tokenizer.ggml.{name}_token_id")
-
-  if file.get("tokenizer.ggml.add_bos_token", False):
-    bos = file.need("tokenizer.ggml.bos_token_id")
+  adds_bos = file.get("tokenizer.ggml.add_bos_token", False)
+  if not isinstance(adds_bos, bool):
+    raise ValueError(f"tokenizer.ggml.add_bos_token is {adds_bos!r}, not true or false")
+  if adds_bos:
+    file.need("tokenizer.ggml.bos_token_id")
     backend.post_processor = processors.TemplateProcessing(
       single=f"{tokens[bos]} $0", special_tokens=[(tokens[bos], bos)]
     )
-  names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-  special_ids = {f"{short}_token": special_id(name) for short, name in names.items()}
-  # Some files distinguish the end of a turn ("eot") from the end of the text ("eos").
-  eos_ids = [special_id(name) for name in ("eos", "eot")]
-  return GgufTokenizer(
-    backend=backend,
-    special_tokens={name: tokens[i] for name, i in special_ids.items() if i is not None},
-    chat_template=file.get("tokenizer.chat_template"),
-    eos_ids=[i for i in eos_ids if i is not None],
-  )
+  return backend
 
 
 def make_pre_tokenizer(name: str) -> PreTokenizer:

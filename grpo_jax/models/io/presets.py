@@ -67,7 +67,7 @@ def config_of(source: str) -> ModelConfig:
     return families.parse(PRESETS[source], source)
   path = Path(source).expanduser()
   if path.is_dir():
-    return _read(path / "config.json")
+    return _read(Path(resolve(source).location) / "config.json")
   if path.exists() or ":" in source or source.count("/") != 1:
     location = resolve(source)
     if location.kind == "random":

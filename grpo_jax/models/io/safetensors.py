@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,8 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
   Returns:
     The config, and the tensors by the names that they have in a plain language model. The vision
-    tower of a larger model is dropped, and so is a head that equals tied embeddings.
+    tower of a larger model is dropped, and so is a head that equals tied embeddings. A head that is
+    stored alone, of a model with tied embeddings, is the embeddings.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -62,7 +63,10 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
       raise ValueError(f"{folder}: {stored} is a second tensor for {name}")
     tensors[name] = tensor
   embed, head = tensors.get("model.embed_tokens.weight"), tensors.get("lm_head.weight")
-  if config.tied and embed and head:
+  if config.tied and head and not embed:
+    # safetensors stores a shared tensor once, under either of its names.
+    tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
+  elif config.tied and embed and head:
     del tensors["lm_head.weight"]
     if not _equal(embed, head):
       raise ValueError(
@@ -83,14 +87,14 @@ def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
   """Returns all tensors of model.safetensors, or of the shards in model.safetensors.index.json."""
-  from safetensors import SafetensorError, safe_open
-
   single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
   listed: dict[str, str] = {}
   if single.is_file():
     files = [single]
   elif index.is_file():
-    listed = read_json(index).get("weight_map", {})
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(_is_name(name) for name in listed.values()):
+      raise ValueError(f"{index}: weight_map must be an object that gives each tensor's file name")
     names = sorted(set(listed.values()))
     if outside := [name for name in names if Path(name).name != name]:
       raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}")
@@ -106,12 +110,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
 
   tensors: dict[str, Tensor] = {}
   for file in files:
-    try:
-      opened = safe_open(str(file), "np")
-    except SafetensorError as error:
-      raise ValueError(
-        f"{file} ({file.stat().st_size} bytes) is truncated or is not a safetensors file: {error}"
-      ) from error
+    opened = _open(file)
     for name in opened.keys():  # noqa: SIM118 - not a mapping
       if name in tensors:
         raise ValueError(f"{folder}: tensor {name} is in {file.name} and in an earlier shard")
@@ -121,6 +120,42 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
       tensors[name] = Tensor(tuple(part.get_shape()), partial(_read_part, file, name))
   if missing := [name for name in listed if name not in tensors]:
     raise ValueError(f"{index} lists tensors that no shard holds: {', '.join(missing[:20])}")
+  return tensors
+
+
+def _is_name(name: object) -> bool:
+  return isinstance(name, str) and bool(name) and "\0" not in name
+
+
+def _open(file: Path) -> Any:
+  """Opens a safetensors file; ValueError names one that is damaged."""
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    return safe_open(str(file), "np")
+  except (SafetensorError, OSError) as error:
+    raise ValueError(
+      f"{file} ({file.stat().st_size} bytes) is truncated or is not a safetensors file: {error}"
+    ) from error
+
+
+def read_whole(file: Path) -> dict[str, np.ndarray]:
+  """Returns all tensors of a small safetensors file as float32.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or a tensor is not of floats or holds NaN or infinity.
+  """
+  if not file.is_file():
+    raise FileNotFoundError(f"no {file.name} in {file.parent}")
+  tensors = {}
+  with _open(file) as opened:
+    for name in opened.keys():  # noqa: SIM118 - not a mapping
+      if (dtype := opened.get_slice(name).get_dtype()) not in _FLOATS:
+        raise ValueError(f"{file}: {name} is {dtype}, known: {', '.join(_FLOATS)}")
+      tensors[name] = opened.get_tensor(name).astype(np.float32)
+      if not np.isfinite(tensors[name]).all():
+        raise ValueError(f"{file}: {name} holds NaN or infinity; use another copy")
   return tensors
 
 

@@ -17,6 +17,8 @@ SOURCES = (
   "installed Python package), 'random:NAME', or a Hugging Face hub id 'org/name'"
 )
 
+ADAPTER = "adapter_config.json"  # of a folder of adapters
+
 RANDOM_MODELS: dict[str, ModelConfig] = {
   # Vocabulary: 256 bytes and the end of text (tokens.ByteTokenizer).
   "tiny": ModelConfig(
@@ -53,6 +55,8 @@ def resolve(source: str) -> Source:
     >>> resolve("random:tiny")
     Source(kind='random', location='tiny')
   """
+  if not source or "\0" in source:
+    raise ValueError(f"the model source is {source!r}: use {SOURCES}")
   scheme, _, name = source.partition(":")
   if scheme == "random":
     if name not in RANDOM_MODELS:
@@ -66,10 +70,20 @@ def resolve(source: str) -> Source:
       return Source("gguf", str(path))
     raise ValueError(f"{path} is not a model: use {SOURCES}")
   if path.is_dir():
-    return Source("folder", str(path))
+    return _folder(path)
   if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) and path.suffix != ".gguf":
-    return Source("folder", _download(source))
+    return _folder(Path(_download(source)))
   raise FileNotFoundError(f"no model at {source!r}: there is no such path; use {SOURCES}")
+
+
+def _folder(path: Path) -> Source:
+  """Returns the source of a folder; ValueError if it holds adapters only."""
+  if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+    raise ValueError(
+      f"{path} holds adapters, not a model: set lora.source to it, and model.source to the model "
+      f"that they belong to, base_model_name_or_path in its {ADAPTER}"
+    )
+  return Source("folder", str(path))
 
 
 def _packaged_gguf(name: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import PyTree
 
-from grpo_jax.models.config import ModelConfig, check_numbers
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.gguf import read_gguf
 from grpo_jax.models.io.safetensors import Index, Tensor, read_folder
 from grpo_jax.models.io.sources import Source
@@ -98,11 +99,13 @@ class Weights:
     config: shape and family of the model.
     shapes: parameter tree of float32 ShapeDtypeStructs.
     parts: the same tree of functions that read a part of a parameter.
+    where: the file or folder in errors.
   """
 
   config: ModelConfig
   shapes: PyTree[jax.ShapeDtypeStruct]
   parts: PyTree[Part]
+  where: str = "the model"
 
   def read(self, shardings: PyTree[Sharding] | None = None) -> Params:
     """Returns the parameters as numpy arrays, or as jax arrays with the given shardings.
@@ -116,7 +119,7 @@ class Weights:
     Raises:
       ValueError: a parameter holds NaN or infinity.
     """
-    parts = jax.tree_util.tree_map_with_path(_finite, self.parts)
+    parts = jax.tree_util.tree_map_with_path(partial(_finite, self.where), self.parts)
     if shardings is None:
       return jax.tree.map(lambda shape, part: part((slice(None),) * shape.ndim), self.shapes, parts)
     return jax.tree.map(
@@ -127,7 +130,7 @@ class Weights:
     )
 
 
-def _finite(path: tuple[Any, ...], part: Part) -> Part:
+def _finite(where: str, path: tuple[Any, ...], part: Part) -> Part:
   """Returns `part` with a check of the numbers it reads."""
 
   def read(index: Index) -> np.ndarray:
@@ -135,8 +138,8 @@ def _finite(path: tuple[Any, ...], part: Part) -> Part:
     if not np.isfinite(values).all():
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       raise ValueError(
-        f"the weights of {name} hold NaN or infinity: the file is damaged, or was written after "
-        "training went wrong; use another copy"
+        f"{where}: the weights of {name} hold NaN or infinity: the file is damaged, or was written "
+        "after training went wrong; use another copy"
       )
     return values
 
@@ -166,9 +169,9 @@ def open_files(source: Source) -> Weights:
   """
   read = read_gguf if source.kind == "gguf" else read_folder
   config, tensors = read(Path(source.location))
-  check_numbers(config, source.location)
   names = "gguf" if source.kind == "gguf" else "hf"
-  return Weights(config, shapes_of(config), _parts(config, tensors, names, source.location))
+  parts = _parts(config, tensors, names, source.location)
+  return Weights(config, shapes_of(config), parts, source.location)
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -257,6 +257,30 @@ def test_the_model_type_is_used_without_architectures():
       r"'dynamic' is not supported \(its .*known: default, linear, llama3, yarn",
     ),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor must be given"),
+    ({"rope_scaling": "linear"}, "rope_scaling must be given as an object, got 'linear'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be given as a finite"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope scaling \['linear'\] is not supported"),
+    (
+      {
+        "rope_scaling": {
+          "rope_type": "llama3",
+          "factor": 8.0,
+          "low_freq_factor": 4.0,
+          "high_freq_factor": 1.0,
+        }
+      },
+      "low below high",
+    ),
+    (
+      {"num_hidden_layers": 10**7},
+      "num_hidden_layers must be given as at most 10000, got 1",
+    ),
+    ({"num_hidden_layers": 10**400}, "num_hidden_layers must be given as an integer below 2.31"),
+    ({"vocab_size": 10**9}, "vocab_size is 1,000,000,000, it must be at most 100,000,000"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be given as true or false"),
+    ({"attention_bias": 0}, "attention_bias must be given as true or false, got 0"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures must be a list"),
+    ({"hidden_act": ["silu"]}, "hidden_act .* is not supported"),
     ({"partial_rotary_factor": 0.5, "rope_theta": 1e4}, "partial_rotary_factor is not supported"),
     ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported, known: silu"),
     ({"quantization_config": {"bits": 4}}, "quantization_config .* use the unquantized"),

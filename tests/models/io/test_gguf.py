@@ -1,5 +1,7 @@
 """Tests that a GGUF file gives the config and tensors of its Hugging Face checkpoint."""
 
+import struct
+import time
 from pathlib import Path
 
 import gguf
@@ -213,3 +215,57 @@ def test_quantized_blocks_are_decoded(tmp_path, kind, make):
   np.testing.assert_allclose(weights.read()["embed"], values, rtol=1e-6, atol=1e-7)
   part = weights.parts["embed"]((slice(5, 9), slice(40, 72)))
   np.testing.assert_allclose(part, values[5:9, 40:72], rtol=1e-6, atol=1e-7)
+
+
+# --- numbers out of range -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("entry", "message"),
+  [
+    ({"llama__block_count": 10**9}, r"llama\.block_count must be at most 10000, got '1000000000'"),
+    ({"llama__attention__head_count": 0}, r"head_count must be a positive integer .*, got '0'"),
+    ({"llama__attention__head_count": "4"}, "head_count must be a positive integer"),
+    ({"llama__attention__head_count": [4, 4]}, "head_count must be a positive integer"),
+    ({"llama__attention__head_count_kv": 3}, "must divide that of heads"),
+    ({"llama__rope__freq_base": float("nan")}, "freq_base must be a finite number above 0"),
+    ({"llama__attention__layer_norm_rms_epsilon": -1.0}, "rms_epsilon must be a finite number"),
+    ({"tokenizer__ggml__tokens": "abc", "llama__vocab_size": None}, "must be a list of texts"),
+  ],
+)
+def test_metadata_out_of_range_is_named(tmp_path, entry, message):
+  path = tmp_path / "model.gguf"
+  tiny_gguf.write(path, **entry)
+  with pytest.raises(ValueError, match=message) as caught:
+    load(str(path))
+  assert str(path) in str(caught.value)
+
+
+def header(*fields, tensors=0):
+  """A GGUF file of version 3 with fields (key, type, bytes of the value) and no data."""
+  content = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields))
+  for key, kind, value in fields:
+    content += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+  return content
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    header(("a", 9, struct.pack("<IQ", 0, 10**12))),  # a list of bytes beyond the file
+    header(("a", 9, struct.pack("<IQ", 0, 10**7)) , tensors=0) + bytes(10**7),  # and within it
+    header(("a", 9, struct.pack("<IQ", 9, 2**20) * 9)),  # lists of lists
+    header(("a", 8, struct.pack("<Q", 2**63))),  # a text
+    header(("a", 77, b"")),
+    header(tensors=2**40),
+    header(tensors=1) + struct.pack("<Q", 1) + b"t" + struct.pack("<I", 2**31),  # dimensions
+    b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60),
+  ],
+)  # fmt: skip
+def test_a_hostile_header_is_refused_at_once(tmp_path, content):
+  path = tmp_path / "model.gguf"
+  path.write_bytes(content)
+  began = time.monotonic()
+  with pytest.raises(ValueError, match="truncated or damaged GGUF file"):
+    load(str(path))
+  assert time.monotonic() - began < 2

@@ -74,3 +74,19 @@ def test_unsupported_tokenizers_are_errors(tmp_path, metadata, message):
   with pytest.raises(ValueError, match=message) as caught:
     read(tmp_path, **metadata)
   assert str(tmp_path / "model.gguf") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("entry", "message"),
+  [
+    ({"tokenizer__ggml__eos_token_id": 264}, r"eos_token_id must be an id in 0\.\.263, got '264'"),
+    ({"tokenizer__ggml__padding_token_id": "2"}, "padding_token_id must be an id"),
+    ({"tokenizer__ggml__merges": ["x"]}, "the tokenizer in the metadata cannot be read"),
+    ({"tokenizer__ggml__token_type": [1, 2]}, "the tokenizer in the metadata cannot be read"),
+    ({"tokenizer__ggml__pre": 5}, "pre-tokenizer 5"),
+  ],
+)
+def test_a_damaged_tokenizer_is_named(tmp_path, entry, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    read(tmp_path, **entry)
+  assert str(tmp_path) in str(caught.value)

@@ -197,3 +197,22 @@ def test_a_file_is_not_mapped_after_it_was_read():
   assert "python" in MAPS.read_text()
   assert "model.safetensors" not in MAPS.read_text()
   assert weights.parts  # can still be read again
+
+
+def test_tied_embeddings_may_be_stored_as_the_head(tmp_path):
+  """safetensors keeps the first name of a shared tensor, in alphabetical order."""
+  folder = Path(shutil.copytree(TIED, tmp_path / "model"))
+  edit_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+  config, params = load(str(folder))
+  assert_holds(params, load_file(TIED / "model.safetensors"), config.layers)
+  (folder / "config.json").write_text((UNTIED / "config.json").read_text())
+  with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: missing"):
+    load(str(folder))
+
+
+@pytest.mark.parametrize("index", [[], {"lm_head.weight": 5}, {"lm_head.weight": ""}, "x", None])
+def test_an_index_of_another_shape_is_named(folder, index):
+  shard(folder)
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+  with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: weight_map must be"):
+    read_folder(folder)
