@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from grpo_jax import extras
+from grpo_jax.errors import first_line
 
 Row: TypeAlias = dict[str, Any]
 # Words for splits in the names of files, as the hub understands them.
@@ -61,18 +62,31 @@ class JsonLines:
     try:
       text = line.decode("utf-8-sig").strip()
       row = json.loads(text)
+      if "\\ud" in text.lower():  # the only way to half a surrogate pair
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
       raise ValueError(f"{self.where(i)}: not UTF-8 text: {error.reason} in {line[:80]!r}") from (
         error
       )
-    except (json.JSONDecodeError, RecursionError) as error:
-      reason = (
-        f"{error.msg} (column {error.colno})" if hasattr(error, "msg") else "nested too deeply"
-      )
+    except UnicodeEncodeError as error:
+      raise ValueError(f"{self.where(i)}: {half_a_pair(error)}") from error
+    except (ValueError, RecursionError) as error:
+      if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} (column {error.colno})"
+      else:  # an integer of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
       raise ValueError(f"{self.where(i)}: not JSON: {reason}: {text[:80]!r}") from error
     if not isinstance(row, dict):
       raise ValueError(f"{self.where(i)}: must be a JSON object with a prompt, got {text[:80]!r}")
     return row
+
+
+def half_a_pair(error: UnicodeEncodeError) -> str:
+  """Returns the words for text that holds half of a surrogate pair, as of a cut emoji."""
+  return (
+    f"text with {error.object[error.start]!r}, half of a surrogate pair, which no tokenizer takes; "
+    "cut the text between characters"
+  )
 
 
 class Parquet:
@@ -84,12 +98,12 @@ class Parquet:
 
   def __init__(self, path: str) -> None:
     extras.require("tasks", f"{path}: reading Parquet files", "pyarrow")
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import parquet
 
     try:
       self._table = parquet.read_table(path).combine_chunks()
-    except (ArrowInvalid, OSError) as error:
-      raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged page raises many unrelated types
+      raise ValueError(f"{path}: not a Parquet file: {first_line(error)}") from error
     self.path = path
     if not len(self):
       raise ValueError(f"{path} contains no examples: it has no rows")
@@ -102,7 +116,10 @@ class Parquet:
     return f"{self.path}, row {i + 1}"
 
   def __getitem__(self, i: int) -> Row:
-    return self._table.slice(i, 1).to_pylist()[0]
+    try:
+      return self._table.slice(i, 1).to_pylist()[0]
+    except Exception as error:  # such as text that is not UTF-8
+      raise ValueError(f"{self.where(i)}: cannot be read: {first_line(error)}") from error
 
 
 class InMemory:
@@ -185,7 +202,12 @@ def read_json(path: str) -> Rows:
       return JsonLines(path)
     file.seek(0)
     try:
-      rows = json.loads(file.read().decode("utf-8-sig"))
+      text = file.read().decode("utf-8-sig")
+      rows = json.loads(text)
+      if "\\ud" in text.lower():
+        json.dumps(rows, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+      raise ValueError(f"{path}: {half_a_pair(error)}") from error
     except (ValueError, RecursionError) as error:
       raise ValueError(f"{path}: not a list in JSON: {error}") from error
   for number, row in enumerate(rows, start=1):

@@ -31,6 +31,7 @@ from grpo_jax.tasks import hub
 from grpo_jax.tasks.base import Example, Prompt, RewardFunction, Task, unknown_name
 from grpo_jax.tasks.files import Row, Rows, find_files, open_rows
 from grpo_jax.tasks.indexed import Indexed
+from grpo_jax.tasks.messages import plain_messages
 from grpo_jax.tasks.rewards.golds import check_answer, graders_of
 from grpo_jax.tasks.rewards.loading import (
   Reward,
@@ -359,17 +360,13 @@ def checked_prompt(row: Row, column: str, where: str) -> Prompt:
   prompt = pick(row, column, "prompt column", where)
   if isinstance(prompt, str) and prompt.strip():
     return prompt
-  if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-    return prompt
+  messages = plain_messages(prompt)
+  if messages is not None:
+    return messages
   raise ValueError(
     f"{where}: {column!r} must be non-empty text, or a list of chat messages such as "
-    f'{{"role": "user", "content": "..."}}, got {json.dumps(prompt, default=str)[:80]}'
-  )
-
-
-def _is_message(message: object) -> bool:
-  return isinstance(message, dict) and all(
-    isinstance(message.get(field), str) for field in ("role", "content")
+    f'{{"role": "user", "content": "..."}}, whose content may also be a list of parts such as '
+    f'{{"type": "text", "text": "..."}}, got {json.dumps(prompt, default=str)[:200]}'
   )
 
 

@@ -224,6 +224,64 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
   assert [example.prompt for example in task.splits["train"]] == ["a", "\u2028b"]
 
 
+# --- chat messages as other tools write them, and text that no tokenizer takes --------------------
+
+PARTS = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1"}]
+
+
+@pytest.mark.parametrize("write", [write_lines, None], ids=["jsonl", "parquet"])
+def test_contents_in_parts_are_joined_and_null_is_empty(tmp_path, write):
+  call = {"name": "add", "arguments": "1"}
+  messages = [
+    {"role": "user", "content": PARTS},
+    {"role": "assistant", "content": None, "tool_calls": [call]},
+    {"role": "tool", "content": [{"type": "text", "text": "2"}]},
+  ]
+  row = {"prompt": messages, "answer": "2"}
+  file = tmp_path / "a"
+  path = write(file, row) if write else write_parquet(tmp_path / "a.parquet", [row])
+  task = make_task("jsonl", path=path, reward=length, eval_fraction=0)
+  assert task.splits["train"][0].prompt == [
+    {"role": "user", "content": "1 + 1"},
+    {"role": "assistant", "content": "", "tool_calls": [call]},
+    {"role": "tool", "content": "2"},
+  ]
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    [{"type": "image", "url": "x"}],
+    ["text"],
+    [{"type": "text"}],
+    5,
+    [[PARTS]],
+    {"text": "x"},
+    None,
+  ],
+)
+def test_contents_that_are_not_text_are_refused_with_their_line(tmp_path, content):
+  row = {"prompt": [{"role": "user", "content": content}], "answer": "2"}
+  path = write_lines(tmp_path / "a.jsonl", rows(1)[0], row)
+  with pytest.raises(ValueError, match=r"a\.jsonl, line 2: 'prompt' must be .* parts such as"):
+    make_task("jsonl", path=path, reward=length, eval_fraction=0)
+
+
+@pytest.mark.parametrize(
+  ("row", "words"),
+  [
+    ('{"prompt": "12 \\ud83d"}', "half of a surrogate pair"),
+    ('{"prompt": "12", "deep": [{"a": "\\uDE00x"}]}', "half of a surrogate pair"),
+    ('{"prompt": "12", "\\ud800": 1}', "half of a surrogate pair"),
+    ('{"prompt": "12", "n": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
+  ],
+)
+def test_text_and_numbers_that_nothing_takes_are_refused_with_their_line(tmp_path, row, words):
+  path = write_lines(tmp_path / "a.jsonl", '{"prompt": "\\ud83d\\ude42"}', row)
+  with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: .*{words}"):
+    make_task("jsonl", path=path, reward=length, eval_fraction=0)
+
+
 # --- data for evaluation --------------------------------------------------------------------------
 
 

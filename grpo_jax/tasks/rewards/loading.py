@@ -170,9 +170,9 @@ def load_object(name: str | Callable[..., Any], kind: str, known: Iterable[str] 
     )
   try:
     module = _load_file(source) if source.endswith(".py") else importlib.import_module(source)
-  except FileNotFoundError:
+  except (FileNotFoundError, KeyboardInterrupt):
     raise
-  except (Exception, SystemExit) as error:
+  except BaseException as error:  # a file may also end the process
     raise ValueError(f"{name!r}: loading {source} raised {with_frames(error)}") from error
   loaded = getattr(module, attribute, None)
   if loaded is None:
