@@ -117,10 +117,17 @@ def keep(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-  """Guards standard output and standard error while the body runs; inside itself, does nothing."""
+  """Guards standard output and standard error while the body runs; inside itself, does nothing.
+
+  Where a stream is closed (`>&-`), its descriptor leads to the null device: otherwise the next file
+  that is opened would get its number, and with it what libraries write to the console.
+  """
   if isinstance(sys.stdout, GuardedStream):
     yield
     return
+  for descriptor in (0, 1, 2):
+    with contextlib.suppress(OSError):
+      _fill(descriptor)
   before, log = (sys.stdout, sys.stderr), ConsoleLog()
   sys.stdout, sys.stderr = streams = [GuardedStream(stream, log) for stream in before]
   try:
@@ -132,6 +139,17 @@ def guarded() -> Iterator[None]:
     for stream in before:
       _drop_unwritten(stream)
     sys.stdout, sys.stderr = before
+
+
+def _fill(descriptor: int) -> None:
+  """Opens the null device under a descriptor that is closed."""
+  try:
+    os.fstat(descriptor)
+  except OSError:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != descriptor:
+      os.dup2(nowhere, descriptor)
+      os.close(nowhere)
 
 
 def _last_shown(line: str) -> str:

@@ -163,9 +163,13 @@ def read(path: str | Path) -> Dump:
   path = Path(path)
   if not (path / RECORDED).is_file():
     raise ValueError(f"{path} holds no {RECORDED}: it is not a dump of an update, or incomplete")
-  config, recorded = (json.loads((path / n).read_text("utf-8")) for n in (CONFIG, RECORDED))
-  if not (path.absolute().parent / recorded["state_of"] / "state").is_dir():
-    raise ValueError(f"{path} needs the state in the dump {recorded['state_of']!r} beside it")
+  try:
+    config, recorded = (json.loads((path / n).read_text("utf-8")) for n in (CONFIG, RECORDED))
+    state_of, config = recorded["state_of"], dict(config)
+  except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+    raise ValueError(f"{path} is a damaged dump: {type(error).__name__}: {error}") from error
+  if not isinstance(state_of, str) or not (path.absolute().parent / state_of / "state").is_dir():
+    raise ValueError(f"{path} needs the state in the dump {state_of!r} beside it")
   return Dump(path, config, recorded)
 
 

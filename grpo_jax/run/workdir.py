@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -34,11 +34,11 @@ def lock(workdir: str | Path) -> Iterator[None]:
   run is not kept out there.
 
   Raises:
-    WorkdirError: another run uses the directory. The message names its process; no file changes.
+    WorkdirError: another run uses the directory (the message names its process; no file changes),
+      or it cannot be made or written.
   """
   path = Path(workdir) / LOCK
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a+", encoding="utf-8") as file:
+  with _opened(path) as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -57,6 +57,49 @@ def lock(workdir: str | Path) -> Iterator[None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
     file.flush()
     yield
+
+
+def path_of(workdir: str | Path) -> Path:
+  """Returns the path of a work directory, with `~` as the home of the user.
+
+  Raises:
+    WorkdirError: the path is empty, or something else than a directory is there.
+
+  Example:
+    >>> path_of("runs/a").as_posix()
+    'runs/a'
+  """
+  text = str(workdir)
+  if not str(workdir).strip() or "\0" in text:
+    raise WorkdirError(f"the work directory is {text!r}: give the path of a directory")
+  try:
+    path = Path(workdir).expanduser()
+    for part in (path, *path.parents):
+      if part.is_symlink() and not part.exists():
+        raise WorkdirError(
+          f"{path} cannot be a work directory: {part} is a link to {os.readlink(part)}, which does "
+          "not exist; use another --workdir"
+        )
+      if part.exists() and not part.is_dir():
+        raise WorkdirError(
+          f"{path} cannot be a work directory: {part} is a file; use another --workdir"
+        )
+  except (OSError, RuntimeError) as error:  # too long a name; a home that is not known
+    raise WorkdirError(f"{text[:300]!r} cannot be a work directory: {error}") from error
+  return path
+
+
+def _opened(path: Path) -> TextIO:
+  """Makes the work directory and opens its lock file."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a+", encoding="utf-8")
+  except OSError as error:
+    if is_full(error):
+      raise
+    raise WorkdirError(
+      f"{path.parent} cannot be a work directory: {error.strerror}; use another --workdir"
+    ) from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -83,7 +126,7 @@ def read_config(workdir: str | Path) -> dict[str, Any] | None:
   Raises:
     WorkdirError: the file is not a config.
   """
-  path = Path(workdir) / CONFIG
+  path = path_of(workdir) / CONFIG
   if not path.is_file():
     return None
   try:
@@ -91,7 +134,7 @@ def read_config(workdir: str | Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
       raise ValueError(f"it holds a {type(config).__name__}, not an object")
     return config
-  except ValueError as error:
+  except (ValueError, RecursionError, OSError) as error:
     raise WorkdirError(
       f"{path} is damaged ({error}), so the config that this run was started with is unknown. Put "
       "a copy of it back; or remove it, and the config of the next command becomes the run's"

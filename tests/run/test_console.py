@@ -59,6 +59,21 @@ def test_a_command_keeps_its_exit_code(shell):
   assert b"Traceback" not in completed.stderr
 
 
+def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path):
+  """A library that writes to descriptor 1 would write into that file."""
+  code = (
+    "import os\n"
+    "from grpo_jax.run.console import guarded\n"
+    "with guarded():\n"
+    f"  file = open({str(tmp_path / 'file')!r}, 'w')\n"
+    "  os.write(1, b'from a library'); os.write(2, b'and more'); print('x')\n"
+    "  file.write('ours')\n"
+  )
+  command = f'exec "{sys.executable}" -c "$CODE" <&- >&- 2>&-'
+  subprocess.run(["sh", "-c", command], env=dict(os.environ, CODE=code), check=True)
+  assert (tmp_path / "file").read_text() == "ours"
+
+
 # --- the copy in a file ---------------------------------------------------------------------------
 
 

@@ -91,3 +91,36 @@ def test_a_file_is_replaced_atomically(tmp_path):
     workdir.write_whole(path, json.dumps([2]))
     assert json.load(reader) == [1]
   assert json.loads(path.read_text()) == [2]
+
+
+def test_a_path_that_cannot_be_a_work_directory_is_explained(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("x")
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  for path, words in (
+    ("", "is '': give the path"),
+    (" ", "is ' ': give the path"),
+    (tmp_path / "file", r"file cannot be a work directory: .*file is a file"),
+    (tmp_path / "file" / "below", "file is a file"),
+    (tmp_path / "link", "link is a link to .*nowhere, which does not exist"),
+    (tmp_path / "link" / "below", "link is a link to"),
+    (tmp_path / ("a" * 300), "cannot be a work directory: .*name too long"),
+    ("a\0b", "give the path"),
+    ("~no_such_user/x", "cannot be a work directory"),
+  ):
+    with pytest.raises(workdir.WorkdirError, match=words):
+      workdir.path_of(path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert workdir.path_of("~/x") == tmp_path / "x"
+  (tmp_path / "there").mkdir()
+  (tmp_path / "other").symlink_to(tmp_path / "there")
+  assert workdir.path_of(tmp_path / "other") == tmp_path / "other"
+
+
+def test_a_directory_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(Path, "open", refuse)
+  with pytest.raises(workdir.WorkdirError, match="cannot be a work directory: Permission denied"):  # noqa: SIM117
+    with workdir.lock(tmp_path):
+      pass
