@@ -63,6 +63,7 @@ class Run:
     updates: settings of the updates of a rollout.
     new_adapters: random key -> LoRA adapters, trained instead of the weights; None trains the
       weights.
+    loaded_adapters: the adapters of `lora.source`, which take the place of new ones.
     chunks: parts of a batch for the deterministic reduction; None leaves the order to the compiler.
   """
 
@@ -78,6 +79,7 @@ class Run:
   rollout: RolloutConfig
   updates: UpdateConfig
   new_adapters: Callable[[jax.Array], Params] | None = None
+  loaded_adapters: Params | None = None
   chunks: Chunks | None = None
 
   # --- parameters ---------------------------------------------------------------------------------
@@ -107,6 +109,14 @@ class Run:
   def _adapters(self) -> Params:
     key = jax.random.key(self.config.seed)
     layout = meshes.param_shardings(self.mesh, jax.eval_shape(self.new_adapters, key))
+    if self.loaded_adapters is not None:
+      return jax.tree.map(
+        lambda value, sharding: jax.make_array_from_callback(
+          value.shape, sharding, value.__getitem__
+        ),
+        self.loaded_adapters,
+        layout,
+      )
     return jax.jit(self.new_adapters, out_shardings=layout)(key)
 
   @property
@@ -182,8 +192,11 @@ class Run:
     """Returns the updates of a rollout; a fixed reference is read here."""
     reference = None
     if self.algorithm.beta > 0 and not self.updates.sync_every:
-      # A model with adapters is its own reference: itself without them.
-      reference = {} if self.new_adapters else self.loaded_params()
+      # A model with new adapters is its own reference: itself without them.
+      if self.loaded_adapters is not None:
+        reference = self._adapters()
+      else:
+        reference = {} if self.new_adapters else self.loaded_params()
     return Learner(
       self.model,
       self.algorithm,
@@ -214,23 +227,27 @@ def build(config: ConfigDict) -> Run:
   )
   weights = attempt(lambda: open_weights(c.model.source, seed=c.seed), f"model {c.model.source!r}")
   tokenizer = weights and attempt(
-    lambda: tokens.load_tokenizer(c.model.source), f"the tokenizer of {c.model.source!r}"
+    lambda: tokenizer_of(c, weights.config), f"the tokenizer of {c.model.source!r}"
   )
   if c.reward_model.source:
     learned = attempt(
-      lambda: RewardModel.load(c.reward_model.source), f"reward model {c.reward_model.source!r}"
+      lambda: RewardModel.load(c.reward_model.source, date=c.chat.date or None),
+      f"reward model {c.reward_model.source!r}",
     )
     if task and learned:
       rewards = {**task.rewards, LEARNED: (learned, c.reward_model.weight)}
       task = dataclasses.replace(task, rewards=rewards)
+  c, loaded = (weights and attempt(lambda: with_lora_source(c, weights.config))) or (c, None)
   adapters = attempt(lambda: new_adapters_of(c.lora, weights)) if weights else None
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
 
   task, prompt_length = attempt(
-    lambda: _fit_task(c.rollout, task, tokenizer), "the prompts of the task"
+    lambda: _fit_task(c, task, tokenizer), "the prompts of the task"
   ) or (task, 1)
-  problems += _misfits(c, weights.config, task, tokenizer, algorithm, prompt_length)
+  problems += _misfits(c, weights.config, task, algorithm, prompt_length)
+  if c.reward_model.source and learned and (prompts := task.splits["train"] or task.splits["eval"]):
+    attempt(lambda: learned.tokenizer.encode_exchange(prompts[0].prompt, ""))
   if c.stop.when and algorithm:
     attempt(lambda: check_condition(c.stop.when, metric_names(c, task, algorithm)))
   if c.epochs:
@@ -272,6 +289,7 @@ def build(config: ConfigDict) -> Run:
     rollout=rollout_config(c, task, algorithm, mesh),
     updates=update_config(c),
     new_adapters=adapters,
+    loaded_adapters=loaded,
     chunks=chunks,
   )
 
@@ -376,6 +394,38 @@ def to_sampling_params(
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def tokenizer_of(c: ConfigDict, model: ModelConfig) -> tokens.AnyTokenizer:
+  """Returns the tokenizer of `model.source` with the chat settings of a config.
+
+  Raises:
+    ValueError: it cannot be read, or its chat template does not read one of the arguments.
+  """
+  arguments = c.chat.arguments.to_dict()
+  tokenizer = tokens.load_tokenizer(c.model.source, date=c.chat.date or None, arguments=arguments)
+  if arguments:
+    names = tokenizer.chat_variables() - tokens.CHAT_VARIABLES
+    if unknown := sorted(set(arguments) - names):
+      raise ValueError(
+        f"chat.arguments holds {', '.join(unknown)}, which the chat template of {c.model.source} "
+        f"does not read; it reads: {', '.join(sorted(names)) or 'none'}"
+      )
+  return tokens.fit_to_model(tokenizer, model.vocab_size)
+
+
+def with_lora_source(c: ConfigDict, model: ModelConfig) -> tuple[ConfigDict, Params | None]:
+  """Returns the config with the rank, alpha and matrices of `lora.source`, and its adapters.
+
+  Raises:
+    ValueError, FileNotFoundError: the folder does not hold adapters of this model.
+  """
+  if not c.lora.source:
+    return c, None
+  adapters, rank, alpha = lora.load_peft(c.lora.source, model)
+  c = c.copy_and_resolve_references()
+  c.lora.rank, c.lora.alpha, c.lora.targets = rank, alpha, "|".join(lora.matrices(adapters))
+  return c, adapters
+
+
 def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Params] | None:
   """Returns `lora.init` for this model, None without adapters; ValueError for a misfit."""
   if settings.rank == 0:
@@ -391,7 +441,6 @@ def _misfits(
   c: ConfigDict,
   model: ModelConfig,
   task: Task,
-  tokenizer: tokens.AnyTokenizer,
   algorithm: Algorithm | None,
   prompt_length: int,
 ) -> list[str]:
@@ -403,11 +452,6 @@ def _misfits(
       f"rollout.completion_length is {c.rollout.completion_length}: with prompts of "
       f"{prompt_length} tokens that makes {budget}, and {c.model.source} has a context of "
       f"{model.context}; lower it to {max(model.context - prompt_length, 0)} or less"
-    )
-  if tokenizer.vocab_size > model.vocab_size:
-    problems.append(
-      f"the tokenizer of {c.model.source} has {tokenizer.vocab_size} ids, its model only "
-      f"{model.vocab_size}"
     )
   if task.foreign and (c.rewards.workers == 0 or not c.rewards.isolate):
     problems.append(
@@ -517,13 +561,15 @@ def make_algorithm(settings: ConfigDict) -> Algorithm:
   return dataclasses.replace(row, **changes)
 
 
-def _fit_task(settings: ConfigDict, task: Task, tokenizer: tokens.AnyTokenizer) -> tuple[Task, int]:
+def _fit_task(c: ConfigDict, task: Task, tokenizer: tokens.AnyTokenizer) -> tuple[Task, int]:
   """Returns the task with prompts within the budget, and the padded prompt length in tokens."""
-  limit = settings.prompt_length
+  limit = c.rollout.prompt_length
+  splits = {name: rollout.with_system(s, c.chat.system) for name, s in task.splits.items()}
   if limit == 0:
-    return task, max(1, *(rollout.longest_prompt(tokenizer, s) for s in task.splits.values()))
+    longest = max(1, *(rollout.longest_prompt(tokenizer, split) for split in splits.values()))
+    return dataclasses.replace(task, splits=splits), longest
   splits = {
-    name: rollout.fit_prompts(tokenizer, split, limit, settings.overlong)
-    for name, split in task.splits.items()
+    name: rollout.fit_prompts(tokenizer, split, limit, c.rollout.overlong)
+    for name, split in splits.items()
   }
   return dataclasses.replace(task, splits=splits), limit

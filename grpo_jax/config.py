@@ -7,6 +7,7 @@ starts from `default_config()`. It is a program and runs as one: load only files
 import argparse
 import ast
 import contextlib
+import datetime
 import difflib
 import importlib.util
 import inspect
@@ -21,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from grpo_jax.errors import with_frames
+from grpo_jax.errors import first_line, with_frames
 
 # Fields that hold one of a few words.
 VALUES = {
@@ -35,6 +36,8 @@ VALUES = {
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
 }
+# Groups whose fields are free names: arguments of a task, variables of a chat template.
+OPEN_GROUPS = ("task.settings", "chat.arguments")
 TYPES = {
   bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"
 }  # fmt: skip
@@ -159,9 +162,11 @@ def attempt(problems: list[str], make: Callable[[], Any], what: str = "") -> Any
   """
   try:
     return make()
+  except KeyboardInterrupt:
+    raise
   except (ValueError, FileNotFoundError, ImportError) as error:
     problems.append(str(error))
-  except (Exception, SystemExit) as error:
+  except BaseException as error:
     problems.append(f"{what or 'the config'}: {type(error).__name__}: {error}")
   return None
 
@@ -192,9 +197,18 @@ def default_config() -> ConfigDict:
   # no softcap) or auto: the platform's kernel for long rows, else tiled.
   c.model.attention = "auto"
 
+  c.chat = Section()  # how messages become a prompt, by the model's chat template
+  c.chat.system = ""  # text of a system turn before the messages of each prompt; empty: none
+  # Variables of the template, such as enable_thinking=False.
+  c.chat.arguments = ConfigDict(convert_dict=False)
+  c.chat.date = ""  # day that the template sees, YYYY-MM-DD; empty: the day the run was started
+
   c.lora = Section()  # train low-rank adapters instead of the weights
   c.lora.rank = 0  # 0 = train all weights
   c.lora.alpha = 16.0  # adapters are scaled by alpha / rank
+  # Folder of adapters to start from, as `peft` and `export --adapter` write it. Its rank, alpha and
+  # matrices replace the fields above and below.
+  c.lora.source = ""
   # Matrices of a layer with adapters: a regular expression, or a list of names ("q" or "q_proj").
   c.lora.targets = FieldReference("q|k|v|o|gate|up|down", field_type=object)
 
@@ -369,28 +383,58 @@ def to_saved(config: ConfigDict) -> dict[str, Any]:
   return saved
 
 
-def from_saved(saved: dict[str, Any]) -> ConfigDict:
+def from_saved(saved: dict[str, Any], where: object = "the saved config") -> ConfigDict:
   """Returns the config that `to_saved` wrote.
 
   Fields newer than it have their defaults, or what earlier versions did (`BEFORE`).
+
+  Args:
+    saved: the fields.
+    where: the file in errors.
+
+  Raises:
+    ConfigError: a field holds a value of another type.
   """
   config = default_config()
-  with config.unlocked(), config.ignore_type():
-    _set(config, BEFORE)
-    config.update(saved)
+  problems = _values_for_groups(config, saved)
+  if not problems:
+    try:
+      with config.unlocked(), config.ignore_type():
+        _set(config, BEFORE)
+        config.update(saved)
+      problems = _check_types(config, default_config())
+    except (TypeError, ValueError, OverflowError) as error:  # such as 10^400 for a float
+      problems = [first_line(error)]
+  if problems:
+    raise ConfigError([f"{where}: {problem}" for problem in problems])
   return config
 
 
-def resolve_auto(config: ConfigDict, saved: dict[str, Any] | None) -> ConfigDict:
+def _values_for_groups(config: ConfigDict, saved: dict[str, Any], prefix: str = "") -> list[str]:
+  """Returns a line for each group of fields in whose place a saved config holds a value."""
+  problems = []
+  for name, group in config.items():
+    if isinstance(group, ConfigDict) and name in saved:
+      if isinstance(saved[name], dict):
+        problems += _values_for_groups(group, saved[name], f"{prefix}{name}.")
+      else:
+        problems.append(f"{prefix}{name} is {_shown(saved[name])}, it must be a group of fields")
+  return problems
+
+
+def resolve_auto(
+  config: ConfigDict, saved: dict[str, Any] | None, where: object = "the saved config"
+) -> ConfigDict:
   """Returns the config with a value in place of each "auto" that a work directory decides.
 
   Args:
     saved: the config that the work directory was begun with; None for a new one.
+    where: the file it is from, in errors.
   """
   values = {}
   for name, default in AUTO.items():
     if _get(config, name) == "auto":
-      begun = "auto" if saved is None else _get(from_saved(saved), name)
+      begun = "auto" if saved is None else _get(from_saved(saved, where), name)
       values[name] = default if begun == "auto" else begun
   return _set(config.copy_and_resolve_references(), values).lock()
 
@@ -462,6 +506,7 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
        "characters of Unicode")  # fmt: skip
   ids = all(type(number) is int and number >= 0 for number in c.rollout.stop_ids)
   need(ids, "rollout.stop_ids", "token ids: integers of at least 0")
+  need(_is_day(c.chat.date), "chat.date", "a day as YYYY-MM-DD, or empty")
   targets = c.lora.targets
   names = isinstance(targets, str) or (
     isinstance(targets, list | tuple) and all(isinstance(name, str) for name in targets)
@@ -474,6 +519,13 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   if problems:
     return problems
   return _check_division(c, device_count)
+
+
+def _is_day(text: str) -> bool:
+  try:
+    return not text or datetime.date.fromisoformat(text).isoformat() == text
+  except ValueError:
+    return False
 
 
 def _check_types(c: ConfigDict, defaults: ConfigDict, prefix: str = "") -> list[str]:
@@ -516,10 +568,10 @@ def _is_stop(text: object) -> bool:
 
 
 def _numbers(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, float]]:
-  """Yields the name and value of every numeric field; the settings of a task are its own."""
+  """Yields the name and value of every numeric field but those of open groups."""
   for name, value in c.items():
     if isinstance(value, ConfigDict):
-      if f"{prefix}{name}" != "task.settings":
+      if f"{prefix}{name}" not in OPEN_GROUPS:
         yield from _numbers(value, f"{prefix}{name}.")
     elif isinstance(value, int | float) and not isinstance(value, bool):
       yield f"{prefix}{name}", value
@@ -642,7 +694,9 @@ def _get_config(path: str) -> ConfigDict:
   try:
     spec.loader.exec_module(module)
     config = module.get_config()
-  except (Exception, SystemExit) as error:
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:
     # ml_collections names the misspelt field and the nearest real one.
     raise ConfigError([f"{path}: {with_frames(error)}"]) from error
   if not isinstance(config, ConfigDict):
@@ -656,10 +710,11 @@ def _apply(config: ConfigDict, override: str) -> None:
   if not override.startswith("--config.") or not equals:
     raise ValueError(f"{override!r} is not an override; write --config.field.name=value")
   *parents, last = name.split(".")
-  if parents == ["task", "settings"] and last not in config.task.settings:
-    # The task knows its settings and refuses the others.
+  group = ".".join(parents)
+  if group in OPEN_GROUPS and last not in _get(config, group):
+    # The task knows its settings, and the template its variables; both refuse other names.
     with config.unlocked():
-      config.task.settings[last] = _parse(text, None, object)
+      _get(config, group)[last] = _parse(text, None, object)
     return
   node = config
   for i, part in enumerate([*parents, last]):
@@ -674,7 +729,7 @@ def _apply(config: ConfigDict, override: str) -> None:
       raise ValueError(f"no field {name!r}: {hint}{where} has: {', '.join(names) or 'no fields'}")
     if i < len(parents):
       node = node[part]
-  if isinstance(node, dict):  # a dict among the settings of a task
+  if isinstance(node, dict):  # a dict in an open group
     node[last] = _parse(text, None, object)
     return
   if isinstance(node[last], ConfigDict):
@@ -682,7 +737,7 @@ def _apply(config: ConfigDict, override: str) -> None:
   # A choice of an algorithm is text, even "none".
   is_choice = parents == ["algorithm"] and last in CHOICES
   kind, ignored = node.get_type(last), contextlib.nullcontext()
-  if parents == ["task", "settings"]:  # the task checks the types of its settings
+  if group in OPEN_GROUPS:  # the task and the template check the types of their own
     ignored = config.ignore_type()
     if kind is list or (kind is str and text.lstrip().startswith(("[", "(", "{"))):
       kind = object  # a list of rewards in place of one, for example

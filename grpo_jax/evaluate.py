@@ -402,10 +402,12 @@ def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
     raise ValueError("give --workdir (a run) or --config (an experiment), one of them")
   if arguments.config:
     return config.load(arguments.config, overrides)
+  arguments.workdir = workdir.path_of(arguments.workdir)
   saved = workdir.read_config(arguments.workdir)
   if saved is None:
     raise ValueError(f"{arguments.workdir} holds no {workdir.CONFIG}: not a work directory")
-  return config.override(config.from_saved(saved), overrides)
+  where = arguments.workdir / workdir.CONFIG
+  return config.override(config.from_saved(saved, where), overrides)
 
 
 if __name__ == "__main__":

@@ -218,23 +218,27 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if arguments.config:
     settings, trained = configs.load(arguments.config, overrides), None
   else:
+    arguments.workdir = workdirs.path_of(arguments.workdir)
     saved = workdirs.read_config(arguments.workdir)
     if saved is None:
       raise ValueError(f"{arguments.workdir} holds no {workdirs.CONFIG}: not a work directory")
-    settings = configs.override(configs.from_saved(saved), overrides)
+    where = arguments.workdir / workdirs.CONFIG
+    settings = configs.override(configs.from_saved(saved, where), overrides)
     step, trained = read_trained(arguments.workdir, arguments.step)
     print(f"{arguments.workdir} after {step} steps, trained from {settings.model.source}")
-  source, rank = settings.model.source, settings.lora.rank
+  source, rank, alpha = settings.model.source, settings.lora.rank, settings.lora.alpha
   if arguments.adapter:
     if trained is None or not rank:
       raise ValueError("--adapter is for the --workdir of a run with LoRA (lora.rank above 0)")
     lora.save_peft(trained, arguments.out, alpha=settings.lora.alpha, base_name=source)
     return sorted(file.name for file in Path(arguments.out).iterdir())
   weights = open_weights(source, seed=settings.seed)
+  generation = None if trained is None else generation_settings(settings)
+  if settings.lora.source and trained is None:
+    trained, rank, alpha = lora.load_peft(settings.lora.source, weights.config)
   params = trained if trained is not None and not rank else weights.read()
   if trained is not None and rank:
-    params = lora.merge(params, trained, lora.scale(rank, settings.lora.alpha))
-  generation = None if trained is None else generation_settings(settings)
+    params = lora.merge(params, trained, lora.scale(rank, alpha))
   return export_model(
     weights.config, params, source, arguments.out, arguments.dtype, generation=generation
   )

@@ -87,7 +87,7 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   Raises:
     ConfigError: the config cannot be built on this machine.
   """
-  c = configs.from_saved(dump.config)
+  c = configs.from_saved(dump.config, dump.path)
   compilation.use_cache(c.compilation_cache, dump.path.absolute().parents[1])
   r = build(c) if run is None else run
   base_params, like = r.base_params, r.initial_state()

@@ -480,6 +480,28 @@ def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
   return {name: [example.columns.get(name) for example in examples] for name in names}
 
 
+def with_system(examples: Sequence[Example], text: str) -> Sequence[Example]:
+  """Returns the examples with a system turn before the messages of each prompt; "": unchanged.
+
+  Accessing an example raises ValueError if its prompt is text, or has a system turn of its own.
+  """
+  if not text:
+    return examples
+
+  def make(i: int) -> Example:
+    example = examples[i]
+    if isinstance(example.prompt, str):
+      reason = "is text, which has no turns: give chat messages"
+    elif example.prompt[0]["role"] == "system":
+      reason = "has a system turn of its own: leave chat.system empty, or take that turn out"
+    else:
+      turn = {"role": "system", "content": text}
+      return dataclasses.replace(example, prompt=[turn, *example.prompt])
+    raise ValueError(f"chat.system is set, and the prompt {str(example.prompt)[:200]!r} {reason}")
+
+  return Indexed(make, range(len(examples)))
+
+
 def longest_prompt(tokenizer: AnyTokenizer, examples: Sequence[Example]) -> int:
   """Returns the number of tokens of the longest prompt; 0 for no examples."""
   return max((len(encode_prompt(tokenizer, example.prompt)) for example in examples), default=0)

@@ -6,6 +6,7 @@ step, save and exit.
 
 import argparse
 import contextlib
+import datetime
 import json
 import logging
 import sys
@@ -92,15 +93,17 @@ def run(
     SkippedError: after too many skipped updates, with the finished steps saved.
     NotFiniteError: the parameters became NaN or infinite; the checkpoint before that stays.
   """
-  workdir, begun, session = Path(workdir), time.monotonic(), {}
+  workdir, begun, session = workdirs.path_of(workdir), time.monotonic(), {}
   with contextlib.ExitStack() as stack:
     stack.enter_context(console.guarded())
     compilation.use_cache(config.compilation_cache, workdir)
     watch = stack.enter_context(compilation.Watch())
+    config = with_chat_date(config, workdir)
     with hosts.together("reading the config and what it names"):
-      config = configs.resolve_auto(config, workdirs.read_config(workdir))
+      saved = workdirs.read_config(workdir)
+      config = configs.resolve_auto(config, saved, workdir / workdirs.CONFIG)
       run = build(config)
-      config = run.config  # with the number of steps
+      config = run.config  # with the number of steps, and the settings of `lora.source`
       saved = configs.to_saved(config)
       if hosts.is_first():
         stack.enter_context(workdirs.lock(workdir))
@@ -117,6 +120,22 @@ def run(
     if ending.reason:
       session.update(reason="stopped", message=ending.reason)
     return results
+
+
+def with_chat_date(config: ConfigDict, workdir: Path) -> ConfigDict:
+  """Returns the config with a date for chat templates: its own, the work directory's, or today.
+
+  A template that prints the date would otherwise give a continued run other prompts.
+  """
+  if config.chat.date:
+    return config
+  with hosts.together("reading the work directory"):
+    saved = (workdirs.read_config(workdir) or {}).get("chat")
+    date = saved.get("date") if isinstance(saved, dict) else None
+  date, *_ = hosts.gathered_json([date or datetime.date.today().isoformat()])
+  config = config.copy_and_resolve_references()
+  config.chat.date = date
+  return config
 
 
 def identity_of(run: Run, experiment: str | Path | None) -> dict[str, str]:
@@ -235,10 +254,12 @@ def check_workdir(
   saved = workdirs.read_config(workdir)
   if saved is None:
     return
-  before, problems = configs.from_saved(saved), []
+  before, problems = configs.from_saved(saved, workdir / workdirs.CONFIG), []
   for line in configs.differences(configs.to_saved(before), configs.to_saved(config)):
     name = line.partition(":")[0]
-    free = any(name == field or (field[-1] == "." and name.startswith(field)) for field in FREE)
+    # A run from before this field had the date of each day.
+    free = name == "chat.date" and not before.chat.date
+    free |= any(name == field or (field[-1] == "." and name.startswith(field)) for field in FREE)
     if not free and name not in accept:
       problems.append(f"use a new --workdir, or put back {line} (or --accept {name})")
   old, new = schedule_steps(before), schedule_steps(config)
@@ -271,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
   # What orbax logs with stacks comes back as errors, which are explained.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   try:
+    arguments.workdir = workdirs.path_of(arguments.workdir)
     config = configs.load(arguments.config, overrides)
     with hosts.session(config.hosts.heartbeat, config.hosts.wait):
       results = run(config, arguments.workdir, experiment=arguments.config, accept=arguments.accept)
@@ -285,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return GAVE_UP
   except KeyboardInterrupt as error:
-    print(f"{error or 'stopped'}; the same command continues {arguments.workdir}")
+    print(f"{str(error) or 'stopped'}; the same command continues {arguments.workdir}")
     return getattr(error, "exit_code", INTERRUPTED)
   except OSError as error:
     if not isinstance(error, checkpoint.SaveError) and not workdirs.is_full(error):

@@ -1,15 +1,21 @@
 """The objects of a run: what the config says of matmul precision stands in the programs."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from grpo_jax import export, train
 from grpo_jax.build import build, make_algorithm
-from grpo_jax.config import CHOICES, default_config, load
+from grpo_jax.config import CHOICES, ConfigError, default_config, from_saved, load, to_saved
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
 from grpo_jax.learning.step import Batch
+from grpo_jax.models import lora
+from grpo_jax.models.load import load as load_weights
+from grpo_jax.run import workdir as workdirs
 from grpo_jax.sampling.generate import generate
 
 SMALL = ("rollout.prompts_per_step=8", "rollout.group_size=2", "rollout.completion_length=4")
@@ -127,3 +133,50 @@ def test_a_function_named_by_its_file_is_the_advantage():
   c = load("experiments/tiny.py", ["--config.algorithm.advantage=tests/test_build.py:whitened"])
   rewards = jnp.array([[1.0, 0.0], [0.0, 0.0]])
   assert make_algorithm(c.algorithm).advantage(rewards).tolist() == [[0.75, -0.25], [-0.25, -0.25]]
+
+
+# --- a start from adapters ------------------------------------------------------------------------
+
+ADAPTERS = "tests/fixtures/tiny_llama_lora"  # rank 3, alpha 6, on q, v and down
+FROM_ADAPTERS = ("model.source=tests/fixtures/tiny_llama", f"lora.source={ADAPTERS}")
+
+
+def test_a_run_starts_from_the_adapters_of_a_folder(tmp_path):
+  changes = (*FROM_ADAPTERS, "algorithm.name=grpo", "algorithm.beta=0.1", "lora.rank=7")
+  run = make_run(*changes)
+  adapters, *_ = lora.load_peft(ADAPTERS, run.weights.config)
+  state = run.initial_state()
+  jax.tree.map(np.testing.assert_array_equal, state.params, adapters)
+  settings = run.config.lora
+  assert (settings.rank, settings.alpha, settings.targets) == (3, 6.0, "q|v|down")
+  assert run.model.lora_scale == 2.0
+  # The KL term stays close to the model at the start, which has the adapters.
+  jax.tree.map(np.testing.assert_array_equal, run.learner()._reference, adapters)
+  workdirs.write_config(tmp_path, to_saved(run.config))
+  train.check_workdir(make_run(*changes).config, tmp_path, {})
+  train.check_workdir(from_saved(workdirs.read_config(tmp_path)), tmp_path, {})
+
+
+def test_the_model_of_a_config_with_adapters_is_exported_with_them(tmp_path):
+  command = ["--config", "experiments/tiny.py", "--out", str(tmp_path / "out")]
+  assert export.main([*command, *(f"--config.{change}" for change in FROM_ADAPTERS)]) == 0
+  config, base = load_weights("tests/fixtures/tiny_llama")
+  adapters, rank, alpha = lora.load_peft(ADAPTERS, config)
+  exported = load_weights(str(tmp_path / "out"))[1]
+  expected = lora.merge(base, adapters, alpha / rank)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), exported, expected)
+  assert np.abs(exported["layers"]["q"] - base["layers"]["q"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (f"model.source={ADAPTERS}", "holds adapters, not a model: set lora.source to it"),
+    ("lora.source=tests/fixtures/tiny_llama", "no adapter_config.json in"),
+    ("model.source=random:tiny", r"adapter_model\.safetensors: 12 tensor\(s\) do not fit"),
+  ],
+)
+def test_a_folder_that_is_not_the_models_adapters_is_one_problem(change, words):
+  with pytest.raises(ConfigError, match=words) as caught:
+    make_run(*FROM_ADAPTERS, change)
+  assert len(caught.value.problems) == 1

@@ -378,6 +378,67 @@ def test_whatever_an_experiment_file_raises_names_the_file(tmp_path, body):
     load(str(file))
 
 
+@pytest.mark.parametrize(
+  "body", ["raise BaseException('x')", "import asyncio; raise asyncio.CancelledError()", "exit()"]
+)
+def test_everything_that_a_file_can_raise_is_one_problem(tmp_path, body):
+  file = tmp_path / "bad.py"
+  file.write_text(body)
+  with pytest.raises(ConfigError, match=r"bad\.py: (BaseException|CancelledError|SystemExit)"):
+    load(str(file))
+  file.write_text("raise KeyboardInterrupt")
+  with pytest.raises(KeyboardInterrupt):
+    load(str(file))
+
+
+def test_a_reward_file_that_ends_the_process_is_one_problem(tmp_path):
+  (tmp_path / "reward.py").write_text("import sys; sys.exit(0)")
+  (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "answer": 1}\n')
+  c = default_config()
+  c.task.name = "jsonl"
+  with c.unlocked():
+    c.task.settings.update(
+      path=str(tmp_path / "rows.jsonl"), reward=f"{tmp_path}/reward.py:f", eval_fraction=0.0
+    )
+  with pytest.raises(ConfigError, match=r"reward\.py raised SystemExit"):
+    build(c)
+
+
+@pytest.mark.parametrize(
+  ("saved", "words"),
+  [
+    ({"steps": "5"}, "steps is '5', it must be a whole number"),
+    ({"steps": True}, "steps is True"),
+    ({"model": 5}, "model is 5, it must be a group of fields"),
+    ({"train": {"slots": "x"}}, r"train\.chunks is 'x'"),
+    ({"rollout": {"stop": "x"}}, r"rollout\.stop is 'x', it must be a list"),
+    ({"chat": {"arguments": []}}, r"chat\.arguments is \[\]"),
+    ({"optimizer": {"beta1": 10**400}}, "OverflowError"),
+  ],
+)
+def test_a_saved_config_with_values_of_another_type_names_the_file(saved, words):
+  with pytest.raises(ConfigError, match=f"runs/a/config.json: {words}"):
+    from_saved(saved, "runs/a/config.json")
+
+
+def test_a_saved_config_may_hold_what_it_was_saved_with():
+  c = default_config()
+  c.algorithm.beta, c.optimizer.learning_rate, c.rollout.stop = 0.5, 1.0, ("x",)
+  c.lora.targets = ["q", "v"]
+  with c.unlocked():
+    c.chat.arguments.effort = {"level": [1, None]}
+  saved = json.loads(json.dumps(to_saved(c)).replace("1.0", "1"))
+  assert to_saved(from_saved(saved)) == to_saved(c)
+
+
+@pytest.mark.parametrize("day", ["2025-02-30", "today", "20250101", "2025-1-1"])
+def test_the_date_of_the_chat_template_is_a_day(day):
+  c = override(default_config(), ["--config.chat.date='2025-01-02'"])
+  assert check(override(default_config(), ["--config.chat.date=2025-01-02"]), 1) == []
+  c.chat.date = day
+  assert check(c, 1) == [f"chat.date is {day!r}, it must be a day as YYYY-MM-DD, or empty"]
+
+
 # --- what a work directory decides, and settings with dots ----------------------------------------
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from grpo_jax import build, rollout, tasks, tokens
+from grpo_jax import build, rollout, tasks
 from grpo_jax import config as configs
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
@@ -284,6 +284,7 @@ def open_programs(
   attempt = partial(configs.attempt, problems)
   algorithm = attempt(lambda: build.make_algorithm(c.algorithm))
   shape = attempt(lambda: config_of(c.model.source))
+  c, _ = (shape and attempt(lambda: build.with_lora_source(c, shape))) or (c, None)
   weights = Weights(shape, shapes_of(shape), None) if shape else None
   adapters = attempt(lambda: build.new_adapters_of(c.lora, weights)) if shape else None
   prompts = prompts or attempt(lambda: read_prompts(c))
@@ -332,8 +333,9 @@ def read_prompts(c: ConfigDict) -> Prompts:
     task = tasks.make_task(c.task.name, **c.task.settings.to_dict())
     stop = tuple(dict.fromkeys((*task.stop, *stop)))
     if not length:
-      tokenizer = tokens.load_tokenizer(c.model.source)
-      length = max(rollout.longest_prompt(tokenizer, split) for split in task.splits.values())
+      tokenizer = build.tokenizer_of(c, config_of(c.model.source))
+      splits = [rollout.with_system(split, c.chat.system) for split in task.splits.values()]
+      length = max(rollout.longest_prompt(tokenizer, split) for split in splits)
   except (ValueError, OSError, ImportError) as error:
     if not length:
       raise ValueError(
