@@ -99,6 +99,38 @@ class FunctionModel:
     hidden = jax.lax.dynamic_index_in_dim(hidden, n + index, axis=1, keepdims=False)
     return hidden.reshape(count, group, -1), cache
 
+  def extend(
+    self,
+    params: Params,
+    tokens: Int[Array, "P G M"],
+    index: Int[Array, ""],
+    mask: Bool[Array, "P G S"],
+    prefix: Cache,
+    prompt_mask: Bool[Array, "P N"],
+    cache: Cache,
+  ) -> tuple[Float[Array, "P G M D"], Cache]:
+    """Returns the hidden states after M more tokens, and the tokens so far.
+
+    A row is made contiguous before it is computed: the tokens that `mask` leaves out come first, as
+    padding on the left.
+    """
+    count, group, length = tokens.shape
+    new = tokens.reshape(-1, 1, length, 1)
+    cache = jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
+    written = cache[:, 0, :, 0]
+    slots = jnp.arange(written.shape[1])
+    real = jnp.pad(mask, [(0, 0), (0, 0), (0, len(slots) - mask.shape[-1])]).reshape(written.shape)
+    real &= slots < index + length
+    row = jnp.concatenate([self._repeat(prefix[:, 0, :, 0], group), written], 1)
+    real = jnp.concatenate([self._repeat(prompt_mask, group), real], 1)
+    order = jnp.argsort(real, axis=1, stable=True)
+    row, packed = (jnp.take_along_axis(a, order, 1) for a in (row, real))
+    hidden = self._hidden_states(params, row, packed)
+    place = jnp.argsort(order, axis=1)[:, prompt_mask.shape[1] :]  # of each slot in the packed row
+    place = jax.lax.dynamic_slice_in_dim(place, index, length, axis=1)
+    hidden = jnp.take_along_axis(hidden, place[..., None], axis=1)
+    return hidden.reshape(count, group, length, -1), cache
+
   def _repeat(self, rows: Array, group: int) -> Array:
     """Returns each prompt's row once per completion, [P, S] -> [P G, S]."""
     return jnp.repeat(rows, group, axis=0)

@@ -163,22 +163,23 @@ def cached_attention(
   own: KeysValues,
   own_mask: Bool[Array, "..."],
   prefix: KeysValues,
-  prefix_mask: Bool[Array, "P 1 N"],
+  prefix_mask: Bool[Array, "P #q N"],
   *,
   scale: float,
   softcap: float | None = None,
 ) -> Float[Array, "P G H d"]:
-  """Computes `group_attention` of one query per sequence, with the cache layout of decoding.
+  """Computes `group_attention` of one token per sequence, with the cache layout of decoding.
 
   Keys and values are stored in the order in which the matrix products read them, so that nothing of
   their size is copied: heads before tokens, and one axis R = P·G for all completions.
 
   Args:
-    q: one query per sequence.
+    q: the queries of each sequence; those that read one key head are neighbours.
     own: keys [R, K, d, T] and values [R, K, T, d] of the completions.
-    own_mask: true where a query sees one of its own keys, [T] or broadcastable.
+    own_mask: true where a query sees one of its own keys, broadcastable to [R, K, H / K, T].
     prefix: keys and values [P, K, N, d] of the prompts.
-    prefix_mask: true where a query sees a prompt token.
+    prefix_mask: true where a query sees a prompt token, for all queries of a key head or for each,
+      sequence by sequence.
     scale: factor on `q · k`.
     softcap: soft cap of the scores, as in `group_attention`.
   """

@@ -79,14 +79,17 @@ def _run_layers(body: Callable, carry: Any, layers: Params, local: Any, per_laye
 
 
 def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tuple, tuple]:
-  """Writes token `index` of one layer; returns the cache, and this layer's keys and values.
+  """Writes tokens from slot `index` on into one layer; returns the cache, and this layer's part.
 
   XLA:CPU: keys are stored as [R, K, Dh, T], the order in which the product for scores reads them.
+
+  Args:
+    new: keys and values, [R, M, K, Dh].
   """
   keys, values = cache[layer]
   own = (
-    jax.lax.dynamic_update_slice_in_dim(keys, new[0][..., None], index, axis=3),
-    jax.lax.dynamic_update_slice_in_dim(values, new[1][..., None, :], index, axis=2),
+    jax.lax.dynamic_update_slice_in_dim(keys, new[0].transpose(0, 2, 3, 1), index, axis=3),
+    jax.lax.dynamic_update_slice_in_dim(values, new[1].swapaxes(1, 2), index, axis=2),
   )
   return (*cache[:layer], own, *cache[layer + 1 :]), own
 
@@ -99,7 +102,7 @@ def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tupl
   """
   start = (layer, 0, 0, index, 0)
   cache = tuple(
-    jax.lax.dynamic_update_slice(old, x[None, ..., None, :], start) for old, x in zip(cache, new)
+    jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2)[None], start) for old, x in zip(cache, new)
   )
   keys, values = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
   return cache, (keys.swapaxes(-1, -2), values)
@@ -300,25 +303,105 @@ class Decoder:
       prompt_mask: true on prompt tokens, false on padding.
       cache: the completions' cache, from `empty_cache` or the step before.
     """
-    position = prompt_mask.sum(-1)[:, None] + index
+
+    def own_mask(window: Array | None, slots: Array) -> Array:
+      return within_window(slots <= index, index[None], slots, window)
+
+    start = prompt_mask.sum(-1)[:, None]
+    hidden, cache = self._decode(
+      params, tokens[..., None], index, start + index, own_mask, prefix, prompt_mask, cache
+    )
+    return hidden[:, :, 0], cache
+
+  def extend(
+    self,
+    params: Params,
+    tokens: Int[Array, "P G M"],
+    index: Int[Array, ""],
+    mask: Bool[Array, "P G S"],
+    prefix: Cache,
+    prompt_mask: Bool[Array, "P N"],
+    cache: Cache,
+  ) -> tuple[Float[Array, "P G M D"], Cache]:
+    """Returns the hidden states after M more tokens of each completion, and the new cache.
+
+    Unlike in `decode`, completions may differ in length: `mask` says which slots of the cache hold
+    a token. The order of the slots is the order of the tokens, and other slots are never seen.
+
+    Args:
+      params: parameters, layers stacked or unstacked.
+      tokens: the new tokens; anything where `mask` is false.
+      index: slot of the first of them, the same for all completions.
+      mask: true on slots that hold a token of the completion, the new ones included.
+      prefix, prompt_mask, cache: as in `decode`.
+    """
+    length = tokens.shape[-1]
+    numbers = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)  # of the token in each slot
+    new = jax.lax.dynamic_slice_in_dim(numbers, index, length, axis=2)
+    until = index + jnp.arange(length)
+
+    def own_mask(window: Array | None, slots: Array) -> Array:
+      padding = [(0, 0), (0, 0), (0, len(slots) - mask.shape[-1])]
+      here, keys = jnp.pad(mask, padding), jnp.pad(numbers, padding)
+      visible = here[:, :, None] & (slots <= until[:, None])
+      visible = within_window(visible, new, keys, window)
+      return visible.reshape(-1, 1, *visible.shape[2:])
+
+    start = prompt_mask.sum(-1)[:, None]
+    positions = start + new.reshape(len(tokens), -1)
+    return self._decode(params, tokens, index, positions, own_mask, prefix, prompt_mask, cache)
+
+  def _decode(
+    self,
+    params: Params,
+    tokens: Int[Array, "P G M"],
+    index: Int[Array, ""],
+    positions: Int[Array, "P #GM"],
+    own_mask: Callable[[Array | None, Array], Array],
+    prefix: Cache,
+    prompt_mask: Bool[Array, "P N"],
+    cache: Cache,
+  ) -> tuple[Float[Array, "P G M D"], Cache]:
+    """Runs M tokens of each completion from slot `index` on.
+
+    Args:
+      positions: position of each token in its sequence, prompt included.
+      own_mask: maps (window of the layer, slots of the cache) to the mask of the slots that each
+        token sees, broadcastable to [R, 1, M, slots].
+    """
+    c = self.config
+    count, group, length = tokens.shape
+    repeats = c.heads // c.kv_heads
     prefix_positions = prompt_positions(prompt_mask)
     write = _write_layer if isinstance(params["layers"], tuple) else _write_stacked
 
-    def attend(q, k, v, local, shared, cache, layer):
-      window = layer_window(local, self.config.window)
-      new = tuple(x.reshape(-1, *x.shape[2:]) for x in (k, v))
-      cache, (keys, values) = write(cache, layer, index, new)
-      slots = jnp.arange(values.shape[2])
-      own_mask = within_window(slots <= index, index[None], slots, window)
-      prefix_mask = within_window(prompt_mask[:, None], position, prefix_positions, window)
-      mixed = cached_attention(
-        q, (keys, values), own_mask, shared, prefix_mask, **self._score_options
-      )
-      return mixed, (cache, None)
+    def by_head(x):  # [P, G M, H, Dh] -> [P, G, K M r, Dh], one query head per token
+      x = x.reshape(count, group, length, c.kv_heads, repeats, c.head_dim).swapaxes(2, 3)
+      return x.reshape(count, group, -1, c.head_dim)
 
-    positions = jnp.broadcast_to(position, tokens.shape)
-    hidden, _, cache = self._layers(params, tokens, positions, attend, prefix, cache)
-    return hidden, cache
+    def by_token(x):
+      x = x.reshape(count, group, c.kv_heads, length, repeats, c.head_dim).swapaxes(2, 3)
+      return x.reshape(count, group * length, c.heads, c.head_dim)
+
+    def attend(q, k, v, local, shared, cache, layer):
+      window = layer_window(local, c.window)
+      new = tuple(x.reshape(-1, length, *x.shape[2:]) for x in (k, v))
+      cache, (keys, values) = write(cache, layer, index, new)
+      visible = own_mask(window, jnp.arange(values.shape[2]))
+      prefix_mask = within_window(prompt_mask[:, None], positions, prefix_positions, window)
+      if length > 1:
+        visible = jnp.repeat(visible, repeats, axis=-2)
+      if prefix_mask.shape[1] > 1:
+        prefix_mask = jnp.repeat(prefix_mask, repeats, axis=1)
+      mixed = cached_attention(
+        by_head(q), (keys, values), visible, shared, prefix_mask, **self._score_options
+      )
+      return by_token(mixed), (cache, None)
+
+    all_positions = jnp.broadcast_to(positions, (count, group * length))
+    flat = tokens.reshape(count, group * length)
+    hidden, _, cache = self._layers(params, flat, all_positions, attend, prefix, cache)
+    return hidden.reshape(count, group, length, -1), cache
 
   def score(
     self,

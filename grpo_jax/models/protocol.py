@@ -75,3 +75,31 @@ class Model(Protocol):
 
   def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Cache:
     """Returns an empty cache for `length` completion tokens of `prompts * group` rows."""
+
+
+@runtime_checkable
+class EpisodeModel(Model, Protocol):
+  """Describes a model that can also go on after tokens that it did not write itself.
+
+  Axes: M new tokens of each completion, S slots of its cache.
+  """
+
+  def extend(
+    self,
+    params: Params,
+    tokens: Int[Array, "P G M"],
+    index: Int[Array, ""],
+    mask: Bool[Array, "P G S"],
+    prefix: Cache,
+    prompt_mask: Bool[Array, "P N"],
+    cache: Cache,
+  ) -> tuple[Float[Array, "P G M D"], Cache]:
+    """Returns the hidden states after M more tokens of each completion, and the new cache.
+
+    Args:
+      tokens: the new tokens; anything where `mask` is false.
+      index: slot of the first of them, the same for all completions.
+      mask: true on slots that hold a token of the completion, the new ones included. Other slots
+        are never seen.
+      prefix, prompt_mask, cache: as in `decode`.
+    """

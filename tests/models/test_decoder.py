@@ -185,3 +185,36 @@ def test_a_prompt_passes_through_the_model_once(case):
     return model.decode(p, completions[..., 0], jnp.int32(0), prefix, mask, cache)
 
   assert mlp_rows(step, params) == 3 * 2
+
+
+@pytest.mark.parametrize("name", ["stacked", "unstacked", "window"])
+def test_extending_by_many_tokens_equals_score(name, case):
+  """Feeds completions in pieces, with empty slots between them and other numbers of tokens."""
+  model, params, prompts, mask, completions, _ = case
+  if name == "window":
+    model = Decoder(
+      ModelConfig(**vars(CONFIG) | {"window": 3, "local_layers": (True, False, True)})
+    )
+  expected = np.asarray(jax.jit(model.score)(params, prompts, mask, completions))
+  layout = params if name == "stacked" else unstack(params)
+  _, prefix = jax.jit(model.prefill)(layout, prompts, mask)
+  extend = jax.jit(model.extend)
+  # One token of every second completion, then two of the others and one of these, then the rest.
+  pieces = [
+    [[[0], [-1]]] * 3,
+    [[[-1, 1], [0, 1]], [[1, -1], [0, 1]], [[1, -1], [0, 1]]],
+    [[[2, -1], [-1, 2]]] * 3,
+  ]
+  cache, at = model.empty_cache(layout, 3, 2, 5), 0
+  filled = np.zeros((3, 2, 5), bool)
+  for piece in pieces:
+    numbers = np.array(piece)  # of the token in each new slot; -1: none
+    filled[..., at : at + numbers.shape[-1]] = numbers >= 0
+    tokens = np.take_along_axis(np.asarray(completions), np.maximum(numbers, 0), 2)
+    hidden, cache = extend(
+      layout, np.where(numbers < 0, 36, tokens), jnp.int32(at), filled, prefix, mask, cache
+    )
+    at += numbers.shape[-1]
+    for p, g, m in np.argwhere(numbers >= 0):
+      target = expected[p, g, numbers[p, g, m] + 1]
+      np.testing.assert_allclose(hidden[p, g, m], target, atol=1e-5)
