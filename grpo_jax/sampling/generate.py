@@ -190,9 +190,9 @@ def generate(
   # matrix into the loop.
   table, end = model.head(params).T, stop_table.shape[0] - 1
 
-  def next_token(hidden: Array, index: Any, rows: _Rows) -> _Rows:
-    drawn = _pick(hidden, table, model.config.softcap, temperature, rows.keys, index, token_filter)
-    return _written(rows, index, drawn, stop_table, pad_id)
+  def next_token(hidden: Array, index: Any, rows: Rows) -> Rows:
+    drawn = pick(hidden, table, model.config.softcap, temperature, rows.keys, index, token_filter)
+    return write_token(rows, index, drawn, stop_table, pad_id)
 
   def step(prefix: Cache, prompt_mask: Array, carry: tuple) -> tuple:
     index, rows, cache = carry
@@ -207,7 +207,7 @@ def generate(
 
   hidden, prefix = model.prefill(params, prompts, prompt_mask)
   hidden = jnp.broadcast_to(hidden[:, None], (count, group, hidden.shape[-1]))
-  rows = next_token(hidden, 0, _no_rows(keys, length, stop_table.dtype, pad_id))
+  rows = next_token(hidden, 0, no_rows(keys, length, stop_table.dtype, pad_id))
   carry = (jnp.int32(1), rows, model.empty_cache(params, count, group, max(length - 1, 1)))
   shape, *others = compaction.shapes(count // prompt_shards, group, max_compactions)
   row_map, completed = compaction.start(prompt_shards, shape), None
@@ -231,7 +231,7 @@ def generate(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
   """Loop state of each row, [C, g] or [C, g, T].
 
   Attributes:
@@ -247,29 +247,34 @@ class _Rows:
   written: tuple[Any, Any, Any, Any]
 
 
-def _no_rows(keys: jax.Array, length: int, state_dtype: Any, pad_id: int) -> _Rows:
+def no_rows(keys: jax.Array, length: int, state_dtype: Any, pad_id: int) -> Rows:
   """Returns the rows before the first token."""
   shape = (*keys.shape, length)
   zeros, none = jnp.zeros(shape), jnp.zeros(keys.shape, jnp.int32)
   written = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), zeros, zeros)
-  return _Rows(keys, none, none.astype(state_dtype), written)
+  return Rows(keys, none, none.astype(state_dtype), written)
 
 
-def _pick(
+def pick(
   hidden: Float[Array, "C g D"],
   table: Float[Array, "V D"],
   softcap: float | None,
   temperature: float,
   keys: jax.Array,
-  index: Any,
-  token_filter: TokenFilter | None,
+  number: Any,
+  token_filter: TokenFilter | None = None,
 ) -> tuple[Int[Array, "C g"], Float[Array, "C g"], Float[Array, "C g"]]:
-  """Returns token number `index` of each row, its log-probability and its entropy."""
+  """Returns token `number` of each row, its log-probability and its entropy.
+
+  Args:
+    number: number of the token in its row: one for all rows, or [C, g].
+  """
   table = table.astype(hidden.dtype)
   logits = jnp.einsum("cgd,vd->cgv", hidden, table, preferred_element_type=jnp.float32)
   logits = soft_cap(logits, softcap)
   if temperature > 0:
-    keys = _per_key(lambda key: jax.random.fold_in(key, index), keys)
+    numbers = jnp.broadcast_to(number, keys.shape).reshape(-1)
+    keys = jax.vmap(jax.random.fold_in)(keys.reshape(-1), numbers).reshape(keys.shape)
     if token_filter is None:
       tokens, logp, entropy = draw(logits / temperature, keys)
     else:
@@ -280,7 +285,7 @@ def _pick(
   return tokens.astype(jnp.int32), logp, entropy
 
 
-def _written(rows: _Rows, index: Any, drawn: tuple, stop_table: Array, pad_id: int) -> _Rows:
+def write_token(rows: Rows, index: Any, drawn: tuple, stop_table: Array, pad_id: int) -> Rows:
   """Returns the rows with one more token; rows that have ended get padding."""
   end = stop_table.shape[0] - 1
   ended = rows.state == end
@@ -289,4 +294,4 @@ def _written(rows: _Rows, index: Any, drawn: tuple, stop_table: Array, pad_id: i
     jax.lax.dynamic_update_slice_in_dim(array, values[..., None], index, axis=2)
     for array, values in zip(rows.written, (token, ~ended, logp, entropy))
   )
-  return _Rows(rows.keys, token, jnp.where(ended, end, stop_table[rows.state, token]), written)
+  return Rows(rows.keys, token, jnp.where(ended, end, stop_table[rows.state, token]), written)

@@ -49,6 +49,11 @@ class Generated:
     """Number of tokens of each completion, the ending token included."""
     return self.mask.sum(-1)
 
+  @property
+  def row_lengths(self) -> Int[np.ndarray, "P G"]:
+    """Number of tokens of each row without padding: `lengths`, unless others wrote too."""
+    return self.lengths
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -105,6 +110,11 @@ class Sampler:
     object.__setattr__(self, "_table", table)
     object.__setattr__(self, "_ending_ids", ids)
     object.__setattr__(self, "_program", program)
+
+  @property
+  def ending_ids(self) -> tuple[int, ...]:
+    """Ids that end a completion; they are not part of its text."""
+    return self._ending_ids
 
   def __call__(
     self,
