@@ -27,7 +27,10 @@ UNSAFE = {
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "unsafe_load", "full_load"}
 # A worker gets its task through a pipe from the process that starts it, never from a file.
-MAY_PICKLE = {"grpo_jax/tasks/rewards/workers.py", "grpo_jax/tasks/rewards/worker_process.py"}
+MAY_PICKLE = {
+  "grpo_jax/tasks/rewards/workers.py", "grpo_jax/tasks/rewards/worker_process.py",
+  "grpo_jax/environments/workers.py", "grpo_jax/environments/worker_process.py",
+}  # fmt: skip
 # These import what a user names as a program: an experiment file, a reward's file or module.
 MAY_IMPORT = {
   "grpo_jax/config.py",

@@ -171,6 +171,8 @@ def test_a_fork_has_servers_of_its_own_and_nothing_stays_behind(tmp_path):
 def test_what_is_out_of_range_is_named():
   with pytest.raises(ValueError, match="seconds is 0"):
     run_python("", seconds=0)
+  with pytest.raises(ValueError, match="seconds is '5'"):
+    run_python("", seconds="5")
   with pytest.raises(ValueError, match="memory_mb 1"):
     run_python("", memory_mb=1)
   with pytest.raises(ValueError, match="must be text, got bytes"):

@@ -8,7 +8,6 @@ number by number, exactly or relative to their size.
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import re
 import signal
@@ -94,7 +93,8 @@ MAX_VERDICTS = 100_000
 def require_math_verify() -> None:
   """Imports math-verify, which takes a second; ImportError if it is not installed."""
   extras.require("tasks", "the grader 'math'", "math_verify")
-  importlib.import_module("math_verify")
+  import math_verify  # noqa: F401
+
   # It logs each answer that it cannot read; Python would print that if there were no handler.
   logging.getLogger("math_verify").addHandler(logging.NullHandler())
 
