@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,10 @@ from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.environments.base import EnvironmentRunner
+from grpo_jax.environments.tools import check_chat_template
+from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
+from grpo_jax.episodes import EpisodeConfig, EpisodeSampler
 from grpo_jax.learning import deterministic
 from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.deterministic import Chunks
@@ -72,7 +76,7 @@ class Run:
   model: Decoder
   weights: Weights
   task: Task
-  sampler: Sampler
+  sampler: Sampler | EpisodeSampler
   algorithm: Algorithm
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
@@ -174,13 +178,25 @@ class Run:
     """Returns whether the state after so many steps is saved."""
     return steps % self.config.checkpoint.every == 0 or steps == self.steps
 
-  def scorer(self) -> contextlib.AbstractContextManager[Scorer]:
-    """Starts the rewards: the task's in worker processes, the learned one in this process."""
+  @contextlib.contextmanager
+  def scorer(self) -> Iterator[Scorer]:
+    """Starts the rewards: the task's in worker processes, the learned one in this process.
+
+    At the end, the environments of episodes end too.
+    """
+    with self._scorer() as scorer:
+      try:
+        yield scorer
+      finally:
+        if isinstance(self.sampler, EpisodeSampler):
+          self.sampler.close()
+
+  def _scorer(self) -> contextlib.AbstractContextManager[Scorer]:
     c = self.config
     if c.rewards.workers == 0:
       return contextlib.nullcontext(score_in_process(self.task, c.rewards.on_error))
     return RewardWorkers(
-      partial(tasks.make_task, c.task.name, **c.task.settings.to_dict()),
+      task_maker(c),
       c.rewards.workers,
       c.rewards.timeout,
       here={name: self.task.rewards[name] for name in [LEARNED] if name in self.task.rewards},
@@ -242,6 +258,9 @@ def build(config: ConfigDict) -> Run:
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
 
+  if task.tools:
+    attempt(lambda: check_chat_template(tokenizer, task.tools))
+    tokenizer = tokenizer.with_tools(task.tools)
   task, prompt_length = attempt(
     lambda: _fit_task(c, task, tokenizer), "the prompts of the task"
   ) or (task, 1)
@@ -261,16 +280,20 @@ def build(config: ConfigDict) -> Run:
   chunks = Chunks(c.train.chunks, mesh) if c.train.reduction == "deterministic" else None
   model = attempt(lambda: make_model(c, weights.config, mesh))
   sampler = model and attempt(
-    lambda: Sampler(
-      model=model,
-      tokenizer=tokenizer,
-      prompt_length=prompt_length,
-      completion_length=c.rollout.completion_length,
-      temperature=c.rollout.temperature,
-      stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
-      stop_ids=tuple(c.rollout.stop_ids),
-      prompt_sharding=meshes.batch_sharding(mesh),
-      chunks=chunks,
+    lambda: with_episodes(
+      c,
+      task,
+      Sampler(
+        model=model,
+        tokenizer=tokenizer,
+        prompt_length=prompt_length,
+        completion_length=c.rollout.completion_length,
+        temperature=c.rollout.temperature,
+        stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
+        stop_ids=tuple(c.rollout.stop_ids),
+        prompt_sharding=meshes.batch_sharding(mesh),
+        chunks=chunks,
+      ),
     )
   )
   if problems:
@@ -292,6 +315,32 @@ def build(config: ConfigDict) -> Run:
     loaded_adapters=loaded,
     chunks=chunks,
   )
+
+
+def task_maker(c: ConfigDict) -> Callable[[], Task]:
+  """Returns the function that builds the task of a config in a worker process."""
+  return partial(tasks.make_task, c.task.name, **c.task.settings.to_dict())
+
+
+def with_episodes(c: ConfigDict, task: Task, sampler: Sampler) -> Sampler | EpisodeSampler:
+  """Returns the sampler of a task: of episodes where the task has an environment."""
+  if task.environment is None:
+    return sampler
+  length = c.rollout.completion_length
+  budget = EpisodeConfig(
+    turns=c.episode.turns,
+    turn_length=c.episode.turn_length or length,
+    observation_length=c.episode.observation_length or length,
+  )
+
+  def make_runner() -> EnvironmentRunner:
+    if c.rewards.workers == 0:
+      return run_in_process(task)
+    return EnvironmentWorkers(
+      task_maker(c), c.rewards.workers, c.rewards.timeout, isolate=c.rewards.isolate
+    )
+
+  return EpisodeSampler(sampler, budget, make_runner)
 
 
 def matmul_precision(c: ConfigDict) -> contextlib.AbstractContextManager[object]:
@@ -464,13 +513,15 @@ def _misfits(
       f"model.source {c.model.source!r} is a classification model, which cannot write text: it can "
       "be a reward_model.source"
     )
-  if algorithm and rewards_steps(algorithm) and task.step_rewards is None:
+  rewarded = task.step_rewards is not None or task.environment is not None
+  if algorithm and rewards_steps(algorithm) and not rewarded:
     problems.append(
       f"algorithm.advantage {algorithm.advantage!r} needs rewards for steps, and task "
       f"{task.name!r} has no step_rewards; choose another advantage or give the task this function"
     )
   weights = {name: weight for name, (_, weight) in task.rewards.items()}
-  if not all(math.isfinite(weight) for weight in weights.values()) or not any(weights.values()):
+  learns = any(weights.values()) or task.environment is not None  # an environment gives rewards
+  if not all(math.isfinite(weight) for weight in weights.values()) or not learns:
     problems.append(
       f"the weights of the rewards are {weights}: they must be finite, and one of them not 0, or "
       "no completion has a reward"
@@ -536,10 +587,11 @@ def rollout_config(c: ConfigDict, task: Task, algorithm: Algorithm, mesh: Mesh) 
   deterministic_reduction = c.train.reduction == "deterministic"
   units = c.train.chunks if deterministic_reduction else mesh.shape["data"] * mesh.shape["fsdp"]
   smallest = units * parts
+  of_environment = () if task.environment is None else (1.0,)
   return RolloutConfig(
     group_size=c.rollout.group_size,
     algorithm=algorithm,
-    reward_weights=tuple(weight for _, weight in task.rewards.values()),
+    reward_weights=tuple(weight for _, weight in task.rewards.values()) + of_environment,
     step_rewards=task.step_rewards if rewards_steps(algorithm) else None,
     max_resamples=c.rollout.max_resamples,
     mask_truncated=c.rollout.mask_truncated,

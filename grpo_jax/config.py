@@ -58,6 +58,9 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "rollout.completion_length": (1, LARGEST, "at least 1"),
   "rollout.temperature": (0, LARGEST, "above 0 (evaluation is always greedy)"),
   "rollout.max_resamples": (0, LARGEST, "at least 0"),
+  "episode.turns": (1, 1000, "at least 1"),
+  "episode.turn_length": (0, LARGEST, "at least 0 tokens"),
+  "episode.observation_length": (0, LARGEST, "at least 0 tokens"),
   "rewards.workers": (0, 1024, "at least 0"),
   "rewards.timeout": (0, _WEEKS, "above 0 seconds"),
   "reference.sync_every": (0, LARGEST, "at least 0"),
@@ -234,6 +237,11 @@ def default_config() -> ConfigDict:
   c.rollout.stop_ids = ()  # token ids that end a completion, besides the tokenizer's
   c.rollout.max_resamples = 0  # dynamic sampling: further draws to replace zero-variance groups
   c.rollout.mask_truncated = False  # leave completions that ran into the budget out of the loss
+
+  c.episode = Section()  # of tasks with tools or an environment; completion_length is its budget
+  c.episode.turns = 4  # turns of the policy at most
+  c.episode.turn_length = 0  # tokens of a turn at most; 0 = completion_length
+  c.episode.observation_length = 0  # tokens of an observation at most; 0 = completion_length
 
   c.rewards = Section()
   c.rewards.workers = 1  # processes that run the reward functions; 0 = this one, unguarded

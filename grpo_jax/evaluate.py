@@ -27,7 +27,7 @@ import numpy as np
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.rollout import columns_of, ids_of, records
+from grpo_jax.rollout import columns_of, generate, ids_of, records
 from grpo_jax.run import console
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
@@ -277,7 +277,7 @@ def _batches(
     n = len(part)
     padded = part + [examples[-1]] * (share - n)
     prompts = [example.prompt for example in padded]
-    out = sampler(params, prompts, key, group=group, first_prompt=start, **how)
+    out = generate(sampler, params, padded, key, group_size=group, first_prompt=start, **how)
     texts, lengths = out.texts[:n], out.lengths[:n]
     right, missing = np.zeros((0, group)), 0
     with hosts.together("scoring the answers"):

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import policy_loss
+from grpo_jax.episodes import EPISODE_METRICS
 from grpo_jax.evaluate import metric_names as evaluation_names
 from grpo_jax.learning.skipping import SKIPPED
 from grpo_jax.run.ending import Condition
@@ -38,6 +39,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   names = {*ALWAYS, *rollout, *_loss_names(c, algorithm)}
   if c.rollout.max_resamples:
     names.update(_RESAMPLING)
+  if task.environment is not None:
+    names.update(EPISODE_METRICS)
   if len(task.splits["eval"]):
     names.update(evaluation_names(c.eval.samples, votes=task.answer is not None))
   return names

@@ -20,6 +20,7 @@ from grpo_jax.core.algorithms import Algorithm, advantages
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import hosts
+from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import laid_out, rows_of, select, trim
 from grpo_jax.learning.step import Batch
@@ -130,23 +131,28 @@ class Rollout:
 
 
 def generate(
-  sampler: Sampler,
+  sampler: Sampler | EpisodeSampler,
   params: Params,
   examples: Sequence[Example],
   key: jax.Array,
   *,
   group_size: int,
   first_prompt: int = 0,
+  **how: Any,
 ) -> Generated:
   """Samples `group_size` completions of each example at the sampler's temperature.
 
   Args:
+    sampler: of single turns, or of episodes.
     params: in any layout the model takes; `to_sampling_params` makes the fastest.
     examples: of this host, P over all hosts.
     key: random key; completion g of prompt p has the stream (key, first_prompt + p, g).
+    how: `temperature` and `token_filter` of the sampler, for evaluation.
   """
+  if isinstance(sampler, EpisodeSampler):
+    return sampler(params, examples, key, group=group_size, first_prompt=first_prompt, **how)
   prompts = [example.prompt for example in examples]
-  return sampler(params, prompts, key, group=group_size, first_prompt=first_prompt)
+  return sampler(params, prompts, key, group=group_size, first_prompt=first_prompt, **how)
 
 
 def score(
@@ -165,6 +171,11 @@ def score(
   """
   prompts, columns = [example.prompt for example in examples], columns_of(examples)
   scores = scorer(prompts, out.texts, columns, out.lengths, ids=ids_of(out))
+  if isinstance(out, Episodes):
+    total, per_name, turns = with_environment_rewards(out, scores.total, scores.per_name)
+    missing = scores.missing + int(out.failed.sum())
+    scores = dataclasses.replace(scores, total=total, per_name=per_name, missing=missing)
+    return Scored(list(examples), out, scores, turns, np.maximum(out.turn_ends, 0))
   if step_rewards is None:
     return Scored(list(examples), out, scores)
   if tokenizer is None:
@@ -259,6 +270,8 @@ def collect(
     arrays, order = _gather_all_hosts(scored, draws)
     batch, has_gradient = make_batch(scored, sampler, config, order)
   metrics = _metrics(arrays)
+  if isinstance(scored.out, Episodes):
+    metrics |= scored.out.metrics()
   if config.max_resamples:
     metrics |= {
       "dynamic_sampling/kept": has_gradient.mean(),
@@ -273,7 +286,7 @@ def collect(
     rows = rows[has_gradient]
     batch = select(batch, np.flatnonzero(has_gradient), config.pad_prompts_to_multiple)
   batch, metrics["update/padded"] = trim(
-    batch, arrays["prompt_tokens"][rows], arrays["lengths"][rows]
+    batch, arrays["prompt_tokens"][rows], arrays["row_lengths"][rows]
   )
   group, samples = config.group_size, hosts.gathered_json(_samples(scored))
   for i, p in enumerate(order):
@@ -282,7 +295,7 @@ def collect(
   return Rollout(
     batch=batch,
     scored=scored,
-    num_tokens=int(arrays["prompt_tokens"].sum() + arrays["lengths"].sum()),
+    num_tokens=int(arrays["prompt_tokens"].sum() + arrays["row_lengths"].sum()),
     metrics=metrics,
     samples=[samples[p * group + g] for p in order for g in range(group)],
   )
@@ -323,6 +336,7 @@ def _gather_all_hosts(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[n
     total=scores.total,
     accuracy=scores.accuracy,
     lengths=out.lengths,
+    row_lengths=out.row_lengths,
     ended=out.ended,
     entropy=out.entropy.sum(-1, dtype=np.float64),
     prompt_tokens=out.prompt_mask.sum(-1),
@@ -381,6 +395,8 @@ def _metrics(arrays: dict[str, Any]) -> dict[str, float]:
   """Returns rewards, accuracy, entropy and lengths under the field's names."""
   prefix = "rewards/"
   per_name = {name.removeprefix(prefix): v for name, v in arrays.items() if name.startswith(prefix)}
+  if "environment" in per_name and np.isnan(per_name["environment"]).all():
+    del per_name["environment"]  # it gives no rewards
   metrics = rollout_metrics(arrays["total"], per_name, arrays["lengths"], ~arrays["ended"])
   judged = not np.isnan(arrays["accuracy"]).all()
   return {
@@ -442,6 +458,8 @@ def _samples(scored: Scored) -> list[dict[str, Any]]:
   for row, (p, g) in zip(rows, cells):
     row["rewards"] = {name: values[p, g].item() for name, values in scores.per_name.items()}
     row |= scores.extras[p][g] if scores.extras else {}
+    if isinstance(out, Episodes):
+      row["turns"] = out.transcripts[p][g]
   return rows
 
 

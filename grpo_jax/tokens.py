@@ -175,6 +175,35 @@ class Tokenizer:
     messages = [*prompt, {"role": "assistant", "content": completion}]
     return self._apply_template(messages, add_generation_prompt=False)
 
+  def encode_plain(self, text: str) -> list[int]:
+    """Returns the ids of a piece of text, without what begins or ends a text."""
+    return self._fast.encode(text, add_special_tokens=False, verbose=False)
+
+  def render(self, messages: Messages, **variables: Any) -> str:
+    """Returns the text of a conversation by the chat template, `add_generation_prompt` among its
+    variables.
+
+    Raises:
+      ValueError: there is no template, or it failed.
+    """
+    if self._template is None:
+      raise ValueError(f"{self.name} has no chat template: give the prompt as text, not messages")
+    try:
+      return self._template.render(messages=_without_nulls(messages), **variables)
+    except TemplateError as error:
+      raise ValueError(f"the chat template of {self.name} failed: {error}") from error
+
+  def end_marks(self) -> list[str]:
+    """Returns the texts of the ids that end a completion, as the chat template writes them."""
+    return [self.token(i) for i in self.eos_ids]
+
+  def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> Tokenizer:
+    """Returns this tokenizer with JSON schemas of tools in its chat template."""
+    shown = copy.copy(self)
+    if self._template is not None:
+      shown._template = self._template.with_names(tools=[dict(tool) for tool in tools])
+    return shown
+
   def _apply_template(self, messages: Messages, **variables: Any) -> list[int]:
     if self._template is None:
       raise ValueError(f"{self.name} has no chat template: give the prompt as text, not messages")
@@ -271,10 +300,24 @@ class ByteTokenizer:
     """Returns no names: there is no template."""
     return frozenset()
 
+  encode_plain = encode
+
   def chat(self, messages: Messages) -> list[int]:
     """Returns the ids of a line `role: content` per message, followed by `assistant: `."""
+    return self.encode(self.render(messages, add_generation_prompt=True))
+
+  def render(self, messages: Messages, add_generation_prompt: bool, **variables: Any) -> str:
+    """Returns a line `role: content` per message, and `assistant: ` if the next turn follows."""
     lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-    return self.encode("".join(lines) + "assistant: ")
+    return "".join(lines) + ("assistant: " if add_generation_prompt else "")
+
+  def end_marks(self) -> list[str]:
+    """Returns no texts: the id that ends a completion has none."""
+    return []
+
+  def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ByteTokenizer:
+    """Returns itself: it cannot show tools."""
+    return self
 
   def save(self, folder: str | Path) -> None:
     """Writes a tokenizer with the same ids and chat template in the format of transformers."""

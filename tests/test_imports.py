@@ -57,6 +57,7 @@ ALLOWED = {
   "grpo_jax.sampling.sampler": (
     f"{ENGINE} grpo_jax.sampling grpo_jax.tokens grpo_jax.learning.deterministic {HELPERS} {ARRAYS}"
   ),
+  "grpo_jax.sampling.turns": f"{ENGINE} grpo_jax.sampling grpo_jax.tokens {HELPERS} {ARRAYS}",
   "grpo_jax.sampling*": f"{ENGINE} grpo_jax.sampling {HELPERS} {ARRAYS}",
   # What stands between text and arrays.
   "grpo_jax.tokens": (
@@ -67,8 +68,13 @@ ALLOWED = {
   "grpo_jax.reward_model": (
     f"grpo_jax.models grpo_jax.tokens grpo_jax.distributed grpo_jax.core {HELPERS} {ARRAYS}"
   ),
+  "grpo_jax.observations": "grpo_jax.tokens",
+  "grpo_jax.episodes": (
+    f"{ENGINE} grpo_jax.sampling grpo_jax.tokens grpo_jax.observations {TASKS} {HELPERS} {ARRAYS}"
+  ),
   "grpo_jax.rollout": (
-    f"{ENGINE} grpo_jax.learning grpo_jax.sampling grpo_jax.tokens {TASKS} {HELPERS} {ARRAYS}"
+    f"{ENGINE} grpo_jax.learning grpo_jax.sampling grpo_jax.tokens grpo_jax.episodes {TASKS} "
+    f"{HELPERS} {ARRAYS}"
   ),
   # What keeps a run. It does not know how a run is built.
   "grpo_jax.run.output": (

@@ -33,8 +33,8 @@ class Step:
 
   Attributes:
     observation: what the policy reads next; may be empty.
-    reward: of this turn, in reward units; None = not scored here. If no step of an episode has a
-      reward, the task's reward functions score its text alone.
+    reward: of this turn, in reward units; None = not scored here. The rewards of an episode are
+      summed and added to those of the task's reward functions, which read its last turn.
     done: whether the episode is over.
     metrics: name -> number. A run logs the sum over an episode, averaged over episodes.
   """

@@ -97,7 +97,7 @@ def check_chat_template(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> N
   """Raises ValueError if a tokenizer's chat template does not show the model its tools.
 
   Args:
-    tokenizer: has `apply_chat_template` of transformers.
+    tokenizer: of `grpo_jax.tokens`.
     tools: schemas, as in `Task.tools`.
 
   Raises:
@@ -114,8 +114,8 @@ def check_chat_template(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> N
     raise ValueError(f"the tokenizer has no chat template to show the tools {names} in; {remedy}")
   messages = [{"role": "user", "content": "?"}]
   shown, plain = (
-    tokenizer.apply_chat_template(messages, tools=each, tokenize=False)
-    for each in ([dict(tool) for tool in tools], None)
+    each.render(messages, add_generation_prompt=True)
+    for each in (tokenizer.with_tools(tools), tokenizer)
   )
   if shown == plain:
     raise ValueError(f"the chat template does not show the tools {names} to the model; {remedy}")

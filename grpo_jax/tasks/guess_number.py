@@ -96,7 +96,7 @@ def guess_number_task(
       "train": [example(secret) for secret in train],
       "eval": [example(secret) for secret in sorted(numbers[:held_out])],
     },
-    rewards={"found": (found, 1.0)},
+    rewards={"found": (found, 0.0)},  # the game gives the rewards; this one is shown beside them
     accuracy=found,
     stop=() if chat else ("\n",),
     environment=partial(GuessNumber, low, high, turns, reward, chat),
@@ -142,6 +142,10 @@ class GuessNumber:
     done = correct or self._turn == self._turns
     metrics = {"guess/parsed": float(guess is not None), "guess/found": float(correct)}
     return Step(self._observation(answer, done), self._rewarded(guess, done), done, metrics)
+
+  def finish(self) -> float:
+    """Returns the reward of a last turn that was cut off: it holds no guess."""
+    return 0.0
 
   def _rewarded(self, guess: int | None, done: bool) -> float | None:
     if self._reward == "final":

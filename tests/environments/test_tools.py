@@ -360,12 +360,16 @@ def test_matches():
 class Template:
   """A tokenizer whose chat template shows its tools, or not."""
 
-  def __init__(self, shows):
-    self.shows, self.chat_template = shows, "a template" if shows is not None else None
+  def __init__(self, shows, tools=()):
+    self.shows, self.tools = shows, tools
+    self.chat_template = "a template" if shows is not None else None
 
-  def apply_chat_template(self, messages, tools=None, tokenize=True):
-    assert not tokenize
-    return f"{messages}{tools if self.shows and tools else ''}"
+  def with_tools(self, tools):
+    return Template(self.shows, tools)
+
+  def render(self, messages, add_generation_prompt):
+    assert add_generation_prompt
+    return f"{messages}{self.tools if self.shows and self.tools else ''}"
 
 
 def test_a_chat_template_without_tools_is_an_error():

@@ -1,0 +1,340 @@
+"""Plays episodes of several turns: the policy writes, an environment answers, and so on.
+
+An episode is one row of tokens. `mask` says which of them the policy wrote: they have log-probs and
+a weight in the loss. Observations lie between them; they are attended to and never trained on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax.distributed import hosts
+from grpo_jax.environments.base import EnvironmentRunner, Outcome
+from grpo_jax.models.protocol import Params
+from grpo_jax.observations import encode_observation, is_chat, transcript
+from grpo_jax.sampling.filters import TokenFilter
+from grpo_jax.sampling.sampler import Generated, Sampler, check_temperature
+from grpo_jax.sampling.turns import Session, Turn, TurnSampler
+from grpo_jax.tasks.base import Example
+from grpo_jax.tokens import AnyTokenizer, Messages, decode_completions
+
+Key = tuple[int, int]  # number of the prompt, number of the completion
+# Metrics of every run with episodes: turns, tokens with observations, and the share of episodes
+# that ran out of a budget, or whose environment failed.
+EPISODE_METRICS = ("episode/turns", "episode/tokens", "episode/truncated", "episode/failed")
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeConfig:
+  """Budgets of an episode; its tokens, observations included, are the completion length.
+
+  Attributes:
+    turns: largest number of turns.
+    turn_length: largest number of tokens of a turn.
+    observation_length: largest number of tokens of an observation; a longer one ends the episode as
+      truncated.
+  """
+
+  turns: int
+  turn_length: int
+  observation_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Episodes(Generated):
+  """Episodes of a group for each prompt, on the host.
+
+  Attributes:
+    attended: [P, G, T], true for all tokens of an episode, observations included; `mask` is true
+      for those of the policy.
+    turn_rewards, turn_ends: [P, G, S], the reward that the environment gave each turn (NaN: none)
+      and the index of the turn's last token.
+    failed: [P, G], true where the environment failed: the episode is not scored.
+    transcripts: [P][G], the turns and observations as chat messages.
+    measured: [P][G], what environments measured by name, summed over an episode.
+
+  `texts` holds the last turn of each episode; `ended` is false for one that ran out of a budget.
+  """
+
+  attended: Bool[np.ndarray, "P G T"] = None
+  turn_rewards: Float[np.ndarray, "P G S"] = None
+  turn_ends: Int[np.ndarray, "P G S"] = None
+  failed: Bool[np.ndarray, "P G"] = None
+  transcripts: list[list[Messages]] = dataclasses.field(default_factory=list)
+  measured: list[list[dict[str, float]]] = dataclasses.field(default_factory=list)
+
+  @property
+  def row_lengths(self) -> Int[np.ndarray, "P G"]:
+    """Number of tokens of each episode, observations included."""
+    return self.attended.sum(-1)
+
+  @property
+  def turns(self) -> Int[np.ndarray, "P G"]:
+    """Number of turns of each episode."""
+    return (self.turn_ends >= 0).sum(-1)
+
+  def metrics(self) -> dict[str, float]:
+    """Returns means over the episodes of all hosts: turns, truncated and failed ones, and more."""
+    rows = [
+      {
+        "episode/turns": float(self.turns[p, g]),
+        "episode/truncated": float(not self.ended[p, g] and not self.failed[p, g]),
+        "episode/failed": float(self.failed[p, g]),
+        "episode/tokens": float(self.row_lengths[p, g]),
+        **values,
+      }
+      for p, line in enumerate(self.measured)
+      for g, values in enumerate(line)
+    ]
+    rows = hosts.gathered_json(rows)
+    names = sorted({name for row in rows for name in row})
+    return {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in names}
+
+
+class EpisodeSampler:
+  """Samples episodes; takes the place of a `Sampler` in `rollout.collect` and `evaluate`.
+
+  Args:
+    sampler: samples single turns; its `completion_length` is the budget of an episode in tokens.
+    config: the other budgets.
+    make_runner: starts the environments of the task, when the first episode needs them.
+  """
+
+  def __init__(
+    self, sampler: Sampler, config: EpisodeConfig, make_runner: Callable[[], EnvironmentRunner]
+  ) -> None:
+    self.config, self._single, self._make_runner = config, sampler, make_runner
+    self._turns = TurnSampler(
+      sampler,
+      turns=config.turns,
+      turn_length=config.turn_length,
+      observation_length=config.observation_length,
+    )
+    self._runner: EnvironmentRunner | None = None
+    self.tokenizer: AnyTokenizer = sampler.tokenizer
+    self.prompt_sharding, self.chunks = sampler.prompt_sharding, sampler.chunks
+    self.completion_length, self.prompt_length = sampler.completion_length, sampler.prompt_length
+    self.temperature = sampler.temperature
+
+  def close(self) -> None:
+    """Ends the environments; a later call starts new ones."""
+    if self._runner is not None:
+      self._runner.close()
+      self._runner = None
+
+  def __call__(
+    self,
+    params: Params,
+    examples: Sequence[Example],
+    key: jax.Array,
+    *,
+    group: int,
+    first_prompt: int = 0,
+    temperature: float | None = None,
+    token_filter: TokenFilter | None = None,
+  ) -> Episodes:
+    """Plays `group` episodes of each example; arguments as of `Sampler`.
+
+    All episodes of a group have the seed (key, number of the prompt), so an episode is a function
+    of the parameters, the key and its numbers.
+    """
+    if self._runner is None:
+      self._runner = self._make_runner()
+    temperature = self.temperature if temperature is None else check_temperature(temperature)
+    with hosts.together("starting the environments"):
+      seeds = _seeds(key, first_prompt + hosts.own_shard()[0] * len(examples), len(examples))
+      prompts = self._runner.reset(examples, group, seeds)
+    prompts = [own if own is not None else e.prompt for own, e in zip(prompts, examples)]
+    session = self._turns.begin(
+      params, prompts, key, group=group, first_prompt=first_prompt,
+      temperature=temperature, token_filter=token_filter,
+    )  # fmt: skip
+    game = _Game(self, self._runner, prompts, group)
+    for number in range(self.config.turns):
+      turn = session.turn(game.limits())
+      with hosts.together("stepping the environments"):
+        observations = game.play(turn, is_last=number + 1 == self.config.turns)
+      if not hosts.any_host(bool(observations)):
+        break
+      session.observe(observations)
+    return game.episodes(session, temperature)
+
+
+class _Row:
+  """One episode while it is played."""
+
+  def __init__(self) -> None:
+    self.tokens: list[int] = []
+    self.own: list[bool] = []
+    self.logp: list[float] = []
+    self.entropy: list[float] = []
+    self.ends: list[int] = []
+    self.rewards: list[float] = []
+    self.turns: list[str] = []
+    self.observations: list[str | Messages] = []
+    self.metrics: dict[str, float] = {}
+    self.live, self.ended, self.failed = True, False, False
+
+  def write(self, turn: Turn, place: Key) -> None:
+    n = int(turn.mask[place].sum())
+    self.tokens += turn.tokens[place][:n].tolist()
+    self.own += [True] * n
+    self.logp += turn.logp[place][:n].tolist()
+    self.entropy += turn.entropy[place][:n].tolist()
+    self.ends.append(len(self.tokens) - 1)
+    self.rewards.append(np.nan)
+
+  def read(self, ids: Sequence[int]) -> None:
+    self.tokens += ids
+    self.own += [False] * len(ids)
+    self.logp += [0.0] * len(ids)
+    self.entropy += [0.0] * len(ids)
+
+  def take(self, outcome: Outcome) -> None:
+    """Notes the environment's answer to a turn."""
+    if outcome.reward is not None:
+      self.rewards[-1] = outcome.reward
+    for name, value in outcome.metrics.items():
+      self.metrics[name] = self.metrics.get(name, 0.0) + value
+    self.failed = outcome.failure is not None
+    self.ended = outcome.done and not self.failed
+
+
+class _Game:
+  """The rows of a call, and what happens to them between the turns."""
+
+  def __init__(
+    self, sampler: EpisodeSampler, runner: EnvironmentRunner, prompts: Sequence[Any], group: int
+  ) -> None:
+    self._sampler, self._runner, self._prompts, self._group = sampler, runner, prompts, group
+    self._rows = {(p, g): _Row() for p in range(len(prompts)) for g in range(group)}
+
+  def limits(self) -> Int[np.ndarray, "P G"]:
+    """Returns the number of tokens that each row may write in its next turn."""
+    limit = np.zeros((len(self._prompts), self._group), np.int64)
+    for place, row in self._rows.items():
+      if row.live:
+        room = self._sampler.completion_length - len(row.tokens)
+        limit[place] = min(self._sampler.config.turn_length, room)
+    return limit
+
+  def play(self, turn: Turn, is_last: bool) -> dict[Key, list[int]]:
+    """Adds a turn to each row, steps the environments and returns the observations to add."""
+    single, texts = self._sampler._single, {}
+    decoded = decode_completions(
+      single.tokenizer, turn.tokens, turn.mask, stop=single.stop, stop_ids=single.ending_ids
+    )
+    over_budget = []
+    for place, row in self._rows.items():
+      if not row.live:
+        continue
+      row.write(turn, place)
+      row.turns.append(decoded[place[0]][place[1]])
+      if turn.ended[place]:
+        texts[place] = row.turns[-1]
+      else:
+        over_budget.append(place)
+    goes_on = {}
+    for place, outcome in self._runner.step(texts).items():
+      row = self._rows[place]
+      row.take(outcome)
+      if outcome.done or row.failed:
+        row.live = False
+        continue
+      ids = None if is_last else self._encoded(place, outcome.observation)
+      if ids is None:
+        over_budget.append(place)
+      else:
+        row.read(ids)
+        row.observations.append(outcome.observation)
+        goes_on[place] = ids
+    for place, reward in self._runner.finish(over_budget).items():
+      row = self._rows[place]
+      row.live = False
+      if reward is not None:
+        row.rewards[-1] = np.nansum([row.rewards[-1], reward])
+    for place in over_budget:
+      self._rows[place].live = False
+    return goes_on
+
+  def _encoded(self, place: Key, observation: str | Messages) -> list[int] | None:
+    """Returns the tokens of an observation; None if it and one more token exceed a budget."""
+    row, sampler = self._rows[place], self._sampler
+    ids = encode_observation(
+      sampler.tokenizer, observation, last=row.tokens[-1], chat=is_chat(self._prompts[place[0]])
+    )
+    room = sampler.completion_length - len(row.tokens) - 1
+    return ids if len(ids) <= min(room, sampler.config.observation_length) else None
+
+  def episodes(self, session: Session, temperature: float) -> Episodes:
+    """Returns the rows as arrays."""
+    shape = (len(self._prompts), self._group)
+    length, turns = self._sampler.completion_length, self._sampler.config.turns
+    tokens = np.full((*shape, length), self._sampler.tokenizer.pad_id, np.int32)
+    mask, attended = np.zeros((2, *shape, length), bool)
+    logp, entropy = np.zeros((2, *shape, length), np.float32)
+    rewards, ends = np.full((*shape, turns), np.nan), np.full((*shape, turns), -1)
+    for place, row in self._rows.items():
+      n = len(row.tokens)
+      tokens[place][:n], mask[place][:n], attended[place][:n] = row.tokens, row.own, True
+      logp[place][:n], entropy[place][:n] = row.logp, row.entropy
+      rewards[place][: len(row.rewards)], ends[place][: len(row.ends)] = row.rewards, row.ends
+    grid = [[self._rows[p, g] for g in range(self._group)] for p in range(shape[0])]
+    flags = {name: np.array([[getattr(row, name) for row in line] for line in grid])
+             for name in ("ended", "failed")}  # fmt: skip
+    return Episodes(
+      prompts=session.prompts,
+      prompt_mask=session.prompt_mask,
+      tokens=tokens,
+      mask=mask,
+      ended=flags["ended"],
+      logp=logp,
+      entropy=entropy,
+      texts=[[row.turns[-1] for row in line] for line in grid],
+      temperature=temperature,
+      attended=attended,
+      turn_rewards=rewards,
+      turn_ends=ends,
+      failed=flags["failed"],
+      transcripts=[[transcript(row.turns, row.observations) for row in line] for line in grid],
+      measured=[[row.metrics for row in line] for line in grid],
+    )
+
+
+def with_environment_rewards(
+  episodes: Episodes, total: np.ndarray, per_name: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+  """Returns (total, rewards by name, rewards of turns) with those of the environment.
+
+  The environment's rewards are summed over an episode, under the name `environment`, and added to
+  the total with weight 1. What reward functions gave belongs to the last turn. An episode whose
+  environment failed is not scored at all.
+
+  Args:
+    total: [P, G], weighted sum of the reward functions; NaN: not scored.
+    per_name: name -> [P, G], their rewards.
+  """
+  given = np.isfinite(episodes.turn_rewards)
+  own = np.where(given.any(-1), np.where(given, episodes.turn_rewards, 0).sum(-1), np.nan)
+  scored = np.isfinite(total)
+  both = np.where(scored, total, 0) + np.where(np.isnan(own), 0, own)
+  both = np.where((scored | ~np.isnan(own)) & ~episodes.failed, both, np.nan)
+  values = {name: np.where(episodes.failed, np.nan, value) for name, value in per_name.items()}
+  values["environment"] = np.where(episodes.failed, np.nan, own)
+  turns = np.where(episodes.turn_ends >= 0, np.where(given, episodes.turn_rewards, 0), np.nan)
+  last = np.maximum(episodes.turns - 1, 0)[..., None]
+  at_end = np.take_along_axis(turns, last, -1) + np.where(scored, total, 0)[..., None]
+  np.put_along_axis(turns, last, at_end, -1)
+  return both, values, np.where(np.isnan(both)[..., None], np.nan, turns)
+
+
+def _seeds(key: jax.Array, first: int, count: int) -> list[int]:
+  """Returns one seed per prompt, folded from the key and the number of the prompt."""
+  if not count:
+    return []
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(first, first + count))
+  return [int(bits) & 0x7FFFFFFF for bits in np.asarray(jax.random.key_data(keys))[:, -1]]
