@@ -58,7 +58,8 @@ def combine(
 ) -> dict[str, Float[Array, ""]]:
   """Returns the metrics of a batch from those of its M micro-batches.
 
-  Metrics are averaged, weighted by `shares`; those named `.../max` and `.../min` are extremes.
+  Metrics are averaged, weighted by `shares`; those named `.../max` and `.../min` are extremes, of
+  the micro-batches that have tokens.
 
   Args:
     shares: each micro-batch's share of the tokens; sums to 1.
@@ -69,12 +70,13 @@ def combine(
     >>> float(combined["kl"]), float(combined["kl/max"])
     (2.5, 3.0)
   """
+  counts = (shares > 0) | ~(shares > 0).any()  # all of them, if the whole batch is empty
 
   def one(name: str, values: jax.Array) -> jax.Array:
     if name.endswith("/max"):
-      return values.max()
+      return values.max(where=counts, initial=-jnp.inf)
     if name.endswith("/min"):
-      return values.min()
+      return values.min(where=counts, initial=jnp.inf)
     return jnp.sum(values * shares)
 
   return {name: one(name, values) for name, values in metrics.items()}

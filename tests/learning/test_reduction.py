@@ -70,6 +70,15 @@ def test_the_accumulated_gradient_by_hand():
 # --- metrics --------------------------------------------------------------------------------------
 
 
+def test_extremes_leave_out_micro_batches_without_tokens():
+  """The mesh decides how many micro-batches are padding alone; these report a minimum of 0."""
+  metrics = {"ratio/min": jnp.array([0.0, 0.5, 0.75]), "gap/max": jnp.array([9.0, -2.0, -1.0])}
+  combined = combine(metrics, jnp.array([0.0, 0.25, 0.75]))
+  assert {k: float(v) for k, v in combined.items()} == {"ratio/min": 0.5, "gap/max": -1.0}
+  empty = combine(metrics, jnp.zeros(3))
+  assert {k: float(v) for k, v in empty.items()} == {"ratio/min": 0.0, "gap/max": 9.0}
+
+
 def test_combine_weights_by_tokens():
   metrics = {
     "kl": jnp.array([1.0, 4.0]),
