@@ -18,8 +18,8 @@ from grpo_jax.run.metrics import read_metrics
 MESHES = {
   "1": (1, 1, 1),
   "2": (2, 1, 1),
-  "4": (2, 2, 1),
-  "8": (1, 8, 1),
+  "4": (1, 4, 1),
+  "8": (8, 1, 1),
   "8 with tensor": (2, 2, 2),
 }
 REWARD = """
@@ -42,6 +42,8 @@ BASE = [
   "checkpoint.every=100",
   "algorithm.name=dapo",
   "optimizer.learning_rate=1e-2",
+  # With the default of 1e-8, Adam makes whole steps of gradients that are rounding alone.
+  "optimizer.eps=1e-3",
 ]
 OPTIONS = {
   "one update": [],
@@ -81,9 +83,14 @@ def run_all(folder, shape):
   ]  # fmt: skip
   workdirs = {name: folder / "x".join(map(str, shape)) / name for name in OPTIONS}
   runs = {str(workdirs[n]): [*BASE, *settings, *place, *more] for n, more in OPTIONS.items()}
+  flags = (
+    f"--xla_force_host_platform_device_count={np.prod(shape)}",
+    # XLA:CPU: on few and busy cores, devices can wait for each other for longer than 40 s.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+  )
   environment = dict(
     os.environ,
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={np.prod(shape)}",
+    XLA_FLAGS=" ".join(flags),
     PYTHONPATH=str(Path.cwd()),
   )
   process = subprocess.run(
