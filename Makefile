@@ -31,7 +31,7 @@ test-matrix: .venv/ready
 	$(BIN)/python -m tools.matrix $(PYTHONS)
 
 test-slow: .venv/model
-	$(BIN)/python -m pytest -m slow
+	COMPILE_AS_USERS_DO=1 $(BIN)/python -m pytest -m slow
 
 test-faults: .venv/ready
 	$(BIN)/python -m tools.faults

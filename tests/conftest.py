@@ -7,15 +7,14 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = {
-  # Eight virtual devices, so that sharding can be tested on any machine.
-  "xla_force_host_platform_device_count": 8,
-  # Four fifths of the time of these tests is compilation of small programs that run once. Commands
-  # that a test starts with its own XLA_FLAGS are compiled as they are for a user.
-  "xla_backend_optimization_level": 0,
-}
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) == (0, 10):
-  FLAGS["xla_cpu_use_fusion_emitters"] = "false"  # XLA:CPU: halves it; other versions refuse it
+# Eight virtual devices, so that sharding can be tested on any machine.
+FLAGS = {"xla_force_host_platform_device_count": 8}
+# Four fifths of the time of these tests is compilation of small programs that run once. The slow
+# tests, test_old_runs, test_compilation and test_deterministic compile as a user does.
+if "COMPILE_AS_USERS_DO" not in os.environ:
+  FLAGS["xla_backend_optimization_level"] = 0
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS["xla_cpu_use_fusion_emitters"] = "false"  # XLA:CPU: other versions refuse this flag
 for name, value in FLAGS.items():
   if name not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()

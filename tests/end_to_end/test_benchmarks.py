@@ -20,6 +20,7 @@ from benchmarks import alternate, cost, logprobs, plans, sampling, settings, ste
 from grpo_jax.environments.sandbox import layers as isolated
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
+from tests.helpers.processes import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--model", "random:tiny", "--rounds", "1", "--warmup", "1")
@@ -30,8 +31,9 @@ def run(tmp_path_factory) -> Callable[..., list[dict]]:
   """A function `(module, *arguments) -> rows`, the JSON lines that a benchmark prints."""
   # Tests run on eight virtual devices, benchmarks on the devices of the machine. They share a
   # compilation cache.
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+  environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": xla_flags(),
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
   }

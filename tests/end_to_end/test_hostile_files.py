@@ -8,12 +8,13 @@ import sys
 import pytest
 
 from tests.helpers.hostile_files import KINDS
+from tests.helpers.processes import xla_flags
 
 
 def problems(count, seed, *kinds):
   """What `tests.helpers.hostile_files` finds wrong, in a process of its own."""
   command = [sys.executable, "-m", "tests.helpers.hostile_files", str(count), str(seed), *kinds]
-  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+  environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags())
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]  # its last lines name the file that hung
   return json.loads(done.stdout.splitlines()[-1])
@@ -40,6 +41,6 @@ def test_a_silent_difference_would_be_noticed():
   )
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-    env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""),
+    env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags()),
   )  # fmt: skip
   assert json.loads(done.stdout.splitlines()[-1]) == ["config: planted: silently another result"]

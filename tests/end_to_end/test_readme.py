@@ -10,6 +10,7 @@ import grpo_jax
 from grpo_jax import config
 from grpo_jax.models.io.families import FAMILIES
 from grpo_jax.tasks import TASKS
+from tests.helpers.processes import xla_flags
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +51,7 @@ def test_the_loop_is_the_file_that_it_names():
 def test_the_task_of_ones_own_runs(tmp_path):
   for file in ("questions.jsonl", "reward.py", "my_task.py"):
     (tmp_path / file).write_text(block_of(file), encoding="utf-8")
-  environment = dict(os.environ, XLA_FLAGS="", PYTHONPATH=str(ROOT))
+  environment = dict(os.environ, XLA_FLAGS=xla_flags(), PYTHONPATH=str(ROOT))
   command = re.search(r"python -m grpo_jax\.train --config my_task\.py[^\n`]*", README).group(0)
   command = command.replace("python ", f"{sys.executable} ", 1)
   small = "--config.model.source=random:tiny --config.steps=2 --config.rollout.prompts_per_step=2"

@@ -18,6 +18,7 @@ from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.run import checkpoint
 from grpo_jax.run.metrics import read_metrics
+from tests.helpers.processes import xla_flags
 
 TINY = "experiments/tiny.py"
 FAST = [
@@ -34,7 +35,7 @@ TIMES = ("step_time", "tokens_per_second")
 
 def one_device(*arguments, module="grpo_jax.train", **popen):
   """A command of the package in a process of its own with a single CPU device."""
-  environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
+  environment = dict(os.environ, XLA_FLAGS=xla_flags(), JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
   command = [sys.executable, "-m", module, *arguments]
   return subprocess.Popen(
     command,

@@ -9,12 +9,18 @@ from pathlib import Path
 from grpo_jax.distributed import cluster
 
 
+def xla_flags(devices=1):
+  """Returns the XLA_FLAGS of the tests, with another number of virtual devices."""
+  flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+  return " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
+
+
 def start(program, index, count, port, devices=4, **variables):
   """Starts one of `count` processes that join at `port`, with CPU devices of its own."""
   environment = dict(
     os.environ,
     JAX_PLATFORMS="cpu",
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    XLA_FLAGS=xla_flags(devices),
     PYTHONUNBUFFERED="1",
     PYTHONPATH=str(Path.cwd()),
   )

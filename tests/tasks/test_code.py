@@ -14,6 +14,7 @@ from grpo_jax.environments.sandbox import IsolationError
 from grpo_jax.tasks import RewardError, code, make_task, score, score_in_process
 from grpo_jax.tasks.code import last_block, program_of
 from grpo_jax.tasks.rewards.workers import RewardWorkers
+from tests.helpers.processes import xla_flags
 
 pytestmark = pytest.mark.skipif(
   not sandbox.layers(), reason="needs Linux with namespaces or Landlock"
@@ -276,7 +277,7 @@ def test_a_run_of_the_tiny_model(workers, tmp_path):
   command = [sys.executable, "-m", "grpo_jax.train", "--config", str(experiment)]
   ran = subprocess.run(
     [*command, "--workdir", str(tmp_path / "run")], capture_output=True, text=True, check=False,
-    env=dict(os.environ, XLA_FLAGS=""),  # one device
+    env=dict(os.environ, XLA_FLAGS=xla_flags()),
   )  # fmt: skip
   assert ran.returncode == 0, ran.stdout + ran.stderr
   assert "code runs behind" in ran.stdout + ran.stderr
