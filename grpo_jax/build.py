@@ -479,9 +479,7 @@ def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Arr
   """Returns `lora.init` for this model, None without adapters; ValueError for a misfit."""
   if settings.rank == 0:
     return None
-  make = partial(
-    lora.init, shapes=weights.shapes, pattern=lora.as_pattern(settings.targets), rank=settings.rank
-  )
+  make = partial(lora.init, shapes=weights.shapes, pattern=settings.targets, rank=settings.rank)
   jax.eval_shape(make, jax.random.key(0))
   return make
 

@@ -1,4 +1,4 @@
-"""Plays environments that an OpenEnv server runs, over its WebSocket.
+"""Plays environments that an OpenEnv server runs, over its WebSocket::
 
     episodes = openenv_environment(
       "ws://127.0.0.1:8000/ws",

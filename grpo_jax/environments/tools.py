@@ -1,6 +1,6 @@
 """Lets a model call Python functions: the environment of an episode with tools.
 
-A tool is a function with type hints and a docstring that has a line for each parameter:
+A tool is a function with type hints and a docstring that has a line for each parameter::
 
     def area(width: float, height: float) -> float:
       '''Computes the area of a rectangle.

@@ -1,4 +1,4 @@
-"""Takes the environment classes that users of TRL's `environment_factory` write, as they are.
+"""Takes the environment classes that users of TRL's `environment_factory` write, as they are::
 
     class Game:
       def reset(self, secret, **columns) -> str | None:   # text for the end of the prompt

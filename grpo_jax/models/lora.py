@@ -58,12 +58,13 @@ def scale(rank: int, alpha: float) -> float:
   return alpha / rank
 
 
-def targets(shapes: Params, pattern: str) -> tuple[str, ...]:
+def targets(shapes: Params, pattern: str | Sequence[str]) -> tuple[str, ...]:
   """Returns the names of the matrices that `pattern` matches, in the order of `MATRICES`.
 
   Args:
     shapes: parameters of the base model, or their shapes.
-    pattern: regular expression, matched against whole names ("q|v") or paths ("layers/(q|v)").
+    pattern: regular expression, matched against whole names ("q|v") or paths ("layers/(q|v)"); or
+      a list of names, as in `as_pattern`.
 
   Raises:
     ValueError: `pattern` is not a regular expression, matches no parameter, or matches a parameter
@@ -74,6 +75,7 @@ def targets(shapes: Params, pattern: str) -> tuple[str, ...]:
     >>> targets({"layers": {"q": matrix, "k": matrix, "attn_norm": matrix[0]}}, "q|v")
     ('q',)
   """
+  pattern = as_pattern(pattern)
   leaves = jax.tree_util.tree_leaves_with_path(shapes)
   paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
   try:
@@ -91,7 +93,7 @@ def targets(shapes: Params, pattern: str) -> tuple[str, ...]:
   return tuple(name for name in names if f"layers/{name}" in matches)
 
 
-def init(key: jax.Array, shapes: Params, pattern: str, rank: int) -> Adapters:
+def init(key: jax.Array, shapes: Params, pattern: str | Sequence[str], rank: int) -> Adapters:
   """Returns new float32 adapters: A uniform in ±1/sqrt(in), B zero, as in PEFT.
 
   The product is zero, so the adapted model starts as the base model. The A of a matrix does not
