@@ -194,7 +194,7 @@ def test_pairs_are_sharded_like_their_matrix(base, adapters):
 @pytest.mark.parametrize(
   ("pattern", "message"),
   [
-    ("q_proj|v_proj", r"'q_proj\|v_proj' matches no parameter.* q, k, v, o, gate, up, down$"),
+    ("q_x|v_x", r"'q_x\|v_x' matches no parameter.* q, k, v, o, gate, up, down$"),
     ("", "matches no parameter"),
     (".*", r"matches embed, final_norm, layers/attn_norm, layers/mlp_norm: .* may match q, k, v"),
     ("q|attn_norm", "matches layers/attn_norm: "),
@@ -359,3 +359,10 @@ def test_adapters_without_tensors_or_with_nan_are_refused(tmp_path):
   file.write_bytes(b"x" * 20)
   with pytest.raises(ValueError, match=r"adapter_model\.safetensors .* is truncated or is not"):
     lora.load_peft(folder, config)
+
+
+def test_a_list_of_names_is_not_a_class_of_letters(base):
+  """As a regular expression, "['down_proj']" would match `o`."""
+  assert lora.targets(base, ["down_proj"]) == ("down",)
+  adapters = lora.init(jax.random.key(0), base, ["q", "v_proj"], 2)
+  assert sorted(adapters["layers"]) == ["q_lora_a", "q_lora_b", "v_lora_a", "v_lora_b"]
