@@ -27,7 +27,7 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import EnvironmentRunner
 from grpo_jax.environments.tools import check_chat_template
 from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
-from grpo_jax.episodes import EpisodeConfig, EpisodeSampler
+from grpo_jax.episodes import EpisodeSampler
 from grpo_jax.learning import deterministic
 from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.deterministic import Chunks
@@ -46,6 +46,7 @@ from grpo_jax.reward_model import RewardModel
 from grpo_jax.rollout import RolloutConfig
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
+from grpo_jax.sampling.turns import Budget
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.loading import load_function
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
@@ -327,7 +328,7 @@ def with_episodes(c: ConfigDict, task: Task, sampler: Sampler) -> Sampler | Epis
   if task.environment is None:
     return sampler
   length = c.rollout.completion_length
-  budget = EpisodeConfig(
+  budget = Budget(
     turns=c.episode.turns,
     turn_length=c.episode.turn_length or length,
     observation_length=c.episode.observation_length or length,

@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Int
 from grpo_jax.distributed import hosts
 from grpo_jax.environments.base import EnvironmentRunner, Outcome
 from grpo_jax.models.protocol import Params
-from grpo_jax.observations import encode_observation, is_chat, transcript
+from grpo_jax.observations import ObservationEncoder, transcript
 from grpo_jax.sampling.filters import TokenFilter
-from grpo_jax.sampling.sampler import Generated, Sampler, check_temperature
-from grpo_jax.sampling.turns import Session, Turn, TurnSampler
+from grpo_jax.sampling.sampler import Generated, Prepared, Sampler
+from grpo_jax.sampling.turns import Budget, Turn, TurnSampler
 from grpo_jax.tasks.base import Example
-from grpo_jax.tokens import AnyTokenizer, Messages, decode_completions
+from grpo_jax.tokens import AnyTokenizer, Messages
 
 Key = tuple[int, int]  # number of the prompt, number of the completion
 # Metrics of every run with episodes: turns, tokens with observations, and the share of episodes
@@ -29,24 +29,8 @@ EPISODE_METRICS = ("episode/turns", "episode/tokens", "episode/truncated", "epis
 
 
 @dataclasses.dataclass(frozen=True)
-class EpisodeConfig:
-  """Budgets of an episode; its tokens, observations included, are the completion length.
-
-  Attributes:
-    turns: largest number of turns.
-    turn_length: largest number of tokens of a turn.
-    observation_length: largest number of tokens of an observation; a longer one ends the episode as
-      truncated.
-  """
-
-  turns: int
-  turn_length: int
-  observation_length: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Episodes(Generated):
-  """Episodes of a group for each prompt, on the host.
+  """Holds the episodes of a group for each prompt, on the host.
 
   Attributes:
     attended: [P, G, T], true for all tokens of an episode, observations included; `mask` is true
@@ -100,25 +84,20 @@ class EpisodeSampler:
 
   Args:
     sampler: samples single turns; its `completion_length` is the budget of an episode in tokens.
-    config: the other budgets.
+    budget: its other limits.
     make_runner: starts the environments of the task, when the first episode needs them.
   """
 
   def __init__(
-    self, sampler: Sampler, config: EpisodeConfig, make_runner: Callable[[], EnvironmentRunner]
+    self, sampler: Sampler, budget: Budget, make_runner: Callable[[], EnvironmentRunner]
   ) -> None:
-    self.config, self._single, self._make_runner = config, sampler, make_runner
-    self._turns = TurnSampler(
-      sampler,
-      turns=config.turns,
-      turn_length=config.turn_length,
-      observation_length=config.observation_length,
-    )
+    self.budget, self._single, self._make_runner = budget, sampler, make_runner
+    self._turns = TurnSampler(sampler, budget)
+    self._encode = ObservationEncoder(sampler.tokenizer)
     self._runner: EnvironmentRunner | None = None
     self.tokenizer: AnyTokenizer = sampler.tokenizer
     self.prompt_sharding, self.chunks = sampler.prompt_sharding, sampler.chunks
     self.completion_length, self.prompt_length = sampler.completion_length, sampler.prompt_length
-    self.temperature = sampler.temperature
 
   def close(self) -> None:
     """Ends the environments; a later call starts new ones."""
@@ -144,7 +123,6 @@ class EpisodeSampler:
     """
     if self._runner is None:
       self._runner = self._make_runner()
-    temperature = self.temperature if temperature is None else check_temperature(temperature)
     with hosts.together("starting the environments"):
       seeds = _seeds(key, first_prompt + hosts.own_shard()[0] * len(examples), len(examples))
       prompts = self._runner.reset(examples, group, seeds)
@@ -154,18 +132,18 @@ class EpisodeSampler:
       temperature=temperature, token_filter=token_filter,
     )  # fmt: skip
     game = _Game(self, self._runner, prompts, group)
-    for number in range(self.config.turns):
+    for number in range(self.budget.turns):
       turn = session.turn(game.limits())
       with hosts.together("stepping the environments"):
-        observations = game.play(turn, is_last=number + 1 == self.config.turns)
+        observations = game.play(turn, is_last=number + 1 == self.budget.turns)
       if not hosts.any_host(bool(observations)):
         break
       session.observe(observations)
-    return game.episodes(session, temperature)
+    return game.episodes(session.prepared)
 
 
 class _Row:
-  """One episode while it is played."""
+  """Holds one episode while it is played."""
 
   def __init__(self) -> None:
     self.tokens: list[int] = []
@@ -205,7 +183,7 @@ class _Row:
 
 
 class _Game:
-  """The rows of a call, and what happens to them between the turns."""
+  """Holds the rows of a call and steps their environments between the turns."""
 
   def __init__(
     self, sampler: EpisodeSampler, runner: EnvironmentRunner, prompts: Sequence[Any], group: int
@@ -219,16 +197,13 @@ class _Game:
     for place, row in self._rows.items():
       if row.live:
         room = self._sampler.completion_length - len(row.tokens)
-        limit[place] = min(self._sampler.config.turn_length, room)
+        limit[place] = min(self._sampler.budget.turn_length, room)
     return limit
 
   def play(self, turn: Turn, is_last: bool) -> dict[Key, list[int]]:
     """Adds a turn to each row, steps the environments and returns the observations to add."""
-    single, texts = self._sampler._single, {}
-    decoded = decode_completions(
-      single.tokenizer, turn.tokens, turn.mask, stop=single.stop, stop_ids=single.ending_ids
-    )
-    over_budget = []
+    decoded = self._sampler._single.texts(turn.tokens, turn.mask)
+    texts, over_budget, goes_on = {}, [], {}
     for place, row in self._rows.items():
       if not row.live:
         continue
@@ -238,12 +213,10 @@ class _Game:
         texts[place] = row.turns[-1]
       else:
         over_budget.append(place)
-    goes_on = {}
     for place, outcome in self._runner.step(texts).items():
       row = self._rows[place]
       row.take(outcome)
-      if outcome.done or row.failed:
-        row.live = False
+      if row.ended or row.failed:
         continue
       ids = None if is_last else self._encoded(place, outcome.observation)
       if ids is None:
@@ -253,27 +226,25 @@ class _Game:
         row.observations.append(outcome.observation)
         goes_on[place] = ids
     for place, reward in self._runner.finish(over_budget).items():
-      row = self._rows[place]
-      row.live = False
       if reward is not None:
-        row.rewards[-1] = np.nansum([row.rewards[-1], reward])
-    for place in over_budget:
-      self._rows[place].live = False
+        rewards = self._rows[place].rewards
+        rewards[-1] = np.nansum([rewards[-1], reward])
+    for place, row in self._rows.items():
+      row.live = place in goes_on
     return goes_on
 
   def _encoded(self, place: Key, observation: str | Messages) -> list[int] | None:
     """Returns the tokens of an observation; None if it and one more token exceed a budget."""
     row, sampler = self._rows[place], self._sampler
-    ids = encode_observation(
-      sampler.tokenizer, observation, last=row.tokens[-1], chat=is_chat(self._prompts[place[0]])
-    )
+    chat = not isinstance(self._prompts[place[0]], str)
+    ids = sampler._encode(observation, last=row.tokens[-1], chat=chat)
     room = sampler.completion_length - len(row.tokens) - 1
-    return ids if len(ids) <= min(room, sampler.config.observation_length) else None
+    return ids if len(ids) <= min(room, sampler.budget.observation_length) else None
 
-  def episodes(self, session: Session, temperature: float) -> Episodes:
+  def episodes(self, prepared: Prepared) -> Episodes:
     """Returns the rows as arrays."""
     shape = (len(self._prompts), self._group)
-    length, turns = self._sampler.completion_length, self._sampler.config.turns
+    length, turns = self._sampler.completion_length, self._sampler.budget.turns
     tokens = np.full((*shape, length), self._sampler.tokenizer.pad_id, np.int32)
     mask, attended = np.zeros((2, *shape, length), bool)
     logp, entropy = np.zeros((2, *shape, length), np.float32)
@@ -287,15 +258,15 @@ class _Game:
     flags = {name: np.array([[getattr(row, name) for row in line] for line in grid])
              for name in ("ended", "failed")}  # fmt: skip
     return Episodes(
-      prompts=session.prompts,
-      prompt_mask=session.prompt_mask,
+      prompts=prepared.prompts,
+      prompt_mask=prepared.prompt_mask,
       tokens=tokens,
       mask=mask,
       ended=flags["ended"],
       logp=logp,
       entropy=entropy,
       texts=[[row.turns[-1] for row in line] for line in grid],
-      temperature=temperature,
+      temperature=prepared.how["temperature"],
       attended=attended,
       turn_rewards=rewards,
       turn_ends=ends,

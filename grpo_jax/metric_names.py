@@ -35,7 +35,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
     algorithm: the row, with the changes of the config.
   """
   one = np.zeros((1, 2))
-  rollout = rollout_metrics(one, dict.fromkeys(task.rewards, one), one.astype(int), one > 0)
+  rewards = [*task.rewards, *(["environment"] if task.environment else [])]
+  rollout = rollout_metrics(one, dict.fromkeys(rewards, one), one.astype(int), one > 0)
   names = {*ALWAYS, *rollout, *_loss_names(c, algorithm)}
   if c.rollout.max_resamples:
     names.update(_RESAMPLING)

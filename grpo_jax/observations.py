@@ -16,67 +16,71 @@ TURN = {"role": "assistant", "content": "!"}
 CALL = {"type": "function", "function": {"name": "tool", "arguments": {}}}
 
 
-def encode_observation(
-  tokenizer: AnyTokenizer, observation: str | Messages, *, last: int, chat: bool
-) -> list[int]:
-  """Returns the tokens between two turns of the policy.
-
-  Args:
-    tokenizer: has the chat template.
-    observation: text or chat messages. In a conversation, text is a user's turn.
-    last: last token of the policy's turn. If it is the one that ends a turn in the chat template,
-      it is not repeated.
-    chat: whether the prompt was a conversation.
-
-  Raises:
-    ValueError: the template cannot show the messages, or shows a conversation otherwise when it
-      goes on; or there are messages and the prompt was text.
+class ObservationEncoder:
+  """Encodes observations with the chat template of a tokenizer.
 
   Example:
     >>> from grpo_jax.tokens import ByteTokenizer
-    >>> bytes(encode_observation(ByteTokenizer(), "Higher", last=53, chat=False)).decode()
+    >>> bytes(ObservationEncoder(ByteTokenizer())("Higher", last=53, chat=False)).decode()
     'Higher'
   """
-  if not chat:
-    if not isinstance(observation, str):
+
+  def __init__(self, tokenizer: AnyTokenizer) -> None:
+    self._tokenizer = tokenizer
+    self._turns: dict[bool, tuple[str, str]] = {}  # whether it calls a tool -> see `_turn`
+
+  def __call__(self, observation: str | Messages, *, last: int, chat: bool) -> list[int]:
+    """Returns the tokens between two turns of the policy.
+
+    Args:
+      observation: text or chat messages. In a conversation, text is a user's turn.
+      last: last token of the policy's turn. If it is the one that ends a turn in the chat template,
+        it is not repeated.
+      chat: whether the prompt was a conversation.
+
+    Raises:
+      ValueError: the template cannot show the messages, or shows a conversation otherwise when it
+        goes on; or there are messages and the prompt was text.
+    """
+    tokenizer = self._tokenizer
+    if not chat:
+      if not isinstance(observation, str):
+        raise ValueError(
+          f"the environment answered with messages, and the prompt is text: {observation!r:.200}. "
+          "Answer with text, or give chat messages as the prompt"
+        )
+      return tokenizer.encode_plain(observation)
+    messages = observation
+    if isinstance(observation, str):
+      messages = [{"role": "user", "content": observation}] if observation else []
+    calls = any(message["role"] == "tool" for message in messages)
+    before, end = self._turn(calls)
+    after = tokenizer.render([USER, _turn(calls), *messages], add_generation_prompt=True)
+    if not after.startswith(before):
       raise ValueError(
-        f"the environment answered with messages, and the prompt is text: {observation!r:.200}. "
-        "Answer with text, or give chat messages as the prompt"
+        f"the chat template of {tokenizer.name} shows earlier turns otherwise once a conversation "
+        "goes on: it cannot be used for episodes"
       )
-    return tokenizer.encode_plain(observation)
-  messages = observation
-  if isinstance(observation, str):
-    messages = [{"role": "user", "content": observation}] if observation else []
-  turn = {**TURN}
-  if any(message["role"] == "tool" for message in messages):
-    turn["tool_calls"] = [CALL]
-  before = tokenizer.render([USER, turn], add_generation_prompt=False)
-  after = tokenizer.render([USER, turn, *messages], add_generation_prompt=True)
-  end, text = _end_of_turn(tokenizer, before)
-  if not after.startswith(before[:end]):
-    raise ValueError(
-      f"the chat template of {tokenizer.name} shows earlier turns otherwise once a conversation "
-      "goes on: it cannot be used for episodes"
-    )
-  ids = tokenizer.encode_plain(after[end - len(text) :])
-  return ids[1:] if text and ids[:1] == [last] else ids
+    ids = tokenizer.encode_plain(end + after[len(before) :])
+    return ids[1:] if end and ids[:1] == [last] else ids
+
+  def _turn(self, calls: bool) -> tuple[str, str]:
+    """Returns a conversation up to the end of the policy's turn, and the token that ends the turn.
+
+    A template without such a token ends a turn in its own way, and everything after the content
+    belongs to the observation: the second text is empty.
+    """
+    if calls not in self._turns:
+      text = self._tokenizer.render([USER, _turn(calls)], add_generation_prompt=False)
+      content = text.rfind(TURN["content"]) + len(TURN["content"])
+      start, mark = max(((text.rfind(m), m) for m in self._tokenizer.end_marks()), default=(-1, ""))
+      found = start >= content
+      self._turns[calls] = (text[: start + len(mark)], mark) if found else (text[:content], "")
+    return self._turns[calls]
 
 
-def _end_of_turn(tokenizer: AnyTokenizer, text: str) -> tuple[int, str]:
-  """Returns where the last ending token of a rendered turn ends, and that token's text.
-
-  A template without such a token ends a turn in its own way, and everything after the content
-  belongs to the observation.
-  """
-  ends = [(text.rfind(mark), mark) for mark in tokenizer.end_marks()]
-  start, mark = max(ends, default=(-1, ""))
-  content = text.rindex(TURN["content"]) + len(TURN["content"]) if TURN["content"] in text else 0
-  return (start + len(mark), mark) if start >= content else (content, "")
-
-
-def is_chat(prompt: Any) -> bool:
-  """Tells whether a prompt is a conversation."""
-  return not isinstance(prompt, str)
+def _turn(calls: bool) -> dict[str, Any]:
+  return {**TURN, "tool_calls": [CALL]} if calls else TURN
 
 
 def transcript(turns: Sequence[str], observations: Sequence[str | Messages]) -> Messages:

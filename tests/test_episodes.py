@@ -15,13 +15,14 @@ from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.environments.base import Step
 from grpo_jax.environments.workers import run_in_process
-from grpo_jax.episodes import EpisodeConfig, Episodes, EpisodeSampler, with_environment_rewards
+from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
 from grpo_jax.learning.step import TrainState, make_train_step, score_batch
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.rollout import RolloutConfig, collect, generate
 from grpo_jax.run import checkpoint
 from grpo_jax.sampling import Sampler
+from grpo_jax.sampling.turns import Budget
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
@@ -66,7 +67,7 @@ def make_sampler(task=TASK, length=30, temperature=1.0, **budget):
     temperature=temperature,
   )  # fmt: skip
   budget = {"turns": 4, "turn_length": 8, "observation_length": 5, **budget}
-  return EpisodeSampler(sampler, EpisodeConfig(**budget), lambda: run_in_process(task))
+  return EpisodeSampler(sampler, Budget(**budget), lambda: run_in_process(task))
 
 
 @pytest.fixture(scope="module")

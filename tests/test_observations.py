@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_jax.observations import encode_observation, transcript
+from grpo_jax.observations import ObservationEncoder, transcript
 from grpo_jax.tokens import ByteTokenizer, Tokenizer
 
 CHATML = (
@@ -45,7 +45,7 @@ def shown(tokenizer, ids):
 
 def test_a_turn_is_continued_as_the_template_writes_it(chatml):
   tokenizer, (im_end, _) = chatml
-  ids = encode_observation(tokenizer, "Higher", last=im_end, chat=True)
+  ids = ObservationEncoder(tokenizer)("Higher", last=im_end, chat=True)
   assert shown(tokenizer, ids) == ("\n<|im_start|>user\nHigher<|im_end|>\n<|im_start|>assistant\n")
   prompt = [{"role": "user", "content": "Guess"}]
   row = tokenizer.chat(prompt) + tokenizer.encode_plain("5") + [im_end] + ids
@@ -57,14 +57,14 @@ def test_a_turn_that_ended_otherwise_is_ended_for_the_template(chatml):
   """A stop string, or another id that ends a text: the template's own token comes after it."""
   tokenizer, (_, end_of_text) = chatml
   for last in (end_of_text, tokenizer.encode_plain("5")[0]):
-    ids = encode_observation(tokenizer, "Higher", last=last, chat=True)
+    ids = ObservationEncoder(tokenizer)("Higher", last=last, chat=True)
     assert shown(tokenizer, ids).startswith("<|im_end|>\n<|im_start|>user\nHigher")
 
 
 def test_messages_of_tools_follow_a_turn_that_called_one(chatml):
   tokenizer, (im_end, _) = chatml
   messages = [{"role": "tool", "content": "84"}, {"role": "tool", "content": "!"}]
-  ids = encode_observation(tokenizer, messages, last=im_end, chat=True)
+  ids = ObservationEncoder(tokenizer)(messages, last=im_end, chat=True)
   assert shown(tokenizer, ids) == (
     "\n<|im_start|>tool\n84<|im_end|>\n<|im_start|>tool\n!<|im_end|>\n<|im_start|>assistant\n"
   )
@@ -72,24 +72,24 @@ def test_messages_of_tools_follow_a_turn_that_called_one(chatml):
 
 def test_an_empty_observation_starts_the_next_turn(chatml):
   tokenizer, (im_end, _) = chatml
-  ids = encode_observation(tokenizer, "", last=im_end, chat=True)
+  ids = ObservationEncoder(tokenizer)("", last=im_end, chat=True)
   assert shown(tokenizer, ids) == "\n<|im_start|>assistant\n"
 
 
 def test_a_template_without_ending_tokens():
-  ids = encode_observation(ByteTokenizer(), "Higher", last=53, chat=True)
+  ids = ObservationEncoder(ByteTokenizer())("Higher", last=53, chat=True)
   assert bytes(ids).decode() == "\nuser: Higher\nassistant: "
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
   tokenizer, (im_end, _) = make_tokenizer(FORGETFUL)
   with pytest.raises(ValueError, match="shows earlier turns otherwise"):
-    encode_observation(tokenizer, "Higher", last=im_end, chat=True)
+    ObservationEncoder(tokenizer)("Higher", last=im_end, chat=True)
 
 
 def test_messages_after_a_text_are_refused():
   with pytest.raises(ValueError, match="the prompt is text"):
-    encode_observation(ByteTokenizer(), [{"role": "tool", "content": "1"}], last=5, chat=False)
+    ObservationEncoder(ByteTokenizer())([{"role": "tool", "content": "1"}], last=5, chat=False)
 
 
 def test_a_real_tokenizer_adds_nothing_to_text():
@@ -97,7 +97,7 @@ def test_a_real_tokenizer_adds_nothing_to_text():
   from grpo_jax.tokens import load_tokenizer
 
   tokenizer = load_tokenizer(str(path))
-  ids = encode_observation(tokenizer, "ab", last=5, chat=False)
+  ids = ObservationEncoder(tokenizer)("ab", last=5, chat=False)
   assert tokenizer.decode(ids) == "ab"
   assert tokenizer.bos_id not in ids
 

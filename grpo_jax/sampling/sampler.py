@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,6 +54,24 @@ class Generated:
   def row_lengths(self) -> Int[np.ndarray, "P G"]:
     """Number of tokens of each row without padding: `lengths`, unless others wrote too."""
     return self.lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """The inputs of a call that starts from prompts.
+
+  Attributes:
+    prompts, prompt_mask: [P, N], of this host, left-padded to `padded_length`.
+    on_device: the same and the random keys [P, G], of all hosts, on the device.
+    stop_table: [S, V], made from the stops; see `stopping.stop_table`.
+    how: `temperature` and `token_filter`, as the sampling programs take them.
+  """
+
+  prompts: Int[np.ndarray, "P N"]
+  prompt_mask: Bool[np.ndarray, "P N"]
+  on_device: tuple[jax.Array, jax.Array, jax.Array]
+  stop_table: Int[np.ndarray, "S V"]
+  how: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +130,6 @@ class Sampler:
     object.__setattr__(self, "_ending_ids", ids)
     object.__setattr__(self, "_program", program)
 
-  @property
-  def ending_ids(self) -> tuple[int, ...]:
-    """Ids that end a completion; they are not part of its text."""
-    return self._ending_ids
-
   def __call__(
     self,
     params: Params,
@@ -143,6 +157,31 @@ class Sampler:
         another distribution than was sampled.
       first_prompt: number of the first prompt of the first host.
     """
+    start = self.prepare(prompts, key, group, first_prompt, temperature, token_filter)
+    out = self._program(params, *start.on_device, start.stop_table, **start.how)
+    out = hosts.to_local(out)
+    return Generated(
+      prompts=start.prompts,
+      prompt_mask=start.prompt_mask,
+      **vars(out),
+      texts=self.texts(out.tokens, out.mask),
+      temperature=start.how["temperature"],
+    )
+
+  def prepare(
+    self,
+    prompts: Sequence[str | Messages],
+    key: jax.Array,
+    group: int,
+    first_prompt: int = 0,
+    temperature: float | None = None,
+    token_filter: TokenFilter | None = None,
+  ) -> Prepared:
+    """Encodes prompts, moves them to the device and folds the random keys; arguments as of a call.
+
+    Raises:
+      ValueError: a prompt is too long, or the temperature is out of range.
+    """
     temperature = self.temperature if temperature is None else check_temperature(temperature)
     tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
     longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
@@ -150,18 +189,29 @@ class Sampler:
     tokens, mask = tokens[:, start:], mask[:, start:]
     ids = first_prompt + hosts.own_shard()[0] * len(tokens) + np.arange(len(tokens))
     *on_device, ids = hosts.to_global((tokens, mask, ids), self.prompt_sharding)
-    keys = _row_keys(key, ids, group)
     if token_filter is not None and token_filter.is_off:
       token_filter = None
     how = {"temperature": temperature, "token_filter": token_filter}
-    out = self._program(params, *on_device, keys, self._table, **how)
-    out = hosts.to_local(out)
-    texts = decode_completions(
-      self.tokenizer, out.tokens, out.mask, stop=self.stop, stop_ids=self._ending_ids
+    return Prepared(tokens, mask, (*on_device, _row_keys(key, ids, group)), self._table, how)
+
+  def texts(
+    self, tokens: Int[np.ndarray, "P G T"], mask: Bool[np.ndarray, "P G T"]
+  ) -> list[list[str]]:
+    """Returns the texts of completions, without the ending token and the stop string."""
+    return decode_completions(
+      self.tokenizer, tokens, mask, stop=self.stop, stop_ids=self._ending_ids
     )
-    return Generated(
-      prompts=tokens, prompt_mask=mask, **vars(out), texts=texts, temperature=temperature
-    )
+
+
+def for_decoding(model: Model, params: Params, prompt_sharding: Sharding) -> Params:
+  """Returns parameters in the layout that decodes fastest on the devices of a sharding.
+
+  A model may have a method `for_decoding(params, platform)`, as `models.decoder.Decoder` does.
+  """
+  if not hasattr(model, "for_decoding"):
+    return params
+  devices = prompt_sharding.mesh.devices.flat if prompt_sharding else jax.devices()
+  return model.for_decoding(params, devices[0].platform)
 
 
 def make_generate(
@@ -175,8 +225,7 @@ def make_generate(
   """Returns the jitted `(params, prompts, prompt_mask, keys, stop_table, *, temperature, ...)`.
 
   It is `generate.generate` with as many compactions as the length is worth; `temperature` and
-  `token_filter` are static. A model may have a method `for_decoding(params, platform)`, which
-  returns the parameters in the layout that decodes fastest there, as `models.decoder.Decoder` does.
+  `token_filter` are static. The parameters are brought into the layout of `for_decoding`.
 
   Args:
     length, pad_id: as in `generate.generate`.
@@ -186,10 +235,7 @@ def make_generate(
   """
 
   def sample(params, prompts, prompt_mask, keys, stop_table, *, temperature, token_filter=None):
-    if hasattr(model, "for_decoding"):
-      devices = prompt_sharding.mesh.devices.flat if prompt_sharding else jax.devices()
-      platform = devices[0].platform
-      params = model.for_decoding(params, platform)
+    params = for_decoding(model, params, prompt_sharding)
     in_chunks = chunks is not None and len(prompts) % chunks.count == 0
     generate = partial(
       generation.generate,

@@ -24,17 +24,18 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.protocol import Cache, EpisodeModel, Params
 from grpo_jax.sampling import compaction
 from grpo_jax.sampling.filters import TokenFilter
-from grpo_jax.sampling.generate import Rows, no_rows, pick, row_keys, write_token
-from grpo_jax.sampling.sampler import Sampler, padded_length
-from grpo_jax.tokens import Messages, encode_prompts
+from grpo_jax.sampling.generate import Rows, no_rows, pick, write_token
+from grpo_jax.sampling.sampler import Prepared, Sampler, for_decoding
+from grpo_jax.tokens import Messages
 
 SHORTEST = 16  # tokens; an observation is padded to at least as many
+MAX_COMPACTIONS = 3  # each shape compiles its own programs
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """What stays on the device between the turns, for rows in chunks [C, g].
+  """Holds what stays on the device between the turns, for rows in chunks [C, g].
 
   Attributes:
     hidden: [C, g, D], hidden state that predicts the next token of each row.
@@ -191,7 +192,7 @@ def compact(state: State, live: Bool[Array, "C g"], shape: compaction.Shape) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """One turn of all rows, [P, G, L]; rows whose episode is over have no token.
+  """Holds one turn of all rows, [P, G, L]; rows whose episode is over have no token.
 
   Attributes:
     tokens, mask, logp, entropy: as in `generate.Completions`.
@@ -205,23 +206,39 @@ class Turn:
   ended: Bool[np.ndarray, "P G"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """Limits of an episode, beside its tokens, which are the sampler's `completion_length`.
+
+  Attributes:
+    turns: largest number of turns.
+    turn_length: largest number of tokens of a turn.
+    observation_length: largest number of tokens of an observation; a longer one ends the episode as
+      truncated.
+  """
+
+  turns: int
+  turn_length: int
+  observation_length: int
+
+  @property
+  def slots(self) -> int:
+    """Room for tokens that the cache of a completion needs, gaps included."""
+    return self.turns * self.turn_length + (self.turns - 1) * self.observation_length
+
+
 class TurnSampler:
   """Samples the turns of the episodes of some prompts with the model of a `Sampler`.
 
   Args:
-    sampler: model, tokenizer, stops and temperature; its `completion_length` is the number of
-      tokens of an episode, observations included.
-    turns: largest number of turns of an episode.
-    turn_length: largest number of tokens of a turn.
-    observation_length: largest number of tokens of an observation.
+    sampler: model, tokenizer, stops and temperature.
+    budget: limits of an episode.
 
   Raises:
     ValueError: the model cannot go on after an observation, or samples in chunks.
   """
 
-  def __init__(
-    self, sampler: Sampler, *, turns: int, turn_length: int, observation_length: int
-  ) -> None:
+  def __init__(self, sampler: Sampler, budget: Budget) -> None:
     if not isinstance(sampler.model, EpisodeModel):
       raise ValueError(
         f"{type(sampler.model).__name__} has no method 'extend', which episodes need: see "
@@ -229,21 +246,33 @@ class TurnSampler:
       )
     if sampler.chunks is not None:
       raise ValueError("episodes cannot be sampled in chunks: set train.reduction to 'fast'")
-    self.sampler, self.turns = sampler, turns
-    self.turn_length = min(turn_length, sampler.completion_length)
-    self.observation_length = observation_length
-    self.slots = turns * self.turn_length + (turns - 1) * padded_observation(
-      observation_length, observation_length
-    )
-    model, layout = sampler.model, sampler.prompt_sharding
+    self.sampler, self.budget = sampler, budget
+    model, layout, pad_id = sampler.model, sampler.prompt_sharding, sampler.tokenizer.pad_id
     shards = meshes.prompt_shards(layout)
-    self._start = jax.jit(partial(start, model, slots=self.slots, prompt_shards=shards))
+
+    def with_rows(state: State) -> State:
+      """Lays the row map out like the rows, since each host reads its part."""
+      if layout is None:
+        return state
+      placed = jax.lax.with_sharding_constraint(state.row_map.original_index, layout)
+      return dataclasses.replace(
+        state, row_map=dataclasses.replace(state.row_map, original_index=placed)
+      )
+
+    def begin(*arguments: Any) -> State:
+      return with_rows(start(model, *arguments, slots=budget.slots, prompt_shards=shards))
+
+    self._start = jax.jit(begin)
     self._take_turn = jax.jit(
-      partial(take_turn, model, length=self.turn_length, pad_id=sampler.tokenizer.pad_id),
-      static_argnames=("temperature", "token_filter"), donate_argnums=1,
-    )  # fmt: skip
+      partial(take_turn, model, length=budget.turn_length, pad_id=pad_id),
+      static_argnames=("temperature", "token_filter"),
+      donate_argnums=1,
+      out_shardings=(None, layout, layout),
+    )
     self._observe = jax.jit(partial(observe, model), donate_argnums=1)
-    self._compact = jax.jit(compact, static_argnames="shape")
+    self._compact = jax.jit(
+      lambda state, live, shape: with_rows(compact(state, live, shape)), static_argnums=2
+    )
 
   def begin(
     self,
@@ -252,52 +281,31 @@ class TurnSampler:
     key: jax.Array,
     *,
     group: int,
-    first_prompt: int = 0,
-    temperature: float | None = None,
-    token_filter: TokenFilter | None = None,
+    **options: Any,
   ) -> "Session":
     """Starts an episode of each of G completions of each prompt; arguments as of a `Sampler`."""
-    temperature = self.sampler.temperature if temperature is None else temperature
-    how = {"temperature": temperature, "token_filter": token_filter}
-    return Session(self, params, prompts, key, group, first_prompt, how)
+    own = self.sampler
+    prepared = own.prepare(prompts, key, group, **options)
+    return Session(self, for_decoding(own.model, params, own.prompt_sharding), prepared, group)
 
 
 class Session:
-  """The episodes of some prompts while they go on.
+  """Plays the episodes of some prompts on the device, turn by turn.
 
   Attributes:
-    prompts, prompt_mask: [P, N], left-padded tokens of the prompts.
+    prepared: prompts, keys, stops, temperature and filter.
   """
 
-  def __init__(
-    self,
-    sampler: TurnSampler,
-    params: Params,
-    prompts: Sequence[str | Messages],
-    key: jax.Array,
-    group: int,
-    first_prompt: int,
-    how: Mapping[str, Any],
-  ) -> None:
-    own = sampler.sampler
-    tokens, mask, _ = encode_prompts(own.tokenizer, prompts, own.prompt_length)
-    longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
-    begin = own.prompt_length - padded_length(int(longest), own.prompt_length)
-    self.prompts, self.prompt_mask = tokens[:, begin:], mask[:, begin:]
-    self._sampler, self._layout, self._how = sampler, own.prompt_sharding, how
-    ids = first_prompt + hosts.own_shard()[0] * len(tokens) + np.arange(len(tokens))
-    *arrays, ids = hosts.to_global((self.prompts, self.prompt_mask, ids), self._layout)
-    if hasattr(own.model, "for_decoding"):
-      devices = self._layout.mesh.devices.flat if self._layout else jax.devices()
-      params = own.model.for_decoding(params, devices[0].platform)
-    self._params = params
-    self._state = sampler._start(params, *arrays, _row_keys(key, ids, group))
-    self._index, self._size = 0, (len(tokens), group)
+  def __init__(self, sampler: TurnSampler, params: Params, prepared: Prepared, group: int) -> None:
+    layout, count = sampler.sampler.prompt_sharding, len(prepared.prompts)
+    self.prepared = prepared
+    self._sampler, self._params, self._layout = sampler, params, layout
+    self._state = sampler._start(params, *prepared.on_device)
+    self._index, self._size = 0, (count, group)
     self._last = np.zeros(self._size, np.int64)  # last token of each row's turn
-    shards = meshes.prompt_shards(self._layout)
-    self._shapes = compaction.shapes(len(tokens) * hosts.own_shard()[1] // shards, group, 3)[1:]
-    self._shape = compaction.Shape(len(tokens) * hosts.own_shard()[1] // shards, group)
-    self._own_shards = max(shards // hosts.own_shard()[1], 1)
+    shards, host_count = meshes.prompt_shards(layout), hosts.own_shard()[1]
+    self._shapes = compaction.shapes(count * host_count // shards, group, MAX_COMPACTIONS)[1:]
+    self._own_shards = max(shards // host_count, 1)
     self._original = self._read_rows()
 
   def turn(self, limit: Int[np.ndarray, "P G"]) -> Turn:
@@ -306,17 +314,16 @@ class Session:
     Args:
       limit: tokens that each row may write; 0 for rows whose episode is over.
     """
-    sampler, own = self._sampler, self._sampler.sampler
-    self._state, written, ended = sampler._take_turn(
-      self._params, self._state, jnp.int32(self._index), self._to_device(limit.astype(np.int32)),
-      own._table, **self._how,
-    )  # fmt: skip
+    limit, given = self._to_device(limit.astype(np.int32)), self.prepared
+    self._state, written, ended = self._sampler._take_turn(
+      self._params, self._state, jnp.int32(self._index), limit, given.stop_table, **given.how
+    )
     tokens, mask, logp, entropy, ended = self._from_device((*written, ended))
     lengths = mask.sum(-1)
     self._index += max(self._agreed(int(lengths.max())) - 1, 0)
     last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[..., None], -1)[..., 0]
     self._last = np.where(lengths > 0, last, self._last)
-    return Turn(tokens, mask, logp, entropy, ended & (limit > 0))
+    return Turn(tokens, mask, logp, entropy, ended)
 
   def observe(self, observations: Mapping[tuple[int, int], Sequence[int]]) -> None:
     """Appends the observation of each row whose episode goes on; the other rows end here.
@@ -326,7 +333,7 @@ class Session:
     """
     live = np.zeros(self._size, bool)
     longest = 1 + max((len(ids) for ids in observations.values()), default=0)
-    width = padded_observation(self._agreed(longest), 1 + self._sampler.observation_length)
+    width = padded_observation(self._agreed(longest), 1 + self._sampler.budget.observation_length)
     tokens = np.full((*self._size, width), self._sampler.sampler.tokenizer.pad_id, np.int32)
     real = np.zeros(tokens.shape, bool)
     for (p, g), ids in observations.items():
@@ -349,9 +356,9 @@ class Session:
       shape = smaller
     if shape is None:
       return
-    self._state = self._sampler._compact(self._state, self._to_device(live), shape=shape)
+    self._state = self._sampler._compact(self._state, self._to_device(live), shape)
     self._shapes = self._shapes[self._shapes.index(shape) + 1 :]
-    self._shape, self._original = shape, self._read_rows()
+    self._original = self._read_rows()
 
   def _read_rows(self) -> Int[np.ndarray, "C g"]:
     """Returns the number of the completion in each place of this host, -1 where there is none."""
@@ -395,6 +402,3 @@ def padded_observation(longest: int, limit: int) -> int:
   while size < longest:
     size *= 2
   return min(size, max(limit, longest))
-
-
-_row_keys = jax.jit(row_keys, static_argnums=2)

@@ -117,7 +117,6 @@ SMALL = [
   "--config=experiments/tiny.py",
   "--config.steps=3",
   "--config.checkpoint.every=2",
-  "--config.task.settings.eval_size=5",
   "--config.eval.batch_prompts=8",
   "--config.rollout.prompts_per_step=16",
   "--config.rollout.group_size=4",
@@ -125,10 +124,20 @@ SMALL = [
   f"--config.hosts.heartbeat={HEARTBEAT}",
 ]
 RUNS = {
-  "plain": ["--config.mesh.data=2", "--config.mesh.fsdp=4"],
+  "plain": [
+    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.settings.eval_size=5",
+  ],
+  # Turns of several lengths, episodes that end early, and environments of each host's own.
+  "episodes": [
+    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.name=guess_number",
+    "--config.task.settings.games=0", "--config.rollout.completion_length=40",
+    "--config.episode.turns=3", "--config.episode.turn_length=6",
+    "--config.rollout.temperature=0.5", "--config.algorithm.advantage=turn_advantages",
+  ],
   # Statistics of the batch, a KL term, resamples, mini- and micro-batches, and all three axes.
   "rich": [
     "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+    "--config.task.settings.eval_size=5",
     "--config.algorithm.advantage=batch_normalized", "--config.algorithm.kl=k3",
     "--config.algorithm.beta=0.1", "--config.train.mini_batches=2", "--config.train.epochs=2",
     "--config.train.micro_batches=2", "--config.rollout.max_resamples=2",
@@ -163,6 +172,8 @@ def test_two_hosts_of_four_devices_compute_what_one_of_eight_does(tmp_path, name
     for key in set(a) - set(TIMES):
       values = [np.nan if row[key] is None else row[key] for row in (a, b)]
       np.testing.assert_allclose(*values, rtol=2e-5, atol=2e-5, err_msg=key)
+  if name == "episodes":
+    assert max(row.get("episode/turns", 0) for row in rows[0]) > 1
   if name == "rich":
     assert rows[0][1]["dynamic_sampling/resamples"] > 0
   config = load("experiments/tiny.py", [*SMALL[1:], *RUNS[name]])
@@ -203,8 +214,7 @@ def own_task(folder):
 
 def own_run(folder):
   """The arguments of a run of `own_task`, without the settings of another task."""
-  small = [option for option in SMALL if "eval_size" not in option]
-  return ["-m", "grpo_jax.train", "--workdir", str(folder / "run"), *small, *own_task(folder)]
+  return ["-m", "grpo_jax.train", "--workdir", str(folder / "run"), *SMALL, *own_task(folder)]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from grpo_jax.models import FunctionModel
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.sampling import Sampler
-from grpo_jax.sampling.turns import TurnSampler
+from grpo_jax.sampling.turns import Budget, TurnSampler
 from grpo_jax.tokens import ByteTokenizer
 from tests.helpers import plain
 
@@ -46,7 +46,7 @@ def make_sampler(model=MODEL, turns=3, **options):
   sampler = Sampler(
     model, ByteTokenizer(), prompt_length=3, completion_length=LENGTH, stop_ids=VOWELS, **options
   )
-  return TurnSampler(sampler, turns=turns, turn_length=6, observation_length=20)
+  return TurnSampler(sampler, Budget(turns, turn_length=6, observation_length=20))
 
 
 def observation(p, g, number):
@@ -61,8 +61,8 @@ def play(sampler, params, seed=0):
   session = sampler.begin(params, PROMPTS, jax.random.key(seed), group=GROUP)
   live = np.ones((3, GROUP), bool)
   rows = {(p, g): ([], [], []) for p in range(3) for g in range(GROUP)}
-  for number in range(sampler.turns):
-    turn = session.turn(np.where(live, sampler.turn_length, 0))
+  for number in range(sampler.budget.turns):
+    turn = session.turn(np.where(live, sampler.budget.turn_length, 0))
     assert not turn.mask[~live].any()
     goes_on = {}
     for (p, g), (tokens, own, logp) in rows.items():
@@ -71,7 +71,7 @@ def play(sampler, params, seed=0):
       own += [True] * n
       logp += turn.logp[p, g, :n].tolist()
       seen = observation(p, g, number)
-      if live[p, g] and turn.ended[p, g] and seen is not None and number + 1 < sampler.turns:
+      if live[p, g] and turn.ended[p, g] and seen is not None and number + 1 < sampler.budget.turns:
         goes_on[p, g] = seen
         tokens += seen
         own += [False] * len(seen)
