@@ -41,6 +41,8 @@ _FUNCTIONS = frozenset(
     "Abs",
   ]
 )
+# Text of one number whose exponent is small: a large power of ten takes hours to compute exactly.
+_NUMBER = re.compile(r"[^eE]*(?:[eE][-+]?\d{1,3})?")
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 
 
@@ -139,6 +141,8 @@ def same_number(answer: str, entry: Mapping[str, Any], tolerance: Fraction = Fra
     >>> same_number("11/64", {"answer": "0.171875"}), same_number("1", {"answer": "-1"})
     (True, False)
   """
+  if not _NUMBER.fullmatch(answer.strip()):
+    return False
   try:
     number, gold = (Fraction(text.replace(",", "").strip()) for text in (answer, entry["answer"]))
   except (ValueError, ZeroDivisionError):
@@ -180,7 +184,7 @@ def same_text(answer: str, entry: Mapping[str, Any]) -> bool:
 
 
 def same_words(answer: str, entry: Mapping[str, Any]) -> bool:
-  """Returns whether an answer has no word, and no repetition, that the right one has not.
+  """Returns whether an answer has no word, and no repetition, that the right one does not have.
 
   Example:
     >>> entry = {"answer": "Liam is a hero, and Ella is a rogue"}

@@ -1,7 +1,8 @@
-"""The guards of reasoning-gym's scorers: no text of a model is evaluated, no garbage is right."""
+"""Tests the guards of reasoning-gym's scorers: no text is evaluated, no garbage is right."""
 
 import ast
 import inspect
+import time
 
 import pytest
 
@@ -52,6 +53,14 @@ def test_right_answers_stay_right_and_garbage_is_wrong(name):
   assert not rewards[:, 1:].any()
 
 
+@pytest.mark.parametrize("answer", ["1e9999999999", "1E+1_000_000_000", "1e-99999999999"])
+def test_numbers_that_take_hours_to_compute_are_wrong_at_once(answer):
+  start = time.monotonic()
+  assert not foreign.same_number(answer, {"answer": "5"})
+  assert time.monotonic() - start < 1
+  assert foreign.same_number("5e-3", {"answer": "0.005"})
+
+
 @pytest.mark.parametrize("name", sorted(set(foreign.CONFIRM) - {"puzzle24", "countdown"}))
 def test_a_right_answer_with_garbage_around_it_is_wrong(name):
   _, rewards = rewards_of(
@@ -69,7 +78,7 @@ def test_an_expression_uses_the_numbers_of_its_problem():
 
 
 def scorer_calls(cls):
-  """Names that the `score_answer` of a data set, and the methods of its module, call."""
+  """Returns the names that `score_answer` of a data set, and methods of its module, call."""
   tree = ast.parse(inspect.getsource(inspect.getmodule(cls)))
   calls = set()
   for node in ast.walk(tree):
