@@ -16,6 +16,7 @@ MARKS = str.maketrans(
     "、": ", ",
     "。": ". ",
     "º": "°",
+    **{letter: f"\\mathbb{{{plain}}}" for letter, plain in zip("ℂℕℚℝℤ", "CNQRZ")},
     "\u2062": "·",  # invisible times
     "\u2063": ",",  # invisible separator
     "\u2064": "+",  # invisible plus

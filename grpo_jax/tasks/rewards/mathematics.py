@@ -38,7 +38,7 @@ WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 SYMBOLS = {
   "√": "\\sqrt", "π": "\\pi ", "∞": "\\infty ", "×": "\\times ", "÷": "\\div ", "·": "\\cdot ",
   "⋅": "\\cdot ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∪": "\\cup ",
-  "∩": "\\cap ", "∅": "\\emptyset ", "∈": "\\in ", "ℝ": "\\mathbb{R}", "°": "^\\circ ",
+  "∩": "\\cap ", "∅": "\\emptyset ", "∈": "\\in ", "°": "^\\circ ",
   "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "⌊": "\\lfloor ",
   "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ",
 }  # fmt: skip

@@ -68,6 +68,10 @@ VERDICTS = [
   ('π/2', '\\frac{\\pi}{2}', True),
   ('x∈[1,2]', '[1,2]', True),
   ('٤٢', '42', True),
+  ('ℝ', '\\mathbb{R}', True),
+  ('ℝ', '(-\\infty,\\infty)', True),
+  ('ℝ', 'R', False),
+  ('x∈ℤ', 'x\\in\\mathbb{Z}', True),
   ('3 \\pm 2', '1,5', True),
   ('2\\sqrt{3}', '3.4641016', True),
   ('2\\sqrt{3}', '3.46', False),
@@ -133,7 +137,7 @@ def test_equal_pairs_are_compared_once_by_reward_and_accuracy(monkeypatch):
 
 
 def test_the_time_that_one_call_loses_is_bounded(monkeypatch):
-  """A comparison gets at most a third of the time that is left, and short answers come first."""
+  """Gives a comparison at most a third of the time that is left; short answers come first."""
 
   def is_same(expected, answer):
     while answer.startswith("slow"):
