@@ -249,7 +249,7 @@ class WorkerProcess:
 
   @property
   def idle(self) -> bool:
-    """Whether it has built the task and waits for a unit."""
+    """Tells whether it has built the task and waits for a unit."""
     return self.connection is not None and self._ready and self.unit is None
 
   def start(self) -> None:
@@ -273,9 +273,13 @@ class WorkerProcess:
     """Returns ("done", result), ("raised", message) or ("died", reason); ("", None): no event."""
     try:
       kind, value = _message(self.connection.recv_bytes(MESSAGE_BYTES), self.unit)
+      if kind == "done" and value[0] and self._ready and value[0].keys() != self.weights.keys():
+        raise ValueError(f"the rewards {', '.join(value[0])[:80]}")
     except (EOFError, OSError):
       kind, value = "died", f"process ({self._exit_reason()})"
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+      ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
       self.kill()
       raise RewardError(
         f"a reward worker sent something else than rewards ({error}): a completion has changed it"
@@ -328,7 +332,8 @@ def _message(payload: bytes, unit: Unit | None) -> tuple[str, Any]:
   """Returns the (kind, value) of a message; everything in it is checked.
 
   Raises:
-    ValueError, TypeError, KeyError: it is not a message of a worker.
+    ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError: it is not a
+      message of a worker.
   """
   kind, value = json.loads(payload)
   if kind == "done":

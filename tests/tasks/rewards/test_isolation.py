@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax.environments import isolation
 from grpo_jax.tasks.rewards.scoring import RewardError
-from grpo_jax.tasks.rewards.workers import RewardWorkers, _message
+from grpo_jax.tasks.rewards.workers import RewardWorkers, WorkerProcess, _message
 from tests.helpers import hostile_rewards
 
 linux = pytest.mark.skipif(
@@ -95,8 +95,23 @@ def test_what_a_worker_sends_is_data_and_checked(payload):
     _message(payload, (slice(0, 1), slice(0, 1)))
 
 
+@pytest.mark.parametrize("rewards", ['{"b": [[1.0]]}', '{"a": [[1.0]], "b": [[1.0]]}',
+                                     f'{{"a": [[1{"0" * 400}]]}}'])  # fmt: skip
+def test_a_worker_that_sends_other_rewards_ends_the_run(rewards, monkeypatch):
+  class Sends:
+    def recv_bytes(self, limit):
+      return f'["done", [{rewards}, [[0.0]]]]'.encode()
+
+  worker = WorkerProcess(b"", True)
+  worker.connection, worker.unit = Sends(), (slice(0, 1), slice(0, 1))
+  worker.weights, worker._ready = {"a": 1.0}, True
+  monkeypatch.setattr(worker, "kill", lambda: None)
+  with pytest.raises(RewardError, match="sent something else than rewards"):
+    worker.receive()
+
+
 def test_a_scorer_that_a_completion_changed_ends_the_run():
-  """Not even isolation keeps a completion from changing the process that evaluates it."""
+  """Needs more than isolation: the completion changes the process that evaluates it."""
   with RewardWorkers(partial(hostile_rewards.task_with_canary), timeout=20.0) as pool:
     assert (score(pool, "right"), score(pool, "banana")) == (1.0, 0.0)
     with pytest.raises(RewardError, match=r"scorer 'right' of task 'hostile' was changed .* 1 and"):
