@@ -32,9 +32,9 @@ class Scores:
     total: weighted sum of the rewards, [P, G]; NaN: not scored.
     per_name: rewards of each function, [P, G]; NaN where it does not apply.
     accuracy: [P, G], 1.0 for correct answers.
-    missing: number of completions on which a function hung or crashed. All their values are NaN.
-    raised: number of completions on which a function raised, where that does not end the run. All
-      their values are NaN.
+    missing: number of completions on which a function hung or crashed. Their total is NaN.
+    raised: number of completions on which a function raised, where that does not end the run. Their
+      total is NaN.
     extras: [P][G], columns that functions logged, by name; empty: none of them.
     logged: metrics that functions logged, as in `logs.Logs`.
   """
@@ -82,6 +82,7 @@ def score_in_process(task: Task, on_error: str = "raise") -> Scorer:
     >>> score_in_process(letters_task())(["1:"], [["ab", "a1"]], {}).total
     array([[1. , 0.5]])
   """
+  Errors((0, 0), on_error)  # checks the name
 
   def scorer(
     prompts: Sequence[Prompt],

@@ -196,4 +196,4 @@ def test_a_function_that_exits_in_this_process_is_an_error():
 @pytest.mark.parametrize("value", ["skipp", None, True])
 def test_another_way_to_treat_errors_is_refused(value):
   with pytest.raises(ValueError, match="must be one of raise, skip"):
-    score_in_process(task_of_refuses(), value)([], [], {})
+    score_in_process(task_of_refuses(), value)
