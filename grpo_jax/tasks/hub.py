@@ -18,14 +18,18 @@ README = "README.md"
 
 
 def is_hub_id(path: str) -> bool:
-  """Tells whether text has the form of a hub id, `owner/name`, and is no name of a data file.
+  """Tells whether text has the form of a hub id, `owner/name`, and is not the name of a data file.
 
   Example:
     >>> is_hub_id("openai/gsm8k"), is_hub_id("data/questions.jsonl"), is_hub_id("questions")
     (True, False, False)
   """
   form = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
-  return form is not None and Path(path).suffix.lower() not in files.KINDS
+  return form is not None and not _is_data(path)
+
+
+def _is_data(name: str) -> bool:
+  return Path(name).suffix.lower() in files.KINDS
 
 
 def download(
@@ -121,7 +125,7 @@ def choose(
       raise unknown_name(f"split of {hub_id}", split, patterns)
     matching = [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns[split])]
     return files.of_one_kind(matching, f"the split {split!r} of {hub_id}")
-  folders = {name: Path(name).parts[:-1] for name in names if Path(name).suffix in files.KINDS}
+  folders = {name: Path(name).parts[:-1] for name in names if _is_data(name)}
   if subset is not None:
     names = [name for name, parts in folders.items() if subset in parts]
     if not names:

@@ -129,7 +129,7 @@ for settings in json.loads(sys.argv[1]):
 
 
 def client(endpoint, cache, *settings, **environment):
-  """What a process of its own makes of each of the settings."""
+  """Returns what a process of its own makes of each of the settings."""
   environment = dict(os.environ, HF_ENDPOINT=endpoint, HF_HOME=str(cache), **environment)
   environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
   command = [sys.executable, "-c", CLIENT, json.dumps(settings)]
@@ -193,6 +193,9 @@ def test_several_folders_without_a_card_have_to_be_told_apart():
     hub.choose(names, [], None, None, "owner/name")
   assert hub.choose(names, [], None, "main", "owner/name") == ["main/train.csv"]
   assert hub.choose(names, [], "test", "socratic", "owner/name") == ["socratic/test.csv"]
+  assert hub.choose(["main/TRAIN.csv", "main/train.CSV"], [], None, "main", "owner/name") == [
+    "main/train.CSV"
+  ]
   with pytest.raises(ValueError, match="unknown subset of owner/name 'sokratic'"):
     hub.choose(names, [], None, "sokratic", "owner/name")
 
