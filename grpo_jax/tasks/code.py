@@ -27,7 +27,7 @@ from grpo_jax.environments import sandbox, unit_tests
 from grpo_jax.environments.tester import Limits, Tests, Verdict, count, judge_all
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
 from grpo_jax.tasks.files import Row, Rows, open_rows
-from grpo_jax.tasks.table import checked_prompt, digest_of, make_splits, pick, title
+from grpo_jax.tasks.table import checked_prompt, digest_of, key_of, make_splits, title
 
 ANSWERS = ("either", "block", "continuation")
 REWARDS = ("share", "all")
@@ -113,7 +113,7 @@ def code_task(
     name=f"code:{title(path)}",
     splits=splits,
     rewards={"tests": (rewards[reward], 1.0)},
-    accuracy=scorer.all_passed,
+    accuracy=rewards["all"],  # the reward itself, if it is that: it is called once
     stop=(stop,) if isinstance(stop, str) else tuple(stop),
     files=tuple(dict.fromkeys(files)),
     note=sandbox.explain(),
@@ -270,12 +270,9 @@ class _Rows:
   def example(self, i: int) -> Example:
     row, where = self.source[i], self.source.where(i)
     prompt = checked_prompt(row, self.prompt, where)
-    identity = prompt if self.key is None else pick(row, self.key, "key column", where)
-    if not isinstance(identity, str):
-      identity = json.dumps(identity, sort_keys=True, default=str)
     tests = self.make_tests(row, prompt, where)
     text = self._render(prompt, row, where)
-    return Example(text, {"tests": tests}, " ".join(identity.split()))
+    return Example(text, {"tests": tests}, key_of(row, self.key, prompt, where))
 
   def _render(self, prompt: Prompt, row: Row, where: str) -> Prompt:
     if not isinstance(prompt, str):

@@ -61,9 +61,7 @@ class JsonLines:
       line = file.readline()
     try:
       text = line.decode("utf-8-sig").strip()
-      row = json.loads(text)
-      if "\\ud" in text.lower():  # the only way to half a surrogate pair
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+      row = _parse(text)
     except UnicodeDecodeError as error:
       raise ValueError(f"{self.where(i)}: not UTF-8 text: {error.reason} in {line[:80]!r}") from (
         error
@@ -79,6 +77,20 @@ class JsonLines:
     if not isinstance(row, dict):
       raise ValueError(f"{self.where(i)}: must be a JSON object with a prompt, got {text[:80]!r}")
     return row
+
+
+def _parse(text: str) -> Any:
+  """Returns the value of a JSON text.
+
+  Raises:
+    ValueError: it is not JSON.
+    UnicodeEncodeError: a string in it holds half of a surrogate pair.
+    RecursionError: it is nested too deeply.
+  """
+  value = json.loads(text)
+  if "\\ud" in text.lower():  # the only way to half a surrogate pair
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+  return value
 
 
 def half_a_pair(error: UnicodeEncodeError) -> str:
@@ -202,10 +214,7 @@ def read_json(path: str) -> Rows:
       return JsonLines(path)
     file.seek(0)
     try:
-      text = file.read().decode("utf-8-sig")
-      rows = json.loads(text)
-      if "\\ud" in text.lower():
-        json.dumps(rows, ensure_ascii=False).encode("utf-8")
+      rows = _parse(file.read().decode("utf-8-sig"))
     except UnicodeEncodeError as error:
       raise ValueError(f"{path}: {half_a_pair(error)}") from error
     except (ValueError, RecursionError) as error:

@@ -272,11 +272,8 @@ class _Rows:
   def example(self, i: int) -> Example:
     row, where = self.source[i], self.source.where(i)
     prompt = checked_prompt(row, self.prompt, where)
-    identity = prompt if self.key is None else pick(row, self.key, "key column", where)
-    if not isinstance(identity, str):
-      identity = json.dumps(identity, sort_keys=True, default=str)
     columns = self._columns({n: v for n, v in row.items() if n != self.prompt}, where)
-    return Example(prompt, columns, " ".join(identity.split()))
+    return Example(prompt, columns, key_of(row, self.key, prompt, where))
 
   def _columns(self, row: Row, where: str) -> Row:
     columns = {name: value for name, value in row.items() if name not in self.rename}
@@ -317,6 +314,14 @@ def pick(row: Row, path: str, kind: str, where: str) -> Any:
       raise ValueError(f"{where}: no {path!r}: {'.'.join(done)!r} holds {held}")
     done.append(part)
   return value
+
+
+def key_of(row: Row, column: str | None, prompt: Prompt, where: str) -> str:
+  """Returns the key of the problem in a row: its key column, or its prompt if that is None."""
+  identity = prompt if column is None else pick(row, column, "key column", where)
+  if not isinstance(identity, str):
+    identity = json.dumps(identity, sort_keys=True, default=str)
+  return " ".join(identity.split())
 
 
 def _scan(

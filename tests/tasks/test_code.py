@@ -140,6 +140,12 @@ def test_the_last_block_of_python(text, block):
   assert last_block(text) == block
 
 
+def test_a_reward_that_is_the_accuracy_is_called_once(make):
+  task = make(TWICE, reward="all")
+  assert task.rewards["tests"][0] is task.accuracy
+  assert make(TWICE).rewards["tests"][0] is not task.accuracy
+
+
 def test_a_future_import_stays_first():
   tests = {"prefix": "def f(): ...\n", "setup": "def f(): ...\n"}
   assert program_of(fenced("from __future__ import annotations"), tests, "block").startswith("from")
@@ -235,7 +241,7 @@ def test_the_note_says_what_isolates(make):
 
 
 def test_isolated_workers_run_programs(make, tmp_path):
-  """They may start no process and write no file: their servers come from before."""
+  """Uses servers from before: workers may start no process and write no file."""
   make(TWICE)
   task = functools.partial(
     make_task, "code", path=str(tmp_path / "rows.jsonl"), eval_fraction=0.0, seconds=2.0
