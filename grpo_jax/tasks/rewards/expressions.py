@@ -72,8 +72,7 @@ def is_number(e: Any) -> bool:
   """Returns whether an expression is a single number, without variables."""
   import sympy
 
-  kinds = (sympy.Set, sympy.Tuple, sympy.core.relational.Relational, sympy.logic.boolalg.Boolean)
-  return isinstance(e, sympy.Expr) and not isinstance(e, kinds) and not e.free_symbols
+  return isinstance(e, sympy.Expr) and not e.free_symbols
 
 
 def _rational(e: Any) -> Fraction | None:

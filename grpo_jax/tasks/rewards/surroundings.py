@@ -108,7 +108,7 @@ def sign_before(text: str, start: int) -> int | None:
 # Units that are short enough to be variables or functions.
 SHORT_UNIT = _any(
   "mm|cm|dm|km|kg|mg|ml|mL|cl|ft|in|yd|mi|lb|oz|hr|hz|Hz|kW|kV|mA|MB|GB|TB|KB|pm|am|PM|AM",
-  "th|st|nd|rd|°[CF]|[mgshlLVWCF]",
+  "th|st|nd|rd|[mgshlLVWCF]",
 )
 CLOSER = _any(r"[)\]\"'“”‘’`$]", r"(?<!\\)\}", r"\*+(?![\w(\\])", r"_(?!\w)")
 END = rf"(?=[ \n]|\Z|[\"'”’`)\]}}*$<]|{UNCASED})"  # after punctuation
