@@ -210,7 +210,7 @@ def test_splits_are_disjoint_whatever_the_order_of_the_numbers():
 
 
 def test_small_problems_are_those_of_an_enumeration():
-  """Two numbers from 1 to 3 with every positive integer that + * - / give."""
+  """Enumerates two numbers from 1 to 3 with every positive integer that + * - / give."""
   reachable = set()
   for a in range(1, 4):
     for b in range(1, a + 1):

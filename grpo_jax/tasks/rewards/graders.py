@@ -254,5 +254,5 @@ def _grade_each(
   ]
 
 
-# How the answers of a file are checked: `golds.check_answers` reads them as these graders do.
+# How the answers of a file are checked: `golds.check_answer` reads them as these graders do.
 exact.grader, numeric.grader, math_equal.grader = "exact", "numeric", "math"

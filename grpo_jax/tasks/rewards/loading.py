@@ -218,12 +218,12 @@ class ExactlyOne:
 
   @property
   def __signature__(self) -> inspect.Signature:
-    """The signature of `function`, so that both require the same columns."""
+    """Returns the signature of `function`, so that both require the same columns."""
     return inspect.signature(self.function)
 
   @property
   def __wrapped__(self) -> RewardFunction:
-    """The function itself, as `inspect.unwrap` finds it."""
+    """Returns the function itself, as `inspect.unwrap` finds it."""
     return self.function
 
   def __call__(self, /, **columns: Any) -> list[Any] | Awaitable[list[Any]]:
@@ -265,7 +265,7 @@ class WithMessages:
 
   @property
   def __signature__(self) -> inspect.Signature:
-    """The signature of `function`, with the arguments that it takes by `**`."""
+    """Returns the signature of `function`, with the arguments that it takes by `**`."""
     signature = inspect.signature(self.function)
     *others, last = signature.parameters.values() or [None]
     if last is None or last.kind is not last.VAR_KEYWORD:
@@ -276,7 +276,7 @@ class WithMessages:
 
   @property
   def __wrapped__(self) -> RewardFunction:
-    """The function itself, as `inspect.unwrap` finds it."""
+    """Returns the function itself, as `inspect.unwrap` finds it."""
     return self.function
 
   def __call__(self, completions: Sequence[str], **columns: Any) -> Any:

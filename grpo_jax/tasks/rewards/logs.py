@@ -19,7 +19,7 @@ MAX_BITS = 10_000  # of an integer in a row of samples; Python converts no more 
 
 @dataclass(frozen=True)
 class TrainerState:
-  """How far the training is, for reward functions that have a parameter `trainer_state`.
+  """Tells reward functions that have a parameter `trainer_state` how far the training is.
 
   Attributes:
     global_step: number of finished steps.

@@ -128,7 +128,7 @@ def test_plain_removes_formatting(text, expected):
 
 
 def test_hostile_text_takes_linear_time():
-  """20,000 characters take hundredths of a second. Quadratic time would be seconds."""
+  """Reads 20,000 characters in hundredths of a second. Quadratic time would be seconds."""
   for unit in HOSTILE:
     text = (unit * 20_000)[:20_000]
     for completion in (f"5 {text}!", f"\\boxed{{<answer>{text}</answer>"):

@@ -256,7 +256,7 @@ def test_format(completion, value):
 
 
 def test_soft_overlong_is_equation_13_of_dapo():
-  """With the paper's L_max = 20480 and L_cache = 4096: 0 up to 16384, then -1/4096 per token."""
+  """Takes the paper's L_max = 20480, L_cache = 4096: 0 up to 16384, then -1/4096 per token."""
   penalty = make_grader("soft_overlong", max_length=20480, buffer=4096)
   rewards = penalty(completion_lengths=[1, 16384, 16385, 18432, 20480, 20481])
   assert rewards == [0, 0, -1 / 4096, -0.5, -1, -1]

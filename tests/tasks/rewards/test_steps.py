@@ -21,7 +21,7 @@ def arrays(step_rewards, texts, columns=None):
 
 
 def reward_lines(prompts, completions, weight, **columns):
-  """Each line is a step, rewarded by its length times the weight of its problem."""
+  """Rewards each line, a step, by its length times the weight of its problem."""
   steps = []
   for text, w in zip(completions, weight):
     ends = [i + 1 for i, character in enumerate(text) if character == "\n"]

@@ -15,7 +15,7 @@ from tests.helpers import guarded_rewards
 
 @pytest.fixture
 def worker():
-  """A worker process as (connection, process), with the module search path already sent."""
+  """Yields (connection, process) of a worker, with the module search path already sent."""
   process, connection = child.start("grpo_jax.tasks.rewards.worker_process", os.environ)
   yield connection, process
   process.kill()

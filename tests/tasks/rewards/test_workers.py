@@ -69,7 +69,7 @@ def test_no_completions(pool):
 
 
 def test_each_completion_that_hangs_or_crashes_costs_itself_only(pool):
-  """The group of prompt r has none and is still scored in one call."""
+  """Scores the group of prompt r, which has none, still in one call."""
   texts = [["a", "sleep", "kill", "loop"], ["exit", "bb", "system exit", "backtrack"], ["c"] * 4]
   with pytest.warns(RuntimeWarning) as caught:
     scores = pool(PROMPTS, texts, ANSWERS, [[0] * 4] * 3)
@@ -128,7 +128,7 @@ def test_an_interrupted_call_leaves_no_result_for_the_next_one(pool, monkeypatch
 
 
 def test_a_batch_that_is_too_slow_for_one_call_is_scored_by_prompt(pool, tmp_path):
-  """Four pauses of 0.3 s exceed the time limit, so later calls are made per prompt."""
+  """Exceeds the time limit by four pauses of 0.3 s, so that later calls are made per prompt."""
   texts, log = [["pause"]] * 4, tmp_path / "calls"
   columns = {"answer": ["a"] * 4, "log": [str(log)] * 4}
   for _ in range(2):
