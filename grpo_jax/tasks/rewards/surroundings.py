@@ -54,7 +54,7 @@ BEFORE = re.compile(
     r"(?:^|\s)\(?[A-Ea-e\d]\)(?=\s)",  # (B) and 1)
     r"[A-Za-z]{2}[^()\d=+*/^\\]*\)(?=\s)",  # (in words)
     r"\\(?:approx|Rightarrow|implies|therefore|to|rightarrow|q?quad|space|\\)",
-    rf"(?<!\\)\b{LETTER}{{2,}}", UNCASED,  # a word
+    rf"(?<!\\)\b{LETTER}{{2,}}!?", UNCASED,  # a word
   ) + r"[ \n]*\Z"
 )  # fmt: skip
 NOT_BEFORE = re.compile(
@@ -62,7 +62,7 @@ NOT_BEFORE = re.compile(
     rf"\b{FUNCTION}",
     r"[\d)\]}] ?[*/×÷·^+-]+", r"\b\d*[a-z] ?[*/×÷·^+-]+",  # 3 * 6 and 3x - 2
     r"\d ?[~—]", r"\d ?:(?=\Z)", r"\d :", r"(?<![A-Za-z]{2} )\b\d++:",  # ranges, ratios, times
-    rf"\d{UNCASED}{{1,4}}", r"\d ?'", r"\.\.", r"\d!", "^!", r"[^\s\d]!",
+    rf"\d{UNCASED}{{1,4}}", r"\d ?'", r"\.\.", r"(?:[\d)\]}]|\b[A-Za-z]|^|\W)!",
     # 1, 5 and x = 1, y = 5
     r"(?:[\d)\]}%°∞]|\.\.|\b[a-z]|\\[a-z]+) ?[,;&](?: ?[a-z](?:_\{?\w{1,3}\}?)? ?[=≈])?",
     r"\d[^.?\n]{0,40}\b(?:and|&)(?: [a-z] ?=)?",  # 3 apples and 4

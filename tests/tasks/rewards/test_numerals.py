@@ -95,6 +95,8 @@ NUMBERS = {
   'The answer is **18**.': '18',
   'It is 18, of course.': '18',
   'So he has 18 eggs left': '18',
+  'Great!\n18': '18',
+  'Sure! 18 eggs': '18',
   '18-year-old': '18',
   '18 - the number of eggs': '18',
   '答案是18。': '18',
