@@ -247,7 +247,7 @@ def with_template(tmp_path, source, **options):
 
 
 def test_a_template_that_refuses_a_system_turn_gets_it_in_the_users_turn(tmp_path):
-  """As Gemma 3's own template does: the text of the system turn, an empty line, the user's."""
+  """Joins the text of both turns by an empty line, as Gemma 3's own template does."""
   tokenizer = with_template(tmp_path, NO_SYSTEM)
   messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12"}]
   with pytest.warns(UserWarning, match=r"refuses a system turn \(System role not supported\)"):
@@ -281,6 +281,15 @@ def test_a_template_sees_one_date_and_the_arguments(tmp_path):
   assert tokenizer.decode(tokenizer.chat(HELLO)) == "311224low"
   assert tokenizer.decode(tokenizer.chat(HELLO, enable_thinking=False)) == "311224<no>low"
   assert tokenizer.chat_variables() == {"enable_thinking", "effort"}
+
+
+def test_a_tokenizer_with_tools_shares_the_process_of_its_template(tmp_path):
+  source = "{{ tools[0].name if tools else 'none' }}{{ messages[0].content }}"
+  tokenizer = with_template(tmp_path, source)
+  shown = tokenizer.with_tools([{"name": "calc"}])
+  message = [{"role": "user", "content": "!"}]
+  assert (tokenizer.render(message), shown.render(message)) == ("none!", "calc!")
+  assert shown._template is tokenizer._template
 
 
 def test_fields_that_are_null_are_not_in_the_message(tmp_path):
