@@ -438,13 +438,25 @@ def encode_prompt(tokenizer: AnyTokenizer, prompt: str | Messages) -> list[int]:
     raise ValueError(f"{reason}. The prompt is {_abridged(repr(prompt))}") from error
   if not ids:
     raise ValueError(f"the prompt {prompt!r} has no tokens (the tokenizer is {tokenizer.name})")
-  if (largest := max(ids)) >= tokenizer.vocab_size:
-    raise ValueError(
-      f"{tokenizer.name}: the token {tokenizer.token(largest)!r} has id {largest}, and the model "
-      f"has only ids 0..{tokenizer.vocab_size - 1}; take it out of the prompt "
-      f"{_abridged(repr(prompt))}"
-    )
+  if problem := beyond_model(tokenizer, ids):
+    raise ValueError(f"{problem}; take it out of the prompt {_abridged(repr(prompt))}")
   return ids
+
+
+def beyond_model(tokenizer: AnyTokenizer, ids: Sequence[int]) -> str:
+  """Returns a phrase about an id that the model of a tokenizer lacks; "" if it has them all.
+
+  Example:
+    >>> beyond_model(ByteTokenizer(), [104, 256])
+    ''
+  """
+  largest = max(ids, default=-1)
+  if largest < tokenizer.vocab_size:
+    return ""
+  return (
+    f"{tokenizer.name}: the token {tokenizer.token(largest)!r} has id {largest}, and the model has "
+    f"only ids 0..{tokenizer.vocab_size - 1}"
+  )
 
 
 def encode_prompts(
