@@ -168,7 +168,7 @@ def attempt(problems: list[str], make: Callable[[], Any], what: str = "") -> Any
   except KeyboardInterrupt:
     raise
   except (ValueError, FileNotFoundError, ImportError) as error:
-    problems.append(str(error))
+    problems.append(str(error) or f"{what or 'the config'}: {type(error).__name__}")
   except BaseException as error:
     problems.append(f"{what or 'the config'}: {type(error).__name__}: {error}")
   return None
