@@ -123,7 +123,7 @@ class ConfigError(ValueError):
 
 
 class Section(ConfigDict):
-  """A group of fields that also answers to the names its fields had before."""
+  """Holds a group of fields, and answers to the names they had before."""
 
   def __getitem__(self, name: str) -> Any:
     return super().__getitem__(_current_name(self, name))

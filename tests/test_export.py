@@ -41,7 +41,7 @@ def assert_same(params, expected):
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("name", sorted(f.name for f in (FIXTURES / "families").iterdir()))
 def test_an_exported_model_loads_bit_for_bit(tmp_path, name, dtype):
-  """Random float32 numbers, so that conversion to the narrow dtypes rounds."""
+  """Returns random float32 numbers, so that conversion to the narrow dtypes rounds."""
   source, rng = str(FIXTURES / "families" / name), np.random.default_rng(0)
   config, params = load(source)
   params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), params)

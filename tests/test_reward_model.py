@@ -41,7 +41,7 @@ def case(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-  """A copy of the Llama fixture that a test may modify."""
+  """Returns a copy of the Llama fixture that a test may modify."""
   return Path(shutil.copytree(LLAMA, tmp_path / "model"))
 
 

@@ -27,7 +27,7 @@ HELLO = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-  """The tokenizer of a small GGUF file."""
+  """Returns the tokenizer of a small GGUF file."""
   path = tmp_path_factory.mktemp("gguf") / "model.gguf"
   tiny_gguf.write(path)
   return load_tokenizer(str(path))
@@ -179,7 +179,7 @@ def test_transformers_is_imported_lazily_and_silently_and_flax_never():
 
 
 def larger(tmp_path, **tokens):
-  """The fixture's tokenizer with an added token, id 128; its model has ids 0..127."""
+  """Returns the fixture's tokenizer with an added token, id 128; its model has ids 0..127."""
   tokenizer = load_tokenizer(str(copy_with(tmp_path, "tokenizer_config.json", **tokens)))
   assert tokenizer.vocab_size == 129
   return tokenizer
@@ -397,7 +397,7 @@ def test_smollm2_tokenizer():
 
 
 def edited_tokenizer(tmp_path, edit):
-  """A copy of the fixture whose tokenizer.json `edit` has changed."""
+  """Returns a copy of the fixture whose tokenizer.json `edit` has changed."""
   folder = tmp_path / "model"
   shutil.copytree(UNTIED, folder)
   path = folder / "tokenizer.json"
