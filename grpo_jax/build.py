@@ -58,7 +58,7 @@ LEARNED = "reward_model"  # the name of the learned reward
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Everything a config describes, before any step.
+  """Holds everything a config describes, before any step.
 
   Attributes:
     config: the config itself, for messages and records; `steps` follows from `epochs`, if set.
@@ -239,9 +239,7 @@ def build(config: ConfigDict) -> Run:
 
   attempt = partial(configs.attempt, problems)
   algorithm = attempt(lambda: make_algorithm(c.algorithm), "algorithm")
-  task = attempt(
-    lambda: tasks.make_task(c.task.name, **c.task.settings.to_dict()), f"task {c.task.name!r}"
-  )
+  task = attempt(lambda: task_maker(c)(), f"task {c.task.name!r}")
   weights = attempt(lambda: open_weights(c.model.source, seed=c.seed), f"model {c.model.source!r}")
   tokenizer = weights and attempt(
     lambda: tokenizer_of(c, weights.config), f"the tokenizer of {c.model.source!r}"
@@ -319,7 +317,7 @@ def build(config: ConfigDict) -> Run:
 
 
 def task_maker(c: ConfigDict) -> Callable[[], Task]:
-  """Returns the function that builds the task of a config in a worker process."""
+  """Returns the function that builds the task of a config, also in a worker process."""
   return partial(tasks.make_task, c.task.name, **c.task.settings.to_dict())
 
 

@@ -123,7 +123,7 @@ class ConfigError(ValueError):
 
 
 class Section(ConfigDict):
-  """A group of fields that also answers to the names its fields had before."""
+  """Holds a group of fields, and answers to the names they had before."""
 
   def __getitem__(self, name: str) -> Any:
     return super().__getitem__(_current_name(self, name))
@@ -168,7 +168,7 @@ def attempt(problems: list[str], make: Callable[[], Any], what: str = "") -> Any
   except KeyboardInterrupt:
     raise
   except (ValueError, FileNotFoundError, ImportError) as error:
-    problems.append(str(error))
+    problems.append(str(error) or f"{what or 'the config'}: {type(error).__name__}")
   except BaseException as error:
     problems.append(f"{what or 'the config'}: {type(error).__name__}: {error}")
   return None

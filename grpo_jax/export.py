@@ -31,7 +31,7 @@ from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weigh
 from grpo_jax.models.load import open_weights
 from grpo_jax.run import console, reading
 from grpo_jax.run import workdir as workdirs
-from grpo_jax.tokens import load_tokenizer
+from grpo_jax.tokens import fit_to_model, load_tokenizer
 
 # Files of a source folder that are copied: tokenizer, chat template, generation settings, licence.
 COPIED = (
@@ -80,7 +80,7 @@ def export_model(
     raise ValueError(f"dtype is {dtype!r}, known: {', '.join(DTYPES)}")
   origin = resolve(source)
   with new_folder(out) as partial:
-    ids = _save_tokenizer(source, origin, partial)
+    ids = _save_tokenizer(source, origin, partial, config.vocab_size)
     if generation is not None:
       _write_generation(partial / "generation_config.json", generation)
     write_json(partial / "config.json", _config_json(config, origin, ids) | {"dtype": dtype})
@@ -107,14 +107,14 @@ def _config_json(config: ModelConfig, origin: Source, ids: dict[str, Any]) -> di
   return {name: value for name, value in raw.items() if name not in _DROPPED}
 
 
-def _save_tokenizer(source: str, origin: Source, folder: Path) -> dict[str, Any]:
+def _save_tokenizer(source: str, origin: Source, folder: Path, rows: int) -> dict[str, Any]:
   """Writes the source's tokenizer; returns the token ids that a new config.json should name."""
   if origin.kind == "folder":
     for pattern in COPIED:
       for file in Path(origin.location).glob(pattern):
         shutil.copyfile(file, folder / file.name)
     return {}
-  tokenizer = load_tokenizer(source)
+  tokenizer = fit_to_model(load_tokenizer(source), rows)
   tokenizer.save(folder)
   ids = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
   if tokenizer.bos_id is not None:
@@ -129,7 +129,7 @@ def _write_generation(path: Path, fields: Mapping[str, Any]) -> None:
   write_json(path, {name: before[name] for name in _TOKEN_IDS if name in before} | dict(fields))
 
 
-def generation_settings(c: ConfigDict) -> dict[str, Any]:
+def generation_settings(c: ConfigDict, rows: int) -> dict[str, Any]:
   """Returns the fields of generation_config.json with which transformers samples as a run did.
 
   Temperature, ends and largest length are the run's, and no token is filtered out. The stop strings
@@ -137,6 +137,7 @@ def generation_settings(c: ConfigDict) -> dict[str, Any]:
 
   Args:
     c: the config of the run.
+    rows: ids of its model; those of the tokenizer beyond them are left out.
   """
   try:
     stops = tasks.make_task(c.task.name, **c.task.settings.to_dict()).stop
@@ -148,7 +149,7 @@ def generation_settings(c: ConfigDict) -> dict[str, Any]:
       file=sys.stderr,
     )
   strings = list(dict.fromkeys((*stops, *c.rollout.stop)))
-  tokenizer = load_tokenizer(c.model.source)
+  tokenizer = fit_to_model(load_tokenizer(c.model.source), rows)
   ends = (*tokenizer.eos_ids, *c.rollout.stop_ids, *tokenizer.marker_ids(strings))
   return {
     "do_sample": True,
@@ -233,7 +234,7 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
     lora.save_peft(trained, arguments.out, alpha=settings.lora.alpha, base_name=source)
     return sorted(file.name for file in Path(arguments.out).iterdir())
   weights = open_weights(source, seed=settings.seed)
-  generation = None if trained is None else generation_settings(settings)
+  generation = None if trained is None else generation_settings(settings, weights.config.vocab_size)
   if settings.lora.source and trained is None:
     trained, rank, alpha = lora.load_peft(settings.lora.source, weights.config)
   params = trained if trained is not None and not rank else weights.read()

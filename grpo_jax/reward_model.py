@@ -25,7 +25,7 @@ from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
-from grpo_jax.tokens import Messages, Tokenizer, fit_to_model, load_tokenizer
+from grpo_jax.tokens import Messages, Tokenizer, beyond_model, fit_to_model, load_tokenizer
 
 # Shortest padded length in tokens. Longer conversations are padded to a power of two, or to the
 # context of the model, so that few programs are compiled.
@@ -106,7 +106,8 @@ class RewardModel:
     """Returns one score per completion.
 
     Raises:
-      ValueError: a conversation exceeds the context of the model, or a score is not finite.
+      ValueError: a conversation exceeds the context of the model or holds an id that it does not
+        have, or a score is not finite.
         Conversations are not truncated, since the score of a part is not that of the whole.
     """
     rows = [self._encode(*pair) for pair in zip(prompts, completions, strict=True)]
@@ -133,6 +134,8 @@ class RewardModel:
         f"which takes 1 to {context}: make rollout.completion_length or the prompts shorter, or "
         "use a reward model with a longer context"
       )
+    if problem := beyond_model(self.tokenizer, ids):  # its embedding would be that of another id
+      raise ValueError(f"{problem}; it is in a prompt or completion for the reward model")
     return ids
 
   def _pad(

@@ -88,6 +88,7 @@ class Tokenizer:
     # Special ids that are not part of a text: they begin, end or pad it.
     self._markers = {*self.eos_ids, self.pad_id, self.bos_id} & set(fast.all_special_ids)
     self._template = _chat_template(fast, name, date, arguments or {})
+    self._tools: dict[str, Any] = {}  # variables of the template, from `with_tools`
 
   def for_model(self, rows: int) -> Tokenizer:
     """Returns this tokenizer for a model that has only the ids below `rows`.
@@ -131,7 +132,7 @@ class Tokenizer:
     What a tokenizer adds after every text, such as an EOS id, is left out: a completion follows.
     """
     ids = self._fast.encode(text, verbose=False)
-    plain = self._fast.encode(text, add_special_tokens=False, verbose=False)
+    plain = self.encode_plain(text)
     for start in range(len(ids) - len(plain), -1, -1):
       if ids[start : start + len(plain)] == plain:
         return ids[: start + len(plain)]
@@ -152,16 +153,14 @@ class Tokenizer:
   def chat(self, messages: Messages, **arguments: Any) -> list[int]:
     """Returns the ids of a conversation, up to and including the start of the assistant's turn.
 
-    Some templates, such as Gemma 2's, refuse a system turn. Its text then begins the user's turn.
-
     Args:
       messages: the conversation.
       arguments: variables of the template, in addition to those of the tokenizer.
 
     Raises:
-      ValueError: there is no template, or it failed; the message holds the template's own words.
+      ValueError: as in `render`.
     """
-    return self._apply_template(messages, add_generation_prompt=True, **arguments)
+    return self.encode_plain(self.render(messages, add_generation_prompt=True, **arguments))
 
   def encode_exchange(self, prompt: str | Messages, completion: str) -> list[int]:
     """Returns the ids of a conversation that ends with `completion` as the assistant's turn.
@@ -173,42 +172,29 @@ class Tokenizer:
         return self._fast.encode(prompt + completion, verbose=False)
       prompt = [{"role": "user", "content": prompt}]
     messages = [*prompt, {"role": "assistant", "content": completion}]
-    return self._apply_template(messages, add_generation_prompt=False)
+    return self.encode_plain(self.render(messages, add_generation_prompt=False))
 
   def encode_plain(self, text: str) -> list[int]:
     """Returns the ids of a piece of text, without what begins or ends a text."""
     return self._fast.encode(text, add_special_tokens=False, verbose=False)
 
   def render(self, messages: Messages, **variables: Any) -> str:
-    """Returns the text of a conversation by the chat template, `add_generation_prompt` among its
-    variables.
+    """Returns the text of a conversation by the chat template.
+
+    Some templates, such as Gemma 2's, refuse a system turn. Its text then begins the user's turn.
+
+    Args:
+      messages: the conversation.
+      variables: of the template, `add_generation_prompt` among them.
 
     Raises:
-      ValueError: there is no template, or it failed.
+      ValueError: there is no template, or it failed; the message holds the template's own words.
     """
     if self._template is None:
       raise ValueError(f"{self.name} has no chat template: give the prompt as text, not messages")
+    variables = {**self._tools, **variables}
     try:
       return self._template.render(messages=_without_nulls(messages), **variables)
-    except TemplateError as error:
-      raise ValueError(f"the chat template of {self.name} failed: {error}") from error
-
-  def end_marks(self) -> list[str]:
-    """Returns the texts of the ids that end a completion, as the chat template writes them."""
-    return [self.token(i) for i in self.eos_ids]
-
-  def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> Tokenizer:
-    """Returns this tokenizer with JSON schemas of tools in its chat template."""
-    shown = copy.copy(self)
-    if self._template is not None:
-      shown._template = self._template.with_names(tools=[dict(tool) for tool in tools])
-    return shown
-
-  def _apply_template(self, messages: Messages, **variables: Any) -> list[int]:
-    if self._template is None:
-      raise ValueError(f"{self.name} has no chat template: give the prompt as text, not messages")
-    try:
-      text = self._template.render(messages=_without_nulls(messages), **variables)
     except TemplateError as error:
       text = self._without_system_turn(messages, variables)
       if text is None:
@@ -218,7 +204,17 @@ class Tokenizer:
         "before that of the user's turn",
         stacklevel=2,
       )
-    return self._fast.encode(text, add_special_tokens=False, verbose=False)
+      return text
+
+  def end_marks(self) -> list[str]:
+    """Returns the texts of the ids that end a completion, as the chat template writes them."""
+    return [self.token(i) for i in self.eos_ids]
+
+  def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> Tokenizer:
+    """Returns this tokenizer with JSON schemas of tools in its chat template."""
+    shown = copy.copy(self)
+    shown._tools = {"tools": [dict(tool) for tool in tools]}
+    return shown
 
   def _without_system_turn(self, messages: Messages, variables: Mapping[str, Any]) -> str | None:
     """Renders messages with the system turn as part of the user's; None where that fails too."""
@@ -379,7 +375,7 @@ def _as_text(token: Any) -> Any:
 
 
 def _without_nulls(messages: Messages) -> Messages:
-  """Leaves out fields that are null: templates test whether a field is there."""
+  """Returns messages without the fields that are null: templates test whether a field is there."""
   return [{k: v for k, v in message.items() if v is not None} for message in messages]
 
 
@@ -442,13 +438,25 @@ def encode_prompt(tokenizer: AnyTokenizer, prompt: str | Messages) -> list[int]:
     raise ValueError(f"{reason}. The prompt is {_abridged(repr(prompt))}") from error
   if not ids:
     raise ValueError(f"the prompt {prompt!r} has no tokens (the tokenizer is {tokenizer.name})")
-  if (largest := max(ids)) >= tokenizer.vocab_size:
-    raise ValueError(
-      f"{tokenizer.name}: the token {tokenizer.token(largest)!r} has id {largest}, and the model "
-      f"has only ids 0..{tokenizer.vocab_size - 1}; take it out of the prompt "
-      f"{_abridged(repr(prompt))}"
-    )
+  if problem := beyond_model(tokenizer, ids):
+    raise ValueError(f"{problem}; take it out of the prompt {_abridged(repr(prompt))}")
   return ids
+
+
+def beyond_model(tokenizer: AnyTokenizer, ids: Sequence[int]) -> str:
+  """Returns a phrase about an id that the model of a tokenizer lacks; "" if it has them all.
+
+  Example:
+    >>> beyond_model(ByteTokenizer(), [104, 256])
+    ''
+  """
+  largest = max(ids, default=-1)
+  if largest < tokenizer.vocab_size:
+    return ""
+  return (
+    f"{tokenizer.name}: the token {tokenizer.token(largest)!r} has id {largest}, and the model has "
+    f"only ids 0..{tokenizer.vocab_size - 1}"
+  )
 
 
 def encode_prompts(

@@ -40,7 +40,7 @@ def batch_of(run):
 
 
 def programs(run):
-  """The update and the sampler, as functions of arrays."""
+  """Returns the update and the sampler, as functions of arrays."""
   state, batch = run.initial_state(), batch_of(run)
   update = run.learner()._update
   params = run.to_sampling_params(state.params)
@@ -55,7 +55,7 @@ def programs(run):
 
 
 def products(jaxpr):
-  """All matmuls of a program, those inside of loops and calls too."""
+  """Returns all matmuls of a program, those inside of loops and calls too."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "dot_general":
       yield equation

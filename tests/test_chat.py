@@ -21,7 +21,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def config(tmp_path):
-  """A config of a run on a model with the template above, and a file of chat prompts."""
+  """Returns a config of a run on a model with the template above, and a file of chat prompts."""
   folder = tmp_path / "model"
   shutil.copytree(UNTIED, folder)
   (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -37,7 +37,7 @@ def config(tmp_path):
 
 
 def prompt_of(c):
-  """The text of the first prompt of a run."""
+  """Returns the text of the first prompt of a run."""
   run = build(c)
   tokenizer = run.sampler.tokenizer
   return tokenizer.decode(tokenizer.chat(run.task.splits["train"][0].prompt))

@@ -370,6 +370,16 @@ def test_text_that_looks_like_a_list_of_targets_is_refused(text):
     build(c)
 
 
+def test_an_error_without_words_is_a_problem_with_words():
+  problems = []
+
+  def fail():
+    raise ValueError
+
+  assert configs.attempt(problems, fail, "task 'mine'") is None
+  assert problems == ["task 'mine': ValueError"]
+
+
 @pytest.mark.parametrize("body", ["raise KeyError('x')", "import sys; sys.exit(3)", "1 / 0"])
 def test_whatever_an_experiment_file_raises_names_the_file(tmp_path, body):
   file = tmp_path / "bad.py"

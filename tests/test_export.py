@@ -41,7 +41,7 @@ def assert_same(params, expected):
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("name", sorted(f.name for f in (FIXTURES / "families").iterdir()))
 def test_an_exported_model_loads_bit_for_bit(tmp_path, name, dtype):
-  """Random float32 numbers, so that conversion to the narrow dtypes rounds."""
+  """Returns random float32 numbers, so that conversion to the narrow dtypes rounds."""
   source, rng = str(FIXTURES / "families" / name), np.random.default_rng(0)
   config, params = load(source)
   params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), params)
@@ -248,6 +248,18 @@ def test_an_exported_run_generates_as_it_sampled(tmp_path, capsys):
   assert {name: settings[name] for name in expected} == expected
   assert load_tokenizer(str(tmp_path / "out")).eos_ids[:2] == (2, 5)
   assert capsys.readouterr().err == ""
+
+
+def test_ids_beyond_the_model_are_in_no_exported_settings(tmp_path):
+  """Pads as the run does: an added [PAD] has id 128, and the model has ids 0..127."""
+  source = Path(shutil.copytree(LLAMA, tmp_path / "source"))
+  path = source / "tokenizer_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "[PAD]"}))
+  changes = {"model": {"source": str(source)}, "task": {"name": "letters"}}
+  save_run(tmp_path / "run", load(str(LLAMA))[1], (1,), **changes)
+  assert export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+  settings = generation_config(tmp_path / "out")
+  assert (settings["pad_token_id"], settings["eos_token_id"]) == (2, [2])
 
 
 def test_a_task_that_cannot_be_built_is_a_warning(tmp_path, capsys):

@@ -41,7 +41,7 @@ def case(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-  """A copy of the Llama fixture that a test may modify."""
+  """Returns a copy of the Llama fixture that a test may modify."""
   return Path(shutil.copytree(LLAMA, tmp_path / "model"))
 
 
@@ -152,6 +152,8 @@ def test_a_padding_token_beyond_the_model_is_never_scored(folder):
   model = load_one(folder)
   assert (model.tokenizer.vocab_size, model.tokenizer.pad_id) == (128, 2)
   assert load_one(LLAMA)(["12 + 34"], ["46"]) == model(["12 + 34"], ["46"])
+  with pytest.raises(ValueError, match=r"token '\[PAD\]' has id 128, .* only ids 0\.\.127"):
+    model(["12 + 34"], ["46 [PAD]"])
 
 
 def test_a_score_that_is_not_finite_is_an_error(folder):

@@ -27,7 +27,7 @@ HELLO = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-  """The tokenizer of a small GGUF file."""
+  """Returns the tokenizer of a small GGUF file."""
   path = tmp_path_factory.mktemp("gguf") / "model.gguf"
   tiny_gguf.write(path)
   return load_tokenizer(str(path))
@@ -179,7 +179,7 @@ def test_transformers_is_imported_lazily_and_silently_and_flax_never():
 
 
 def larger(tmp_path, **tokens):
-  """The fixture's tokenizer with an added token, id 128; its model has ids 0..127."""
+  """Returns the fixture's tokenizer with an added token, id 128; its model has ids 0..127."""
   tokenizer = load_tokenizer(str(copy_with(tmp_path, "tokenizer_config.json", **tokens)))
   assert tokenizer.vocab_size == 129
   return tokenizer
@@ -247,7 +247,7 @@ def with_template(tmp_path, source, **options):
 
 
 def test_a_template_that_refuses_a_system_turn_gets_it_in_the_users_turn(tmp_path):
-  """As Gemma 3's own template does: the text of the system turn, an empty line, the user's."""
+  """Joins the text of both turns by an empty line, as Gemma 3's own template does."""
   tokenizer = with_template(tmp_path, NO_SYSTEM)
   messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12"}]
   with pytest.warns(UserWarning, match=r"refuses a system turn \(System role not supported\)"):
@@ -281,6 +281,15 @@ def test_a_template_sees_one_date_and_the_arguments(tmp_path):
   assert tokenizer.decode(tokenizer.chat(HELLO)) == "311224low"
   assert tokenizer.decode(tokenizer.chat(HELLO, enable_thinking=False)) == "311224<no>low"
   assert tokenizer.chat_variables() == {"enable_thinking", "effort"}
+
+
+def test_a_tokenizer_with_tools_shares_the_process_of_its_template(tmp_path):
+  source = "{{ tools[0].name if tools else 'none' }}{{ messages[0].content }}"
+  tokenizer = with_template(tmp_path, source)
+  shown = tokenizer.with_tools([{"name": "calc"}])
+  message = [{"role": "user", "content": "!"}]
+  assert (tokenizer.render(message), shown.render(message)) == ("none!", "calc!")
+  assert shown._template is tokenizer._template
 
 
 def test_fields_that_are_null_are_not_in_the_message(tmp_path):
@@ -388,7 +397,7 @@ def test_smollm2_tokenizer():
 
 
 def edited_tokenizer(tmp_path, edit):
-  """A copy of the fixture whose tokenizer.json `edit` has changed."""
+  """Returns a copy of the fixture whose tokenizer.json `edit` has changed."""
   folder = tmp_path / "model"
   shutil.copytree(UNTIED, folder)
   path = folder / "tokenizer.json"

@@ -50,11 +50,6 @@ class ChatTemplate:
     self._seconds, self._count = 0.0, 0
     self._lock = threading.Lock()
 
-  def with_names(self, **names: Any) -> ChatTemplate:
-    """Returns the same template with other values of some variables."""
-    setup = self._setup
-    return ChatTemplate(setup["template"], setup["date"], {**setup["names"], **names})
-
   def render(self, **variables: Any) -> str:
     """Returns the text for some variables, which must be JSON data.
 

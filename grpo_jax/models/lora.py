@@ -27,6 +27,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.folders import new_folder
 from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.safetensors import read_whole
+from grpo_jax.models.io.sources import ADAPTER as _CONFIG
 from grpo_jax.models.io.weights import ROWS, shapes_of
 from grpo_jax.models.protocol import Params
 
@@ -37,7 +38,7 @@ MATRICES: dict[str, str] = {
   for row in ROWS
   if row.path.startswith("layers/") and row.hf.endswith("_proj.weight")
 }
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def scale(rank: int, alpha: float) -> float:

@@ -70,7 +70,7 @@ def path_of(workdir: str | Path) -> Path:
     'runs/a'
   """
   text = str(workdir)
-  if not str(workdir).strip() or "\0" in text:
+  if not text.strip() or "\0" in text:
     raise WorkdirError(f"the work directory is {text!r}: give the path of a directory")
   try:
     path = Path(workdir).expanduser()

@@ -1,4 +1,4 @@
-"""Damaged files of every kind are refused in words that name them, within 20 s and 2 GB."""
+"""Tests that damaged files are refused in words that name them, within 20 s and 2 GB."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.helpers.processes import xla_flags
 
 
 def problems(count, seed, *kinds):
-  """What `tests.helpers.hostile_files` finds wrong, in a process of its own."""
+  """Returns what `tests.helpers.hostile_files` finds wrong, in a process of its own."""
   command = [sys.executable, "-m", "tests.helpers.hostile_files", str(count), str(seed), *kinds]
   environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=xla_flags())
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -31,7 +31,7 @@ def test_hundreds_of_damaged_files(kind):
 
 
 def test_a_silent_difference_would_be_noticed():
-  """A file whose damage nothing refuses: the result of the copy is another one."""
+  """Plants damage that nothing refuses: the result of the copy is another one."""
   code = (
     "from tests.helpers import hostile_files as h\n"
     "k = h.KINDS['config']\n"

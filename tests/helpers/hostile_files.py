@@ -59,7 +59,7 @@ def places(value, path=()):
 
 
 def same_kind(a, b):
-  """Whether a value is one that a file may well hold in the place of another."""
+  """Tells whether a file may well hold a value in the place of another one."""
   numbers = [isinstance(v, int | float) and not isinstance(v, bool) for v in (a, b)]
   return all(numbers) or type(a) is type(b)
 
@@ -114,7 +114,7 @@ def damage_bytes(data, content, header):
 
 
 def config_for(folder, source, prompts=ROWS, **changes):
-  """A config of a small run on the model in `source`."""
+  """Returns the config of a small run on the model in `source`."""
   rows = Path(folder) / "rows.jsonl"
   if not rows.exists():
     rows.write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -131,7 +131,7 @@ def config_for(folder, source, prompts=ROWS, **changes):
 
 
 def opened(c):
-  """What a run on a config starts from, in a form that can be compared."""
+  """Builds a run of a config; returns what it starts from, in a form that can be compared."""
   run = build(c)
   tokenizer = run.sampler.tokenizer
   prompts = [example.prompt for example in run.task.splits["train"]]
@@ -143,25 +143,26 @@ def opened(c):
 
 
 def digest(tree):
-  """The sum of all numbers of a tree, in order."""
+  """Returns a sum of the numbers of each array of a tree, weighted by their places."""
   if isinstance(tree, dict):
     return [(name, digest(value)) for name, value in tree.items()]
   return float(np.asarray(tree, np.float64).ravel() @ np.arange(1, tree.size + 1))
 
 
 class Kind:
-  """One kind of file: `file` in a folder made by `make`, and `open` to read it."""
+  """Describes one kind of file: `file` in a folder made by `make`, and `open` to read it."""
 
   def __init__(self, file, make, open_, damage, *, strict=True):
     self.file, self.make, self.open, self.damage, self.strict = file, make, open_, damage, strict
 
 
 def model(base):
+  """Returns a function that copies a model into a folder."""
   return lambda folder: shutil.copytree(base, folder / "model")
 
 
 def sharded(folder):
-  """A model whose tensors are in one shard with an index."""
+  """Makes a model whose tensors are in one shard with an index."""
   model(UNTIED)(folder)
   (folder / "model" / "model.safetensors").rename(folder / "model" / "part.safetensors")
   names = load_file(folder / "model" / "part.safetensors")
@@ -170,7 +171,7 @@ def sharded(folder):
 
 
 def with_scaling(kind):
-  """Gives a model's config the old fields of rotary scaling, and the settings of a run on it."""
+  """Returns a function that makes a model whose config has the old fields of rotary scaling."""
 
   def make(folder):
     model(UNTIED)(folder)
@@ -195,7 +196,7 @@ def open_chat(folder):
 
 
 def open_family(folder):
-  """A model without a tokenizer: its weights alone."""
+  """Reads a model without a tokenizer: its config and its weights alone."""
   from grpo_jax.models.load import load
 
   config, params = load(str(folder / "model"))
@@ -230,7 +231,7 @@ def open_gguf(folder):
 
 
 def gguf_fields(folder):
-  """A file with the changes of GGUF's metadata; tiny_gguf writes the file from them."""
+  """Writes the fields from which `open_gguf_fields` makes a GGUF file."""
   (folder / "fields.json").write_text(json.dumps(GGUF_FIELDS))
 
 
@@ -325,10 +326,6 @@ TEMPLATES = (
 )  # fmt: skip
 
 
-def safetensors_bytes(folder):
-  model(UNTIED)(folder)
-
-
 def json_damage(data, content):
   return damage_json(data, json.loads(content))
 
@@ -357,7 +354,7 @@ KINDS = {
     lambda data, content: damage_template(data, content.decode()), strict=False,
   ),
   "safetensors": Kind(
-    "model/model.safetensors", safetensors_bytes, open_model,
+    "model/model.safetensors", model(UNTIED), open_model,
     lambda data, content: damage_bytes(data, content, 2500), strict=False,
   ),
   "index": Kind("model/model.safetensors.index.json", sharded, open_model, json_damage),
@@ -421,13 +418,16 @@ def check(name, data, *, folder, problems):
 
 
 def peak_bytes():
-  """The largest memory of this process; `getrusage` would count that of the one that started it."""
+  """Returns the largest memory in bytes that this process had.
+
+  `getrusage` would count that of the process that started it.
+  """
   status = Path("/proc/self/status").read_text()
   return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def traceback_like(text):
-  """Whether a message is that of an exception which nobody caught by intention."""
+  """Tells whether a message is that of an exception that nothing handles on purpose."""
   kinds = "TypeError|AttributeError|KeyError|IndexError|ZeroDivisionError"
   return re.search(rf"(?<!cannot be read: )(?<!failed: )\b({kinds}): ", text)
 
@@ -436,7 +436,7 @@ EXPECTED = {}
 
 
 def run_once(run):
-  """A function without defaults, as hypothesis needs it."""
+  """Returns a function without defaults, as hypothesis needs it."""
   return lambda data: run(data)
 
 
@@ -448,7 +448,7 @@ def main(count, start, names):
     with tempfile.TemporaryDirectory() as folder:
       folder = Path(folder)
       KINDS[name].make(folder)
-      if name != "rows":
+      if name != "rows":  # whose file holds the lines as JSON until one is damaged
         with tempfile.TemporaryDirectory() as whole:
           whole = Path(whole) / "copy"
           shutil.copytree(folder, whole)

@@ -42,13 +42,13 @@ def base():
 
 @pytest.fixture(scope="module")
 def new(base):
-  """New adapters on every matrix, as at the start of a run."""
+  """Returns new adapters on every matrix, as at the start of a run."""
   return jax.jit(lora.init, static_argnums=(2, 3))(jax.random.key(1), base, ALL, 3)
 
 
 @pytest.fixture(scope="module")
 def adapters(new):
-  """Adapters as after some training: B is not zero."""
+  """Returns adapters as after some training: B is not zero."""
   rng = np.random.default_rng(1)
   return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.3, a.shape), jnp.float32), new)
 
@@ -362,7 +362,7 @@ def test_adapters_without_tensors_or_with_nan_are_refused(tmp_path):
 
 
 def test_a_list_of_names_is_not_a_class_of_letters(base):
-  """As a regular expression, "['down_proj']" would match `o`."""
+  """Reads a list as names: as a regular expression, "['down_proj']" would match `o`."""
   assert lora.targets(base, ["down_proj"]) == ("down",)
   adapters = lora.init(jax.random.key(0), base, ["q", "v_proj"], 2)
   assert sorted(adapters["layers"]) == ["q_lora_a", "q_lora_b", "v_lora_a", "v_lora_b"]

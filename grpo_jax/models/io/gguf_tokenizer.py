@@ -25,7 +25,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 
 class GgufTokenizer(NamedTuple):
-  """The tokenizer of a GGUF file.
+  """Holds the tokenizer of a GGUF file.
 
   Attributes:
     backend: the tokenizer, with its special tokens.

@@ -242,7 +242,7 @@ def test_metadata_out_of_range_is_named(tmp_path, entry, message):
 
 
 def header(*fields, tensors=0):
-  """A GGUF file of version 3 with fields (key, type, bytes of the value) and no data."""
+  """Returns a GGUF file of version 3 with fields (key, type, bytes of the value) and no data."""
   content = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields))
   for key, kind, value in fields:
     content += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
