@@ -234,10 +234,16 @@ class _Game:
     return goes_on
 
   def _encoded(self, place: Key, observation: str | Messages) -> list[int] | None:
-    """Returns the tokens of an observation; None if it and one more token exceed a budget."""
+    """Returns the tokens of an observation; None if it and one more token exceed a budget.
+
+    An observation with an id that the model does not have fails its episode.
+    """
     row, sampler = self._rows[place], self._sampler
     chat = not isinstance(self._prompts[place[0]], str)
     ids = sampler._encode(observation, last=row.tokens[-1], chat=chat)
+    row.failed = max(ids, default=0) >= sampler.tokenizer.vocab_size
+    if row.failed:
+      return None
     room = sampler.completion_length - len(row.tokens) - 1
     return ids if len(ids) <= min(room, sampler.budget.observation_length) else None
 

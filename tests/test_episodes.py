@@ -19,6 +19,7 @@ from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
 from grpo_jax.learning.step import TrainState, make_train_step, score_batch
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.observations import ObservationEncoder
 from grpo_jax.rollout import RolloutConfig, collect, generate
 from grpo_jax.run import checkpoint
 from grpo_jax.sampling import Sampler
@@ -127,6 +128,22 @@ def test_budgets_truncate_and_failures_are_not_scored(episodes):
   assert metrics["episode/failed"] == pytest.approx(e.failed.mean())
   assert metrics["episode/truncated"] == pytest.approx((~e.ended & ~e.failed).mean())
   assert metrics["echo/steps"] <= metrics["episode/turns"]
+
+
+def test_an_observation_beyond_the_vocabulary_fails_its_episode(params):
+  """A tokenizer may have ids beyond the rows of the model, which would all read the last one."""
+
+  class Wide(ByteTokenizer):
+    def encode_plain(self, text):
+      return [5000] if text == "<2>" else self.encode(text)
+
+  sampler = make_sampler()
+  sampler._encode = ObservationEncoder(Wide())
+  e = generate(sampler, params, EXAMPLES, jax.random.key(1), group_size=6)
+  last = [[len(turns[-1]["content"]) for turns in row] for row in e.transcripts]
+  assert (e.failed & (np.array(last) == 2)).any()
+  assert e.tokens.max() < 257
+  assert not e.failed[:2][np.array(last[:2]) == 3].any()
 
 
 def test_rewards_of_the_environment_are_added_by_hand():
