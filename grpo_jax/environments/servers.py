@@ -39,7 +39,8 @@ class Execution:
     stdout, stderr: decoded as UTF-8, cut at `OUTPUT_BYTES` bytes each.
     returncode: as in `subprocess`: the exit code, or minus the number of a signal.
     seconds: wall time.
-    killed: None if the program ended by itself; else "time", "output", "memory" or "files".
+    killed: None if the program ended by itself; else "time", "output", "memory" or "files", or
+      "interrupted" by `Server.interrupt`.
   """
 
   stdout: str
@@ -255,12 +256,19 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def fork_server() -> ForkServer:
-  """Returns the fork server of this process, a new one if there is none alive."""
+  """Returns the fork server of this process, a new one if there is none alive.
+
+  Raises:
+    IsolationError: it cannot be started.
+  """
   with _lock:
     if fork_servers and not fork_servers[0].alive:
       fork_servers.pop().close()
     if not fork_servers:
-      fork_servers.append(ForkServer())
+      try:
+        fork_servers.append(ForkServer())
+      except OSError as error:  # a confined process may not start another one
+        raise IsolationError(f"the sandbox could not be started: {error}") from error
     return fork_servers[0]
 
 

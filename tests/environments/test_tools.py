@@ -1,8 +1,10 @@
 """Tests tools: schemas, the calls of each format, what a model reads about each fault."""
 
 import json
+import time
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Literal, Optional
 
 import pytest
@@ -16,6 +18,7 @@ from grpo_jax.environments.tools import (
   load_tool,
   with_tools,
 )
+from grpo_jax.environments.usage import Usage
 from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
 from grpo_jax.tasks import make_task
 from grpo_jax.tasks.base import Example
@@ -421,6 +424,29 @@ def test_reasoning_gym_takes_tools():
   )  # fmt: skip
   assert task.environment().step("calc(1 + 1)").observation == "Result: 2\nAnswer:"
   assert with_tools(task, []) is task
+
+
+def is_running(pid):
+  try:
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+  except FileNotFoundError:
+    return False
+  return state not in "ZX"
+
+
+@pytest.mark.skipif(not sandbox.layers(), reason=sandbox.explain())
+def test_no_process_of_the_python_tool_outlives_its_worker():
+  before = Usage()._descendants()
+  with EnvironmentWorkers(partial(environments.tool_task), timeout=30.0) as runner:
+    runner.reset([Example("p", {}, "p")], 1, [0])
+    runner.step({(0, 0): hermes(call("python", code="print(1)"))})
+    pids = set(Usage()._descendants()) - set(before)
+    assert len(pids) == 3  # the worker, its fork server, and a server
+    assert all(map(is_running, pids))
+  until = time.monotonic() + 10
+  while any(map(is_running, pids)) and time.monotonic() < until:
+    time.sleep(0.05)
+  assert not any(map(is_running, pids))
 
 
 @pytest.mark.skipif(not sandbox.layers(), reason=sandbox.explain())
