@@ -11,9 +11,7 @@ import inspect
 import json
 import os
 import pickle
-import queue
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -32,7 +30,12 @@ from grpo_jax.environments.base import (
   failed,
 )
 from grpo_jax.tasks.base import Example, Prompt, Task
-from grpo_jax.tasks.rewards.worker_process import GRACE, receive_into
+from grpo_jax.tasks.rewards.worker_process import (
+  GRACE,
+  START_SECONDS,
+  receive,
+  start_receiving,
+)
 
 CLOSE_SECONDS = 1.0  # longest time limit of `close`
 Answer: TypeAlias = Outcome | Prompt | None
@@ -226,17 +229,17 @@ def serve(connection: Connection) -> None:
   def answer(kind: str, value: Any) -> None:
     connection.send_bytes(json.dumps([kind, value]).encode())
 
-  try:
-    make, timeout, isolate = pickle.loads(connection.recv_bytes())
-    session = _build(make(), timeout, isolate, answer)
-  except EOFError:
-    return
-  except Exception as error:
-    answer("raised", f"{type(error).__name__}: {error}")
-    return
-  inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-  threading.Thread(target=receive_into, args=(connection, inbox), daemon=True).start()
   with open(os.devnull, "w") as devnull:
+    # Ends a process whose parent is gone and whose task is never built.
+    faulthandler.dump_traceback_later(START_SECONDS + GRACE, exit=True, file=devnull)
+    try:
+      make, timeout, isolate = pickle.loads(receive(connection))
+      session = _build(make(), timeout, isolate, answer)
+    except Exception as error:
+      answer("raised", f"{type(error).__name__}: {error}")
+      return
+    faulthandler.cancel_dump_traceback_later()
+    inbox = start_receiving(connection)
     while True:
       jobs: Sequence[Job] = pickle.loads(inbox.get())
       for job in jobs:

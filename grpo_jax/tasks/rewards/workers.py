@@ -48,11 +48,11 @@ from grpo_jax.tasks.rewards.scoring import (
   show_completion,
   weighted_sum,
 )
+from grpo_jax.tasks.rewards.worker_process import START_SECONDS
 
 __all__ = ["RewardWorkers", "Scorer", "Scores", "score_in_process", "score_with"]
 
 MESSAGE_BYTES = 2**28  # longest message of a worker
-START_SECONDS = 600.0  # time limit in seconds for building the task in a worker
 REMEDY = (
   "Name reward functions as 'path/to/file.py:function', or have them called in this process: "
   "rewards.workers=0"
