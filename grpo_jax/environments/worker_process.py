@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import pickle
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -29,6 +28,7 @@ from grpo_jax.environments.base import (
   checked_step,
   failed,
 )
+from grpo_jax.environments.time_limit import OutOfTime, call_within
 from grpo_jax.tasks.base import Example, Prompt, Task
 from grpo_jax.tasks.rewards.worker_process import (
   GRACE,
@@ -68,40 +68,6 @@ class Job:
   def calls(self) -> int:
     """The number of calls of the environment that have a time limit each."""
     return len(self.texts) + {"step": 0, "finish": 1, "reset": 2, "restore": 2}[self.kind]
-
-
-class OutOfTime(BaseException):
-  """Interrupts a call at its time limit. No `except Exception` in an environment catches it."""
-
-
-def call_within(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
-  """Returns `function(*arguments)`; raises `OutOfTime` in it after so many seconds.
-
-  It interrupts Python code and waiting, and only in the main thread of the process. None: no limit.
-
-  Example:
-    >>> call_within(1.0, max, 3, 4)
-    4
-  """
-  if seconds is None:
-    return function(*arguments)
-  armed = [True]
-
-  def interrupt(*_: object) -> None:
-    if armed:
-      raise OutOfTime
-
-  before = signal.signal(signal.SIGALRM, interrupt)
-  # Again and again: a loop with a bare `except` swallows the first.
-  signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds / 4, 0.05))
-  try:
-    try:
-      return function(*arguments)
-    finally:
-      armed.clear()
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 class Session:
