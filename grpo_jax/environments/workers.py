@@ -9,7 +9,6 @@ playing their texts again.
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import time
 import warnings
@@ -28,7 +27,13 @@ from grpo_jax.environments.base import (
 )
 from grpo_jax.environments.worker_process import Answer, Job, Session, from_json
 from grpo_jax.tasks.base import Example, Prompt, Task
-from grpo_jax.tasks.rewards.workers import MESSAGE_BYTES, START_SECONDS, WorkerProcess
+from grpo_jax.tasks.rewards.worker_process import START_SECONDS
+from grpo_jax.tasks.rewards.workers import (
+  MESSAGE_BYTES,
+  WorkerProcess,
+  check_limits,
+  pickled_settings,
+)
 
 GRACE = 2.0  # seconds beyond its time limit that a call may take until its process is killed
 PAUSE = 30.0  # longest time in seconds between two jobs of a worker, on a machine that is busy
@@ -225,15 +230,8 @@ class EnvironmentWorkers(_Runner):
     isolate: bool = True,
   ) -> None:
     super().__init__()
-    if workers < 1 or not 0 < timeout < math.inf:
-      raise ValueError(
-        f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
-        "seconds"
-      )
-    try:
-      settings = pickle.dumps((make, timeout, isolate))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-      raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
+    check_limits(workers, timeout)
+    settings = pickled_settings((make, timeout, isolate), REMEDY)
     self._timeout = timeout
     self._workers = [_Worker(settings, timeout, isolate) for _ in range(workers)]
     for worker in self._workers:

@@ -98,15 +98,8 @@ class RewardWorkers:
     on_error: str = "raise",
   ) -> None:
     Errors((0, 0), on_error)  # checks the name
-    if workers < 1 or not 0 < timeout < math.inf:
-      raise ValueError(
-        f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
-        "seconds"
-      )
-    try:
-      pickled = pickle.dumps((make, isolate))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-      raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
+    check_limits(workers, timeout)
+    pickled = pickled_settings((make, isolate), REMEDY)
     self._timeout = timeout
     self._here, self._on_error = dict(here or {}), on_error
     self._whole_batches = True  # False once a batch was too slow as a whole
@@ -229,6 +222,27 @@ class RewardWorkers:
     return dict(next(worker.weights for worker in self._workers if worker.weights is not None))
 
 
+def check_limits(workers: int, timeout: float) -> None:
+  """Raises ValueError for a number of workers or a time limit in seconds that is out of range."""
+  if workers < 1 or not 0 < timeout < math.inf:
+    raise ValueError(
+      f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
+      "seconds"
+    )
+
+
+def pickled_settings(settings: tuple[Any, ...], remedy: str) -> bytes:
+  """Returns the first message to a worker: the factory of the task, and further settings.
+
+  Raises:
+    ValueError: they cannot be pickled; the message ends with the remedy.
+  """
+  try:
+    return pickle.dumps(settings)
+  except (pickle.PicklingError, AttributeError, TypeError) as error:
+    raise ValueError(f"the task cannot be built in another process: {error}. {remedy}") from error
+
+
 # --- the parent's side of a worker ----------------------------------------------------------------
 
 
@@ -307,11 +321,8 @@ class WorkerProcess:
     """Ends the process and everything it started; does nothing if there is none."""
     if self.connection is None:
       return
-    self.connection.close()
-    self.connection, self.unit = None, None
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(self._process.pid, signal.SIGKILL)
-    self._process.wait()
+    connection, self.connection, self.unit = self.connection, None, None
+    child.end(self._process, connection)
 
   def _exit_reason(self) -> str:
     """Returns how a process ended that has closed its end of the connection."""
