@@ -1,4 +1,4 @@
-"""The tool that runs Python which a model wrote, in the sandbox."""
+"""Runs Python that a model wrote, in the sandbox: a tool."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Execution:
 
 
 class ForkServer:
-  """The process that servers are forked from: started fresh, so it has nothing of this one's."""
+  """Starts the process that servers are forked from; it is fresh and has nothing of this one's."""
 
   def __init__(self) -> None:
     self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -64,7 +64,7 @@ class ForkServer:
 
   @property
   def alive(self) -> bool:
-    """False once the process has ended."""
+    """Tells whether the process still runs."""
     return self._process.poll() is None
 
   def connect(self, found: Sequence[str]) -> socket.socket:
@@ -82,7 +82,7 @@ class ForkServer:
 
 
 class Server:
-  """The caller's end of one server, which runs one program at a time."""
+  """Calls one server, which runs one program at a time."""
 
   def __init__(self, found: Sequence[str]) -> None:
     try:
@@ -212,7 +212,7 @@ class Server:
 
   @property
   def alive(self) -> bool:
-    """False once the server has ended: an idle one has nothing to say."""
+    """Tells whether an idle server still runs: then it has nothing to say."""
     if self._connection.fileno() < 0:
       return False
     return not select.select([self._connection], [], [], 0)[0]

@@ -47,7 +47,7 @@ HINT = (
 
 @dataclass(frozen=True)
 class Job:
-  """One call of an environment.
+  """Asks for one call of an environment.
 
   Attributes:
     key: of the episode.
@@ -66,7 +66,7 @@ class Job:
 
   @property
   def calls(self) -> int:
-    """The number of calls of the environment that have a time limit each."""
+    """Returns the number of calls of the environment that have a time limit each."""
     return len(self.texts) + {"step": 0, "finish": 1, "reset": 2, "restore": 2}[self.kind]
 
 

@@ -44,12 +44,12 @@ REMEDY = (
 
 
 class WorkerError(RuntimeError):
-  """An environment worker could not be started."""
+  """Reports that an environment worker could not be started."""
 
 
 @dataclass
 class _Episode:
-  """All that an environment was given and has answered, so that it can be played again.
+  """Records what an environment was given and has answered, so that it can be played again.
 
   Attributes:
     lost: why the environment failed; None while it has not.
@@ -72,7 +72,7 @@ class _Episode:
 
 
 class _Runner:
-  """The part of both runners that does not depend on where environments are called."""
+  """Holds the part of both runners that does not depend on where environments are called."""
 
   def __init__(self) -> None:
     self._episodes: dict[Key, _Episode] = {}
@@ -204,7 +204,7 @@ def run_in_process(task: Task) -> EnvironmentRunner:
 
 
 class EnvironmentWorkers(_Runner):
-  """A runner that calls a task's environments in worker processes, under a time limit.
+  """Runs a task's environments in worker processes, under a time limit.
 
   Use it as a context manager, or call `close`. The worker processes also end with this process,
   however it ends.
@@ -288,7 +288,7 @@ class EnvironmentWorkers(_Runner):
 
 
 class _Worker(WorkerProcess):
-  """A worker process: absent, starting (it builds the task), idle, or busy with jobs.
+  """Controls a worker process: absent, starting (it builds the task), idle, or busy with jobs.
 
   Attributes:
     pending: jobs that it has not answered.

@@ -177,7 +177,7 @@ def test_unknown_names_are_errors(tmp_path):
 
 
 def test_calls_in_one_turn_are_answered_in_their_order():
-  """An async tool between plain ones keeps its place."""
+  """Checks that an async tool between plain ones keeps its place."""
   text = hermes(call("add", a=1, b=2), call("later", x=5), call("add", a=3), call("later", x=-1))
   step = play(text)
   assert step.observation == [
@@ -327,12 +327,12 @@ def test_calls_in_plain_text():
 
 
 def test_a_result_in_plain_text_is_one_line():
-  """A line break in it would look like the end of a turn."""
+  """Keeps line breaks out of it, which would look like the end of a turn."""
   assert read('broken("a\\nb")', format="line") == "Result: error: RuntimeError: a b\nAnswer:"
 
 
 def test_parsers_take_any_text_in_little_time():
-  """Each of these took quadratic time in some parser, or raised."""
+  """Repeats what took quadratic time in some parser, or raised."""
   for unit in ("(", "f(", ")", "[", "<tool_call>", "{", "<think>", '{"name": 1}', "a", "\\", "["):
     for format in FORMATS.values():
       format.parse(unit * 20_000)
@@ -361,7 +361,7 @@ def test_matches():
 
 
 class Template:
-  """A tokenizer whose chat template shows its tools, or not."""
+  """Stands for a tokenizer whose chat template shows its tools, or not."""
 
   def __init__(self, shows, tools=()):
     self.shows, self.tools = shows, tools

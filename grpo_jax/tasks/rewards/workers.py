@@ -247,7 +247,7 @@ def pickled_settings(settings: tuple[Any, ...], remedy: str) -> bytes:
 
 
 class WorkerProcess:
-  """A worker process: absent, starting (it builds the task), idle, or busy with a unit."""
+  """Controls a worker process: absent, starting (it builds the task), idle, or busy with a unit."""
 
   module = "grpo_jax.tasks.rewards.worker_process"  # which the process serves
 

@@ -67,7 +67,7 @@ def test_nothing_outside_the_worker_can_be_changed(workers, tmp_path, call):
 
 @linux
 def test_every_thread_is_confined(workers):
-  """Else a completion replaces what an unconfined one calls, such as `Connection.recv_bytes`."""
+  """Finds none whose functions, such as `Connection.recv_bytes`, a completion could replace."""
   threads = "__import__('threading').enumerate()"
   status = "open(f'/proc/self/task/{t.native_id}/status').read()"
   assert score(workers, f"len({threads})") == 2.0
