@@ -328,7 +328,7 @@ def machine() -> Iterator["Machine"]:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """What programs attack: values for their text, listeners, a file, a process."""
+  """Holds what programs attack: values for their text, listeners, a file, a process."""
 
   values: dict[str, object]
   listeners: list[socket.socket]

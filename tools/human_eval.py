@@ -82,7 +82,7 @@ for args in inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """One change of a solution, and what became of it.
+  """Records one change of a solution, and what became of it.
 
   Attributes:
     task: name of the problem.

@@ -29,7 +29,7 @@ class EnvironmentFault(Exception):
 
 @dataclass(frozen=True)
 class Step:
-  """What an environment answers to a turn.
+  """Holds the answer of an environment to a turn.
 
   Attributes:
     observation: what the policy reads next; may be empty.
@@ -46,7 +46,7 @@ class Step:
 
 
 class Environment(Protocol):
-  """The state of one episode. Given the example, the seed and the texts it must not vary.
+  """Holds the state of one episode. It must not vary, given the example, the seed and the texts.
 
   It may also have
 
@@ -71,7 +71,7 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-  """One step of one episode, as a runner reports it.
+  """Reports one step of one episode, as a runner returns it.
 
   Attributes:
     observation, reward, done, metrics: as in `Step`.

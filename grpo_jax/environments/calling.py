@@ -16,7 +16,7 @@ RESULT_LENGTH = 4000  # characters of a result that a model reads; more is cut
 
 @dataclass(frozen=True)
 class Tool:
-  """A function that a model can call.
+  """Describes a function that a model can call.
 
   Attributes:
     name: what the model calls it.
@@ -30,18 +30,18 @@ class Tool:
 
   @property
   def parameters(self) -> dict[str, Any]:
-    """The schema of each parameter by name."""
+    """Returns the schema of each parameter by name."""
     return self.schema["function"]["parameters"]["properties"]
 
   @property
   def required(self) -> list[str]:
-    """The names of the parameters without a default."""
+    """Returns the names of the parameters without a default."""
     return self.schema["function"]["parameters"].get("required", [])
 
 
 @dataclass(frozen=True)
 class Result:
-  """What the model reads about one call.
+  """Holds the text that the model reads about one call.
 
   Attributes:
     name: of the tool.

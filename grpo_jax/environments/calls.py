@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Call:
-  """A call that a model wrote.
+  """Holds a call that a model wrote.
 
   Attributes:
     name: of the tool; "" if it is not readable.
@@ -33,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Format:
-  """How a model writes calls, and how it reads results.
+  """Describes how a model writes calls, and how it reads results.
 
   Attributes:
     parse: text of a turn -> its calls, in order; none if the turn has no call.

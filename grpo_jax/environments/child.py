@@ -1,4 +1,4 @@
-"""Starts a Python process that serves one module of this package over a connection.
+"""Starts and ends a Python process that serves one module of this package over a connection.
 
 The process is a new interpreter, not a fork: it has no threads, devices or locks of this one.
 """
@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -58,6 +59,14 @@ def start(module: str, environment: Mapping[str, str]) -> tuple[subprocess.Popen
   with contextlib.suppress(OSError):  # the process has died, as the next message shows
     connection.send_bytes(json.dumps([str(folder) for folder in sys.path]).encode())
   return process, connection
+
+
+def end(process: subprocess.Popen, connection: Connection) -> None:
+  """Ends a process that `start` returned, and everything in its session."""
+  connection.close()
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
 
 
 def plain_environment() -> dict[str, str]:

@@ -22,7 +22,7 @@ NOBODY = 65534  # the user and group that a privileged process becomes
 
 # --- prctl and system calls -----------------------------------------------------------------------
 
-_PDEATHSIG, _DUMPABLE, _SECCOMP, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 22, 24, 36, 38
+_PDEATHSIG, _SECCOMP, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 22, 24, 36, 38
 _FILTER_MODE = 2
 _CLONE_NEW = {
   "mount": 0x00020000, "cgroup": 0x02000000, "uts": 0x04000000, "ipc": 0x08000000,
@@ -183,7 +183,8 @@ def drop_privileges(*, user: int | None = None) -> None:
 def confine() -> list[str]:
   """Takes network, writing, other programs and other processes away from this process, for good.
 
-  It can still read files and use what it has open. For reward workers: they import as they go.
+  It can still read files and use what it has open. For reward workers: they import as they go. The
+  layers hold for the calling thread and those that it starts later, not for others.
 
   Returns:
     The layers that hold here; what the machine lacks is left out.
@@ -400,7 +401,7 @@ def enter_root(read_only: Iterable[str]) -> None:
   os.makedirs(f"{root}/tmp")
   os.makedirs(f"{root}/old")
   os.chdir(root)
-  number = {"x86_64": 155, "aarch64": 41}[platform.machine()]
+  number = _SYSCALLS["pivot_root"][_ARCHITECTURES[platform.machine()][0]]
   _check(_libc.syscall(number, b".", b"old"), "pivot_root")
   os.chdir("/")
   _check(_libc.umount2(b"/old", _DETACH), "umount")

@@ -32,7 +32,7 @@ _RETRY = 0.2  # seconds between two tries for a session
 
 @dataclass(frozen=True)
 class OpenEnvEpisodes:
-  """A factory of environments on an OpenEnv server; see `openenv_environment`."""
+  """Makes environments on an OpenEnv server; see `openenv_environment`."""
 
   url: str
   action: Callable[[str], Mapping[str, Any]]
@@ -91,7 +91,7 @@ def _own_prompt(example: Example, observation: dict[str, Any]) -> None:
 
 
 class OpenEnvEnvironment:
-  """One episode on an OpenEnv server."""
+  """Plays one episode on an OpenEnv server."""
 
   def __init__(self, episodes: OpenEnvEpisodes) -> None:
     self._episodes = episodes

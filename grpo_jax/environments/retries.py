@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Retries:
-  """A factory of environments that take several answers to one problem.
+  """Makes environments that take several answers to one problem.
 
   Attributes:
     score: (answer, example) -> reward; 1.0 is a right answer and ends the episode.
@@ -38,7 +38,7 @@ class Retries:
 
 
 class RetryEnvironment:
-  """One problem.
+  """Takes several answers to one problem.
 
   Example:
     >>> from grpo_jax.tasks.base import Example

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class GlobalRandom:
-  """The global random generators as one episode sees them, whatever else the process draws.
+  """Keeps the global random generators as one episode sees them, whatever else is drawn.
 
   Args:
     seed: two episodes with the same seed draw the same.

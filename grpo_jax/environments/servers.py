@@ -39,7 +39,8 @@ class Execution:
     stdout, stderr: decoded as UTF-8, cut at `OUTPUT_BYTES` bytes each.
     returncode: as in `subprocess`: the exit code, or minus the number of a signal.
     seconds: wall time.
-    killed: None if the program ended by itself; else "time", "output", "memory" or "files".
+    killed: None if the program ended by itself; else "time", "output", "memory" or "files", or
+      "interrupted" by `Server.interrupt`.
   """
 
   stdout: str
@@ -50,7 +51,7 @@ class Execution:
 
 
 class ForkServer:
-  """The process that servers are forked from: started fresh, so it has nothing of this one's."""
+  """Starts the process that servers are forked from; it is fresh and has nothing of this one's."""
 
   def __init__(self) -> None:
     self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -63,7 +64,7 @@ class ForkServer:
 
   @property
   def alive(self) -> bool:
-    """False once the process has ended."""
+    """Tells whether the process still runs."""
     return self._process.poll() is None
 
   def connect(self, found: Sequence[str]) -> socket.socket:
@@ -81,7 +82,7 @@ class ForkServer:
 
 
 class Server:
-  """The caller's end of one server, which runs one program at a time."""
+  """Calls one server, which runs one program at a time."""
 
   def __init__(self, found: Sequence[str]) -> None:
     try:
@@ -211,7 +212,7 @@ class Server:
 
   @property
   def alive(self) -> bool:
-    """False once the server has ended: an idle one has nothing to say."""
+    """Tells whether an idle server still runs: then it has nothing to say."""
     if self._connection.fileno() < 0:
       return False
     return not select.select([self._connection], [], [], 0)[0]
@@ -255,12 +256,19 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def fork_server() -> ForkServer:
-  """Returns the fork server of this process, a new one if there is none alive."""
+  """Returns the fork server of this process, a new one if there is none alive.
+
+  Raises:
+    IsolationError: it cannot be started.
+  """
   with _lock:
     if fork_servers and not fork_servers[0].alive:
       fork_servers.pop().close()
     if not fork_servers:
-      fork_servers.append(ForkServer())
+      try:
+        fork_servers.append(ForkServer())
+      except OSError as error:  # a confined process may not start another one
+        raise IsolationError(f"the sandbox could not be started: {error}") from error
     return fork_servers[0]
 
 

@@ -39,7 +39,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-  """The `dict` of a template: calls and `fromkeys`, without a way to Python's own type."""
+  """Stands for `dict` in a template: calls and `fromkeys`, without a way to Python's own type."""
 
   def __call__(self, *args: Any, **kwargs: Any) -> dict:
     return dict(*args, **kwargs)

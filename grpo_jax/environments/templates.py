@@ -6,15 +6,11 @@ rendering costs a message there and back, so that thousands of prompts take seco
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import threading
 import time
 import weakref
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from subprocess import Popen
 from typing import Any
 
@@ -72,12 +68,14 @@ class ChatTemplate:
     return self._variables
 
   def _start(self) -> None:
-    if self._process is not None and self._process.poll() is None:
-      return
+    if self._process is not None:
+      if self._process.poll() is None:
+        return
+      self._finalizer()  # it ended by itself: its connection is still open
     environment = child.plain_environment()
     module = "grpo_jax.environments.template_process"
     self._process, self._connection = child.start(module, environment)
-    self._finalizer = weakref.finalize(self, _end, self._process, self._connection)
+    self._finalizer = weakref.finalize(self, child.end, self._process, self._connection)
     try:
       self._variables = frozenset(self._ask(self._setup))
     except TemplateError:
@@ -106,11 +104,3 @@ class ChatTemplate:
     if kind == "raised":
       raise TemplateError(value)
     return value
-
-
-def _end(process: Popen, connection: Connection) -> None:
-  """Ends the process of a template."""
-  connection.close()
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(process.pid, signal.SIGKILL)
-  process.wait()

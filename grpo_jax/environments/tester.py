@@ -56,7 +56,7 @@ class Verdict:
 
   @property
   def share(self) -> float:
-    """The share of tests passed; 1.0 only if `complete`."""
+    """Returns the share of tests passed; 1.0 only if `complete`."""
     return 1.0 if self.complete else min(self.passed, self.total - 1) / self.total
 
 

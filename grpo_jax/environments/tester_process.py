@@ -23,7 +23,7 @@ class CandidateGone(BaseException):
 
 
 class Candidate:
-  """The process under test, by its pipes."""
+  """Asks the process under test, by its pipes."""
 
   def __init__(self, answers: int, requests: int) -> None:
     self._answers, self._requests = answers, requests

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextArenaEpisodes:
-  """A factory of games; see `textarena_environment`."""
+  """Makes games; see `textarena_environment`."""
 
   game: str
   chat: bool
@@ -74,7 +74,7 @@ def textarena_environment(
 
 
 class TextArenaEnvironment:
-  """One game of one player."""
+  """Plays one game of one player."""
 
   def __init__(self, episodes: TextArenaEpisodes) -> None:
     self._episodes = episodes

@@ -126,7 +126,7 @@ def check_chat_template(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> N
 
 @dataclass(frozen=True)
 class ToolEpisodes:
-  """A factory of environments that run the calls of a model.
+  """Makes environments that run the calls of a model.
 
   Attributes:
     tools: what can be called.
@@ -160,17 +160,17 @@ class ToolEpisodes:
 
   @property
   def row(self) -> Format:
-    """The row of `FORMATS`."""
+    """Returns the row of `FORMATS`."""
     return FORMATS[self.format]
 
   @property
   def stop(self) -> tuple[str, ...]:
-    """The strings that end a turn."""
+    """Returns the strings that end a turn."""
     return self.row.stop
 
   @property
   def schemas(self) -> tuple[dict[str, Any], ...]:
-    """The schemas for the chat template; none for formats of plain text."""
+    """Returns the schemas for the chat template; none for formats of plain text."""
     return tuple(tool.schema for tool in self.tools) if self.row.result is None else ()
 
   def prepare(self) -> None:

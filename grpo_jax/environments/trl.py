@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrlEpisodes(ToolEpisodes):
-  """A factory of environments around those of a TRL user.
+  """Makes environments around those of a TRL user.
 
   Attributes:
     make: TRL's `environment_factory`. It is called once for each episode.
@@ -115,7 +115,7 @@ def trl_environment(
 
 
 class TrlEnvironment(ToolEnvironment):
-  """One episode in the environment of a TRL user."""
+  """Plays one episode in the environment of a TRL user."""
 
   def __init__(self, episodes: TrlEpisodes) -> None:
     self._inner = episodes.make()

@@ -11,9 +11,6 @@ import inspect
 import json
 import os
 import pickle
-import queue
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -31,8 +28,14 @@ from grpo_jax.environments.base import (
   checked_step,
   failed,
 )
+from grpo_jax.environments.time_limit import OutOfTime, call_within
 from grpo_jax.tasks.base import Example, Prompt, Task
-from grpo_jax.tasks.rewards.worker_process import GRACE, receive_into
+from grpo_jax.tasks.rewards.worker_process import (
+  GRACE,
+  START_SECONDS,
+  receive,
+  start_receiving,
+)
 
 CLOSE_SECONDS = 1.0  # longest time limit of `close`
 Answer: TypeAlias = Outcome | Prompt | None
@@ -44,7 +47,7 @@ HINT = (
 
 @dataclass(frozen=True)
 class Job:
-  """One call of an environment.
+  """Asks for one call of an environment.
 
   Attributes:
     key: of the episode.
@@ -63,42 +66,8 @@ class Job:
 
   @property
   def calls(self) -> int:
-    """The number of calls of the environment that have a time limit each."""
+    """Returns the number of calls of the environment that have a time limit each."""
     return len(self.texts) + {"step": 0, "finish": 1, "reset": 2, "restore": 2}[self.kind]
-
-
-class OutOfTime(BaseException):
-  """Interrupts a call at its time limit. No `except Exception` in an environment catches it."""
-
-
-def call_within(seconds: float | None, function: Callable[..., Any], *arguments: Any) -> Any:
-  """Returns `function(*arguments)`; raises `OutOfTime` in it after so many seconds.
-
-  It interrupts Python code and waiting, and only in the main thread of the process. None: no limit.
-
-  Example:
-    >>> call_within(1.0, max, 3, 4)
-    4
-  """
-  if seconds is None:
-    return function(*arguments)
-  armed = [True]
-
-  def interrupt(*_: object) -> None:
-    if armed:
-      raise OutOfTime
-
-  before = signal.signal(signal.SIGALRM, interrupt)
-  # Again and again: a loop with a bare `except` swallows the first.
-  signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds / 4, 0.05))
-  try:
-    try:
-      return function(*arguments)
-    finally:
-      armed.clear()
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
 
 
 class Session:
@@ -226,17 +195,17 @@ def serve(connection: Connection) -> None:
   def answer(kind: str, value: Any) -> None:
     connection.send_bytes(json.dumps([kind, value]).encode())
 
-  try:
-    make, timeout, isolate = pickle.loads(connection.recv_bytes())
-    session = _build(make(), timeout, isolate, answer)
-  except EOFError:
-    return
-  except Exception as error:
-    answer("raised", f"{type(error).__name__}: {error}")
-    return
-  inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-  threading.Thread(target=receive_into, args=(connection, inbox), daemon=True).start()
   with open(os.devnull, "w") as devnull:
+    # Ends a process whose parent is gone and whose task is never built.
+    faulthandler.dump_traceback_later(START_SECONDS + GRACE, exit=True, file=devnull)
+    try:
+      make, timeout, isolate = pickle.loads(receive(connection))
+      session = _build(make(), timeout, isolate, answer)
+    except Exception as error:
+      answer("raised", f"{type(error).__name__}: {error}")
+      return
+    faulthandler.cancel_dump_traceback_later()
+    inbox = start_receiving(connection)
     while True:
       jobs: Sequence[Job] = pickle.loads(inbox.get())
       for job in jobs:

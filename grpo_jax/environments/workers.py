@@ -9,7 +9,6 @@ playing their texts again.
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import time
 import warnings
@@ -28,7 +27,13 @@ from grpo_jax.environments.base import (
 )
 from grpo_jax.environments.worker_process import Answer, Job, Session, from_json
 from grpo_jax.tasks.base import Example, Prompt, Task
-from grpo_jax.tasks.rewards.workers import MESSAGE_BYTES, START_SECONDS, WorkerProcess
+from grpo_jax.tasks.rewards.worker_process import START_SECONDS
+from grpo_jax.tasks.rewards.workers import (
+  MESSAGE_BYTES,
+  WorkerProcess,
+  check_limits,
+  pickled_settings,
+)
 
 GRACE = 2.0  # seconds beyond its time limit that a call may take until its process is killed
 PAUSE = 30.0  # longest time in seconds between two jobs of a worker, on a machine that is busy
@@ -39,12 +44,12 @@ REMEDY = (
 
 
 class WorkerError(RuntimeError):
-  """An environment worker could not be started."""
+  """Reports that an environment worker could not be started."""
 
 
 @dataclass
 class _Episode:
-  """All that an environment was given and has answered, so that it can be played again.
+  """Records what an environment was given and has answered, so that it can be played again.
 
   Attributes:
     lost: why the environment failed; None while it has not.
@@ -67,7 +72,7 @@ class _Episode:
 
 
 class _Runner:
-  """The part of both runners that does not depend on where environments are called."""
+  """Holds the part of both runners that does not depend on where environments are called."""
 
   def __init__(self) -> None:
     self._episodes: dict[Key, _Episode] = {}
@@ -199,7 +204,7 @@ def run_in_process(task: Task) -> EnvironmentRunner:
 
 
 class EnvironmentWorkers(_Runner):
-  """A runner that calls a task's environments in worker processes, under a time limit.
+  """Runs a task's environments in worker processes, under a time limit.
 
   Use it as a context manager, or call `close`. The worker processes also end with this process,
   however it ends.
@@ -225,15 +230,8 @@ class EnvironmentWorkers(_Runner):
     isolate: bool = True,
   ) -> None:
     super().__init__()
-    if workers < 1 or not 0 < timeout < math.inf:
-      raise ValueError(
-        f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
-        "seconds"
-      )
-    try:
-      settings = pickle.dumps((make, timeout, isolate))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-      raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
+    check_limits(workers, timeout)
+    settings = pickled_settings((make, timeout, isolate), REMEDY)
     self._timeout = timeout
     self._workers = [_Worker(settings, timeout, isolate) for _ in range(workers)]
     for worker in self._workers:
@@ -290,7 +288,7 @@ class EnvironmentWorkers(_Runner):
 
 
 class _Worker(WorkerProcess):
-  """A worker process: absent, starting (it builds the task), idle, or busy with jobs.
+  """Controls a worker process: absent, starting (it builds the task), idle, or busy with jobs.
 
   Attributes:
     pending: jobs that it has not answered.

@@ -142,7 +142,7 @@ def check_a_game(runner):
 
 
 def check_faults(runner):
-  """A bad action is told; a server that raises or sleeps costs its own episode."""
+  """Tells of a bad action; loses the one episode whose server raises or sleeps."""
   runner.reset(EXAMPLES, group=2, seeds=[1, 2])
   with pytest.warns(RuntimeWarning):
     outcomes = runner.step({(0, 0): "what?", (0, 1): "-1", (1, 0): "-2", (1, 1): "0"})
@@ -155,7 +155,7 @@ def check_faults(runner):
 
 
 def check_capacity(runner):
-  """Six episodes on four places: two are lost, and a later batch has its places again."""
+  """Plays six episodes on four places: two are lost, and a later batch has its places again."""
   runner.reset(EXAMPLES, group=3, seeds=[1, 2])
   with pytest.warns(RuntimeWarning, match="has no free session"):
     outcomes = runner.step({(p, g): "0" for p in range(2) for g in range(3)})

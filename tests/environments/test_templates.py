@@ -110,6 +110,16 @@ def test_the_process_ends_with_its_template():
     os.kill(pid, 0)
 
 
+def test_a_process_that_died_is_replaced():
+  template = ChatTemplate("x", "2025-01-02", {})
+  template.render()
+  connection = template._connection
+  template._process.kill()
+  template._process.wait()
+  assert template.render() == "x"
+  assert connection.closed
+
+
 def test_the_names_that_a_template_reads_are_known():
   source = "{% set a = 1 %}{{ a }}{% if enable_thinking %}{{ messages }}{% endif %}"
   assert ChatTemplate(source, "2025-01-02", {}).variables() == {"enable_thinking", "messages"}

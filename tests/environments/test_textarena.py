@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_games_that_are_played_at_once_do_not_change_each_other():
-  """Bisection finds the number; episodes of a group have one number, others have another."""
+  """Finds the number by bisection: one for the episodes of a group, another for others."""
   episodes = textarena_environment("GuessTheNumber-v0-raw", max_turns=6)
   runner = run_in_process(Task("game", {}, {}, len, environment=episodes))
 

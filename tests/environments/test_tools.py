@@ -1,8 +1,10 @@
 """Tests tools: schemas, the calls of each format, what a model reads about each fault."""
 
 import json
+import time
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Literal, Optional
 
 import pytest
@@ -16,6 +18,7 @@ from grpo_jax.environments.tools import (
   load_tool,
   with_tools,
 )
+from grpo_jax.environments.usage import Usage
 from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
 from grpo_jax.tasks import make_task
 from grpo_jax.tasks.base import Example
@@ -174,7 +177,7 @@ def test_unknown_names_are_errors(tmp_path):
 
 
 def test_calls_in_one_turn_are_answered_in_their_order():
-  """An async tool between plain ones keeps its place."""
+  """Checks that an async tool between plain ones keeps its place."""
   text = hermes(call("add", a=1, b=2), call("later", x=5), call("add", a=3), call("later", x=-1))
   step = play(text)
   assert step.observation == [
@@ -324,12 +327,12 @@ def test_calls_in_plain_text():
 
 
 def test_a_result_in_plain_text_is_one_line():
-  """A line break in it would look like the end of a turn."""
+  """Keeps line breaks out of it, which would look like the end of a turn."""
   assert read('broken("a\\nb")', format="line") == "Result: error: RuntimeError: a b\nAnswer:"
 
 
 def test_parsers_take_any_text_in_little_time():
-  """Each of these took quadratic time in some parser, or raised."""
+  """Repeats what took quadratic time in some parser, or raised."""
   for unit in ("(", "f(", ")", "[", "<tool_call>", "{", "<think>", '{"name": 1}', "a", "\\", "["):
     for format in FORMATS.values():
       format.parse(unit * 20_000)
@@ -358,7 +361,7 @@ def test_matches():
 
 
 class Template:
-  """A tokenizer whose chat template shows its tools, or not."""
+  """Stands for a tokenizer whose chat template shows its tools, or not."""
 
   def __init__(self, shows, tools=()):
     self.shows, self.tools = shows, tools
@@ -421,6 +424,29 @@ def test_reasoning_gym_takes_tools():
   )  # fmt: skip
   assert task.environment().step("calc(1 + 1)").observation == "Result: 2\nAnswer:"
   assert with_tools(task, []) is task
+
+
+def is_running(pid):
+  try:
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+  except FileNotFoundError:
+    return False
+  return state not in "ZX"
+
+
+@pytest.mark.skipif(not sandbox.layers(), reason=sandbox.explain())
+def test_no_process_of_the_python_tool_outlives_its_worker():
+  before = Usage()._descendants()
+  with EnvironmentWorkers(partial(environments.tool_task), timeout=30.0) as runner:
+    runner.reset([Example("p", {}, "p")], 1, [0])
+    runner.step({(0, 0): hermes(call("python", code="print(1)"))})
+    pids = set(Usage()._descendants()) - set(before)
+    assert len(pids) == 3  # the worker, its fork server, and a server
+    assert all(map(is_running, pids))
+  until = time.monotonic() + 10
+  while any(map(is_running, pids)) and time.monotonic() < until:
+    time.sleep(0.05)
+  assert not any(map(is_running, pids))
 
 
 @pytest.mark.skipif(not sandbox.layers(), reason=sandbox.explain())

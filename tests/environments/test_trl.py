@@ -11,7 +11,7 @@ from grpo_jax.tasks.base import Example, Task
 
 
 class GuessEnv:
-  """A game as in TRL's guide: it owns its reward and its prompt's end."""
+  """Plays a game as in TRL's guide: it owns its reward and its prompt's end."""
 
   def __init__(self):
     self.guesses = []

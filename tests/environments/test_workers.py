@@ -183,7 +183,7 @@ def test_what_a_step_may_return(runners):
   ],
 )
 def test_a_hang_or_a_crash_costs_its_own_episode(workers, text, reason):
-  """The other five are played on where they were, also those of the same process."""
+  """Plays the other five on where they were, also those of the same process."""
   workers.reset(EXAMPLES, group=3, seeds=[1, 2])
   keys = [(p, g) for p in range(2) for g in range(3)]
   workers.step(dict.fromkeys(keys, "a"))
@@ -223,7 +223,7 @@ def test_an_episode_that_cannot_be_played_again_is_lost(workers):
 
 
 def test_an_episode_that_is_lost_when_it_is_restored_says_why(workers):
-  """Its next turn is in the same batch."""
+  """Sends its next turn in the same batch."""
   workers.reset([EXAMPLES[0]], group=3, seeds=[1])
   workers.step({(0, 2): "vary", (0, 0): "a"})
   with pytest.warns(RuntimeWarning):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from grpo_jax import extras
+from grpo_jax.environments.time_limit import OutOfTime, call_within
 from grpo_jax.tasks.rewards.characters import read_characters
 from grpo_jax.tasks.rewards.expressions import (
   confirms,
@@ -167,34 +168,14 @@ def _verify(expected: str, answer: str) -> bool:
 # --- time limits ----------------------------------------------------------------------------------
 
 
-class _TimeUp(BaseException):
-  """The time limit of a comparison has passed."""
-
-
 def _within(equal: Callable[[], bool], seconds: float) -> bool | None:
   """Returns `equal()`, None if it takes longer than `seconds`; no limit outside the main thread.
 
-  The alarm repeats until `equal` ends. math-verify's own alarm rings once, and sympy, which catches
-  exceptions of all kinds, may then run forever.
+  math-verify's own alarm rings once, and sympy, which catches exceptions of all kinds, may then run
+  forever.
   """
-  if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-    return equal()
-  running = False  # an alarm that rings before or after `equal` runs is ignored
-
-  def ring(*_: object) -> None:
-    if running:
-      raise _TimeUp
-
-  before = signal.signal(signal.SIGALRM, ring)
+  limited = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
   try:
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
-    running = True
-    try:
-      return equal()
-    finally:
-      running = False
-  except _TimeUp:
+    return call_within(seconds if limited else None, equal)
+  except OutOfTime:
     return None
-  finally:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)

@@ -23,6 +23,7 @@ from grpo_jax.tasks.base import Columns, Prompt, RewardFunction, Task
 from grpo_jax.tasks.rewards.logs import Logs, TrainerState
 from grpo_jax.tasks.rewards.scoring import RewardError, inner_function, score
 
+START_SECONDS = 600.0  # time limit in seconds for building the task in a worker
 GRACE = 10.0  # seconds after its time limit until a worker without a parent ends itself
 
 
@@ -43,18 +44,20 @@ def serve(connection: Connection) -> None:
   def answer(kind: str, value: Any) -> None:
     connection.send_bytes(json.dumps([kind, value]).encode())
 
-  inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-  threading.Thread(target=receive_into, args=(connection, inbox), daemon=True).start()
-  try:
-    make, isolate = pickle.loads(inbox.get())
-    task = _with_announcements(make(), lambda name: answer("calling", name))
-    canary = _make_canary(task)
-    layers = isolation.confine() if isolate else []
-  except Exception as error:
-    answer("raised", f"{type(error).__name__}: {error}")
-    return
-  answer("ready", [{name: weight for name, (_, weight) in task.rewards.items()}, layers])
   with open(os.devnull, "w") as devnull:
+    # Ends a process whose parent is gone and whose task is never built.
+    faulthandler.dump_traceback_later(START_SECONDS + GRACE, exit=True, file=devnull)
+    try:
+      make, isolate = pickle.loads(receive(connection))
+      task = _with_announcements(make(), lambda name: answer("calling", name))
+      canary = _make_canary(task)
+      layers = isolation.confine() if isolate else []
+    except Exception as error:
+      answer("raised", f"{type(error).__name__}: {error}")
+      return
+    faulthandler.cancel_dump_traceback_later()
+    answer("ready", [{name: weight for name, (_, weight) in task.rewards.items()}, layers])
+    inbox = start_receiving(connection)
     while True:
       payload = inbox.get()
       try:
@@ -168,13 +171,28 @@ def _judging_reward(task: Task) -> str | None:
   return next((name for name, (f, _) in task.rewards.items() if f is judge), None)
 
 
-def receive_into(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
-  """Puts messages into the inbox; ends the process when the parent is gone."""
+def receive(connection: Connection) -> bytes:
+  """Returns the next message; ends the process when the parent is gone."""
   try:
-    while True:
-      inbox.put(connection.recv_bytes())
+    return connection.recv_bytes()
   except (EOFError, OSError):
     os._exit(0)
+
+
+def start_receiving(connection: Connection) -> queue.SimpleQueue[bytes]:
+  """Returns the inbox of a thread that receives messages; the process ends with its parent.
+
+  Call it after `isolation.confine`, which holds for the calling thread and those it starts later:
+  a text that replaces what the thread calls would otherwise run unconfined.
+  """
+  inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+  def receive_all() -> None:
+    while True:
+      inbox.put(receive(connection))
+
+  threading.Thread(target=receive_all, daemon=True).start()
+  return inbox
 
 
 def _with_announcements(task: Task, announce: Callable[[str], None]) -> Task:

@@ -48,11 +48,11 @@ from grpo_jax.tasks.rewards.scoring import (
   show_completion,
   weighted_sum,
 )
+from grpo_jax.tasks.rewards.worker_process import START_SECONDS
 
 __all__ = ["RewardWorkers", "Scorer", "Scores", "score_in_process", "score_with"]
 
 MESSAGE_BYTES = 2**28  # longest message of a worker
-START_SECONDS = 600.0  # time limit in seconds for building the task in a worker
 REMEDY = (
   "Name reward functions as 'path/to/file.py:function', or have them called in this process: "
   "rewards.workers=0"
@@ -98,15 +98,8 @@ class RewardWorkers:
     on_error: str = "raise",
   ) -> None:
     Errors((0, 0), on_error)  # checks the name
-    if workers < 1 or not 0 < timeout < math.inf:
-      raise ValueError(
-        f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
-        "seconds"
-      )
-    try:
-      pickled = pickle.dumps((make, isolate))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-      raise ValueError(f"the task cannot be built in another process: {error}. {REMEDY}") from error
+    check_limits(workers, timeout)
+    pickled = pickled_settings((make, isolate), REMEDY)
     self._timeout = timeout
     self._here, self._on_error = dict(here or {}), on_error
     self._whole_batches = True  # False once a batch was too slow as a whole
@@ -229,11 +222,32 @@ class RewardWorkers:
     return dict(next(worker.weights for worker in self._workers if worker.weights is not None))
 
 
+def check_limits(workers: int, timeout: float) -> None:
+  """Raises ValueError for a number of workers or a time limit in seconds that is out of range."""
+  if workers < 1 or not 0 < timeout < math.inf:
+    raise ValueError(
+      f"workers is {workers} and timeout {timeout}: need at least 1, and a positive number of "
+      "seconds"
+    )
+
+
+def pickled_settings(settings: tuple[Any, ...], remedy: str) -> bytes:
+  """Returns the first message to a worker: the factory of the task, and further settings.
+
+  Raises:
+    ValueError: they cannot be pickled; the message ends with the remedy.
+  """
+  try:
+    return pickle.dumps(settings)
+  except (pickle.PicklingError, AttributeError, TypeError) as error:
+    raise ValueError(f"the task cannot be built in another process: {error}. {remedy}") from error
+
+
 # --- the parent's side of a worker ----------------------------------------------------------------
 
 
 class WorkerProcess:
-  """A worker process: absent, starting (it builds the task), idle, or busy with a unit."""
+  """Controls a worker process: absent, starting (it builds the task), idle, or busy with a unit."""
 
   module = "grpo_jax.tasks.rewards.worker_process"  # which the process serves
 
@@ -307,11 +321,8 @@ class WorkerProcess:
     """Ends the process and everything it started; does nothing if there is none."""
     if self.connection is None:
       return
-    self.connection.close()
-    self.connection, self.unit = None, None
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(self._process.pid, signal.SIGKILL)
-    self._process.wait()
+    connection, self.connection, self.unit = self.connection, None, None
+    child.end(self._process, connection)
 
   def _exit_reason(self) -> str:
     """Returns how a process ended that has closed its end of the connection."""

@@ -66,6 +66,15 @@ def test_nothing_outside_the_worker_can_be_changed(workers, tmp_path, call):
 
 
 @linux
+def test_every_thread_is_confined(workers):
+  """Finds none whose functions, such as `Connection.recv_bytes`, a completion could replace."""
+  threads = "__import__('threading').enumerate()"
+  status = "open(f'/proc/self/task/{t.native_id}/status').read()"
+  assert score(workers, f"len({threads})") == 2.0
+  assert score(workers, f"min('Seccomp:\\t2' in {status} for t in {threads})") == 1.0
+
+
+@linux
 def test_the_environment_holds_no_secrets(workers):
   assert score(workers, "'SECRET_KEY_OF_TEST' in __import__('os').environ") == 0.0
   assert score(workers, "b'SECRET' in open('/proc/self/environ', 'rb').read()") == 0.0
