@@ -224,12 +224,6 @@ def at(workdir: str | Path, step: int, prefix: str) -> dict[str, float]:
   return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
-def last(workdir: str | Path, name: str, default: float) -> float:
-  """Returns the newest value of a metric, or `default` if it has none yet."""
-  values = [row[name] for row in read_metrics(workdir) if row.get(name) is not None]
-  return values[-1] if values else default
-
-
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
   """Yields each line of a metrics file, parsed and as text."""
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.run import metrics as metrics_module
-from grpo_jax.run.metrics import MetricsWriter, OneStepLate, at, last, read_metrics
+from grpo_jax.run.metrics import MetricsWriter, OneStepLate, at, read_metrics
 
 NAN = math.nan
 
@@ -159,6 +159,3 @@ def test_metrics_are_found_by_step_and_by_name(tmp_path):
   assert found["eval/accuracy"] == 0.25
   assert math.isnan(found["eval/missing"])
   assert at(tmp_path, 1, "eval/") == {}
-  assert last(tmp_path, "num_tokens", 0) == 20
-  assert last(tmp_path, "reward", 0) == 0.5  # the newest that is a number
-  assert last(tmp_path, "kl", -1) == -1
