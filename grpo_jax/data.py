@@ -26,7 +26,7 @@ def _hashed(size: int, seed: int, stream: int, epoch: int) -> Sequence[int]:
 def _added(size: int, seed: int, stream: int, epoch: int) -> Sequence[int]:
   """Shuffles with seed + epoch, as version 0.1.0 did: epoch 1 of seed 0 is epoch 0 of seed 1."""
   seed = _digest(seed, stream) if stream else seed
-  return _shuffled(size, seed % 2**32 + epoch)
+  return _shuffled(size, seed + epoch)
 
 
 def _file(size: int, seed: int, stream: int, epoch: int) -> Sequence[int]:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from grpo_jax.distributed.cluster import ClusterError
+from grpo_jax.distributed.cluster import ADDRESS, ClusterError
 
 NOTICE = 20.0  # seconds until the first line about missing processes, and between lines
 TIMEOUT = 300.0  # seconds until the wait ends with an error
@@ -35,7 +35,7 @@ def wait_for_all(
   timeout: float = TIMEOUT,
   log: Callable[[str], object] = _log,
 ) -> None:
-  """Returns once all processes have called it.
+  """Waits until all processes have called it.
 
   Args:
     address: HOST:PORT of process 0; the port is free again when this returns.
@@ -131,7 +131,7 @@ def _listen(port: int) -> socket.socket:
   except OSError as error:
     raise ClusterError(
       f"process 0 cannot listen at port {port} ({error}): end what uses it, or choose another port "
-      "in JAX_COORDINATOR_ADDRESS of all processes"
+      f"in {ADDRESS} of all processes"
     ) from error
 
 
@@ -199,7 +199,7 @@ def _ask(host: str, port: int, wait: _Wait) -> str | None:
           wait.say(missing)
   except OSError as error:
     return str(error)
-  if gone is not None:
+  if gone is not None:  # outside of the `try`: a TimeoutError is an OSError
     wait.say(gone, gives_up=True)
   return "it closed the connection"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CURVE = "curve.png"
 Row = dict[str, float | None]
+_Panel = tuple[str, str, Callable[["Axes", Sequence[Row], str], None]]
 
 
 def draw_curve(workdir: str | Path) -> Path:
@@ -38,8 +39,7 @@ def draw_curve(workdir: str | Path) -> Path:
   """
   workdir = Path(workdir)
   rows = read_metrics(workdir)
-  panels = [(draw, label) for name, label, draw in _PANELS if len(_points(rows, name))]
-  if not panels:
+  if not _panels(rows):
     raise ValueError(f"{workdir / METRICS} holds no reward, accuracy or entropy to draw")
   with style.use(), warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -60,7 +60,7 @@ def make_figure(rows: Sequence[Row], title: str = "") -> "Figure":
   """
   from matplotlib.figure import Figure  # pyplot would look for a screen and keep the figure
 
-  panels = [panel for panel in _PANELS if len(_points(rows, panel[0]))]
+  panels = _panels(rows)
   columns = min(len(panels), 2)
   lines = math.ceil(len(panels) / columns)
   figure = Figure(figsize=(5.2 * columns, 0.7 + 2.1 * lines), layout="constrained")
@@ -200,7 +200,7 @@ def _unit_interval(axis: "Axes") -> None:
 
 
 # Metric, title and drawing of each panel.
-_PANELS: tuple[tuple[str, str, Callable[["Axes", Sequence[Row], str], None]], ...] = (
+_PANELS: tuple[_Panel, ...] = (
   ("eval/accuracy", "accuracy, greedy, held out (68 % interval)", _draw_evaluations),
   ("reward", "reward of the sampled completions", _draw_steps),
   ("entropy", "entropy, nats", _draw_log_steps),
@@ -208,6 +208,11 @@ _PANELS: tuple[tuple[str, str, Callable[["Axes", Sequence[Row], str], None]], ..
   ("frac_reward_zero_std", "share of zero-variance groups", _draw_shares),
   ("completions/clipped_ratio", "share of truncated completions", _draw_shares),
 )
+
+
+def _panels(rows: Sequence[Row]) -> list[_Panel]:
+  """Returns the panels that some rows have points for."""
+  return [panel for panel in _PANELS if len(_points(rows, panel[0]))]
 
 
 def _title(workdir: Path, rows: Sequence[Row]) -> str:
