@@ -1,4 +1,4 @@
-"""Advantages: the reward of a completion relative to the rewards of its group.
+"""Computes advantages: the reward of a completion relative to the rewards of its group.
 
 Rewards are `[P, G]`: G completions for each of P prompts. These rules hold for every function:
 
@@ -387,7 +387,7 @@ def turn_advantages(
     normalizes the reward of each turn and then adds; here the sum is normalized.
 
   Raises:
-    ValueError: a dtype or a shape does not fit.
+    ValueError: a dtype or a shape does not fit, or G is 1.
 
   Example:
     >>> import jax.numpy as jnp
@@ -418,7 +418,7 @@ def turn_advantages(
 def _step_arguments(
   name: str, rewards: Array, ends: Array, mask: Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the rewards, ends and mask of steps or turns as arrays; ValueError if they differ."""
+  """Returns the rewards, ends and mask of steps or turns as arrays, if they fit."""
   rewards = as_float(f"{name}_rewards", rewards)
   check_rank(f"{name}_rewards", rewards, 3, f"P, G, S: prompts, completions, {name}s")
   ends = as_tokens(f"{name}_ends", ends, rewards.shape)

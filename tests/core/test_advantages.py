@@ -1,4 +1,4 @@
-"""Advantages: values computed by hand, and rules that every estimator obeys."""
+"""Tests advantages against values computed by hand, and rules that every estimator obeys."""
 
 import functools
 
@@ -266,20 +266,6 @@ def test_turn_advantages_of_zero_variance_groups_and_lost_episodes_are_exactly_z
   assert not np.asarray(grpo_jax.turn_advantages(rewards, ends, mask)).any()
 
 
-def test_errors_of_turn_advantages():
-  rewards, ends = jnp.zeros((2, 3, 2)), jnp.zeros((2, 3, 2), int)
-  mask = jnp.ones((2, 3, 5), bool)
-  call = grpo_jax.turn_advantages
-  with pytest.raises(ValueError, match=r"^turn_rewards has shape \(3, 2\), expected 3 axes \[P, G"):
-    call(rewards[0], ends, mask)
-  with pytest.raises(ValueError, match=r"^turn_ends has shape \(2, 3, 1\), expected \(2, 3, 2\)"):
-    call(rewards, ends[..., :1], mask)
-  with pytest.raises(ValueError, match=r"^turn_ends must hold integer"):
-    call(rewards, rewards, mask)
-  with pytest.raises(ValueError, match=r"^mask has shape \(2, 2, 5\), expected \(2, 3, 5\)"):
-    call(rewards, ends, mask[:, :2])
-
-
 def test_turn_advantages_jit_vmap_gradient_and_float64(x64):
   rng = np.random.default_rng(0)
   rewards, ends = rng.normal(size=(5, 2, 3, 2)), rng.integers(0, 4, (5, 2, 3, 2))
@@ -458,24 +444,30 @@ def test_errors_of_multi_objective():
     grpo_jax.multi_objective(jnp.zeros((2, 3, 4)), jnp.ones(3))
 
 
-def test_errors_of_process_advantages():
-  steps, ends = jnp.zeros((2, 3, 2)), jnp.zeros((2, 3, 2), int)
+@pytest.mark.parametrize(
+  ("name", "call"),
+  [("step", grpo_jax.process_advantages), ("turn", grpo_jax.turn_advantages)],
+)
+def test_errors_of_advantages_of_steps_and_turns(name, call):
+  rewards, ends = jnp.zeros((2, 3, 2)), jnp.zeros((2, 3, 2), int)
   mask = jnp.ones((2, 3, 5), bool)
-  call = grpo_jax.process_advantages
-  with pytest.raises(ValueError, match=r"^step_rewards has shape \(3, 2\), expected 3 axes \[P, G"):
-    call(steps[0], ends, mask)
-  with pytest.raises(ValueError, match=r"^step_ends has shape \(2, 3, 1\), expected \(2, 3, 2\)"):
-    call(steps, ends[..., :1], mask)
+  shape = rf"^{name}_rewards has shape \(3, 2\), expected 3 axes \[P, G"
+  with pytest.raises(ValueError, match=shape):
+    call(rewards[0], ends, mask)
   with pytest.raises(
-    ValueError, match=r"^step_ends must hold integer token ids, got dtype float32"
+    ValueError, match=rf"^{name}_ends has shape \(2, 3, 1\), expected \(2, 3, 2\)"
   ):
-    call(steps, steps, mask)
+    call(rewards, ends[..., :1], mask)
+  with pytest.raises(
+    ValueError, match=rf"^{name}_ends must hold integer token ids, got dtype float32"
+  ):
+    call(rewards, rewards, mask)
   with pytest.raises(ValueError, match=r"^mask has shape \(3, 5\), expected 3 axes"):
-    call(steps, ends, mask[0])
+    call(rewards, ends, mask[0])
   with pytest.raises(ValueError, match=r"^mask has shape \(2, 2, 5\), expected \(2, 3, 5\)"):
-    call(steps, ends, mask[:, :2])
+    call(rewards, ends, mask[:, :2])
   with pytest.raises(ValueError, match=r"^mask must be boolean"):
-    call(steps, ends, mask.astype(float))
+    call(rewards, ends, mask.astype(float))
 
 
 def test_process_advantages_jit_vmap_and_float64(x64):
