@@ -1,4 +1,4 @@
-"""Training: `python -m grpo_jax.train --config experiments/X.py --workdir DIR [--config.a.b=v]`.
+"""Trains: `python -m grpo_jax.train --config experiments/X.py --workdir DIR [--config.a.b=v]`.
 
 A work directory that holds a checkpoint is continued. Ctrl-C and SIGTERM (preemption) finish the
 step, save and exit.
@@ -57,7 +57,7 @@ GAVE_UP = 3
 
 
 class UnscoredError(RuntimeError):
-  """No completion of the first step was scored, so there is nothing to learn from."""
+  """Reports that no completion of the first step was scored: there is nothing to learn from."""
 
 
 def run(

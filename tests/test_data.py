@@ -92,7 +92,7 @@ def test_only_the_examples_of_this_process_are_accessed():
 
 
 def epoch(number, seed, **options):
-  """The order of one epoch of 50 examples."""
+  """Returns the order of one epoch of 50 examples."""
   return tuple(examples(range(50), number, 50, seed, **options))
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: estimators by hand and by enumeration, and every problem counted exactly once."""
+"""Tests estimators by hand and by enumeration, and that every problem counts exactly once."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def test_pass_at_k_refuses_impossible_numbers(bad):
 
 
 def plurality(votes):
-  """The most frequent vote that is one, the first of several; None where there is none."""
+  """Returns the most frequent vote, of several the first; None where nothing is a vote."""
   cast = [vote for vote in votes if vote is not None]
   return max(cast, key=lambda vote: (cast.count(vote), -cast.index(vote)), default=None)
 
@@ -135,7 +135,7 @@ TASK = Task(
 
 
 class Parrot:
-  """A sampler whose answers are known: greedy ones right below 2; of five samples, see `says`."""
+  """Samples known answers: greedy ones right below 2; of five samples, see `says`."""
 
   says = (
     ("0", "0", "0", "0", "0"),

@@ -1,4 +1,4 @@
-"""The table of algorithms: each paper is a row of six choices.
+"""Lists the algorithms in a table: each paper is a row of six choices.
 
 `policy_loss` and `advantages` take a row or its name. A variant is `dataclasses.replace(row, ...)`,
 and a new algorithm is a new row. Each choice may be a name or a function of your own, which takes

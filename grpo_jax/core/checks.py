@@ -1,4 +1,4 @@
-"""Array types and argument checks that the pure functions share.
+"""Holds the array types and argument checks that the pure functions share.
 
 Every check reads shapes and dtypes only, so it costs nothing under `jit` and raises before
 compilation.

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, from logits or directly from hidden states."""
+"""Computes log-probabilities of tokens, from logits or directly from hidden states."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Policy losses: `sum(weights * -(correction * objective - beta * kl))`."""
+"""Computes policy losses: `sum(weights * -(correction * objective - beta * kl))`."""
 
 import jax
 import jax.numpy as jnp

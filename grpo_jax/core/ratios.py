@@ -1,4 +1,4 @@
-"""Importance ratios of the current to the old policy, as logarithms.
+"""Computes importance ratios of the current to the old policy, as logarithms.
 
 Each function takes `(logp, old_logp, mask)` and returns one log-ratio per token; a ratio of whole
 sequences is repeated over their tokens. Masked slots of `logp` and `old_logp` must hold 0, which

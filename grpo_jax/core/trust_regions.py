@@ -1,4 +1,4 @@
-"""Trust regions: the objective of each token, bounded where the policy has moved too far.
+"""Bounds the objective of each token where the policy has moved too far: trust regions.
 
 Each function takes `(log_ratio, logp, old_logp, advantages)`, all `[..., T]` and 0 where masked,
 and keyword-only settings, which are fields of `Algorithm`. It returns `(objective, low, high)`:

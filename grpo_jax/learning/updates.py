@@ -139,7 +139,7 @@ def _within_budget(
 
 
 class SkippedError(RuntimeError):
-  """Too many updates in a row were skipped."""
+  """Reports that too many updates in a row were skipped."""
 
 
 @dataclasses.dataclass(frozen=True)

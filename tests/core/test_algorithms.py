@@ -1,4 +1,4 @@
-"""The table of algorithms: its rows, the rows that are refused, and the advantages of a row."""
+"""Tests the table of algorithms: its rows, refused rows, and the advantages of a row."""
 
 import dataclasses
 import inspect

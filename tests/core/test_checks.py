@@ -1,4 +1,4 @@
-"""Argument checks: conversions, and errors that name the argument."""
+"""Tests argument checks: conversions, and errors that name the argument."""
 
 import jax
 import jax.numpy as jnp

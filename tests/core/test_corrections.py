@@ -1,4 +1,4 @@
-"""Sampler corrections: weights computed by hand."""
+"""Tests sampler corrections against weights computed by hand."""
 
 import jax.numpy as jnp
 import numpy as np

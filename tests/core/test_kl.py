@@ -1,4 +1,4 @@
-"""KL estimators: values and gradients computed by hand."""
+"""Tests KL estimators against values and gradients computed by hand."""
 
 import jax
 import jax.numpy as jnp

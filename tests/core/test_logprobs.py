@@ -1,4 +1,4 @@
-"""Log-probabilities: values computed by hand and in float64, tiles, and memory."""
+"""Tests log-probabilities: values computed by hand and in float64, tiles, and memory."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Importance ratios: values and gradients computed by hand."""
+"""Tests importance ratios against values and gradients computed by hand."""
 
 import jax
 import jax.numpy as jnp

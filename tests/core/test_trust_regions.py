@@ -1,4 +1,4 @@
-"""Trust regions: objectives, gradients and bounds computed by hand."""
+"""Tests trust regions against objectives, gradients and bounds computed by hand."""
 
 import jax
 import jax.numpy as jnp

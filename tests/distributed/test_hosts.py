@@ -213,7 +213,7 @@ def own_task(folder):
 
 
 def own_run(folder):
-  """The arguments of a run of `own_task`, without the settings of another task."""
+  """Returns the arguments of a run of `own_task`, without the settings of another task."""
   return ["-m", "grpo_jax.train", "--workdir", str(folder / "run"), *SMALL, *own_task(folder)]
 
 

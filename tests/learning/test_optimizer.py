@@ -31,7 +31,7 @@ GRADS = [
 
 
 def by_hand(clip: float) -> dict:
-  """Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2, after a clip of the norm."""
+  """Computes algorithm 2 of Loshchilov and Hutter 2019, arXiv 1711.05101, after a clip."""
   b1, b2, eps, decay = SETTINGS.values()
   params = PARAMS
   first = second = jax.tree.map(np.zeros_like, params)
@@ -116,7 +116,7 @@ def test_the_new_state_is_written_over_the_old():
 
 
 def decayed(params):
-  """Names of the parameters that a gradient of 0 moves: those that decay."""
+  """Returns the names of the parameters that a gradient of 0 moves: those that decay."""
   optimizer = make_optimizer(optax.constant_schedule(RATE), **SETTINGS, clip_norm=1.0)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)

@@ -25,7 +25,7 @@ from tests.helpers.plans import GIB, load, needs_libtpu
 
 @pytest.fixture(scope="module")
 def sharded():
-  """The programs of the tiny model on a mesh (2, 2, 2), and its compiled update."""
+  """Returns the programs of the tiny model on a mesh (2, 2, 2), and its compiled update."""
   c = load("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
   programs = open_programs(c, open_topology("cpu:8"))
   return programs, compile_program(programs, "update")

@@ -44,7 +44,7 @@ def test_a_shard_map_counts_all_devices():
 
 
 def by_precision(dtype, precision):
-  """A weight that tells apart every dtype and precision."""
+  """Returns a weight that tells apart every dtype and precision."""
   wide = {"default": 2.0, "high": 3.0, "highest": 6.0}[precision]
   return wide if dtype == jnp.float32 else 1.0
 

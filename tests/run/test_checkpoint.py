@@ -17,7 +17,7 @@ from grpo_jax.run import checkpoint, workdir
 
 
 def state_after(step):
-  """A state of two arrays and a scalar that differs from step to step."""
+  """Returns a state of two arrays and a scalar that differs from step to step."""
   params = {"w": jnp.arange(600.0).reshape(20, 30) + step, "b": jnp.full((4,), 0.5 * step)}
   opt_state = optax.adam(0.1).init(params)
   return TrainState(jnp.int32(step), params, jax.tree.map(lambda a: a + step, opt_state))
@@ -25,7 +25,7 @@ def state_after(step):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """A work directory with checkpoints 1, 2 and 3."""
+  """Returns a work directory with checkpoints 1, 2 and 3."""
   folder = tmp_path_factory.mktemp("saved")
   with checkpoint.Checkpoints(folder, keep=3) as checkpoints:
     for step in (1, 2, 3):
@@ -39,7 +39,7 @@ def run(saved, tmp_path):
 
 
 def data_file(run, step):
-  """The file with the arrays of a checkpoint."""
+  """Returns the file with the arrays of a checkpoint."""
   files = (run / "checkpoints" / str(step) / "default" / "ocdbt.process_0" / "d").iterdir()
   return max(files, key=lambda path: path.stat().st_size)
 
@@ -55,7 +55,7 @@ def truncate(path):
 
 
 def resume(run, **options):
-  """(step, state, the lines that were logged)."""
+  """Returns (step, state, the lines that were logged)."""
   lines = []
   with checkpoint.Checkpoints(run, keep=3, **options) as checkpoints:
     return *checkpoints.resume(state_after(0), lines.append), lines

@@ -21,19 +21,19 @@ EVALUATIONS = [
 
 
 def training(steps, **metrics):
-  """Rows of training steps; each metric is a function of the step."""
+  """Returns rows of training steps; each metric is a function of the step."""
   return [{"step": step, **{name: f(step) for name, f in metrics.items()}} for step in steps]
 
 
 def axis_of(rows, title):
-  """The panel whose title contains `title`."""
+  """Returns the panel whose title contains `title`."""
   with style.use():
     (axis,) = [axis for axis in make_figure(rows).axes if title in axis.get_title(loc="left")]
   return axis
 
 
 def size_of(panels):
-  """Pixels of a picture: 5.2 inches a column, 2.1 inches a line and 0.7 for the title, 130 dpi."""
+  """Returns (height, width) in pixels: 5.2 inches a column, 2.1 a line, 0.7 the title, 130 dpi."""
   columns, lines = min(panels, 2), math.ceil(panels / 2)
   return int((0.7 + 2.1 * lines) * 130), int(5.2 * columns * 130)
 

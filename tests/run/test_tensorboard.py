@@ -8,7 +8,7 @@ from grpo_jax.run.tensorboard import TensorBoardWriter
 
 
 def read_events(folder):
-  """The events of all files, in order. A record is length, checksum, event, checksum."""
+  """Returns the events of all files, in order. A record is length, checksum, event, checksum."""
   events = []
   for path in sorted(folder.iterdir()):
     content, start = path.read_bytes(), 0
