@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
@@ -21,13 +20,12 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.observations import ObservationEncoder
 from grpo_jax.rollout import RolloutConfig, collect, generate
-from grpo_jax.run import checkpoint
 from grpo_jax.sampling import Sampler
 from grpo_jax.sampling.turns import Budget
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.workers import score_in_process
 from grpo_jax.tokens import ByteTokenizer
-from tests.helpers.learning import bits
+from tests.helpers.runs import train_on
 
 CONFIG = ModelConfig(vocab_size=257, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
 MODEL = Decoder(CONFIG)
@@ -234,32 +232,22 @@ GAME = [
 ]  # fmt: skip
 
 
-def run_game(patch, width, workdir, *options):
-  """Trains on the first `width` devices; returns the bits of the state, and the samples."""
-  devices = jax.devices()[:width]
-  patch.setattr(jax, "devices", lambda *_: devices)
-  patch.setattr(jax, "device_count", lambda *_: width)
-  c = load("experiments/tiny.py", [*GAME, *options])
-  train.run(c, workdir)
-  with checkpoint.Checkpoints(workdir, keep=9) as checkpoints:
-    state = checkpoints.restore(c.steps, build(c).initial_state())
-  texts = [file.read_text() for file in sorted((workdir / "samples").glob("step_*"))]
-  return bits(state), texts
-
-
 def test_a_run_is_resumed_bit_for_bit_and_eight_devices_play_the_same_games(tmp_path):
-  with pytest.MonkeyPatch.context() as patch:
-    one, texts = run_game(patch, 1, tmp_path / "one")
-  with pytest.MonkeyPatch.context() as patch:
-    run_game(patch, 1, tmp_path / "parts", "--config.steps=1")
-  with pytest.MonkeyPatch.context() as patch:
-    assert run_game(patch, 1, tmp_path / "parts") == (one, texts)
-  with pytest.MonkeyPatch.context() as patch:
-    _, on_eight = run_game(patch, 8, tmp_path / "eight")
-  for here, there in zip(texts, on_eight, strict=True):
-    for row, other in zip(here.splitlines(), there.splitlines(), strict=True):
-      assert json.loads(other)["turns"] == json.loads(row)["turns"]
-  assert any(len(json.loads(row)["turns"]) > 1 for text in texts for row in text.splitlines())
+  one = train_on(1, tmp_path / "one", GAME)
+  train_on(1, tmp_path / "parts", [*GAME, "--config.steps=1"])
+  state, _, parts = train_on(1, tmp_path / "parts", GAME)
+  assert state == one[0]
+  _, _, on_eight = train_on(8, tmp_path / "eight", GAME)
+  played = games(one[2])
+  assert games(on_eight) == played
+  assert set(played) <= set(games(parts))  # the first part has also evaluated at its end
+  assert any(len(turns) > 1 for turns in map(json.loads, played))
+
+
+def games(texts):
+  """Returns the turns of each training episode of some files of samples, as JSON."""
+  rows = [json.loads(row) for text in texts for row in text.splitlines()]
+  return [json.dumps(row["turns"]) for row in rows if "turns" in row]
 
 
 def test_budgets_and_chunks_are_checked_before_anything_compiles(tmp_path):

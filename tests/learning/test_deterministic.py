@@ -12,16 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import train
-from grpo_jax.build import build
 from grpo_jax.config import check, load
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.step import TrainState, make_score, make_train_step
-from grpo_jax.run import checkpoint
-from grpo_jax.run.metrics import read_metrics
 from tests.helpers.learning import MODEL, assert_trees_close, bits, make_batch, step_once
+from tests.helpers.runs import train_on
 
 RATE = optax.constant_schedule(1e-2)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(RATE))
@@ -142,34 +139,13 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def run_on(patch, width, workdir, *options):
-  """Trains on the first `width` devices; returns bits of the state, metrics, and samples."""
-  devices = jax.devices()[:width]
-  patch.setattr(jax, "devices", lambda *_: devices)
-  patch.setattr(jax, "device_count", lambda *_: width)
-  c = load("experiments/tiny.py", [*OPTIONS, *options])
-  train.run(c, workdir)
-  with checkpoint.Checkpoints(workdir, keep=9) as checkpoints:
-    state = checkpoints.restore(c.steps, build(c).initial_state())
-  rows = [
-    {name: value for name, value in row.items() if name not in ("step_time", "tokens_per_second")}
-    for row in read_metrics(workdir)
-  ]
-  texts = [file.read_text() for file in sorted((workdir / "samples").iterdir())]
-  return bits(state), rows, texts
-
-
 def check_widths(tmp_path, widths):
-  with pytest.MonkeyPatch.context() as patch:
-    one = run_on(patch, 1, tmp_path / "1")
+  one = train_on(1, tmp_path / "1", OPTIONS)
   assert len(one[1]) == len(one[2]) == 3
   for width in widths:
-    with pytest.MonkeyPatch.context() as patch:
-      assert run_on(patch, width, tmp_path / str(width)) == one
-  with pytest.MonkeyPatch.context() as patch:
-    run_on(patch, 1, tmp_path / "resumed", "--config.steps=1")
-  with pytest.MonkeyPatch.context() as patch:
-    assert run_on(patch, widths[-1], tmp_path / "resumed") == one
+    assert train_on(width, tmp_path / str(width), OPTIONS) == one
+  train_on(1, tmp_path / "resumed", [*OPTIONS, "--config.steps=1"])
+  assert train_on(widths[-1], tmp_path / "resumed", OPTIONS) == one
 
 
 @pytest.mark.slow
