@@ -27,6 +27,7 @@ from grpo_jax.core.kl import kl_k1, kl_k2, kl_k3
 from grpo_jax.core.logprobs import head_logprobs, token_logprobs
 from grpo_jax.core.losses import grpo_loss, policy_loss
 from grpo_jax.core.masks import completion_mask, token_weights
+from grpo_jax.core.values import gae, value_loss
 
 __all__ = [
   "ADVANTAGES",
@@ -37,6 +38,7 @@ __all__ = [
   "batch_normalized",
   "batch_whitened",
   "completion_mask",
+  "gae",
   "group_centered",
   "group_normalized",
   "grpo_loss",
@@ -53,4 +55,5 @@ __all__ = [
   "token_logprobs",
   "token_weights",
   "turn_advantages",
+  "value_loss",
 ]

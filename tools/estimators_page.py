@@ -103,9 +103,31 @@ def rows_section() -> str:
   """Returns the table of the rows of `ALGORITHMS`."""
   rows = []
   for name, row in ALGORITHMS.items():
+    if "values" in row.rewards:
+      continue  # has a section of its own
     case = cases.reward_case(row.advantage, row.average)
     rows.append([f"`{name}`", f"`{row.advantage}`", f"`{row.average}`", *cells(case)])
   return table("row | advantage | average | scale | cosine | bias", rows)
+
+
+CRITIC_MEANING = {
+  ("exact", "gae"): "unbiased for every `lam`",
+  ("wrong", "gae"): "the smaller `lam`, the more the errors of the values count",
+  ("0", "gae"): "with `lam` below 1, tokens far from the end get less of the reward",
+  ("exact", "gae_whitened"): "the divisor is random",
+  ("wrong", "gae_whitened"): "both",
+}
+
+
+def critic_section() -> str:
+  """Returns the table of advantages from a critic."""
+  rows = []
+  for (values, advantage), meaning in CRITIC_MEANING.items():
+    found = [cases.critic_case(values, lam, advantage) for lam in cases.LAMBDAS]
+    biases = ["**0**" if case.bias < EXACT else number(case.bias) for case in found]
+    rows.append([f"`{advantage}`", values, *biases, meaning])
+  header = "|".join(f"bias, `lam` {lam:g}" for lam in cases.LAMBDAS)
+  return table(f"advantage | values | {header} | meaning", rows)
 
 
 def rate_section() -> str:
@@ -233,6 +255,17 @@ On-policy, every ratio is 1 and no trust region has an effect. Without its KL te
 reduces to its advantage and its average. The test confirms this for the gradient of each row.
 
 {rows_section()}
+
+## Advantages from a critic
+
+Groups do not matter here: the baseline of a token is a value of its context. "Exact" values are the
+expected rewards themselves, "wrong" ones are off by up to 0.4, and "0" is a critic before its first
+update. `constant` average.
+
+{critic_section()}
+
+With `lam = 1` the values are a baseline, which no error of theirs can bias. The row `ppo` is
+`gae_whitened` with `lam = 0.95`.
 
 ## Weight of a prompt by success rate
 

@@ -33,6 +33,7 @@ from grpo_jax.core.checks import (
   check_shape,
   lookup,
 )
+from grpo_jax.core.values import gae_advantages, gae_whitened
 
 
 def _rewards(rewards: Array, allow_groups_of_one: bool) -> tuple[jax.Array, jax.Array]:
@@ -433,6 +434,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
   "total": ("rewards",),
   "each": ("rewards_per_function", "reward_weights"),
   "steps": ("step_rewards", "step_ends", "mask"),
+  "values": ("token_rewards", "values", "mask"),
 }
 
 
@@ -445,6 +447,7 @@ class Advantage:
   | `total`   | one reward per completion `[P, G]`                                   |
   | `each`    | rewards of each reward function `[R, P, G]`, and their weights `[R]` |
   | `steps`   | step rewards and step ends `[P, G, S]`, and the mask `[P, G, T]`     |
+  | `values`  | rewards of tokens and values of a critic, and the mask, `[P, G, T]`  |
 
   A plain function needs no `Advantage`: it gets the total.
 
@@ -477,9 +480,9 @@ class Advantage:
       raise ValueError(f"function must be callable, got {self.function!r}")
     object.__setattr__(self, "rewards", kinds)
 
-  def __call__(self, *arguments: Array) -> jax.Array:
-    """Returns `function(*arguments)`."""
-    return self.function(*arguments)
+  def __call__(self, *arguments: Array, **settings: float) -> jax.Array:
+    """Returns `function(*arguments, **settings)`."""
+    return self.function(*arguments, **settings)
 
 
 ADVANTAGES: dict[str, Advantage] = {
@@ -492,6 +495,8 @@ ADVANTAGES: dict[str, Advantage] = {
   "multi_objective": Advantage(multi_objective, rewards="each"),
   "process_advantages": Advantage(process_advantages, rewards="steps"),
   "turn_advantages": Advantage(turn_advantages, rewards="steps"),  # a turn is a step
+  "gae": Advantage(gae_advantages, rewards="values"),
+  "gae_whitened": Advantage(gae_whitened, rewards="values"),
 }
 
 

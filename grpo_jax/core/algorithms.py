@@ -21,6 +21,7 @@ from grpo_jax.core.kl import KLS
 from grpo_jax.core.masks import AVERAGES
 from grpo_jax.core.ratios import RATIOS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
+from grpo_jax.core.values import check_share
 
 _CHOICES = {
   "advantage": ADVANTAGES,
@@ -41,9 +42,12 @@ _SETTINGS = (
   "divergence",
   "correction_min",
   "correction_max",
+  "gamma",
+  "lam",
 )
 # Settings that must exceed a bound; all others must be at least 0.
 _ABOVE = {"clip_dual": 1.0, "tau_positive": 0.0, "tau_negative": 0.0}
+_SHARES = ("gamma", "lam")  # must lie in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,8 @@ class Algorithm:
     divergence: largest change of a token's probability (DPPO), in [0, 1].
     correction_min: absolute lower bound of the trainer/sampler ratio.
     correction_max: absolute upper bound of the trainer/sampler ratio.
+    gamma: discount per token of an advantage from values, in [0, 1].
+    lam: GAE's weight of longer estimates, in [0, 1].
     source: paper and equation.
 
   Raises:
@@ -105,18 +111,22 @@ class Algorithm:
   divergence: float | None = None
   correction_min: float | None = None
   correction_max: float | None = None
+  gamma: float | None = None
+  lam: float | None = None
   source: str = ""
 
   def __post_init__(self) -> None:
     for kind, table in _CHOICES.items():
       lookup(kind, table, getattr(self, kind))
-    taken = {**self._parameters("trust_region"), **self._parameters("correction")}
+    takers = ("advantage", "trust_region", "correction")
+    taken = {name: p for kind in takers for name, p in self._parameters(kind).items()}
     required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
     present = {name for name in _SETTINGS if getattr(self, name) is not None}
     if present - taken.keys():
       raise ValueError(
-        f"{', '.join(sorted(present - taken.keys()))} has no effect with trust_region="
-        f"{self.trust_region!r} and correction={self.correction!r}; set it to None. "
+        f"{', '.join(sorted(present - taken.keys()))} has no effect with advantage="
+        f"{self.advantage!r}, trust_region={self.trust_region!r} and correction="
+        f"{self.correction!r}; set it to None. "
         f"These choices take: {', '.join(sorted(taken)) or 'no settings'}"
       )
     if required - present:
@@ -133,6 +143,8 @@ class Algorithm:
         raise ValueError(f"{name} must be above {_ABOVE[name]}, got {value}")
       if not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
+      if name in _SHARES:
+        check_share(name, value)
     for low, high in (("ratio_min", "ratio_max"), ("correction_min", "correction_max")):
       if {low, high} <= present and getattr(self, low) > getattr(self, high):
         raise ValueError(
@@ -147,6 +159,7 @@ class Algorithm:
   def _parameters(self, kind: str) -> dict[str, inspect.Parameter]:
     """Returns the parameters of the chosen function that are settings, by name."""
     function = lookup(kind, _CHOICES[kind], getattr(self, kind))
+    function = function.function if isinstance(function, Advantage) else function
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in _SETTINGS}
 
@@ -277,6 +290,16 @@ ALGORITHMS: dict[str, Algorithm] = {
     average="token",
     source="REINFORCE++-baseline, arXiv 2501.03262, section 3.3",
   ),
+  "ppo": Algorithm(
+    advantage="gae_whitened",
+    gamma=1.0,
+    lam=0.95,
+    trust_region="clip",
+    clip_low=0.2,
+    clip_high=0.2,
+    average="token",
+    source="PPO, arXiv 1707.06347, eq. 7; advantages from a critic, arXiv 1506.02438, eq. 16",
+  ),
 }
 
 
@@ -303,6 +326,8 @@ def advantages(
   reward_weights: Float[Array, "R"] | None = None,
   step_rewards: Float[Array, "P G S"] | None = None,
   step_ends: Int[Array, "P G S"] | None = None,
+  token_rewards: Float[Array, "P G T"] | None = None,
+  values: Float[Array, "P G T"] | None = None,
   mask: Bool[Array, "P G T"] | None = None,
 ) -> Float[Array, "P G"] | Float[Array, "P G T"]:
   """Returns the advantages of an algorithm, from those of the rewards given that it needs.
@@ -317,6 +342,8 @@ def advantages(
     reward_weights: the weight of each reward function.
     step_rewards: the reward of each step; NaN = no such step.
     step_ends: the index of each step's last token, counted from 0 in the completion.
+    token_rewards: the reward of each token.
+    values: the value of each token under a critic.
     mask: true on completion tokens.
 
   Returns:
@@ -337,8 +364,9 @@ def advantages(
   """
   if isinstance(algorithm, str) and algorithm in ALGORITHMS:
     algorithm = ALGORITHMS[algorithm]
+  settings = {}
   if isinstance(algorithm, Algorithm):
-    algorithm = algorithm.advantage
+    settings, algorithm = algorithm.settings("advantage"), algorithm.advantage
   choice = lookup("algorithm or advantage", {**ALGORITHMS, **ADVANTAGES}, algorithm)
   advantage = lookup_advantage(choice)
   available = {
@@ -347,13 +375,15 @@ def advantages(
     "reward_weights": reward_weights,
     "step_rewards": step_rewards,
     "step_ends": step_ends,
+    "token_rewards": token_rewards,
+    "values": values,
     "mask": mask,
   }
   names = [name for kind in advantage.rewards for name in ARGUMENTS[kind]]
   missing = [name for name in names if available[name] is None]
   if missing:
     raise ValueError(f"advantage {_name(advantage)} needs {', '.join(missing)}")
-  result = advantage(*(available[name] for name in names))
+  result = advantage(*(available[name] for name in names), **settings)
   _check_result(advantage, result, available[names[0]])
   return result
 

@@ -57,6 +57,9 @@ ROWS = {
   "reinforce_pp_baseline": (
     "batch_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "k2", 0.001, "token"
   ),
+  "ppo": (
+    "gae_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "none", 0.0, "token"
+  ),
 }  # fmt: skip
 
 
@@ -68,6 +71,10 @@ def test_rows_agree_with_the_papers(name):
   assert row.settings("trust_region") == settings
   assert (row.kl, row.beta, row.average, row.correction) == (kl, beta, average, "none")
   assert re.search(r"arXiv \d{4}\.\d{5}|Williams 1992", row.source)
+
+
+def test_settings_of_the_critic_of_ppo():
+  assert ALGORITHMS["ppo"].settings("advantage") == {"gamma": 1.0, "lam": 0.95}
 
 
 def test_no_row_is_missing():
@@ -147,8 +154,8 @@ def test_lookup_algorithm():
   row = Algorithm()
   assert lookup_algorithm(row) is row
   assert lookup_algorithm("grpo") is ALGORITHMS["grpo"]
-  with pytest.raises(ValueError, match=r"^unknown algorithm 'ppo'; known: cispo, dapo"):
-    lookup_algorithm("ppo")
+  with pytest.raises(ValueError, match=r"^unknown algorithm 'trpo'; known: cispo, dapo"):
+    lookup_algorithm("trpo")
 
 
 CLIP = {"trust_region": "clip", "clip_low": 0.2, "clip_high": 0.2}
@@ -159,7 +166,7 @@ BAD = {
   "unknown ratio": ({"ratio": "word"}, "unknown ratio 'word'; known: sequence, sequence_token, t"),
   "unknown kl": ({"kl": "k4"}, "unknown kl 'k4'; known: k1, k2, k3"),
   "unknown average": ({"average": "mean"}, "unknown average 'mean'; known: constant, sequence"),
-  "unknown advantage": ({"advantage": "gae"}, "unknown advantage 'gae'; known: batch_normalized"),
+  "unknown advantage": ({"advantage": "q"}, "unknown advantage 'q'; known: batch_normalized"),
   "unknown correction": (
     {"correction": "tis"},
     "unknown correction 'tis'; known: none, sequence_m",
@@ -177,7 +184,8 @@ BAD = {
   ),
   "without effect": (
     {"clip_low": 0.2},
-    "clip_low has no effect with trust_region='none' and correction='none'; set it to None. These "
+    "clip_low has no effect with advantage='group_normalized', trust_region='none' and "
+    "correction='none'; set it to None. These "
     "choices take: no settings",
   ),
   "of another region": (
@@ -188,6 +196,9 @@ BAD = {
   "not a number": ({**CLIP, "clip_high": float("nan")}, "clip_high must be at least 0, got nan"),
   "negative beta": ({"kl": "k3", "beta": -0.1}, "beta must be at least 0, got -0.1"),
   "beta that is not a number": ({"kl": "k3", "beta": float("nan")}, "beta must be at least 0"),
+  "gamma above 1": ({"advantage": "gae", "gamma": 1.1}, r"gamma must lie in \[0, 1\], got 1.1"),
+  "lam below 0": ({"advantage": "gae", "lam": -0.1}, "lam must be at least 0, got -0.1"),
+  "lam without a critic": ({"lam": 0.9}, "lam has no effect with advantage='group_normalized'"),
   "infinite beta": ({"kl": "k3", "beta": float("inf")}, "beta must be finite, got inf"),
   "beta without kl": ({"beta": 0.1}, "beta=0.1 has no effect with kl='none'; known: k1, k2, k3"),
   "no sharpness": ({**SAPO, "tau_negative": 0.0}, "tau_negative must be above 0.0, got 0.0"),
@@ -239,6 +250,8 @@ EVERYTHING = {
   "reward_weights": jnp.array([1.0, 0.5]),
   "step_rewards": jnp.array([[[1.0, 0.0]] * 3] * 2),
   "step_ends": jnp.array([[[0, 2]] * 3] * 2),
+  "token_rewards": jnp.arange(24.0).reshape(2, 3, 4) % 5,
+  "values": jnp.arange(24.0).reshape(2, 3, 4) % 7,
   "mask": jnp.ones((2, 3, 4), bool),
 }
 
@@ -267,9 +280,13 @@ def test_advantages_pass_on_the_rewards_that_are_needed(name):
     expected = grpo_jax.process_advantages(e["step_rewards"], e["step_ends"], e["mask"])
   elif row.advantage == "turn_advantages":
     expected = grpo_jax.turn_advantages(e["step_rewards"], e["step_ends"], e["mask"])
+  elif row.advantage.startswith("gae"):
+    expected, _ = grpo_jax.gae(e["token_rewards"], e["values"], e["mask"])
+    if row.advantage == "gae_whitened":
+      expected = (expected - expected.mean()) / expected.std(ddof=1)
   else:
     expected = getattr(grpo_jax, row.advantage)(REWARDS)
-  np.testing.assert_array_equal(advantages(name, **e), expected)
+  np.testing.assert_allclose(advantages(name, **e), expected, rtol=1e-5, atol=1e-6)
   compiled = jax.jit(advantages, static_argnums=0)(row, **e)
   np.testing.assert_allclose(compiled, expected, rtol=1e-5, atol=1e-6)
 
@@ -326,7 +343,11 @@ def by_name(rewards):
 
 
 def test_errors_of_advantages():
-  with pytest.raises(ValueError, match=r"^unknown algorithm or advantage 'ppo'; known: batch_nor"):
+  with pytest.raises(ValueError, match=r"^unknown algorithm or advantage 'trpo'; known: batch_no"):
+    advantages("trpo", REWARDS)
+  with pytest.raises(
+    ValueError, match=r"^advantage gae_whitened needs token_rewards, values, mask"
+  ):
     advantages("ppo", REWARDS)
   with pytest.raises(ValueError, match=r"^unknown algorithm or advantage None; known"):
     advantages(None, REWARDS)

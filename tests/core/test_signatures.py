@@ -35,6 +35,8 @@ CALLS = {
   "kl_k1": lambda f: f(LOGP, LOGP),
   "kl_k2": lambda f: f(LOGP, LOGP),
   "kl_k3": lambda f: f(LOGP, LOGP),
+  "gae": lambda f: f(LOGP, LOGP, MASK, gamma=0.9, lam=0.5),
+  "value_loss": lambda f: f(LOGP, LOGP, MASK, old_values=LOGP, clip=0.1, weights=LOGP),
   "grpo_loss": lambda f: f(LOGP, REWARDS, MASK, old_logp=LOGP, ref_logp=LOGP, beta=0.1),
   "policy_loss": lambda f: f(
     "dr_grpo", LOGP, REWARDS, MASK, old_logp=LOGP, sampler_logp=LOGP, weights=LOGP, max_length=9

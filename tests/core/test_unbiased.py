@@ -154,7 +154,9 @@ def test_group_centered_scale_is_n_minus_1_over_n(size):
     np.testing.assert_allclose(-plain.BUDGET * gradient, scale * true, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+  "name", [n for n, row in ALGORITHMS.items() if "values" not in row.rewards]
+)
 def test_every_row_reduces_to_advantage_and_average_on_policy(name):
   row = ALGORITHMS[name]
   expected = plain.gradient(row.advantage, row.average, cases.FEW)
@@ -183,6 +185,49 @@ def test_weight_of_a_prompt_by_success_rate(rate):
     case = cases.rate_case(name, rate)
     assert case.scale == pytest.approx(value, abs=1e-10), name
     assert case.bias < 1e-10
+
+
+# --- a critic -------------------------------------------------------------------------------------
+
+
+def values_of_tokens(by_context):
+  """Returns values of contexts [P, X] at the token slots of each completion, [P, C, T]."""
+  out = np.zeros((2, 15, 3))
+  for c, completion in enumerate(plain.COMPLETIONS):
+    for t in range(len(completion)):
+      out[:, c, t] = by_context[:, plain.CONTEXTS.index(completion[:t])]
+  return out
+
+
+def test_exact_values_by_recursion():
+  np.testing.assert_allclose(
+    cases.VALUES["exact"], values_of_tokens(plain.exact_values()), atol=1e-12
+  )
+
+
+@pytest.mark.parametrize("lam", cases.LAMBDAS)
+@pytest.mark.parametrize("values", cases.VALUES)
+def test_advantages_of_a_critic_by_hand(values, lam):
+  expected = compare(plain.critic_gradient(cases.VALUES[values], lam), plain.reward_gradient())
+  assert_comparison(cases.critic_case(values, lam), expected, 1e-9)
+
+
+@pytest.mark.parametrize("average", ["constant", "token"])
+def test_whitened_advantages_of_a_critic_by_hand(average):
+  expected = plain.whitened_gradient(cases.VALUES["wrong"], 0.95, average)
+  actual = cases.critic_case("wrong", 0.95, "gae_whitened", average)
+  assert_comparison(actual, compare(expected, plain.reward_gradient()), 1e-7)
+
+
+def test_gae_is_unbiased_with_exact_values_or_with_lambda_1():
+  for lam in cases.LAMBDAS:
+    assert cases.critic_case("exact", lam).bias < 1e-12
+    assert cases.critic_case("exact", lam).scale == pytest.approx(1.0, abs=1e-12)
+  for values in cases.VALUES:
+    assert cases.critic_case(values, 1.0).bias < 1e-12
+  biases = [cases.critic_case("wrong", lam).bias for lam in cases.LAMBDAS]
+  assert biases == sorted(biases)
+  assert biases[1] > 0.01
 
 
 # --- turns ---------------------------------------------------------------------------------------

@@ -146,6 +146,59 @@ def reward_gradient():
   return pull(on_each_token(p * world.REWARDS / 2), world.POLICY)
 
 
+# --- a critic -------------------------------------------------------------------------------------
+
+
+def exact_values():
+  """Returns the expected reward at each context, by recursion from the longest one, [P, X]."""
+  p, out = softmax(world.POLICY), np.zeros((2, len(CONTEXTS)))
+  for x in reversed(range(len(CONTEXTS))):
+    for token in (0, 1, 2):
+      longer = (*CONTEXTS[x], token)
+      ends = token == 0 or len(longer) == BUDGET
+      after = (
+        world.REWARDS[:, COMPLETIONS.index(longer)] if ends else out[:, CONTEXTS.index(longer)]
+      )
+      out[:, x] += p[:, x, token] * after
+  return out
+
+
+def gae(values, lam):
+  """Returns `sum_k lam^k delta_(t+k)` of each token, [P, C, T]; `values` is [P, C, T]."""
+  out = np.zeros_like(values)
+  for c, completion in enumerate(COMPLETIONS):
+    n = len(completion)
+    for t in range(n):
+      for k in range(t, n):
+        after = values[:, c, k + 1] if k + 1 < n else world.REWARDS[:, c]
+        out[:, c, t] += lam ** (k - t) * (after - values[:, c, k])
+  return out
+
+
+def critic_gradient(values, lam):
+  """Returns the expected update with the advantages of a critic, times the budget."""
+  drawn = probabilities(world.POLICY)[:, :, None] / 2
+  return pull(drawn * gae(values, lam), world.POLICY)
+
+
+def whitened_gradient(values, lam, average, size=2):
+  """Returns the same with advantages whitened over the tokens of all batches of `size`."""
+  ids, count = world.list_groups(2, size)
+  drawn = count * probabilities(world.POLICY)[[[0], [1]], ids].prod((-1, -2))
+  a = gae(values, lam)[[[0], [1]], ids]
+  inside = np.arange(BUDGET) < LENGTH[ids][..., None]
+  n = inside.sum((1, 2, 3), keepdims=True)
+  mean = np.where(inside, a, 0.0).sum((1, 2, 3), keepdims=True) / n
+  deviation = np.where(inside, a - mean, 0.0)
+  white = deviation / (np.sqrt((deviation**2).sum((1, 2, 3), keepdims=True) / (n - 1)) + 1e-8)
+  weights = np.where(inside, 1 / n, 0.0) if average == "token" else inside / (2 * size * BUDGET)
+  terms = drawn[:, None, None, None] * white * weights
+  coefficients = np.zeros((2, 15, BUDGET))
+  for prompt in range(2):
+    np.add.at(coefficients[prompt], ids[:, prompt].ravel(), terms[:, prompt].reshape(-1, BUDGET))
+  return BUDGET * pull(coefficients, world.POLICY)
+
+
 # --- KL ------------------------------------------------------------------------------------------
 
 # d estimate / d logp of a sampled token, D = logp - ref_logp, ratio = exp(logp - drawn logp).

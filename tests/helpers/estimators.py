@@ -18,6 +18,7 @@ import numpy as np
 import grpo_jax
 from grpo_jax import ALGORITHMS, Algorithm, leave_one_out, multi_objective, policy_loss
 from tests.helpers import enumeration as world
+from tests.helpers.arrays import float64
 from tests.helpers.enumeration import Comparison, Expected
 
 PROMPT = np.arange(world.PROMPTS)[:, None]
@@ -158,6 +159,61 @@ def product_ratio(logp, old_logp, mask):
   total = jax.lax.stop_gradient((logp - old_logp).sum(-1, keepdims=True))
   return total + logp - jax.lax.stop_gradient(logp)
 
+
+# --- a critic -------------------------------------------------------------------------------------
+
+LAMBDAS = (1.0, 0.95, 0.5, 0.0)
+
+
+def _exact_values() -> np.ndarray:
+  """Returns the expected reward from each token slot on, [P, C, T]."""
+  with float64():
+    p = np.asarray(world.probabilities(jnp.asarray(world.POLICY)))
+  out = np.zeros((*p.shape, world.MAX_LENGTH))
+  for c, row in enumerate(world.TOKENS):
+    for t in range(world.LENGTHS[c]):
+      same = (world.TOKENS[:, :t] == row[:t]).all(-1) & (t < world.LENGTHS)
+      out[:, c, t] = (p * world.REWARDS)[:, same].sum(-1) / p[:, same].sum(-1)
+  return out
+
+
+VALUES = {
+  "exact": _exact_values(),
+  "wrong": _exact_values() + 0.4 * np.sin(1.3 * world.CONTEXT + 0.5),
+  "0": np.zeros((world.PROMPTS, *world.MASK.shape)),
+}
+TOKEN_REWARDS = np.where(
+  np.arange(world.MAX_LENGTH) == world.LENGTHS[:, None] - 1, world.REWARDS[..., None], 0.0
+)
+
+
+@functools.cache
+def _critic_expectation(average: str) -> Callable:
+  def loss(logp, drawn_logp, ids, advantages):
+    row = Algorithm(average=average)
+    return policy_loss(row, logp, advantages, mask(ids), max_length=world.MAX_LENGTH)
+
+  return world.expectation(loss, world.list_groups(world.PROMPTS, FEW))
+
+
+@functools.cache
+def critic_case(
+  values: str, lam: float, advantage: str = "gae", average: str = "constant"
+) -> Comparison:
+  """Compares the advantages of a critic on-policy; `values` is a key of `VALUES`."""
+  ids = jnp.asarray(world.list_groups(world.PROMPTS, FEW).ids)
+  row = Algorithm(advantage=advantage, gamma=1.0, lam=lam)
+
+  def batch(ids):
+    arrays = {"token_rewards": TOKEN_REWARDS, "values": VALUES[values]}
+    arrays = {name: jnp.asarray(array)[PROMPT, ids] for name, array in arrays.items()}
+    return grpo_jax.advantages(row, **arrays, mask=mask(ids))
+
+  expected = _critic_expectation(average)(world.POLICY, None, jax.vmap(batch)(ids))
+  return world.compare(ascent(expected), reward_gradient())
+
+
+# --- trust regions and corrections ----------------------------------------------------------------
 
 _PLAIN = Algorithm(advantage="leave_one_out", average="constant")
 _CLIP = dataclasses.replace(_PLAIN, trust_region="clip", clip_low=0.2, clip_high=0.2)
