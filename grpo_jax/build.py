@@ -30,6 +30,7 @@ from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
 from grpo_jax.episodes import EpisodeSampler
 from grpo_jax.learning import deterministic
 from grpo_jax.learning import optimizer as optimizers
+from grpo_jax.learning.critic import Critic
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
 from grpo_jax.learning.updates import Learner, SkippedUpdate, UpdateConfig
@@ -69,6 +70,8 @@ class Run:
     new_adapters: random key -> LoRA adapters, trained instead of the weights; None trains the
       weights.
     loaded_adapters: the adapters of `lora.source`, which take the place of new ones.
+    critic: gives the advantages of an algorithm that needs values; None for all others.
+    critic_weights: the critic before training, read when asked for.
     chunks: parts of a batch for the deterministic reduction; None leaves the order to the compiler.
   """
 
@@ -85,6 +88,8 @@ class Run:
   updates: UpdateConfig
   new_adapters: Callable[[jax.Array], Params] | None = None
   loaded_adapters: Params | None = None
+  critic: Critic | None = None
+  critic_weights: Weights | None = None
   chunks: Chunks | None = None
 
   # --- parameters ---------------------------------------------------------------------------------
@@ -95,10 +100,13 @@ class Run:
     Raises:
       ConfigError: the files hold NaN or infinity.
     """
+    return self._read(self.weights, f"model.source {self.config.model.source!r}")
+
+  def _read(self, weights: Weights, what: str) -> Params:
     try:
-      return self.weights.read(meshes.param_shardings(self.mesh, self.weights.shapes))
+      return weights.read(meshes.param_shardings(self.mesh, weights.shapes))
     except ValueError as error:
-      raise configs.ConfigError([f"model.source {self.config.model.source!r}: {error}"]) from error
+      raise configs.ConfigError([f"{what}: {error}"]) from error
 
   @functools.cached_property
   def base_params(self) -> Params | None:
@@ -108,8 +116,11 @@ class Run:
   def initial_state(self) -> TrainState:
     """Returns the trained parameters and a new optimizer state, laid out by the sharding table."""
     params = self._adapters() if self.new_adapters else self.loaded_params()
-    reference = params if self.updates.sync_every else None
-    return TrainState.create(params, self.optimizer, reference=reference, copy=False)
+    reference, critic = params if self.updates.sync_every else None, None
+    if self.critic is not None:
+      values = self._read(self.critic_weights, f"critic.source {critic_source(self.config)!r}")
+      critic = TrainState.create(values, self.critic.optimizer, copy=False)
+    return TrainState.create(params, self.optimizer, reference=reference, critic=critic, copy=False)
 
   def _adapters(self) -> Params:
     key = jax.random.key(self.config.seed)
@@ -224,6 +235,7 @@ class Run:
       base_params=self.base_params,
       reference=reference,
       chunks=self.chunks,
+      critic=self.critic,
       on_skip=on_skip,
     )
 
@@ -239,6 +251,7 @@ def build(config: ConfigDict) -> Run:
 
   attempt = partial(configs.attempt, problems)
   algorithm = attempt(lambda: make_algorithm(c.algorithm), "algorithm")
+  attempt(lambda: rollout.check_group_size(algorithm, c.rollout.group_size))
   task = attempt(lambda: task_maker(c)(), f"task {c.task.name!r}")
   weights = attempt(lambda: open_weights(c.model.source, seed=c.seed), f"model {c.model.source!r}")
   tokenizer = weights and attempt(
@@ -254,6 +267,9 @@ def build(config: ConfigDict) -> Run:
       task = dataclasses.replace(task, rewards=rewards)
   c, loaded = (weights and attempt(lambda: with_lora_source(c, weights.config))) or (c, None)
   adapters = attempt(lambda: new_adapters_of(c.lora, weights)) if weights else None
+  critic_weights = None
+  if weights and algorithm and "values" in algorithm.rewards:
+    critic_weights = attempt(lambda: open_critic(c, weights.config), "the critic")
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
 
@@ -264,6 +280,7 @@ def build(config: ConfigDict) -> Run:
     lambda: _fit_task(c, task, tokenizer), "the prompts of the task"
   ) or (task, 1)
   problems += _misfits(c, weights.config, task, algorithm, prompt_length)
+  problems += _critic_misfits(c, critic_weights, algorithm, prompt_length)
   if c.reward_model.source and learned and (prompts := task.splits["train"] or task.splits["eval"]):
     attempt(lambda: learned.tokenizer.encode_exchange(prompts[0].prompt, ""))
   if c.stop.when and algorithm:
@@ -297,7 +314,7 @@ def build(config: ConfigDict) -> Run:
   )
   if problems:
     raise configs.ConfigError(problems)
-  schedule, optimizer = optimizer_of(c)
+  schedule, optimizer = optimizer_of(c, c.optimizer.learning_rate)
   return Run(
     config=c,
     mesh=mesh,
@@ -312,6 +329,8 @@ def build(config: ConfigDict) -> Run:
     updates=update_config(c),
     new_adapters=adapters,
     loaded_adapters=loaded,
+    critic=critic_weights and make_critic(c, critic_weights.config, mesh),
+    critic_weights=critic_weights,
     chunks=chunks,
   )
 
@@ -367,6 +386,42 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
     prompt_shards=meshes.prompt_shards(batch) if fast else 1,
     vocab_shards=meshes.vocab_shards(mesh, shape.vocab_size),
     attention=attention_of(c, shape, mesh),
+  )
+
+
+def critic_source(c: ConfigDict) -> str:
+  """Returns the source of the critic: its own, or that of the policy."""
+  return c.critic.source or c.model.source
+
+
+def open_critic(c: ConfigDict, policy: ModelConfig) -> Weights:
+  """Opens the model of the critic, with a value head; nothing is read.
+
+  Raises:
+    ValueError: it reads other tokens than the policy, or has several labels.
+    FileNotFoundError: there is no such model.
+  """
+  source = critic_source(c)
+  weights = open_weights(source, seed=c.seed).with_score()
+  if weights.config.vocab_size != policy.vocab_size:
+    raise ValueError(
+      f"critic.source {source!r} has {weights.config.vocab_size} tokens, and model.source "
+      f"{c.model.source!r} has {policy.vocab_size}: the critic reads the tokens of the policy; "
+      "choose a model with the same tokenizer, or leave critic.source empty for a copy of the "
+      "policy"
+    )
+  return weights
+
+
+def make_critic(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Critic:
+  """Returns the critic of a config; `shape` is that of its model."""
+  schedule, optimizer = optimizer_of(c, c.critic.learning_rate)
+  return Critic(
+    model=dataclasses.replace(make_model(c, shape, mesh), lora_scale=1.0),
+    optimizer=optimizer,
+    schedule=schedule,
+    clip=c.critic.clip,
+    warmup_steps=c.critic.warmup_steps,
   )
 
 
@@ -531,16 +586,43 @@ def _misfits(
   return problems
 
 
+def _critic_misfits(
+  c: ConfigDict, critic: Weights | None, algorithm: Algorithm | None, prompt_length: int
+) -> list[str]:
+  """Checks the settings of a critic against those of the policy."""
+  if algorithm is None:
+    return []
+  problems, has_critic = [], "values" in algorithm.rewards
+  changed = [
+    name for name, value in configs.default_config().critic.items() if c.critic[name] != value
+  ]
+  if changed and not has_critic:
+    problems.append(
+      f"critic.{changed[0]} is {c.critic[changed[0]]!r}, but algorithm.advantage "
+      f"{algorithm.advantage!r} has no critic; choose algorithm.name=ppo, or leave it out"
+    )
+  budget = prompt_length + c.rollout.completion_length
+  if critic is not None and budget > critic.config.context:
+    problems.append(
+      f"critic.source {critic_source(c)!r} has a context of {critic.config.context} tokens, and "
+      f"prompts and completions have up to {budget}; choose another critic, or lower "
+      "rollout.completion_length"
+    )
+  return problems
+
+
 def schedule_steps(c: ConfigDict) -> int:
   """Returns the steps after which the learning-rate schedule is at its end."""
   return c.optimizer.schedule_steps or c.steps
 
 
-def optimizer_of(c: ConfigDict) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """Returns the learning-rate schedule and the optimizer."""
+def optimizer_of(
+  c: ConfigDict, learning_rate: float
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Returns the schedule with this peak, and the optimizer."""
   o = c.optimizer
   schedule = optimizers.learning_rate_schedule(
-    learning_rate=o.learning_rate,
+    learning_rate=learning_rate,
     schedule=o.schedule,
     warmup_steps=o.warmup_steps,
     steps=schedule_steps(c) * c.train.epochs * c.train.mini_batches,

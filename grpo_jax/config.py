@@ -53,7 +53,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "lora.rank": (0, LARGEST, "at least 0"),
   "lora.alpha": (0, LARGEST, "above 0"),
   "rollout.prompts_per_step": (1, LARGEST, "at least 1"),
-  "rollout.group_size": (2, LARGEST, "at least 2: a group of one has no variance"),
+  "rollout.group_size": (1, LARGEST, "at least 1"),
   "rollout.prompt_length": (0, LARGEST, "at least 0 tokens"),
   "rollout.completion_length": (1, LARGEST, "at least 1"),
   "rollout.temperature": (0, LARGEST, "above 0 (evaluation is always greedy)"),
@@ -68,6 +68,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "algorithm.beta": (0, LARGEST, "at least 0"),
   "algorithm.clip_low": (0, 1, "between 0 and 1"),
   "algorithm.clip_high": (0, LARGEST, "at least 0"),
+  "algorithm.gamma": (0, 1, "between 0 and 1"),
+  "algorithm.lam": (0, 1, "between 0 and 1"),
+  "critic.learning_rate": (0, LARGEST, "above 0"),
+  "critic.clip": (0, LARGEST, "above 0"),
+  "critic.warmup_steps": (0, LARGEST, "at least 0"),
   "optimizer.learning_rate": (0, LARGEST, "above 0"),
   "optimizer.schedule_steps": (0, LARGEST, "at least 0"),
   "optimizer.warmup_steps": (0, LARGEST, "at least 0"),
@@ -281,6 +286,15 @@ def default_config() -> ConfigDict:
   c.algorithm.divergence = placeholder(float)  # DPPO: largest change of a token's probability
   c.algorithm.correction_min = placeholder(float)  # bounds of the trainer/sampler ratio
   c.algorithm.correction_max = placeholder(float)
+  c.algorithm.gamma = placeholder(float)  # of advantages from a critic: discount per token
+  c.algorithm.lam = placeholder(float)  # ... and GAE's weight of longer estimates
+
+  c.critic = Section()  # of algorithms whose advantage takes values, such as ppo
+  # A model named like model.source, or a classifier with one label; empty: model.source itself.
+  c.critic.source = ""
+  c.critic.learning_rate = 1e-5  # the peak; the rest of its optimizer is as in `optimizer`
+  c.critic.clip = placeholder(float)  # largest change of a value that counts in an update
+  c.critic.warmup_steps = 0  # steps from which only the critic learns, at the beginning
 
   c.optimizer = Section()
   c.optimizer.learning_rate = 1e-6  # the peak

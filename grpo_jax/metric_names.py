@@ -11,6 +11,7 @@ from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.episodes import EPISODE_METRICS
 from grpo_jax.evaluate import metric_names as evaluation_names
+from grpo_jax.learning.critic import CRITIC_METRICS
 from grpo_jax.learning.skipping import SKIPPED
 from grpo_jax.run.ending import Condition
 from grpo_jax.statistics import rollout_metrics
@@ -40,6 +41,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   names = {*ALWAYS, *rollout, *_loss_names(c, algorithm)}
   if c.rollout.max_resamples:
     names.update(_RESAMPLING)
+  if "values" in algorithm.rewards:
+    names.update(CRITIC_METRICS)
   if task.environment is not None:
     names.update(EPISODE_METRICS)
   if len(task.splits["eval"]):

@@ -70,18 +70,32 @@ class RolloutConfig:
   pad_prompts_to_multiple: int = 1
 
   def __post_init__(self) -> None:
-    least = 2 if isinstance(self.row.advantage, str) else 1
-    if self.group_size < least:
-      raise ValueError(
-        f"group_size is {self.group_size}, it must be at least {least}: an advantage compares the "
-        "completions of a prompt with each other. For groups of one, give the algorithm a function "
-        "as its advantage"
-      )
+    check_group_size(self.row, self.group_size)
 
   @property
   def row(self) -> Algorithm:
     """The algorithm itself, looked up if it was named."""
     return lookup_algorithm(self.algorithm)
+
+
+def check_group_size(algorithm: Algorithm | None, size: int) -> None:
+  """Raises ValueError for a group that is too small for the advantage of an algorithm.
+
+  Example:
+    >>> check_group_size(lookup_algorithm("ppo"), 1)
+    >>> check_group_size(lookup_algorithm("grpo"), 1)
+    Traceback (most recent call last):
+    ValueError: group_size is 1, it must be at least 2: a group of one has no variance, and ...
+  """
+  named = algorithm is None or isinstance(algorithm.advantage, str)
+  compares = named and not (algorithm and "values" in algorithm.rewards)
+  least = 2 if compares else 1
+  if size < least:
+    raise ValueError(
+      f"group_size is {size}, it must be at least {least}: a group of one has no variance, and an "
+      "advantage compares the completions of a prompt with each other. For groups of one, take an "
+      "algorithm with a critic (ppo), or a function as its advantage"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,14 +378,23 @@ def _make_batch(
   if rows is not None:
     arrays = rows_of(arrays, rows, layout)
   prompts, prompt_mask, completions, sampled, logp = arrays["batch"]
-  compute = partial(_advantages, algorithm)
-  if replicated:  # statistics over rows have the same bits only where every device has all rows
-    compute = deterministic.replicated(compute, layout.mesh)
-  values = compute(arrays["rewards"], reward_weights, sampled)
   mask = sampled & arrays["ended"][..., None]
   weights = token_weights(mask, algorithm.average, max_length=max_length)
-  batch = Batch(prompts, prompt_mask, completions, mask, values, weights, logp)
-  has_gradient = (values != 0).any(range(1, values.ndim)) & mask.any((-2, -1))
+  token_rewards = None
+  if "values" in algorithm.rewards:  # a critic gives the advantages, before the updates
+    token_rewards = _token_rewards(arrays["rewards"], sampled)
+    values = jnp.full(mask.shape, jnp.nan)
+    learns = jnp.isfinite(arrays["rewards"]["rewards"])[..., None]
+  else:
+    compute = partial(_advantages, algorithm)
+    if replicated:  # statistics over rows have the same bits only where every device has all rows
+      compute = deterministic.replicated(compute, layout.mesh)
+    values = compute(arrays["rewards"], reward_weights, sampled)
+    learns = values != 0
+  batch = Batch(
+    prompts, prompt_mask, completions, mask, values, weights, logp, token_rewards=token_rewards
+  )
+  has_gradient = learns.any(range(1, learns.ndim)) & mask.any((-2, -1))
   return laid_out(batch, layout), laid_out(has_gradient, layout, P())
 
 
@@ -382,6 +405,24 @@ def _advantages(
   per_function = jnp.moveaxis(rewards["rewards_per_function"], -1, 0)
   rewards = {**rewards, "rewards_per_function": per_function}
   return advantages(algorithm, **rewards, reward_weights=weights, mask=mask)
+
+
+def _token_rewards(rewards: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
+  """Returns the reward of each token [P, G, T]: that of a turn or completion is at its last token.
+
+  A completion that was not scored has NaN there.
+  """
+  length = mask.shape[-1]
+  last = length - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
+  slots = jnp.arange(length)
+  at_end = jnp.where(slots == last[..., None], rewards["rewards"][..., None], 0.0)
+  if "step_rewards" not in rewards:
+    return at_end
+  steps, ends = rewards["step_rewards"], rewards["step_ends"]
+  given = jnp.isfinite(steps)[..., None] & (slots == ends[..., None])
+  of_turns = jnp.where(given, steps[..., None], 0.0).sum(-2)
+  # The rewards of the turns of an episode hold its total; one that was not scored has none.
+  return jnp.where(jnp.isnan(at_end), at_end, of_turns)
 
 
 def _same_width(rewards: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -441,7 +482,10 @@ def _pad_to_wider(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 @partial(jax.jit, static_argnames="layout")
 def _of_completions(batch: Batch, layout: Any) -> Float[jax.Array, "P G"]:
-  """Returns the advantage of each completion; where its tokens have their own, their mean."""
+  """Returns the advantage of each completion; where its tokens have their own, their mean.
+
+  It is NaN where a critic gives the advantages.
+  """
   values = batch.advantages
   if values.ndim == 3:
     values = jnp.where(batch.mask, values, 0.0).sum(-1) / batch.mask.sum(-1)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from grpo_jax.build import Run
+from grpo_jax.build import Run, critic_source
+from grpo_jax.models.io.weights import Weights
 
 # Share of the FLOP/s of one large matmul that a whole step reaches, and share of the groups that
 # are not zero-variance and take part in the update. Both vary between runs; the progress bar
@@ -33,8 +34,16 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
   hardware = f"{devices.size} x {devices.flat[0].device_kind}"
   return "\n".join(
     [
-      f"model      {c.model.source}: {count_parameters(run) / 1e6:.1f} M parameters, "
+      f"model      {c.model.source}: {count_parameters(run.weights) / 1e6:.1f} M parameters, "
       f"{m.layers} layers",
+      *(
+        [
+          f"critic     {critic_source(c)}: {count_parameters(run.critic_weights) / 1e6:.1f} M "
+          "parameters, with an optimizer of its own"
+        ]
+        if run.critic
+        else []
+      ),
       f"task       {run.task.name}: {train} training problems, {held_out} held out",
       *([f"           {run.task.note}"] if run.task.note else []),
       f"algorithm  {c.algorithm.name}: {run.algorithm.source}",
@@ -56,9 +65,9 @@ def _epochs(c: ConfigDict, problems: int) -> str:
   return text + (f"; the last one draws {beyond} problems of the next epoch" if beyond else "")
 
 
-def count_parameters(run: Run) -> int:
-  """Returns the number of parameters of the model."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.weights.shapes))
+def count_parameters(weights: Weights) -> int:
+  """Returns the number of parameters of a model."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weights.shapes))
 
 
 def step_flops(config: ConfigDict, run: Run) -> float:
@@ -70,9 +79,11 @@ def step_flops(config: ConfigDict, run: Run) -> float:
   left out of the update.
   """
   c = config.rollout
-  share = 1.0 if run.algorithm.beta > 0 else NONZERO_VARIANCE
+  share = 1.0 if run.algorithm.beta > 0 or run.critic else NONZERO_VARIANCE
   learn = (8 if config.model.remat == "layers" else 6) * share
   score = 2 if run.algorithm.beta > 0 else 0
+  if run.critic:  # as large as the policy, or taken to be
+    learn, score = 2 * learn, score + 2
   completions = c.prompts_per_step * c.group_size
   uses = _weight_uses(run, c.prompts_per_step, completions, c.completion_length)
   return (2 + learn + score) * uses
@@ -90,7 +101,7 @@ def _weight_uses(run: Run, prompts: int, completions: int, length: int) -> float
   """Returns the number of weights that multiply a token, summed over the tokens."""
   m = run.model.config
   head = m.vocab_size * m.width
-  body = count_parameters(run) - head * (1 if m.tied else 2)
+  body = count_parameters(run.weights) - head * (1 if m.tied else 2)
   tokens = prompts * run.sampler.prompt_length + completions * (length - 1)
   return body * tokens + head * completions * length
 

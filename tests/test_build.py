@@ -108,7 +108,8 @@ CHANGES = [
 
 @pytest.mark.parametrize(("row", "name"), CHANGES)
 def test_every_number_of_every_row_can_be_set_on_the_command_line(row, name):
-  value = getattr(ALGORITHMS[row], name) + (0.25 if name != "clip_dual" else 1.0)
+  value = getattr(ALGORITHMS[row], name)
+  value += -0.25 if name in ("gamma", "lam") else 1.0 if name == "clip_dual" else 0.25
   if name == "beta" and ALGORITHMS[row].kl == "none":
     value = 0.0  # without an estimator there is no KL term
   overrides = [f"--config.algorithm.name={row}", f"--config.algorithm.{name}={value}"]
@@ -180,3 +181,42 @@ def test_a_folder_that_is_not_the_models_adapters_is_one_problem(change, words):
   with pytest.raises(ConfigError, match=words) as caught:
     make_run(*FROM_ADAPTERS, change)
   assert len(caught.value.problems) == 1
+
+
+# --- the critic ----------------------------------------------------------------------------------
+
+PPO = ["--config.algorithm.name=ppo"]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (
+      ["--config.critic.clip=0.2"],
+      "critic.clip is 0.2, but algorithm.advantage 'group_centered' ha",
+    ),
+    ([*PPO, "--config.critic.source=nowhere"], "nowhere"),
+    (
+      [*PPO, "--config.critic.source=tests/fixtures/tiny_llama"],
+      r"tiny_llama' has \d+ tokens, and",
+    ),
+    ([*PPO, "--config.algorithm.gamma=2.0"], "algorithm.gamma is 2.0, it must be between 0 and 1"),
+    (
+      ["--config.rollout.group_size=1"],
+      "group_size is 1, it must be at least 2: a group of one has",
+    ),
+  ],
+)
+def test_settings_of_a_critic_that_do_not_fit(options, message):
+  with pytest.raises(ConfigError, match=message):
+    build(load("experiments/tiny.py", options))
+
+
+def test_a_critic_is_a_copy_of_the_policy_whose_values_are_0():
+  run = build(load("experiments/tiny.py", [*PPO, "--config.rollout.group_size=1"]))
+  state = run.initial_state()
+  assert not np.asarray(state.critic.params["score"]).any()
+  for name in ("embed", "final_norm"):
+    np.testing.assert_array_equal(state.critic.params[name], state.params[name])
+  assert state.critic.params["embed"].sharding == state.params["embed"].sharding
+  assert run.critic.model.config.labels == 1

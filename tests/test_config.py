@@ -101,7 +101,9 @@ def test_get_on_a_config_is_not_used():
   ("field", "value", "words"),
   [
     ("steps", 0, "steps is 0, it must be at least 1"),
-    ("rollout.group_size", 1, "a group of one has no variance"),
+    ("rollout.group_size", 0, "at least 1"),
+    ("algorithm.lam", 1.5, "algorithm.lam is 1.5, it must be between 0 and 1"),
+    ("critic.learning_rate", 0.0, "above 0"),
     ("rollout.temperature", 0.0, "above 0"),
     ("rollout.overlong", "cut", "'error' or 'drop'"),
     ("model.dtype", "float8", "'float32' or 'bfloat16'"),

@@ -406,3 +406,26 @@ def test_a_plain_function_is_an_advantage(params):
   np.testing.assert_allclose(
     out.batch.advantages, 2 * (total - total.mean(-1, keepdims=True)), atol=1e-5
   )
+
+
+# --- a critic ------------------------------------------------------------------------------------
+
+
+def test_the_reward_of_a_completion_stands_at_its_last_token():
+  mask = jnp.array([[[1, 1, 0], [1, 1, 1], [1, 0, 0]]], bool)
+  rewards = {"rewards": jnp.array([[2.0, 3.0, jnp.nan]])}
+  np.testing.assert_array_equal(
+    rollout._token_rewards(rewards, mask), [[[0, 2, 0], [0, 0, 3], [np.nan, 0, 0]]]
+  )
+
+
+def test_the_rewards_of_an_episode_stand_at_the_ends_of_its_turns():
+  mask = jnp.array([[[1, 0, 1, 1], [1, 0, 1, 0]]], bool)
+  rewards = {
+    "rewards": jnp.array([[3.0, jnp.nan]]),
+    "step_rewards": jnp.array([[[1.0, 2.0, jnp.nan], [jnp.nan] * 3]]),
+    "step_ends": jnp.array([[[0, 3, 0], [0, 2, 0]]]),
+  }
+  np.testing.assert_array_equal(
+    rollout._token_rewards(rewards, mask), [[[1, 0, 0, 2], [0, 0, np.nan, 0]]]
+  )

@@ -23,7 +23,7 @@ def run():
 
 
 def test_parameters(run):
-  assert summary.count_parameters(run) == BODY + HEAD
+  assert summary.count_parameters(run.weights) == BODY + HEAD
 
 
 def test_a_step_samples_and_learns(run):

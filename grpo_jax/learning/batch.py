@@ -36,6 +36,9 @@ class Batch:
     ref_logp: [P, G, T], nats, under the reference; None without a KL term.
     old_logp: [P, G, T], nats, under the parameters before the first of several updates; None with
       one update per rollout, whose own forward pass gives them.
+    token_rewards: [P, G, T], the reward of each token, for advantages that a critic gives; the
+      `advantages` are NaN until it has. None without a critic.
+    values, returns: [P, G, T], values under the critic before the updates, and their targets.
     temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
       It is static: a step compiles once for each value.
   """
@@ -49,6 +52,9 @@ class Batch:
   sampler_logp: Float[Array, "P G T"]
   ref_logp: Float[Array, "P G T"] | None = None
   old_logp: Float[Array, "P G T"] | None = None
+  token_rewards: Float[Array, "P G T"] | None = None
+  values: Float[Array, "P G T"] | None = None
+  returns: Float[Array, "P G T"] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   def arrays(self) -> dict[str, jax.Array]:

@@ -50,6 +50,7 @@ class TrainState:
     reference: parameters of a reference that moves (`move_reference`) or is kept here; None
       without one.
     history: statistics of past updates; None if they are not recorded.
+    critic: the same of a critic, which has an optimizer of its own; None without one.
   """
 
   step: jax.Array
@@ -57,6 +58,7 @@ class TrainState:
   opt_state: Any
   reference: Params = None
   history: History | None = None
+  critic: "TrainState | None" = None
 
   @classmethod
   def create(
@@ -65,6 +67,7 @@ class TrainState:
     optimizer: optax.GradientTransformation,
     *,
     reference: Params = None,
+    critic: "TrainState | None" = None,
     copy: bool = True,
   ) -> "TrainState":
     """Returns the state before the first update.
@@ -76,6 +79,7 @@ class TrainState:
     Args:
       params: trained parameters.
       reference: parameters of the reference for a KL term, often `params` itself.
+      critic: state of a critic, taken over as it is.
       copy: False takes over the arrays of `params`, which the first step then deletes. It saves
         the memory of one copy of the parameters.
 
@@ -94,7 +98,7 @@ class TrainState:
     make = jax.jit(partial(_fresh, optimizer), out_shardings=layout_of(rest))
     step, opt_state, history = make(params)
     reference = None if reference is None else own(reference)
-    return cls(step, own(params) if copy else params, opt_state, reference, history)
+    return cls(step, own(params) if copy else params, opt_state, reference, history, critic)
 
   @classmethod
   def shapes(
@@ -116,13 +120,19 @@ class TrainState:
     fields = {name: value for name, value in fields.items() if value is not None}
     if self.history is not None:
       fields["history"] = vars(self.history)
+    if self.critic is not None:
+      fields["critic"] = self.critic.to_dict()
     return fields
 
   @classmethod
   def from_dict(cls, tree: dict[str, Any]) -> "TrainState":
     """Returns the state whose `to_dict` is `tree`; a missing optional field is None."""
-    history = {"history": History(**tree["history"])} if "history" in tree else {}
-    return cls(**{**tree, **history})
+    tree = dict(tree)
+    if "history" in tree:
+      tree["history"] = History(**tree["history"])
+    if "critic" in tree:
+      tree["critic"] = cls.from_dict(tree["critic"])
+    return cls(**tree)
 
 
 def _fresh(optimizer: optax.GradientTransformation, params: Params) -> tuple:
@@ -313,6 +323,27 @@ def make_train_step(
       the same bits on any number of devices; see `deterministic`.
   """
   loss = make_loss(model, algorithm, temperature=temperature, with_adapters=with_adapters)
+  return make_step(
+    loss, optimizer, schedule, micro_batches=micro_batches, spike=spike, chunks=chunks
+  )
+
+
+def make_step(
+  loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule | None = None,
+  *,
+  micro_batches: int = 1,
+  spike: float = 0.0,
+  chunks: Chunks | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the jitted step `(state, batch, base_params=None) -> (state, metrics)` of any loss.
+
+  Args:
+    loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of the micro-batches of a
+      batch add up to its loss.
+    optimizer, schedule, micro_batches, spike, chunks: as in `make_train_step`.
+  """
   apply = make_apply(optimizer, schedule, spike)
   if chunks:
     return _in_chunks(deterministic.make_gradient(loss, chunks), apply)
@@ -361,6 +392,7 @@ def make_apply(
     metrics |= {"loss": loss, "grad_norm": norm, SKIPPED: 1.0 - accept}
     if schedule is not None:
       metrics["learning_rate"] = jnp.asarray(schedule(state.step))
-    return TrainState(step, params, opt_state, state.reference, history), metrics
+    new = {"step": step, "params": params, "opt_state": opt_state, "history": history}
+    return dataclasses.replace(state, **new), metrics
 
   return apply

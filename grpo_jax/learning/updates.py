@@ -9,9 +9,11 @@ import optax
 
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
+from grpo_jax.distributed.mesh import layout_of
 from grpo_jax.learning import batch as batches
 from grpo_jax.learning import deterministic, reduction
 from grpo_jax.learning.batch import Batch
+from grpo_jax.learning.critic import Critic, assess, make_critic_step, make_values, named
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import (
   TrainState,
@@ -127,6 +129,28 @@ def make_scoring(
   return make(1) if chunks else _within_budget(model, config, make, config.mini_batches)
 
 
+def make_critic_update(
+  critic: Critic, config: UpdateConfig, *, chunks: Chunks | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the jitted update of a critic, with as many micro-batches as the batch needs."""
+
+  def make(micro_batches: int) -> Callable:
+    return make_critic_step(critic, micro_batches=micro_batches, spike=config.spike, chunks=chunks)
+
+  return make(1) if chunks else _within_budget(critic.model, config, make)
+
+
+def make_valuation(
+  critic: Critic, config: UpdateConfig, *, chunks: Chunks | None = None
+) -> Callable[..., jax.Array]:
+  """Returns the jitted values of a rollout, which take no more memory than an update."""
+
+  def make(micro_batches: int) -> Callable:
+    return make_values(critic, micro_batches=micro_batches, chunks=chunks)
+
+  return make(1) if chunks else _within_budget(critic.model, config, make, config.mini_batches)
+
+
 def _within_budget(
   model: Model, config: UpdateConfig, make: Callable[[int], Callable], times: int = 1
 ) -> reduction.WithinBudget:
@@ -176,6 +200,8 @@ class Learner:
     base_params: parameters that are not trained, for `with_adapters`.
     reference: parameters of a fixed reference, combined with `base_params` as the trained ones
       are. None uses `TrainState.reference`.
+    critic: gives the advantages and learns beside the policy; needs `TrainState.critic`, and an
+      algorithm whose advantage takes values.
     on_skip: called with each update that is skipped.
 
   Attributes:
@@ -195,13 +221,22 @@ class Learner:
     base_params: Params = None,
     reference: Params = None,
     chunks: Chunks | None = None,
+    critic: Critic | None = None,
     on_skip: Callable[[SkippedUpdate], object] | None = None,
   ) -> None:
     options: dict[str, Any] = {"with_adapters": with_adapters, "chunks": chunks}
     self._config, self._base_params, self._on_skip = config, base_params, on_skip
     self._update = make_update(model, algorithm, optimizer, schedule, config, **options)
     self._score = make_scoring(model, config, **options)
-    self._has_kl, self._reference = lookup_algorithm(algorithm).beta > 0, reference
+    self._algorithm, self._reference, self._chunks = lookup_algorithm(algorithm), reference, chunks
+    self._critic = critic
+    if critic is not None:
+      self._update_critic = make_critic_update(critic, config, chunks=chunks)
+      self._values = make_valuation(critic, config, chunks=chunks)
+    elif "values" in self._algorithm.rewards:
+      raise ValueError(
+        f"advantage {self._algorithm.advantage!r} is computed from values: give Learner a critic"
+      )
     self.trouble: str | None = None
 
   def __call__(
@@ -214,12 +249,20 @@ class Learner:
         reference.
     """
     config, base_params = self._config, self._base_params
+    critic, state = state.critic, dataclasses.replace(state, critic=None)
     batch = self._scored(state, batch)
+    batch, about_critic = self._assessed(critic, batch)
     seed = (config.seed, step)
-    metrics, in_a_row = [], 0
+    learns = self._critic is None or step >= self._critic.warmup_steps
+    metrics, of_critic, in_a_row = [], [], 0
     for number, part in enumerate(
       batches.mini_batches(batch, config.mini_batches, config.epochs, seed)
     ):
+      if self._critic is not None:
+        critic, numbers = self._update_critic(critic, part)
+        of_critic.append(numbers)
+      if not learns:
+        continue
       state, numbers = self._update(state, part, base_params)
       metrics.append(numbers)
       in_a_row = int(jax.device_get(state.history.skipped))
@@ -228,18 +271,32 @@ class Learner:
         self._on_skip(SkippedUpdate(step, number, in_a_row, state, part, values))
     if config.sync_every and (step + 1) % config.sync_every == 0:
       state = move_reference(state, config.sync_share)
+    if critic is not None:
+      in_a_row = max(in_a_row, int(jax.device_get(critic.history.skipped)))
+      about_critic |= named(reduction.average(of_critic))
     if in_a_row >= config.max_skipped:
       self.trouble = (
         f"{in_a_row} updates in a row were skipped (max_skipped is {config.max_skipped}). The "
         "parameters are those of the last accepted update"
       )
-    return state, reduction.average(metrics)
+    found = reduction.average(metrics) if metrics else {}
+    return dataclasses.replace(state, critic=critic), found | about_critic
+
+  def _assessed(self, critic: TrainState | None, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+    """Returns the batch with the advantages that the critic gives, and metrics of its values."""
+    if self._critic is None:
+      return batch, {}
+    if critic is None:
+      raise ValueError("Learner has a critic, and the state has none: TrainState.create(critic=)")
+    batch = dataclasses.replace(batch, values=self._values(critic.params, batch))
+    mesh = None if self._chunks is None else self._chunks.mesh
+    return assess(batch, self._algorithm, mesh, layout_of(batch.mask))
 
   def _scored(self, state: TrainState, batch: Batch) -> Batch:
     """Returns the batch with the log-probs that the updates need."""
     if state.history is None:
       raise ValueError("the state has no history, which counts skipped updates: TrainState.history")
-    if self._has_kl:
+    if self._algorithm.beta > 0:
       reference = state.reference if self._reference is None else self._reference
       if reference is None:
         raise ValueError("the algorithm has a KL term: give Learner or TrainState a reference")

@@ -69,7 +69,8 @@ def _most_micro_batches(c: ConfigDict, prompt_shards: int) -> int:
 def _fixed_bytes(plan: Plan) -> float:
   """Returns the bytes that neither micro-batches nor remat change."""
   by_purpose = plan.memory["update"].by_purpose
-  return sum(by_purpose[purpose] for purpose in ("parameters", "optimizer", "reference"))
+  fixed = ("parameters", "optimizer", "reference", "critic")
+  return sum(by_purpose.get(purpose, 0.0) for purpose in fixed)
 
 
 def first_that_fits(

@@ -70,7 +70,8 @@ class Plan:
     parameters: number of parameters of the model.
     topology, chip, devices, mesh: the hardware, and the size of each mesh axis.
     available: bytes of memory that a program may use per device; None if unknown.
-    memory: by program: `update`, `score`, `to_sampling_params` and `sample`.
+    memory: by program: `update`, `score`, `to_sampling_params` and `sample`; with a critic also
+      `update_critic` and `values`.
     work: by part of a step, `sample` as `prefill` and `decode`; refused programs are left out.
     compile_seconds: time spent compiling.
     notes: what the estimate leaves out.
@@ -151,7 +152,7 @@ def make_plan(
 
 def _settings_of(c: ConfigDict, name: str) -> tuple:
   """Returns the settings that change a program, of those that `make_plan` may see changed."""
-  learns = name in ("update", "score")
+  learns = name in ("update", "score", "update_critic", "values")
   return (c.model.remat, c.train.micro_batches, c.train.micro_batch_tokens) if learns else ()
 
 
@@ -257,15 +258,18 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
     "optimizer": bytes_of((state.opt_state, state.step, state.history)),
     "reference": bytes_of((state.reference, programs.reference)),
   }
+  if programs.critic is not None:
+    by_purpose["critic"] = bytes_of(programs.critic_state)
   r = programs.config.rollout
   if name in ("to_sampling_params", "sample"):
     by_purpose["sampler's weights"] = bytes_of(programs.sampling_params)
   if name == "sample":
     by_purpose["KV cache"] = bytes_of(programs.cache)
     by_purpose["batch"] = bytes_of(programs.sample().arguments[1:])
-  if name in ("update", "score"):
-    parts = programs.config.train.mini_batches if name == "update" else 1
-    batch = programs.batch(r.prompts_per_step // parts, scored=name == "update")
+  if name in ("update", "score", "update_critic", "values"):
+    updates = name.startswith("update")
+    parts = programs.config.train.mini_batches if updates else 1
+    batch = programs.batch(r.prompts_per_step // parts, scored=updates)
     by_purpose["batch"] = bytes_of(batch)
   return {purpose: float(size) for purpose, size in by_purpose.items()} | {"temporaries": 0.0}
 

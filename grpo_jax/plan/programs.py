@@ -21,9 +21,15 @@ from grpo_jax import build, rollout, tasks
 from grpo_jax import config as configs
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning.critic import Critic
 from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import Batch, TrainState, WithAdapters, only_trained
-from grpo_jax.learning.updates import make_scoring, make_update
+from grpo_jax.learning.updates import (
+  make_critic_update,
+  make_scoring,
+  make_update,
+  make_valuation,
+)
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
@@ -97,6 +103,7 @@ class Programs:
     mesh, model, algorithm, schedule, optimizer: as in `build.Run`.
     new_adapters: key -> LoRA adapters, as in `build.Run`; None if all weights are trained.
     prompts: what the task determines.
+    critic: as in `build.Run`.
   """
 
   config: ConfigDict
@@ -108,17 +115,20 @@ class Programs:
   optimizer: optax.GradientTransformation
   new_adapters: Callable[[jax.Array], Params] | None
   prompts: Prompts
+  critic: Critic | None = None
 
   @property
   def names(self) -> tuple[str, ...]:
     """Programs to compile: the methods of these names."""
     score = ("score",) if self.runs_per_step("score") else ()
-    return ("update", *score, "to_sampling_params", "sample")
+    critic = ("update_critic", "values") if self.critic else ()
+    return ("update", *score, *critic, "to_sampling_params", "sample")
 
   def runs_per_step(self, part: str) -> int:
     """Returns how often a step runs a part: a program, or `prefill` or `decode` of `sample`."""
     counts = {
       "update": self.updates,
+      "update_critic": self.updates,
       "score": self.has_kl + (self.updates > 1),
       "decode": self.config.rollout.completion_length - 1,
     }
@@ -158,6 +168,19 @@ class Programs:
       history=put(jax.eval_shape(History.new), whole),
     )
 
+  @cached_property
+  def critic_state(self) -> TrainState | None:
+    """Everything that training changes of the critic; None without one."""
+    if self.critic is None:
+      return None
+    params, whole = self._params(shapes_of(self.critic.model.config)), meshes.replicated(self.mesh)
+    return TrainState(
+      step=put(jax.ShapeDtypeStruct((), jnp.int32), whole),
+      params=params,
+      opt_state=self._params(jax.eval_shape(self.critic.optimizer.init, params)),
+      history=put(jax.eval_shape(History.new), whole),
+    )
+
   @property
   def has_kl(self) -> bool:
     """True if the loss has a KL term."""
@@ -188,7 +211,8 @@ class Programs:
     """Returns a batch of `prompts` prompts; `scored` adds the log-probs that `score` computes."""
     r = self.config.rollout
     rows = (prompts, r.group_size, r.completion_length)
-    per_token = build.rewards_steps(self.algorithm)
+    per_token = build.rewards_steps(self.algorithm) or self.critic is not None
+    of_critic = self._rows(*rows) if self.critic else None
     logp = self._rows(*rows) if scored else None
     return Batch(
       prompts=self._rows(prompts, self.prompts.length, dtype=jnp.int32),
@@ -200,6 +224,9 @@ class Programs:
       sampler_logp=self._rows(*rows),
       ref_logp=logp if self.has_kl else None,
       old_logp=logp if self.updates > 1 else None,
+      token_rewards=of_critic,
+      values=of_critic if scored else None,
+      returns=of_critic if scored else None,
     )
 
   @cached_property
@@ -242,6 +269,19 @@ class Programs:
     score = make_scoring(self.model, build.update_config(c), with_adapters=self.with_adapters)
     batch = self.batch(c.rollout.prompts_per_step, scored=False)
     return Program(score, (self.state.params, batch, self.base_params))
+
+  def update_critic(self) -> Program:
+    """Returns the update of the critic on one mini-batch."""
+    c = self.config
+    batch = self.batch(c.rollout.prompts_per_step // c.train.mini_batches)
+    update = make_critic_update(self.critic, build.update_config(c))
+    return Program(update, (self.critic_state, batch))
+
+  def values(self) -> Program:
+    """Returns the values of a rollout under the critic."""
+    batch = self.batch(self.config.rollout.prompts_per_step, scored=False)
+    values = make_valuation(self.critic, build.update_config(self.config))
+    return Program(values, (self.critic_state.params, batch))
 
   def to_sampling_params(self) -> Program:
     """Returns the conversion from trained to sampling parameters."""
@@ -287,6 +327,9 @@ def open_programs(
   c, _ = (shape and attempt(lambda: build.with_lora_source(c, shape))) or (c, None)
   weights = Weights(shape, shapes_of(shape), None) if shape else None
   adapters = attempt(lambda: build.new_adapters_of(c.lora, weights)) if shape else None
+  values = None
+  if algorithm and "values" in algorithm.rewards:
+    values = attempt(lambda: config_of(build.critic_source(c)))
   prompts = prompts or attempt(lambda: read_prompts(c))
   if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:
     problems.append(
@@ -304,7 +347,8 @@ def open_programs(
   model = attempt(lambda: build.make_model(c, shape, mesh))
   if problems:
     raise configs.ConfigError(problems)
-  schedule, optimizer = build.optimizer_of(c)
+  schedule, optimizer = build.optimizer_of(c, c.optimizer.learning_rate)
+  critic = values and build.make_critic(c, dataclasses.replace(values, labels=1), mesh)
   return Programs(
     config=c,
     topology=topology,
@@ -315,6 +359,7 @@ def open_programs(
     optimizer=optimizer,
     new_adapters=adapters,
     prompts=prompts,
+    critic=critic,
   )
 
 

@@ -47,6 +47,7 @@ BASE = [
   "optimizer.eps=1e-3",
 ]
 OPTIONS = {
+  "a critic": ["algorithm.name=ppo", "critic.learning_rate=1e-2", "train.mini_batches=2"],
   "one update": [],
   "mini-batches and epochs": ["train.mini_batches=2", "train.epochs=2"],
   "micro-batches": ["train.micro_batches=2"],

@@ -81,6 +81,17 @@ def test_state_and_sampling_params_are_those_of_the_run(overrides):
   assert described(programs.sampling_params) == described(params)
 
 
+def test_the_state_of_the_critic_is_that_of_the_run_and_each_program_is_traced():
+  c = load("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "algorithm.name=ppo")
+  run, programs = build(c), open_programs(c, open_topology("cpu:8"))
+  assert described(programs.critic_state) == described(run.initial_state().critic)
+  assert {"update_critic", "values"} <= set(programs.names)
+  for name in programs.names:
+    getattr(programs, name)().trace()
+  assert programs_of().critic_state is None
+  assert "values" not in programs_of().names
+
+
 def test_the_update_skips_spikes_if_the_run_does():
   plain, spike = programs_of(), programs_of("train.spike=2")
   jaxprs = [str(programs.update().trace().jaxpr) for programs in (plain, spike)]

@@ -8,7 +8,7 @@ silently ignored. `models.load.open_weights` opens any source.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -128,6 +128,31 @@ class Weights:
       parts,
       shardings,
     )
+
+  def with_score(self) -> Weights:
+    """Returns the model as a classifier with one label: a number per text, or per token.
+
+    A language model gets a `score` of zeros in the place of its head, so every number is 0 at
+    first. A classifier with one label stays as it is.
+
+    Raises:
+      ValueError: it is a classifier with several labels.
+
+    Example:
+      >>> from grpo_jax.models.load import open_weights
+      >>> weights = open_weights("random:tiny").with_score()
+      >>> weights.shapes["score"].shape, "head" in weights.shapes
+      ((1, 64), False)
+    """
+    if self.config.labels > 1:
+      raise ValueError(f"{self.where} is a classifier with {self.config.labels} labels, not one")
+    if self.config.labels:
+      return self
+    config = replace(self.config, labels=1)
+    shapes = shapes_of(config)
+    parts = {name: part for name, part in self.parts.items() if name in shapes}
+    score = np.zeros(shapes["score"].shape, np.float32)
+    return Weights(config, shapes, {**parts, "score": lambda index: score[index]}, self.where)
 
 
 def _finite(where: str, path: tuple[Any, ...], part: Part) -> Part:

@@ -1,0 +1,167 @@
+"""Trains a critic: a model with a value head, which gives the advantages of PPO.
+
+A critic is a decoder with one output per token instead of a vocabulary, the form of a sequence
+classifier with one label: `params["score"]` is its value head. It sees what the policy sees. The
+value of a token slot is read before the token of that slot.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from grpo_jax.core.algorithms import Algorithm, advantages
+from grpo_jax.core.masks import masked_mean
+from grpo_jax.core.values import gae, value_loss
+from grpo_jax.distributed.mesh import Jitted, Sharding, layout_of
+from grpo_jax.learning import deterministic
+from grpo_jax.learning.batch import Batch, laid_out
+from grpo_jax.learning.deterministic import Chunks
+from grpo_jax.learning.reduction import split
+from grpo_jax.learning.step import TrainState, make_step
+from grpo_jax.models.protocol import Model, Params
+
+PREFIX = "critic/"
+# Of every run with a critic: of its updates, of its values before them, and of their targets.
+CRITIC_METRICS = tuple(
+  f"{PREFIX}{name}" for name in (
+    "loss", "grad_norm", "skipped", "learning_rate", "values_mean", "error", "clip_ratio",
+    "explained_variance", "returns_mean",
+  )
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+  """Describes a critic and how it learns.
+
+  Attributes:
+    model: the functions of its trunk; `score` is used.
+    optimizer, schedule: its own.
+    clip: largest change of a value that counts in an update, in reward units; None disables it.
+    warmup_steps: rollouts from which only the critic learns, at the beginning.
+  """
+
+  model: Model
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule | None = None
+  clip: float | None = None
+  warmup_steps: int = 0
+
+
+def token_values(model: Model, params: Params, batch: Batch) -> Float[Array, "P G T"]:
+  """Returns the value of each completion token, in reward units; 0 where `batch.mask` is false.
+
+  Args:
+    params: parameters of the trunk, and `score` [1, D], the value head.
+  """
+  hidden = model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
+  head = params["score"][0].astype(jnp.float32)
+  values = jnp.matmul(hidden.astype(jnp.float32), head, precision="highest")
+  return jnp.where(batch.mask, values, 0.0)
+
+
+def make_values(
+  critic: Critic, *, micro_batches: int = 1, chunks: Chunks | None = None
+) -> Callable[..., Float[Array, "P G T"]]:
+  """Returns the jitted values `(params, batch, base_params=None) -> values` of a rollout.
+
+  Args:
+    micro_batches, chunks: as in `make_score`.
+  """
+
+  def whole(params: Params, batch: Batch, base_params: Params = None):
+    return token_values(critic.model, params, batch)
+
+  if chunks:
+    return deterministic.make_score(whole, chunks)
+
+  def values(params: Params, batch: Batch, base_params: Params = None):
+    if micro_batches == 1:
+      return whole(params, batch)
+    parts = jax.lax.map(partial(whole, params), split(batch, micro_batches))
+    return parts.swapaxes(0, 1).reshape(batch.mask.shape)
+
+  return Jitted(values, lambda params, batch, base_params=None: layout_of(batch.mask))
+
+
+def make_critic_step(
+  critic: Critic, *, micro_batches: int = 1, spike: float = 0.0, chunks: Chunks | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the jitted update of a critic, `(state, batch, base_params=None) -> (state, metrics)`.
+
+  Its tokens have the weights of the policy's loss. Its state is donated.
+
+  Args:
+    micro_batches, spike, chunks: as in `make_train_step`.
+  """
+
+  def loss(params: Params, batch: Batch, base_params: Params = None):
+    values = token_values(critic.model, params, batch)
+    old = batch.values if critic.clip is not None else None
+    return value_loss(
+      values, batch.returns, batch.mask, old_values=old, clip=critic.clip, weights=batch.weights
+    )
+
+  return make_step(
+    loss, critic.optimizer, critic.schedule,
+    micro_batches=micro_batches, spike=spike, chunks=chunks,
+  )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("algorithm", "mesh", "layout"))
+def assess(
+  batch: Batch, algorithm: Algorithm, mesh: Mesh | None = None, layout: Sharding = None
+) -> tuple[Batch, dict[str, jax.Array]]:
+  """Returns a batch whose `values` are known with its advantages and returns, and metrics.
+
+  Metrics: `critic/explained_variance`, 1 - var(R - V) / var(R) over the tokens of the rollout (0
+  says that the critic is no better than one number), and `critic/returns_mean`.
+
+  Args:
+    batch: with `token_rewards` and `values`, of a whole rollout.
+    algorithm: its advantage needs values.
+    mesh: computes the same bits on any number of its devices; None leaves the order to the
+      compiler.
+    layout: sharding of the batch.
+  """
+
+  def compute(rewards: jax.Array, values: jax.Array, mask: jax.Array) -> Any:
+    found = advantages(algorithm, token_rewards=rewards, values=values, mask=mask)
+    settings = {name: getattr(algorithm, name) for name in ("gamma", "lam")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    _, returns = gae(rewards, values, mask, **settings)
+    return found, returns, _metrics(values, returns, mask)
+
+  if mesh is not None:
+    compute = deterministic.replicated(compute, mesh)
+  found, returns, metrics = compute(batch.token_rewards, batch.values, batch.mask)
+  batch = dataclasses.replace(batch, advantages=found, returns=returns)
+  return laid_out(batch, layout), laid_out(metrics, layout, P())
+
+
+def _metrics(values: jax.Array, returns: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+  def variance(x: jax.Array) -> jax.Array:
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+  spread = variance(returns)
+  explained = 1 - variance(returns - values) / jnp.where(spread > 0, spread, 1.0)
+  return {
+    f"{PREFIX}explained_variance": jnp.where(spread > 0, explained, 0.0),
+    f"{PREFIX}returns_mean": masked_mean(returns, mask),
+  }
+
+
+def named(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Returns the metrics of a critic's update under names of their own."""
+  return {
+    name if name.startswith(PREFIX) else f"{PREFIX}{name.removeprefix('update/')}": value
+    for name, value in metrics.items()
+  }
