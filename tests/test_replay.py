@@ -129,3 +129,24 @@ def test_the_fields_are_checked(tmp_path):
     train.run(c, tmp_path)
   assert "train.spike is 0.5, it must be 0 (off) or above 1" in str(caught.value)
   assert "train.max_skipped is 0, it must be at least 1" in str(caught.value)
+
+
+def test_an_update_beside_a_critic_is_replayed(tmp_path):
+  """The critic is not part of the dump: the batch holds the advantages it gave."""
+  collect = train.collect
+
+  def poisoned(*args, **kwargs):
+    rollout = collect(*args, **kwargs)
+    weights = rollout.batch.weights.at[1, 0].set(jnp.inf)
+    weights = jax.device_put(weights, rollout.batch.weights.sharding)
+    return dataclasses.replace(rollout, batch=dataclasses.replace(rollout.batch, weights=weights))
+
+  small = ("steps=1", "algorithm.name=ppo", "rollout.completion_length=3", "rewards.workers=0")
+  options = [f"--config.{change}" for change in (*small, "task.settings.eval_size=0")]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "collect", poisoned)
+    train.run(load("experiments/tiny.py", options), tmp_path)
+  row = next(row for row in read_metrics(tmp_path) if "loss" in row)
+  assert row["update/skipped"] == row["critic/skipped"] == 1
+  [dump] = skipped.complete(tmp_path)
+  assert replay.replay(skipped.read(dump)).differing() == []
