@@ -98,7 +98,7 @@ def test_the_gradient_alone_is_that_of_the_update(params):
 def test_scoring_in_the_micro_batches_of_the_updates(params):
   config = UpdateConfig(mini_batches=2, micro_batches=2)
   logp = make_scoring(MODEL, config)(params, batch())
-  np.testing.assert_allclose(logp, make_score(MODEL)(params, batch()), atol=1e-6)
+  np.testing.assert_allclose(logp, make_score(MODEL)(params, batch()), rtol=1e-6, atol=1e-6)
 
 
 def test_a_missing_reference_or_history_is_named(params):

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -43,6 +44,6 @@ def test_a_config_cannot_be_changed():
 
 @pytest.mark.parametrize("kind", [ModelConfig, RopeScaling])
 def test_every_field_is_documented(kind):
-  section = kind.__doc__.split("Attributes:")[1]
-  documented = re.findall(r"^ {4}(\w+): ", section, re.MULTILINE)
+  section = inspect.getdoc(kind).split("Attributes:")[1]
+  documented = re.findall(r"^ {2}(\w+): ", section, re.MULTILINE)
   assert documented == [field.name for field in dataclasses.fields(kind)]
