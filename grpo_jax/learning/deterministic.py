@@ -66,20 +66,26 @@ class Chunks:
     """The number of chunks per device."""
     return self.count // self.width
 
+  def deal(self, tree: Any) -> Any:
+    """Returns arrays with prompts as their first axis as [rounds, devices, p, ...]."""
+    return jax.tree.map(lambda a: a.reshape(self.rounds, self.width, -1, *a.shape[1:]), tree)
+
+  def undeal(self, tree: Any) -> Any:
+    """Returns arrays [rounds, devices, p, ...] with prompts as their first axis."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), tree)
+
   def over(self, body: Callable, out_specs: Any) -> Callable:
     """Returns `body` mapped over the devices.
 
     Args:
-      body: `(rounds, params, chunks of this device [rounds, p, ...], base_params) -> tree`.
+      body: `(rounds, params, chunks of this device [rounds, ...], base_params) -> tree`.
       out_specs: partition specs of its results, over `AXES`.
 
     Returns:
-      A function of (params, arrays with prompts as their first axis, base_params, a mask with
-      prompts as its first axis).
+      A function of (params, arrays [rounds, devices, ...], base_params, any mask).
     """
 
-    def call(params: Any, batch: Any, base_params: Any, mask: jax.Array) -> Any:
-      dealt = jax.tree.map(lambda a: a.reshape(self.rounds, self.width, -1, *a.shape[1:]), batch)
+    def call(params: Any, dealt: Any, base_params: Any, mask: jax.Array) -> Any:
       # Hides the trip count from XLA: it would unroll a one-iteration loop.
       rounds = jnp.where(count_tokens(mask) >= 0, self.rounds, 0)
 
@@ -134,7 +140,7 @@ def make_gradient(loss: Callable, chunks: Chunks) -> Callable:
   run = chunks.over(body, (P(AXES), P(None, AXES)))
 
   def call(params: Any, batch: Any, base_params: Any = None) -> Any:
-    flat, numbers = run(params, batch, base_params, batch.mask)
+    flat, numbers = run(params, chunks.deal(batch), base_params, batch.mask)
     grads = jax.tree.map(lambda a, p: a[: p.size].reshape(p.shape).astype(p.dtype), flat, params)
     numbers = jax.tree.map(lambda a: a.reshape(-1), numbers)
     tokens, losses = numbers.pop("tokens"), numbers.pop("loss")
@@ -153,7 +159,21 @@ def in_chunks(function: Callable, chunks: Chunks) -> Callable:
       depends on itself alone.
 
   Returns:
-    A function whose `mask` is any mask with prompts as its first axis.
+    A function whose `mask` is any mask.
+  """
+  run = by_chunk(function, chunks)
+
+  def call(params: Any, rows: Any, shared: Any, mask: jax.Array) -> Any:
+    return chunks.undeal(run(params, chunks.deal(rows), shared, mask))
+
+  return call
+
+
+def by_chunk(function: Callable, chunks: Chunks) -> Callable:
+  """Returns `in_chunks` for arrays that are dealt out already, and stay so: [rounds, devices, ...].
+
+  Args:
+    function: `(params, chunk, shared) -> tree`; the trees of all chunks have the same shapes.
   """
 
   def body(rounds: jax.Array, params: Any, own: Any, shared: Any) -> Any:
@@ -164,17 +184,12 @@ def in_chunks(function: Callable, chunks: Chunks) -> Callable:
       return jax.tree.map(lambda a, new: a.at[index].set(new), results, one_chunk(index))
 
     shapes = jax.eval_shape(lambda: one_chunk(0))
-    results = jax.tree.map(lambda a: jnp.zeros((chunks.rounds, *a.shape), a.dtype), shapes)
+    # Unlike `zeros`, `full` also makes random keys.
+    results = jax.tree.map(lambda a: jax.lax.full((chunks.rounds, *a.shape), 0, a.dtype), shapes)
     results = jax.lax.fori_loop(0, rounds, one_round, results)
     return jax.tree.map(lambda a: a[:, None], results)
 
-  run = chunks.over(body, P(None, AXES))
-
-  def call(params: Any, rows: Any, shared: Any, mask: jax.Array) -> Any:
-    results = run(params, rows, shared, mask)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), results)
-
-  return call
+  return chunks.over(body, P(None, AXES))
 
 
 def make_score(score: Callable, chunks: Chunks) -> Callable:

@@ -10,8 +10,8 @@ rows (`compaction`).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning import deterministic
+from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.models.protocol import Cache, EpisodeModel, Params
 from grpo_jax.sampling import compaction
 from grpo_jax.sampling.filters import TokenFilter
@@ -231,11 +233,12 @@ class TurnSampler:
   """Samples the turns of the episodes of some prompts with the model of a `Sampler`.
 
   Args:
-    sampler: model, tokenizer, stops and temperature.
+    sampler: model, tokenizer, stops and temperature. With its `chunks`, episodes are sampled chunk
+      by chunk where the number of prompts allows it; see `learning.deterministic`.
     budget: limits of an episode.
 
   Raises:
-    ValueError: the model cannot go on after an observation, or samples in chunks.
+    ValueError: the model cannot go on after an observation.
   """
 
   def __init__(self, sampler: Sampler, budget: Budget) -> None:
@@ -244,35 +247,8 @@ class TurnSampler:
         f"{type(sampler.model).__name__} has no method 'extend', which episodes need: see "
         "models.protocol.EpisodeModel"
       )
-    if sampler.chunks is not None:
-      raise ValueError("episodes cannot be sampled in chunks: set train.reduction to 'fast'")
     self.sampler, self.budget = sampler, budget
-    model, layout, pad_id = sampler.model, sampler.prompt_sharding, sampler.tokenizer.pad_id
-    shards = meshes.prompt_shards(layout)
-
-    def with_rows(state: State) -> State:
-      """Lays the row map out like the rows, since each host reads its part."""
-      if layout is None:
-        return state
-      placed = jax.lax.with_sharding_constraint(state.row_map.original_index, layout)
-      return dataclasses.replace(
-        state, row_map=dataclasses.replace(state.row_map, original_index=placed)
-      )
-
-    def begin(*arguments: Any) -> State:
-      return with_rows(start(model, *arguments, slots=budget.slots, prompt_shards=shards))
-
-    self._start = jax.jit(begin)
-    self._take_turn = jax.jit(
-      partial(take_turn, model, length=budget.turn_length, pad_id=pad_id),
-      static_argnames=("temperature", "token_filter"),
-      donate_argnums=1,
-      out_shardings=(None, layout, layout),
-    )
-    self._observe = jax.jit(partial(observe, model), donate_argnums=1)
-    self._compact = jax.jit(
-      lambda state, live, shape: with_rows(compact(state, live, shape)), static_argnums=2
-    )
+    self._programs = cache(partial(Programs, sampler, budget))
 
   def begin(
     self,
@@ -286,7 +262,84 @@ class TurnSampler:
     """Starts an episode of each of G completions of each prompt; arguments as of a `Sampler`."""
     own = self.sampler
     prepared = own.prepare(prompts, key, group, **options)
-    return Session(self, for_decoding(own.model, params, own.prompt_sharding), prepared, group)
+    count = len(prepared.on_device[0])  # of all hosts
+    chunks = own.chunks if own.chunks and count % own.chunks.count == 0 else None
+    params = for_decoding(own.model, params, own.prompt_sharding)
+    return Session(self, self._programs(chunks), params, prepared, group)
+
+
+class Programs:
+  """Holds the compiled programs of episodes.
+
+  A state is that of all prompts, whose rows lie in `shards` parts. With chunks, it is the states of
+  the chunks, [rounds, devices, ...], and each chunk is a part.
+
+  Attributes:
+    shards: number of parts; no row leaves its own.
+    start: `(params, prompts, prompt_mask, keys) -> state`.
+    take_turn, observe, compact: the functions of this module; `compact` has no model.
+    row_map: `state -> [shards, C, g]`, the index of the completion in each place of a part.
+  """
+
+  def __init__(self, sampler: Sampler, budget: Budget, chunks: Chunks | None) -> None:
+    model, layout, pad_id = sampler.model, sampler.prompt_sharding, sampler.tokenizer.pad_id
+    self.shards = chunks.count if chunks else meshes.prompt_shards(layout)
+    shards_inside = 1 if chunks else self.shards
+
+    def over_rows(function: Callable, params: Params, state: Any, rows: tuple, *shared: Any) -> Any:
+      """Calls `(params, state, *rows, *shared) -> (state, rows)`, chunk by chunk if need be."""
+      if chunks is None:
+        return function(params, state, *rows, *shared)
+      run = deterministic.by_chunk(
+        lambda params, own, shared: function(params, own[0], *own[1], *shared), chunks
+      )
+      mask = rows[1] if state is None else state.mask
+      state, results = run(params, (state, chunks.deal(rows)), shared, mask)
+      return state, chunks.undeal(results)
+
+    def begin(params: Params, *rows: Array) -> State:
+      def first(params: Params, _: None, *rows: Array) -> Any:
+        return start(model, params, *rows, slots=budget.slots, prompt_shards=shards_inside), None
+
+      return over_rows(first, params, None, rows)[0]
+
+    def turn(
+      params: Params, state: State, index: Array, limit: Array, stop_table: Array, **how: Any
+    ) -> tuple[State, tuple[Array, ...], Array]:
+      def one(params: Params, state: State, limit: Array, index: Array, stop_table: Array) -> Any:
+        options = {"length": budget.turn_length, "pad_id": pad_id, **how}
+        state, *rows = take_turn(model, params, state, index, limit, stop_table, **options)
+        return state, rows
+
+      state, rows = over_rows(one, params, state, (limit,), index, stop_table)
+      return state, *rows
+
+    def read(params: Params, state: State, index: Array, tokens: Array, real: Array) -> State:
+      def one(params: Params, state: State, tokens: Array, real: Array, index: Array) -> Any:
+        return observe(model, params, state, index, tokens, real), None
+
+      return over_rows(one, params, state, (tokens, real), index)[0]
+
+    def move(state: State, live: Array, shape: compaction.Shape) -> State:
+      def one(_: None, state: State, live: Array) -> Any:
+        return compact(state, live, shape), None
+
+      return over_rows(one, None, state, (live,))[0]
+
+    def row_map(state: State) -> Array:
+      index = state.row_map.original_index
+      return chunks.undeal(index) if chunks else index
+
+    self.start = jax.jit(begin)
+    self.take_turn = jax.jit(
+      turn,
+      static_argnames=("temperature", "token_filter"),
+      donate_argnums=1,
+      out_shardings=(None, layout, layout),
+    )
+    self.observe = jax.jit(read, donate_argnums=1)
+    self.compact = jax.jit(move, static_argnums=2)
+    self.row_map = jax.jit(row_map, out_shardings=layout)  # each host reads its part
 
 
 class Session:
@@ -296,14 +349,22 @@ class Session:
     prepared: prompts, keys, stops, temperature and filter.
   """
 
-  def __init__(self, sampler: TurnSampler, params: Params, prepared: Prepared, group: int) -> None:
+  def __init__(
+    self,
+    sampler: TurnSampler,
+    programs: Programs,
+    params: Params,
+    prepared: Prepared,
+    group: int,
+  ) -> None:
     layout, count = sampler.sampler.prompt_sharding, len(prepared.prompts)
     self.prepared = prepared
     self._sampler, self._params, self._layout = sampler, params, layout
-    self._state = sampler._start(params, *prepared.on_device)
+    self._programs = programs
+    self._state = programs.start(params, *prepared.on_device)
     self._index, self._size = 0, (count, group)
     self._last = np.zeros(self._size, np.int64)  # last token of each row's turn
-    shards, host_count = meshes.prompt_shards(layout), hosts.own_shard()[1]
+    shards, host_count = programs.shards, hosts.own_shard()[1]
     self._shapes = compaction.shapes(count * host_count // shards, group, MAX_COMPACTIONS)[1:]
     self._own_shards = max(shards // host_count, 1)
     self._original = self._read_rows()
@@ -315,7 +376,7 @@ class Session:
       limit: tokens that each row may write; 0 for rows whose episode is over.
     """
     limit, given = self._to_device(limit.astype(np.int32)), self.prepared
-    self._state, written, ended = self._sampler._take_turn(
+    self._state, written, ended = self._programs.take_turn(
       self._params, self._state, jnp.int32(self._index), limit, given.stop_table, **given.how
     )
     tokens, mask, logp, entropy, ended = self._from_device((*written, ended))
@@ -342,7 +403,7 @@ class Session:
       live[p, g] = True
     self._compact(live)
     arrays = (self._to_device(a) for a in (tokens, real))
-    self._state = self._sampler._observe(self._params, self._state, jnp.int32(self._index), *arrays)
+    self._state = self._programs.observe(self._params, self._state, jnp.int32(self._index), *arrays)
     self._index += width
 
   def _compact(self, live: Bool[np.ndarray, "P G"]) -> None:
@@ -356,13 +417,13 @@ class Session:
       shape = smaller
     if shape is None:
       return
-    self._state = self._sampler._compact(self._state, self._to_device(live), shape)
+    self._state = self._programs.compact(self._state, self._to_device(live), shape)
     self._shapes = self._shapes[self._shapes.index(shape) + 1 :]
     self._original = self._read_rows()
 
   def _read_rows(self) -> Int[np.ndarray, "C g"]:
     """Returns the number of the completion in each place of this host, -1 where there is none."""
-    index = np.asarray(hosts.to_local(self._state.row_map.original_index))
+    index = np.asarray(hosts.to_local(self._programs.row_map(self._state)))
     rows = self._size[0] * self._size[1] // self._own_shards
     shard = np.arange(len(index)).reshape(-1, 1, 1) * rows
     index = np.where(index < rows, index + shard, -1)

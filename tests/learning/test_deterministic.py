@@ -25,11 +25,13 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(RATE))
 
 
 def wide_batch():
-  """Returns 16 prompts, no two of them alike."""
+  """Returns 16 prompts, no two of them alike; in half of them an observation cuts completions."""
   batch = jax.tree.map(lambda a: jnp.concatenate([a] * 4), make_batch(average="token"))
   rng = np.random.default_rng(1)
+  observed = (jnp.arange(16)[:, None, None] < 8) & (jnp.arange(5) == 2)
   return dataclasses.replace(
     batch,
+    mask=batch.mask & ~observed,
     completions=jnp.asarray(rng.integers(0, 19, batch.completions.shape), jnp.int32),
     advantages=jnp.asarray(rng.normal(size=batch.advantages.shape), jnp.float32),
     weights=batch.weights / 4,

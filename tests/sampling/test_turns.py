@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from grpo_jax.core.logprobs import head_logprobs
+from grpo_jax.learning.step import Batch, TrainState, make_train_step
 from grpo_jax.models import FunctionModel
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
@@ -139,22 +141,57 @@ def test_a_limit_cuts_a_turn(params):
   np.testing.assert_array_equal(cut.ended, whole.ended & (lengths <= limit))
 
 
-def test_each_token_passes_the_model_once(params):
-  """Counts the tokens that are fed; the last one of an episode predicts nothing."""
-  fed = []
+class Counting(Decoder):
+  """Counts the positions of its layers in each trace, and the tokens that pass while it runs."""
 
-  class Counting(Decoder):
-    def extend(self, params, tokens, index, mask, *rest):
-      new = jax.lax.dynamic_slice_in_dim(mask, index, tokens.shape[-1], axis=2)
-      jax.debug.callback(lambda n, size: fed.append((int(n), int(size))), new.sum(), new.size)
-      return super().extend(params, tokens, index, mask, *rest)
+  def _layers(self, params, tokens, *rest, **options):
+    self.shapes.append(tokens.shape)
+    return super()._layers(params, tokens, *rest, **options)
 
-  rows = play(make_sampler(Counting(CONFIG)), params)
+  def prefill(self, params, tokens, mask):
+    jax.debug.callback(lambda n: self.prompts.append(int(n)), mask.sum())
+    return super().prefill(params, tokens, mask)
+
+  def extend(self, params, tokens, index, mask, *rest):
+    new = jax.lax.dynamic_slice_in_dim(mask, index, tokens.shape[-1], axis=2)
+    jax.debug.callback(lambda n, size: self.fed.append((int(n), int(size))), new.sum(), new.size)
+    return super().extend(params, tokens, index, mask, *rest)
+
+
+@pytest.fixture
+def counting():
+  model = Counting(CONFIG)
+  for name in ("shapes", "prompts", "fed"):
+    object.__setattr__(model, name, [])
+  return model
+
+
+def test_each_token_passes_the_model_once(params, counting):
+  """The prompt of a group counts once; the last token of an episode predicts nothing."""
+  rows = play(make_sampler(counting), params)
   jax.effects_barrier()
+  assert counting.prompts == [sum(map(len, PROMPTS))]
+  assert counting.shapes[0] == (3, 3)  # the prompts, not those of each completion
+  fed = counting.fed
   assert sum(n for n, _ in fed) == sum(len(tokens) - 1 for tokens, *_ in rows.values())
   observations = [size for _, size in fed if size > 3 * GROUP]
   assert len(observations) == 2
   assert observations[1] < observations[0] / 4  # one row is left, and has moved to a smaller array
+
+
+def test_each_token_passes_the_model_once_in_an_update(params, counting):
+  """One forward pass of the prompts and of every row but its last token, which is no input."""
+  shape = (3, GROUP, LENGTH)
+  mask = np.arange(LENGTH) % 3 > 0  # observations are a third of the tokens
+  batch = Batch(
+    prompts=jnp.ones((3, 5), jnp.int32), prompt_mask=jnp.ones((3, 5), bool),
+    completions=jnp.ones(shape, jnp.int32), mask=jnp.broadcast_to(mask, shape),
+    advantages=jnp.ones(shape[:2]), weights=jnp.ones(shape), sampler_logp=jnp.zeros(shape),
+    temperature=1.0,
+  )  # fmt: skip
+  optimizer = optax.sgd(0.1)
+  make_train_step(counting, "dapo", optimizer).trace(TrainState.shapes(params, optimizer), batch)
+  assert counting.shapes == [(3, 5 + GROUP * (LENGTH - 1))]
 
 
 def test_a_model_that_cannot_go_on_is_refused():
