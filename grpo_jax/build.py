@@ -25,7 +25,7 @@ from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import EnvironmentRunner
-from grpo_jax.environments.tools import check_chat_template
+from grpo_jax.environments.tools import ToolEpisodes, check_chat_template
 from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
 from grpo_jax.episodes import EpisodeSampler
 from grpo_jax.learning import deterministic
@@ -43,6 +43,7 @@ from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.kernels import KERNELS, by_layer, for_long_rows
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
+from grpo_jax.observations import ObservationEncoder
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.rollout import RolloutConfig
 from grpo_jax.sampling.filters import TokenFilter
@@ -276,6 +277,8 @@ def build(config: ConfigDict) -> Run:
   if task.tools:
     attempt(lambda: check_chat_template(tokenizer, task.tools))
     tokenizer = tokenizer.with_tools(task.tools)
+  if task.environment is not None:
+    attempt(lambda: _check_observations(task, tokenizer))
   task, prompt_length = attempt(
     lambda: _fit_task(c, task, tokenizer), "the prompts of the task"
   ) or (task, 1)
@@ -583,6 +586,31 @@ def _misfits(
       f"reference.sync_every is {c.reference.sync_every}, but algorithm.beta is 0: without a KL "
       "term there is no reference; set sync_every to 0 or beta above 0"
     )
+  return problems + _episode_misfits(c, task)
+
+
+def _episode_misfits(c: ConfigDict, task: Task) -> list[str]:
+  """Checks the limits of episodes against the task and the budget of tokens."""
+  if task.environment is None:
+    defaults = configs.default_config().episode
+    changed = [f"episode.{name}" for name in defaults if c.episode[name] != defaults[name]]
+    if not changed:
+      return []
+    return [
+      f"{', '.join(changed)} has no effect: task {task.name!r} has neither tools nor an "
+      "environment; set task.settings.tools or task.settings.environment, or leave it out"
+    ]
+  problems = [
+    f"episode.{name} is {c.episode[name]}, it must be at most rollout.completion_length="
+    f"{c.rollout.completion_length}, the budget of the whole episode in tokens"
+    for name in ("turn_length", "observation_length")
+    if c.episode[name] > c.rollout.completion_length
+  ]
+  if isinstance(task.environment, ToolEpisodes) and c.episode.turns == 1:
+    problems.append(
+      f"episode.turns is 1, it must be at least 2 for the tools of task {task.name!r}: the model "
+      "reads the result of a call before its next turn"
+    )
   return problems
 
 
@@ -609,6 +637,15 @@ def _critic_misfits(
       "rollout.completion_length"
     )
   return problems
+
+
+def _check_observations(task: Task, tokenizer: tokens.AnyTokenizer) -> None:
+  """Raises ValueError if the chat template cannot go on after a turn of the model."""
+  first = next((split[0] for split in task.splits.values() if split), None)
+  if first is None or isinstance(first.prompt, str):
+    return
+  answer = [{"role": "tool", "name": "tool", "content": "?"}] if task.tools else "?"
+  ObservationEncoder(tokenizer)(answer, last=-1, chat=True)
 
 
 def schedule_steps(c: ConfigDict) -> int:

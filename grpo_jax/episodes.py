@@ -5,6 +5,7 @@ a weight in the loss. Observations lie between them; they are attended to and ne
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.distributed import hosts
-from grpo_jax.environments.base import EnvironmentRunner, Outcome
+from grpo_jax.environments.base import EnvironmentFault, EnvironmentRunner, Outcome
 from grpo_jax.models.protocol import Params
 from grpo_jax.observations import ObservationEncoder, transcript
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Generated, Prepared, Sampler
 from grpo_jax.sampling.turns import Budget, Turn, TurnSampler
-from grpo_jax.tasks.base import Example
-from grpo_jax.tokens import AnyTokenizer, Messages
+from grpo_jax.tasks.base import Example, Prompt
+from grpo_jax.tokens import AnyTokenizer, Messages, encode_prompt
 
 Key = tuple[int, int]  # number of the prompt, number of the completion
 # Metrics of every run with episodes: turns, tokens with observations, and the share of episodes
@@ -126,6 +127,7 @@ class EpisodeSampler:
     with hosts.together("starting the environments"):
       seeds = _seeds(key, first_prompt + hosts.own_shard()[0] * len(examples), len(examples))
       prompts = self._runner.reset(examples, group, seeds)
+      self._check_prompts(prompts)
     prompts = [own if own is not None else e.prompt for own, e in zip(prompts, examples)]
     session = self._turns.begin(
       params, prompts, key, group=group, first_prompt=first_prompt,
@@ -140,6 +142,20 @@ class EpisodeSampler:
         break
       session.observe(observations)
     return game.episodes(session.prepared)
+
+  def _check_prompts(self, prompts: Sequence[Prompt | None]) -> None:
+    """Raises EnvironmentFault if the environment returned a prompt that exceeds the budget.
+
+    The budget may have been measured on the prompts of the examples.
+    """
+    for prompt in prompts:
+      count = 0 if prompt is None else len(encode_prompt(self.tokenizer, prompt))
+      if count > self.prompt_length:
+        raise EnvironmentFault(
+          f"reset of the environment returned a prompt of {count} tokens, and the budget is "
+          f"{self.prompt_length}; set rollout.prompt_length to the longest prompt that it may "
+          f"return. The prompt is {prompt!r:.600}"
+        )
 
 
 class _Row:
@@ -236,13 +252,20 @@ class _Game:
   def _encoded(self, place: Key, observation: str | Messages) -> list[int] | None:
     """Returns the tokens of an observation; None if it and one more token exceed a budget.
 
-    An observation with an id that the model does not have fails its episode.
+    An observation that cannot be encoded, or has an id beyond the model, fails its episode.
     """
     row, sampler = self._rows[place], self._sampler
     chat = not isinstance(self._prompts[place[0]], str)
-    ids = sampler._encode(observation, last=row.tokens[-1], chat=chat)
-    row.failed = max(ids, default=0) >= sampler.tokenizer.vocab_size
-    if row.failed:
+    try:
+      ids = sampler._encode(observation, last=row.tokens[-1], chat=chat)
+      if max(ids, default=0) >= sampler.tokenizer.vocab_size:
+        raise ValueError(
+          f"the observation {observation!r:.200} has the id {max(ids)}, and the model has only ids "
+          f"0..{sampler.tokenizer.vocab_size - 1}"
+        )
+    except ValueError as error:
+      row.failed = True
+      warnings.warn(f"lost an episode, which is not scored: {error}", RuntimeWarning, stacklevel=4)
       return None
     room = sampler.completion_length - len(row.tokens) - 1
     return ids if len(ids) <= min(room, sampler.budget.observation_length) else None

@@ -27,6 +27,8 @@ import numpy as np
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
+from grpo_jax.environments.base import EnvironmentFault
+from grpo_jax.environments.workers import WorkerError
 from grpo_jax.rollout import columns_of, generate, ids_of, records
 from grpo_jax.run import console
 from grpo_jax.sampling.filters import TokenFilter
@@ -365,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
           key=jax.random.key(settings.seed),
           scorer=partial(scorer, state=TrainerState(step, settings.steps)),
         )
-      except RewardError as error:
+      except (RewardError, EnvironmentFault, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
       metrics.append(result.metrics)

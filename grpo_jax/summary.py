@@ -32,6 +32,9 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
   flops = (c.steps - start) * step_flops(c, run) + evaluations * evaluation_flops(c, run)
   seconds = flops / (matmul_rate() * devices.size * EFFICIENCY)
   hardware = f"{devices.size} x {devices.flat[0].device_kind}"
+  rows = "completions of up to"
+  if run.task.environment is not None:
+    rows = f"episodes of up to {c.episode.turns} turns and"
   return "\n".join(
     [
       f"model      {c.model.source}: {count_parameters(run.weights) / 1e6:.1f} M parameters, "
@@ -48,8 +51,7 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       *([f"           {run.task.note}"] if run.task.note else []),
       f"algorithm  {c.algorithm.name}: {run.algorithm.source}",
       f"each step  {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions, "
-      f"prompts of {run.sampler.prompt_length} and completions of up to "
-      f"{c.rollout.completion_length} tokens",
+      f"prompts of {run.sampler.prompt_length} and {rows} {c.rollout.completion_length} tokens",
       f"steps      {start} to {c.steps} on {hardware}, about {format_duration(seconds)} by a speed "
       "probe",
       *([f"epochs     {_epochs(c, train)}"] if c.epochs else []),

@@ -28,6 +28,8 @@ import grpo_jax
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build, schedule_steps
 from grpo_jax.distributed import cluster, hosts
+from grpo_jax.environments.base import EnvironmentFault
+from grpo_jax.environments.workers import WorkerError
 from grpo_jax.evaluate import Evaluation, evaluate, table
 from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import SkippedError
@@ -85,6 +87,8 @@ def run(
   Raises:
     ConfigError: lists everything that is wrong with the config, before anything compiles.
     WorkdirError: another run uses `workdir`, its files are damaged, or it holds more steps.
+    EnvironmentFault, WorkerError: an environment gave the completions of a prompt different prompts
+      or too long ones, or could not be started; the state is saved.
     RewardError: a reward function raised, or returned something else than rewards; the state as
       it was is saved.
     UnscoredError: no completion of the first step was scored.
@@ -231,6 +235,11 @@ def _log_settings(c: ConfigDict) -> dict[str, int]:
 def _check_scored(run: Run, rollout: Rollout) -> None:
   """Ends a run that cannot learn: its first step has no scored completion on any host."""
   if rollout.metrics["frac_unscored"] == 1 and not run.config.rewards.allow_unscored:
+    if rollout.metrics.get("episode/failed") == 1:
+      raise UnscoredError(
+        "none of the episodes of the first step was scored: the environment failed in all of them. "
+        "The warnings above say why"
+      )
     raise UnscoredError(
       f"none of the completions of the first step was scored: the rewards "
       f"{', '.join(run.task.rewards)} gave None or NaN for all of them, or failed on all of them. "
@@ -303,7 +312,10 @@ def main(argv: list[str] | None = None) -> int:
   except hosts.HostError as error:
     print(f"error: {error}", file=sys.stderr)
     return cluster.FAILED
-  except (RewardError, SkippedError, UnscoredError, checkpoint.NotFiniteError) as error:
+  except (
+    RewardError, EnvironmentFault, WorkerError, SkippedError, UnscoredError,
+    checkpoint.NotFiniteError,
+  ) as error:  # fmt: skip
     print(f"error: {error}", file=sys.stderr)
     return GAVE_UP
   except KeyboardInterrupt as error:

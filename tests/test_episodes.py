@@ -2,20 +2,30 @@
 
 import dataclasses
 import json
+import re
+import shutil
+import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import Step
 from grpo_jax.environments.workers import run_in_process
 from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
-from grpo_jax.learning.step import TrainState, make_train_step, score_batch
+from grpo_jax.learning.deterministic import Chunks
+from grpo_jax.learning.step import Batch, TrainState, make_train_step, score_batch
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.observations import ObservationEncoder
@@ -24,7 +34,7 @@ from grpo_jax.sampling import Sampler
 from grpo_jax.sampling.turns import Budget
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.workers import score_in_process
-from grpo_jax.tokens import ByteTokenizer
+from grpo_jax.tokens import ByteTokenizer, Tokenizer, encode_prompt
 from tests.helpers.runs import train_on
 
 CONFIG = ModelConfig(vocab_size=257, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=24)
@@ -60,13 +70,12 @@ def params():
   return params | {"embed": params["embed"] * 0.3}
 
 
-def make_sampler(task=TASK, length=30, temperature=1.0, **budget):
+def make_sampler(task=TASK, **options):
   sampler = Sampler(
-    MODEL, ByteTokenizer(), prompt_length=4, completion_length=length, stop_ids=ENDS,
-    temperature=temperature,
-  )  # fmt: skip
-  budget = {"turns": 4, "turn_length": 8, "observation_length": 5, **budget}
-  return EpisodeSampler(sampler, Budget(**budget), lambda: run_in_process(task))
+    MODEL, ByteTokenizer(), prompt_length=4, completion_length=30, stop_ids=ENDS, **options
+  )
+  budget = Budget(turns=4, turn_length=8, observation_length=5)
+  return EpisodeSampler(sampler, budget, lambda: run_in_process(task))
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +225,104 @@ def test_an_episode_is_drawn_again_bit_for_bit(params, episodes):
   np.testing.assert_array_equal(part.tokens[0], episodes.tokens[1])
 
 
+def test_episodes_in_chunks_have_the_same_bits_on_one_and_eight_devices(params):
+  """They are those of a sampler without chunks, within rounding."""
+  examples = [Example(f"{word}:", {"word": word}, word) for word in ("ab", "f", "cd", "e") * 2]
+  found = []
+  for width in (8, 1):
+    mesh = meshes.make_mesh((width, 1, 1), jax.devices()[:width])
+    chunked = make_sampler(chunks=Chunks(8, mesh), prompt_sharding=meshes.batch_sharding(mesh))
+    laid_out = jax.device_put(params, meshes.replicated(mesh))
+    found.append(generate(chunked, laid_out, examples, jax.random.key(1), group_size=6))
+  eight, one = found
+  for name in ("tokens", "mask", "logp", "entropy", "turn_ends"):
+    assert getattr(one, name).tobytes() == getattr(eight, name).tobytes(), name
+  whole = generate(make_sampler(), params, examples, jax.random.key(1), group_size=6)
+  np.testing.assert_array_equal(one.tokens, whole.tokens)
+  np.testing.assert_allclose(one.logp, whole.logp, atol=1e-4)
+  assert one.turns.max() >= 3
+  part = generate(chunked, laid_out, examples[:3], jax.random.key(1), group_size=6)  # no chunks
+  np.testing.assert_array_equal(part.tokens, whole.tokens[:3])
+
+
 def test_greedy_episodes_of_a_group_are_equal(params):
   e = generate(make_sampler(), params, EXAMPLES, jax.random.key(1), group_size=2, temperature=0.0)
   np.testing.assert_array_equal(e.tokens[:, 0], e.tokens[:, 1])
+
+
+# --- tokens in, tokens out ------------------------------------------------------------------------
+
+
+class Parrot:
+  """Answers each turn by its own text, which is encoded anew, in brackets."""
+
+  def reset(self, example):
+    pass
+
+  def step(self, text):
+    return Step(f"[{text}]", 1.0, False)
+
+
+def merging_tokenizer():
+  """Returns a tokenizer that writes everything in lower case, and pairs of letters as one token."""
+  letters = [*"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGH", *"[]<|>_:? \n"]
+  pairs = [(a, b) for a in "abcd" for b in "efgh"]
+  vocab = {piece: i for i, piece in enumerate([*letters, *map("".join, pairs)])}
+  backend = Backend(models.BPE(vocab, pairs))
+  backend.normalizer = normalizers.Lowercase()
+  backend.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+  backend.decoder = decoders.Fuse()
+  fast = PreTrainedTokenizerFast(
+    tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"],
+    clean_up_tokenization_spaces=False,
+    chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+  )  # fmt: skip
+  return Tokenizer(fast, [fast.eos_token_id], "merging")
+
+
+@pytest.mark.parametrize(
+  ("make", "ends", "prompt"),
+  [
+    (ByteTokenizer, range(100), "ab:"),
+    (merging_tokenizer, range(8, 26), "ab:"),
+    (merging_tokenizer, range(8, 26), [{"role": "user", "content": "ab:"}]),
+  ],
+  ids=["bytes", "merges", "chat"],
+)
+def test_what_the_policy_wrote_is_never_encoded_again(make, ends, prompt):
+  """Its ids are not those of its text, and they are the ones with the recorded log-probs."""
+  tokenizer = make()
+  model = Decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size))
+  params = model.init(jax.random.key(0))
+  length = len(encode_prompt(tokenizer, prompt))
+  sampler = EpisodeSampler(
+    Sampler(model, tokenizer, prompt_length=length, completion_length=90, stop_ids=ends),
+    Budget(turns=3, turn_length=10, observation_length=60),
+    lambda: run_in_process(dataclasses.replace(TASK, environment=Parrot)),
+  )
+  e = generate(sampler, params, [Example(prompt, {}, "ab")], jax.random.key(2), group_size=16)
+  differ, observations = 0, 0
+  for g in range(16):
+    row, own, at = e.tokens[0, g].tolist(), e.mask[0, g].tolist(), 0
+    for turn, end in enumerate(e.turn_ends[0, g][: e.turns[0, g]]):
+      start = own.index(True, at)
+      if turn:
+        encoded = tokenizer.encode_plain(e.transcripts[0][g][2 * turn - 1]["content"])
+        before = row[at:start].index(encoded[0])
+        assert row[at:start][before : before + len(encoded)] == encoded
+        assert isinstance(prompt, list) or row[at:start] == encoded
+        observations += 1
+      wrote, at = row[start : end + 1], end + 1
+      assert all(own[start:at])
+      differ += tokenizer.encode_plain(tokenizer.decode(wrote)) != wrote
+  assert observations >= 8
+  assert differ >= 8
+  batch = Batch(
+    e.prompts, e.prompt_mask, e.tokens, e.mask, None, None, e.logp, temperature=e.temperature
+  )
+  logp, _ = jax.jit(partial(score_batch, model))(params, batch)
+  np.testing.assert_allclose(e.logp, np.where(e.mask, logp, 0), atol=1e-4)
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -250,11 +354,168 @@ def games(texts):
   return [json.dumps(row["turns"]) for row in rows if "turns" in row]
 
 
-def test_budgets_and_chunks_are_checked_before_anything_compiles(tmp_path):
-  for options, words in (
-    (["--config.episode.turns=0"], "episode.turns is 0, it must be at least 1"),
-    (["--config.train.reduction=deterministic", "--config.model.remat=none"], "in chunks"),
-    (["--config.rollout.completion_length=9000"], "lower it to"),
+@pytest.mark.slow
+def test_a_deterministic_run_has_the_same_bits_on_one_and_eight_devices(tmp_path):
+  options = [
+    *GAME, "--config.train.reduction=deterministic", "--config.model.remat=none",
+    "--config.algorithm.name=grpo", "--config.steps=3",
+  ]  # fmt: skip
+  one = train_on(1, tmp_path / "one", options)
+  assert train_on(8, tmp_path / "eight", options) == one
+  assert any(len(turns) > 1 for turns in map(json.loads, games(one[2])))
+  train_on(2, tmp_path / "parts", [*options, "--config.steps=1"])
+  assert train_on(4, tmp_path / "parts", options)[0] == one[0]
+
+
+EVERYTHING = [
+  "--config.algorithm.name=grpo", "--config.algorithm.advantage=turn_advantages",
+  "--config.algorithm.correction=token_truncate", "--config.algorithm.correction_max=2.0",
+  "--config.lora.rank=2", "--config.train.mini_batches=2", "--config.train.micro_batches=2",
+  "--config.reference.sync_every=1", "--config.reference.sync_share=0.5",
+  "--config.rollout.mask_truncated=true", "--config.rollout.max_resamples=1",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_with_everything_is_resumed_bit_for_bit(tmp_path):
+  """Adapters, a moving reference, a correction, mini- and micro-batches, and resampling."""
+  options = [*GAME, *EVERYTHING]
+  one = train_on(1, tmp_path / "one", [*options, "--config.steps=3"])
+  train_on(1, tmp_path / "parts", options)
+  parts = train_on(1, tmp_path / "parts", [*options, "--config.steps=3"])
+  assert parts[0] == one[0]
+  _, rows, texts = train_on(8, tmp_path / "eight", [*options, "--config.steps=3"])
+  assert games(texts) == games(one[2])
+  losses = [[row["loss"] for row in each if "loss" in row] for each in (one[1], rows)]
+  np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-5)
+  assert all(losses[0])
+
+
+TOOLS = """
+def nohint(x):
+  "Does."
+
+class NoStep:
+  def reset(self, example, seed):
+    return None
+
+class Longer(NoStep):
+  def reset(self, example, seed):
+    return example.prompt + " and much longer than the prompts of the file"
+
+  def step(self, text):
+    return "", 1.0, True
+
+class Wrong(NoStep):
+  def step(self, text):
+    return "", 1.0
+"""
+LINE = {"tools": ["calc"], "tool_settings": {"format": "line"}}
+
+
+def table_task(folder, **settings):
+  """Returns the options of a task from a file, with what `TOOLS` defines in `tools.py`."""
+  (folder / "tools.py").write_text(TOOLS)
+  (folder / "rows.jsonl").write_text('{"prompt": "1 + 1 =", "answer": 2}\n' * 8)
+  settings = {"path": f"{folder}/rows.jsonl", "reward": "numeric", "eval_fraction": 0, **settings}
+  options = [f"--config.task.settings.{name}={value}" for name, value in settings.items()]
+  return ["--config.task.name=table", *options]
+
+
+@pytest.mark.parametrize(
+  ("settings", "options", "message"),
+  [
+    (
+      LINE,
+      ["rollout.completion_length=9000"],
+      "9007, and random:tiny has a context of .* lower it",
+    ),
+    ({"tools": ["FILE:nohint"]}, [], "tool 'nohint': Argument x is missing a type hint"),
+    ({"tools": ["calc"]}, [], "has no chat template to show the tools calc in"),
+    ({"environment": "FILE:NoStep"}, [], "environment 'NoStep' has no method step"),
+    (LINE, ["episode.turns=0"], "episode.turns is 0, it must be at least 1"),
+    (
+      LINE,
+      ["episode.turns=1"],
+      "episode.turns is 1, it must be at least 2 for the tools of task 'table",
+    ),
+    (
+      LINE,
+      ["episode.turn_length=9"],
+      "episode.turn_length is 9, it must be at most rollout.completion",
+    ),
+    (LINE, ["episode.observation_length=9"], "episode.observation_length is 9, it must be at most"),
+    (
+      {},
+      ["episode.turns=3"],
+      "episode.turns has no effect: task 'table:.*' has neither tools nor an env",
+    ),
+  ],
+)
+def test_what_cannot_work_is_an_error_before_anything_compiles(
+  tmp_path, settings, options, message
+):
+  text = json.dumps(settings).replace("FILE", f"{tmp_path}/tools.py")
+  options = [f"--config.{option}" for option in options]
+  config = load("experiments/tiny.py", [*table_task(tmp_path, **json.loads(text)), *options])
+  with pytest.raises(ConfigError, match=message):
+    build(config)
+
+
+def test_a_chat_template_that_cannot_go_on_is_an_error_before_anything_compiles(tmp_path):
+  """It shows only the last turn, so that a row could not grow at its end."""
+  forgetful = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}"
+  model = tmp_path / "model"
+  shutil.copytree("tests/fixtures/tiny_llama", model)
+  (model / "chat_template.jinja").write_text(forgetful)
+  options = table_task(tmp_path, environment=f"{tmp_path}/tools.py:Longer")
+  row = {"prompt": [{"role": "user", "content": "1 + 1"}], "answer": 2}
+  (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+  config = load("experiments/tiny.py", [f"--config.model.source={model}", *options])
+  with pytest.raises(
+    ConfigError, match="shows earlier turns otherwise once a conversation goes on"
   ):
-    with pytest.raises(ConfigError, match=words):
-      build(load("experiments/tiny.py", [*GAME, *options]))
+    build(config)
+
+
+@pytest.mark.parametrize(
+  ("environment", "message"),
+  [
+    ("Longer", "reset of the environment returned a prompt of 52 tokens.*rollout.prompt_length"),
+    ("Wrong", "none of the episodes of the first step was scored: the environment failed in all"),
+  ],
+)
+def test_an_environment_that_cannot_work_ends_its_run_in_one_line(
+  tmp_path, environment, message, capfd
+):
+  options = [
+    *table_task(tmp_path, environment=f"{tmp_path}/tools.py:{environment}"),
+    "--config.rewards.workers=0", f"--config.rollout.stop_ids={tuple(range(256))}".replace(" ", ""),
+  ]  # fmt: skip
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    arguments = ["--config", "experiments/tiny.py", "--workdir", f"{tmp_path}/run", *options]
+    assert train.main(arguments) == train.GAVE_UP
+  error = capfd.readouterr().err
+  assert re.search(message, error)
+  assert "Traceback" not in error
+
+
+def test_an_observation_that_cannot_be_encoded_costs_its_episode(params):
+  """Messages after a text: the others of the group go on."""
+
+  class Sometimes(Echo):
+    def step(self, text):
+      step = super().step(text)
+      messages = [{"role": "user", "content": "?"}]
+      return dataclasses.replace(step, observation=messages) if len(text) == 2 else step
+
+  task = dataclasses.replace(TASK, environment=Sometimes)
+  with pytest.warns(
+    RuntimeWarning, match="lost an episode.*answered with messages, and the prompt"
+  ):
+    e = generate(make_sampler(task), params, EXAMPLES, jax.random.key(1), group_size=6)
+  last = np.array([[len(turns[-1]["content"]) for turns in row] for row in e.transcripts])
+  assert (e.failed & (last == 2)).any()
+  assert e.failed[:2].sum() < 12
+  assert e.metrics()["episode/failed"] == pytest.approx(e.failed.mean())

@@ -259,9 +259,19 @@ def with_environment(task: Task, make: Callable[[], Environment] | None) -> Task
   """Returns the task with this factory of environments, and the tools of it; None: the task.
 
   A factory may have `schemas`, those of the tools, and `stop`, strings that end a turn.
+
+  Raises:
+    ValueError: it cannot be called, or is a class without `reset` or `step`.
   """
   if make is None:
     return task
+  missing = [name for name in ("reset", "step") if not callable(getattr(make, name, None))]
+  if inspect.isclass(make) and missing:
+    raise ValueError(
+      f"environment {make.__name__!r} has no method {' and no method '.join(missing)}: it needs "
+      "reset(self, example, seed) and step(self, text). A class for TRL's environment_factory is "
+      "given as trl_environment(Class)"
+    )
   stop = dict.fromkeys((*task.stop, *getattr(make, "stop", ())))
   return replace(
     task, environment=make, tools=tuple(getattr(make, "schemas", ())), stop=tuple(stop)

@@ -408,7 +408,7 @@ def test_tasks_take_tools(tmp_path):
     ({"tools": ["calc"], "tool_settings": {"max_cals": 1}}, "unknown setting of tool_settings"),
     ({"tools": ["calc"], "environment": f"{environments.__file__}:Obedient"}, "has an environment"),
     ({"environment": f"{environments.__file__}:Obedien"}, "unknown environment in"),
-    ({"environment": "Obedient"}, "does not name a environment|does not name an environment"),
+    ({"environment": "Obedient"}, "does not name an environment"),
   ]:
     with pytest.raises(ValueError, match=message):
       make_task("table", **settings, **more)

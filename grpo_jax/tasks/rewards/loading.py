@@ -160,13 +160,14 @@ def load_object(name: str | Callable[..., Any], kind: str, known: Iterable[str] 
   if callable(name):
     return name
   source, colon, attribute = str(name).rpartition(":")
+  a_kind = f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
   if not colon and known:
     raise ValueError(
       f"{unknown_name(kind, name, known)}. Or write 'path/to/file.py:{kind}' or 'module:{kind}'"
     )
   if not source or not attribute:
     raise ValueError(
-      f"{name!r} does not name a {kind}: write 'path/to/file.py:{kind}' or 'module:{kind}'"
+      f"{name!r} does not name {a_kind}: write 'path/to/file.py:{kind}' or 'module:{kind}'"
     )
   try:
     module = _load_file(source) if source.endswith(".py") else importlib.import_module(source)
@@ -181,7 +182,7 @@ def load_object(name: str | Callable[..., Any], kind: str, known: Iterable[str] 
       names += [n for n, value in vars(module).items() if inspect.isclass(value)]
     raise unknown_name(f"{kind} in {source}", attribute, names)
   if not callable(loaded):
-    raise ValueError(f"{name!r} is of type {type(loaded).__name__}, not a {kind}")
+    raise ValueError(f"{name!r} is of type {type(loaded).__name__}, not {a_kind}")
   return loaded
 
 
