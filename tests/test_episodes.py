@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
-from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.core.algorithms import ALGORITHMS, advantages
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import Step
 from grpo_jax.environments.workers import run_in_process
@@ -29,7 +29,7 @@ from grpo_jax.learning.step import Batch, TrainState, make_train_step, score_bat
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.observations import ObservationEncoder
-from grpo_jax.rollout import RolloutConfig, collect, generate
+from grpo_jax.rollout import RolloutConfig, collect, generate, make_batch, score
 from grpo_jax.sampling import Sampler
 from grpo_jax.sampling.turns import Budget
 from grpo_jax.tasks.base import Example, Task
@@ -209,6 +209,37 @@ def test_a_batch_scores_as_it_was_sampled_and_learns_from_the_policys_tokens(par
   assert float(jnp.abs(changed - logp).max()) > 1e-4
 
 
+@pytest.fixture(scope="module")
+def scored(episodes):
+  return score(score_in_process(TASK), EXAMPLES, episodes)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_gets_its_advantages_and_weights(episodes, scored, name):
+  """Rewards come from the texts of the turns, weights from the number of the policy's tokens."""
+  e, algorithm = episodes, ALGORITHMS[name]
+  rewards = np.full((2, 3, 6), np.nan, np.float32)  # of `letters` and of the environment
+  for p, g in zip(*np.nonzero(~e.failed)):
+    texts = [turn["content"] for turn in e.transcripts[p][g][::2]]
+    stopped = e.tokens[p, g, e.turn_ends[p, g, len(texts) - 1]] >= 128
+    rewards[0, p, g] = sum(c.isalpha() for c in texts[-1]) / 10
+    rewards[1, p, g] = sum(map(len, texts if stopped else texts[:-1]))
+  weights = np.array([2.0, 1.0], np.float32)
+  expected = advantages(
+    name, 2 * rewards[0] + rewards[1], rewards_per_function=rewards, reward_weights=weights
+  )
+  config = RolloutConfig(6, algorithm, reward_weights=(2.0, 1.0))
+  batch, _ = make_batch(scored, make_sampler(), config)
+  np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-5)
+  assert (np.asarray(batch.advantages)[e.failed] == 0).all()
+  assert np.unique(batch.advantages).size > 9
+  own = e.mask.sum(-1, keepdims=True)
+  of_token = {"sequence": 1 / (18 * own), "token": 1 / own.sum(), "constant": 1 / (18 * 30)}
+  np.testing.assert_allclose(
+    batch.weights, np.where(e.mask, of_token[algorithm.average], 0), rtol=1e-5
+  )
+
+
 def step_of(params, batch, algorithm):
   step = make_train_step(MODEL, algorithm, optax.sgd(0.1))
   state, metrics = step(TrainState.create(params, optax.sgd(0.1)), batch)
@@ -316,8 +347,8 @@ def test_what_the_policy_wrote_is_never_encoded_again(make, ends, prompt):
       wrote, at = row[start : end + 1], end + 1
       assert all(own[start:at])
       differ += tokenizer.encode_plain(tokenizer.decode(wrote)) != wrote
-  assert observations >= 8
-  assert differ >= 8
+  assert observations >= 5
+  assert differ >= 5
   batch = Batch(
     e.prompts, e.prompt_mask, e.tokens, e.mask, None, None, e.logp, temperature=e.temperature
   )
