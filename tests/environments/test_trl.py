@@ -189,3 +189,68 @@ def test_a_table_task_takes_it(tmp_path):
   runner = run_in_process(task)
   assert runner.reset(task.splits["train"], 1, [0]) == ["Guess. It is from 1 to 5."]
   assert runner.step({(0, 0): " guess(6)"})[0, 0].observation == "Result: lower\nAnswer:"
+
+
+def test_a_reward_function_that_reads_environments_is_told_of_get_reward(tmp_path):
+  """Environments live in other processes than reward functions."""
+  (tmp_path / "rows.jsonl").write_text('{"prompt": "Guess."}\n')
+
+  def won(environments, **columns):
+    return [environment.won for environment in environments]
+
+  with pytest.raises(
+    ValueError, match=r"requires environments.*give the environment a method get_"
+  ):
+    make_task("table", path=f"{tmp_path}/rows.jsonl", reward=won, eval_fraction=0)
+
+
+class Documented:
+  """Has what guides of TRL show: state made by `reset`, a game that is over, static helpers."""
+
+  def __init__(self):
+    self.reward, self.done = 0.0, False
+
+  @property
+  def broken(self):
+    raise AssertionError("a property is no tool, and is never read")
+
+  @staticmethod
+  def rules() -> str:
+    """Tells the rules."""
+    return "Five letters."
+
+  def reset(self, **kwargs) -> str | None:
+    self.word, self.reward, self.done = kwargs["word"], 0.0, False
+
+  def guess(self, guess: str) -> str:
+    """
+    Make a guess.
+
+    Args:
+        guess: The guessed word, formatted as '[abcde]'
+
+    Returns:
+        The feedback message from the environment.
+    """
+    if self.done:
+      raise ValueError("Game over.")
+    self.done = guess == f"[{self.word}]"
+    self.reward = float(self.done)
+    return "G G G G G" if self.done else "- - - - -"
+
+  def get_reward(self) -> float:
+    return self.reward
+
+
+def test_a_class_as_in_the_guides_of_trl():
+  runner = runner_of(Documented)
+  example = Example([{"role": "user", "content": "Play."}], {"word": "crane"}, "c")
+  assert runner.reset([example], 2, [0]) == [None]
+  played = runner.step({(0, 0): call("rules") + call("guess", guess="[crane]"), (0, 1): "No."})
+  contents = [message["content"] for message in played[0, 0].observation]
+  assert contents == ["Five letters.", "G G G G G"]
+  assert (played[0, 1].done, played[0, 1].reward) == (True, 0.0)
+  over = runner.step({(0, 0): call("guess", guess="[slate]")})[0, 0]
+  assert over.observation[0]["content"] == "error: ValueError: Game over."
+  assert over.metrics["tools/raised"] == 1
+  assert runner.finish([(0, 0)]) == {(0, 0): 1.0}

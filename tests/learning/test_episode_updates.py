@@ -339,7 +339,7 @@ def test_trimming_keeps_what_lies_behind_the_last_observation(params, everything
   assert_gradients_close(gradient_of(params, trimmed, EVERYTHING), gradient)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("micro_batches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_micro_batches(params, everything, micro_batches):
   batch, gradient = everything
   result = gradient_of(params, batch, EVERYTHING, micro_batches=micro_batches)

@@ -197,9 +197,12 @@ def check_signature(
   requested = [column for column in on_request if column in by_name]
   required = [n for n, p in by_name.items() if p.default is p.empty]
   if missing := [n for n in required if n not in (*columns, *requested)]:
+    hint = ""
+    if "environments" in missing:  # as in TRL
+      hint = ". Instead of reading environments, give the environment a method get_reward"
     raise RewardError(
       f"{label} requires {', '.join(missing)}, which is not available. Available: "
-      f"{', '.join(columns)}"
+      f"{', '.join(columns)}{hint}"
     )
   extra = sorted(set(columns) - set(by_name))
   if extra and not any(p.kind is p.VAR_KEYWORD for p in parameters):
