@@ -214,25 +214,33 @@ def scored(episodes):
   return score(score_in_process(TASK), EXAMPLES, episodes)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_gets_its_advantages_and_weights(episodes, scored, name):
-  """Rewards come from the texts of the turns, weights from the number of the policy's tokens."""
-  e, algorithm = episodes, ALGORITHMS[name]
-  rewards = np.full((2, 3, 6), np.nan, np.float32)  # of `letters` and of the environment
+def rewards_by_hand(e):
+  """Returns the rewards of `letters` and of the environment, from the texts of the turns."""
+  rewards = np.full((2, 3, 6), np.nan, np.float32)
   for p, g in zip(*np.nonzero(~e.failed)):
     texts = [turn["content"] for turn in e.transcripts[p][g][::2]]
     stopped = e.tokens[p, g, e.turn_ends[p, g, len(texts) - 1]] >= 128
     rewards[0, p, g] = sum(c.isalpha() for c in texts[-1]) / 10
     rewards[1, p, g] = sum(map(len, texts if stopped else texts[:-1]))
-  weights = np.array([2.0, 1.0], np.float32)
-  expected = advantages(
-    name, 2 * rewards[0] + rewards[1], rewards_per_function=rewards, reward_weights=weights
-  )
+  return rewards
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_gets_its_rewards_and_weights(episodes, scored, name):
+  e, algorithm, rewards = episodes, ALGORITHMS[name], rewards_by_hand(episodes)
   config = RolloutConfig(6, algorithm, reward_weights=(2.0, 1.0))
   batch, _ = make_batch(scored, make_sampler(), config)
-  np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-5)
-  assert (np.asarray(batch.advantages)[e.failed] == 0).all()
-  assert np.unique(batch.advantages).size > 9
+  total = 2 * rewards[0] + rewards[1]
+  if "values" in algorithm.rewards:  # the critic gives the advantages, from the rewards of turns
+    np.testing.assert_allclose(batch.token_rewards.sum(-1), total, rtol=1e-5)
+    given = np.nonzero(~e.failed[..., None] & (np.asarray(batch.token_rewards) != 0))
+    assert all(t in e.turn_ends[p, g] for p, g, t in zip(*given))
+  else:
+    weights = np.array([2.0, 1.0], np.float32)
+    expected = advantages(name, total, rewards_per_function=rewards, reward_weights=weights)
+    np.testing.assert_allclose(batch.advantages, expected, rtol=1e-4, atol=1e-5)
+    assert (np.asarray(batch.advantages)[e.failed] == 0).all()
+    assert np.unique(batch.advantages).size > 9
   own = e.mask.sum(-1, keepdims=True)
   of_token = {"sequence": 1 / (18 * own), "token": 1 / own.sum(), "constant": 1 / (18 * 30)}
   np.testing.assert_allclose(
