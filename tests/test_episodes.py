@@ -209,6 +209,30 @@ def test_a_batch_scores_as_it_was_sampled_and_learns_from_the_policys_tokens(par
   assert float(jnp.abs(changed - logp).max()) > 1e-4
 
 
+def test_a_batch_is_trimmed_to_its_rows_not_to_what_the_policy_wrote(params):
+  class Wordy(Echo):
+    def step(self, text):
+      return Step("." * 14, float(len(text)))
+
+  task = dataclasses.replace(TASK, environment=Wordy)
+  single = Sampler(
+    MODEL, ByteTokenizer(), prompt_length=4, completion_length=64, stop_ids=ENDS, temperature=0.9
+  )
+  sampler = EpisodeSampler(single, Budget(3, 5, 14), lambda: run_in_process(task))
+  rollout = collect(
+    sampler, params, EXAMPLES, score_in_process(task), jax.random.key(1), RolloutConfig(4, "grpo")
+  )
+  e, batch = rollout.scored.out, rollout.batch
+  assert e.lengths.max() <= 16
+  assert e.row_lengths.max() > 32
+  assert batch.completions.shape == (3, 4, 64)
+  np.testing.assert_array_equal(batch.mask, e.mask)
+  assert rollout.metrics["update/padded"] == pytest.approx(
+    1 - (e.prompt_mask.sum() + e.row_lengths.sum()) / (3 * (e.prompts.shape[1] + 4 * 64))
+  )
+  assert rollout.num_tokens == e.prompt_mask.sum() + e.row_lengths.sum()
+
+
 @pytest.fixture(scope="module")
 def scored(episodes):
   return score(score_in_process(TASK), EXAMPLES, episodes)
