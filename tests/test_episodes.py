@@ -390,25 +390,33 @@ def test_what_the_policy_wrote_is_never_encoded_again(make, ends, prompt):
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-GAME = [
-  "--config.task.name=guess_number", "--config.steps=2", "--config.rollout.completion_length=40",
-  "--config.rollout.group_size=4", "--config.episode.turns=3", "--config.episode.turn_length=6",
-  "--config.checkpoint.every=1", "--config.checkpoint.keep=9", "--config.log.samples=0",
-  "--config.rewards.workers=0", "--config.algorithm.advantage=turn_advantages",
-  "--config.rollout.temperature=0.5",
+OPTIONS = [
+  "--config.task.name=table", "--config.task.settings.environment=tests/helpers/environments.py:"
+  "Lengths", "--config.task.settings.reward={'name': 'length', 'target': 3}",
+  "--config.task.settings.eval_fraction=0", f"--config.rollout.stop_ids={ENDS}".replace(" ", ""),
+  "--config.steps=2", "--config.rollout.completion_length=40", "--config.rollout.group_size=4",
+  "--config.episode.turns=3", "--config.episode.turn_length=6", "--config.checkpoint.every=1",
+  "--config.checkpoint.keep=9", "--config.log.samples=0", "--config.rewards.workers=0",
+  "--config.algorithm.advantage=turn_advantages",
 ]  # fmt: skip
 
 
-def test_a_run_is_resumed_bit_for_bit_and_eight_devices_play_the_same_games(tmp_path):
-  one = train_on(1, tmp_path / "one", GAME)
-  train_on(1, tmp_path / "parts", [*GAME, "--config.steps=1"])
-  state, _, parts = train_on(1, tmp_path / "parts", GAME)
-  assert state == one[0]
-  _, _, on_eight = train_on(8, tmp_path / "eight", GAME)
-  played = games(one[2])
-  assert games(on_eight) == played
-  assert set(played) <= set(games(parts))  # the first part has also evaluated at its end
-  assert any(len(turns) > 1 for turns in map(json.loads, played))
+@pytest.fixture
+def game(tmp_path):
+  """Returns the options of a run whose first steps have a gradient already."""
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps({"prompt": f"{i}:"}) + "\n" for i in range(32)))
+  return [*OPTIONS, f"--config.task.settings.path={path}"]
+
+
+def test_a_run_is_resumed_bit_for_bit_and_eight_devices_play_the_same_games(tmp_path, game):
+  state, rows, texts = train_on(1, tmp_path / "one", game)
+  train_on(1, tmp_path / "parts", [*game, "--config.steps=1"])
+  assert train_on(1, tmp_path / "parts", game)[0] == state
+  _, _, on_eight = train_on(8, tmp_path / "eight", game)
+  assert games(on_eight) == games(texts)
+  assert all(row["grad_norm"] > 0 for row in rows)
+  assert any(len(turns) > 1 for turns in map(json.loads, games(texts)))
 
 
 def games(texts):
@@ -418,40 +426,41 @@ def games(texts):
 
 
 @pytest.mark.slow
-def test_a_deterministic_run_has_the_same_bits_on_one_and_eight_devices(tmp_path):
+def test_a_deterministic_run_has_the_same_bits_on_one_and_eight_devices(tmp_path, game):
   options = [
-    *GAME, "--config.train.reduction=deterministic", "--config.model.remat=none",
-    "--config.algorithm.name=grpo", "--config.steps=3",
+    *game, "--config.train.reduction=deterministic", "--config.model.remat=none",
+    "--config.algorithm.name=grpo",
   ]  # fmt: skip
   one = train_on(1, tmp_path / "one", options)
   assert train_on(8, tmp_path / "eight", options) == one
-  assert any(len(turns) > 1 for turns in map(json.loads, games(one[2])))
   train_on(2, tmp_path / "parts", [*options, "--config.steps=1"])
   assert train_on(4, tmp_path / "parts", options)[0] == one[0]
+  assert all(row["grad_norm"] > 0 for row in one[1])
 
 
 EVERYTHING = [
-  "--config.algorithm.name=grpo", "--config.algorithm.advantage=turn_advantages",
-  "--config.algorithm.correction=token_truncate", "--config.algorithm.correction_max=2.0",
-  "--config.lora.rank=2", "--config.train.mini_batches=2", "--config.train.micro_batches=2",
-  "--config.reference.sync_every=1", "--config.reference.sync_share=0.5",
-  "--config.rollout.mask_truncated=true", "--config.rollout.max_resamples=1",
+  "--config.algorithm.name=grpo", "--config.algorithm.correction=token_truncate",
+  "--config.algorithm.correction_max=2.0", "--config.lora.rank=2", "--config.train.mini_batches=2",
+  "--config.train.micro_batches=2", "--config.reference.sync_every=1",
+  "--config.reference.sync_share=0.5", "--config.rollout.mask_truncated=true",
+  "--config.rollout.max_resamples=1", "--config.steps=3",
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_run_with_everything_is_resumed_bit_for_bit(tmp_path):
+def test_a_run_with_everything_is_resumed_bit_for_bit(tmp_path, game):
   """Adapters, a moving reference, a correction, mini- and micro-batches, and resampling."""
-  options = [*GAME, *EVERYTHING]
-  one = train_on(1, tmp_path / "one", [*options, "--config.steps=3"])
-  train_on(1, tmp_path / "parts", options)
-  parts = train_on(1, tmp_path / "parts", [*options, "--config.steps=3"])
-  assert parts[0] == one[0]
-  _, rows, texts = train_on(8, tmp_path / "eight", [*options, "--config.steps=3"])
-  assert games(texts) == games(one[2])
-  losses = [[row["loss"] for row in each if "loss" in row] for each in (one[1], rows)]
-  np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-5)
-  assert all(losses[0])
+  options = [*game, *EVERYTHING]
+  state, rows, texts = train_on(1, tmp_path / "one", options)
+  train_on(1, tmp_path / "parts", [*options, "--config.steps=2"])
+  assert train_on(1, tmp_path / "parts", options)[0] == state
+  _, on_two, others = train_on(2, tmp_path / "two", options)
+  assert games(others) == games(texts)
+  for name in ("loss", "grad_norm", "kl"):
+    values = [[row[name] for row in each if name in row] for each in (rows, on_two)]
+    np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert len(values[0]) == 3
+    assert values[0][-1] != 0
 
 
 TOOLS = """

@@ -43,6 +43,16 @@ class Obedient:
     return 0.5
 
 
+class Lengths:
+  """Answers each turn by its length, which is also its reward; three characters end the episode."""
+
+  def reset(self, example):
+    pass
+
+  def step(self, text):
+    return f"<{len(text)}>", len(text) / 10, len(text) == 3
+
+
 def swallow():
   """Hangs, and swallows the interruption of its time limit."""
   while True:
