@@ -152,6 +152,10 @@ OPTIONS = [
   "--config.algorithm.name=grpo",
   "--config.algorithm.beta=0.05",
   "--config.algorithm.clip_high=0.28",
+  "--config.teacher.source=random:tiny",
+  "--config.algorithm.teacher_weight=0.2",
+  "--config.algorithm.teacher_discount=0.9",
+  "--config.algorithm.log_ratio_baseline=leave_one_out",
   "--config.train.epochs=2",
   "--config.train.mini_batches=2",
   "--config.reference.sync_every=2",
@@ -193,6 +197,7 @@ def test_all_options_at_once_and_resumed(tmp_path):
   assert rows[0]["ratio/max"] > 1.0  # the second update leaves the old log-probs behind
   assert rows[1]["kl"] > rows[0]["kl"] > 0
   assert 0.1 < rows[0]["completions/clipped_ratio"] < 0.9
+  assert rows[0]["teacher/kl"] > 0
   letters, learned = (rows[0][f"rewards/{name}/mean"] for name in ("letters", "reward_model"))
   np.testing.assert_allclose(rows[0]["reward"], letters + 0.5 * learned, rtol=1e-6)
   assert {"dynamic_sampling/kept", "dynamic_sampling/resamples", "rewards/missing"} <= set(rows[0])
