@@ -86,18 +86,22 @@ def check_group_size(algorithm: Algorithm | None, size: int) -> None:
 
   Example:
     >>> check_group_size(lookup_algorithm("ppo"), 1)
+    >>> check_group_size(lookup_algorithm("opd"), 1)
     >>> check_group_size(lookup_algorithm("grpo"), 1)
     Traceback (most recent call last):
     ValueError: group_size is 1, it must be at least 2: a group of one has no variance, and ...
   """
-  named = algorithm is None or isinstance(algorithm.advantage, str)
-  compares = named and not (algorithm and "values" in algorithm.rewards)
+  compares = algorithm is None or (
+    isinstance(algorithm.advantage, str)
+    and algorithm.advantage != "zero_advantages"
+    and "values" not in algorithm.rewards
+  )
   least = 2 if compares else 1
   if size < least:
     raise ValueError(
       f"group_size is {size}, it must be at least {least}: a group of one has no variance, and an "
       "advantage compares the completions of a prompt with each other. For groups of one, take an "
-      "algorithm with a critic (ppo), or a function as its advantage"
+      "algorithm with a critic (ppo) or a teacher (opd), or a function as its advantage"
     )
 
 
