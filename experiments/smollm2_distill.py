@@ -5,6 +5,7 @@ that experiment's trained model. The policy writes, the teacher says how probabl
 was, and no reward is used: the row `opd`.
 
 Hardware  2 CPU cores, float32
+Time      not measured yet
 Command   make demo
           python -m grpo_jax.export --workdir runs/addition-0 --out runs/teacher
           python -m grpo_jax.train --config experiments/smollm2_distill.py --workdir runs/distill

@@ -534,8 +534,8 @@ ERRORS = {
   "sampler_logp": ({"sampler_logp": SAMPLER[0]}, r"^sampler_logp has shape \(3, 4\), expected"),
   "weights": ({"weights": WEIGHTS["token"][0]}, r"^weights has shape \(3, 4\), expected"),
   "algorithm": (
-    {"algorithm": "ppo"},
-    r"^unknown algorithm 'ppo'; known: cispo, dapo, dppo, dr_grp",
+    {"algorithm": "trpo"},
+    r"^unknown algorithm 'trpo'; known: cispo, dapo, dppo, dr_grp",
   ),
   "no reference": ({"ref_logp": None}, r"^beta=0.1 needs ref_logp, the reference's"),
   "no sampler": ({"sampler_logp": None}, r"^correction='token_mask' needs sampler_logp"),
