@@ -528,7 +528,9 @@ def test_lookup_advantage():
 def test_errors_of_the_table():
   with pytest.raises(ValueError, match=r"^unknown advantage 'vtrace'; known: batch_normalized"):
     lookup_advantage("vtrace")
-  with pytest.raises(ValueError, match=r"^unknown kind of rewards 'turns'; known: each, steps, total"):
+  with pytest.raises(
+    ValueError, match=r"^unknown kind of rewards 'turns'; known: each, steps, total"
+  ):
     Advantage(gdpo, rewards="turns")
   with pytest.raises(ValueError, match=r"^unknown kind of rewards 'both'"):
     Advantage(gdpo, rewards=("total", "both"))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import train
+from grpo_jax import export, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.run import checkpoint
@@ -129,6 +129,20 @@ def test_reward_rises(tmp_path):
   assert len(reward) == 25
   assert np.mean(reward[:3]) < 0.25
   assert np.mean(reward[-3:]) > 0.8
+  assert results["eval/n"] == 20
+
+
+def test_a_teacher_passes_on_what_it_learned_without_rewards(tmp_path):
+  """Another random model learns from the trained one what `letters` rewards, by the row opd."""
+  short = ["--config.log.samples=0", "--config.eval.batch_prompts=8", "--config.steps=25"]
+  train.run(load(TINY, short), tmp_path / "teacher")
+  export.main(["--workdir", str(tmp_path / "teacher"), "--out", str(tmp_path / "model")])
+  taught = ["--config.algorithm.name=opd", f"--config.teacher.source={tmp_path / 'model'}"]
+  results = train.run(load(TINY, [*short, *taught, "--config.seed=1"]), tmp_path / "student")
+  rows = [row for row in read_metrics(tmp_path / "student") if "loss" in row]
+  assert np.mean([row["reward"] for row in rows[:3]]) < 0.25
+  assert np.mean([row["reward"] for row in rows[-3:]]) > 0.8
+  assert rows[-1]["teacher/kl"] < 0.3 * rows[0]["teacher/kl"]
   assert results["eval/n"] == 20
 
 
