@@ -21,9 +21,12 @@ from grpo_jax.core.advantages import (
   multi_objective,
   process_advantages,
   turn_advantages,
+  zero_advantages,
 )
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm, advantages
+from grpo_jax.core.divergences import head_divergence
 from grpo_jax.core.kl import kl_k1, kl_k2, kl_k3
+from grpo_jax.core.log_ratios import log_ratio_advantages
 from grpo_jax.core.logprobs import head_logprobs, token_logprobs
 from grpo_jax.core.losses import grpo_loss, policy_loss
 from grpo_jax.core.masks import completion_mask, token_weights
@@ -42,11 +45,13 @@ __all__ = [
   "group_centered",
   "group_normalized",
   "grpo_loss",
+  "head_divergence",
   "head_logprobs",
   "kl_k1",
   "kl_k2",
   "kl_k3",
   "leave_one_out",
+  "log_ratio_advantages",
   "max_rl",
   "multi_objective",
   "policy_loss",
@@ -56,4 +61,5 @@ __all__ = [
   "token_weights",
   "turn_advantages",
   "value_loss",
+  "zero_advantages",
 ]

@@ -22,6 +22,7 @@ from grpo_jax import data, rollout, tasks, tokens
 from grpo_jax.core.advantages import lookup_advantage
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import EnvironmentRunner
@@ -33,7 +34,7 @@ from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.critic import Critic
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
-from grpo_jax.learning.updates import Learner, SkippedUpdate, UpdateConfig
+from grpo_jax.learning.updates import Learner, SkippedUpdate, Teacher, UpdateConfig
 from grpo_jax.metric_names import check_condition, metric_names
 from grpo_jax.models import lora
 from grpo_jax.models.attention import tiled_attention
@@ -52,6 +53,7 @@ from grpo_jax.sampling.turns import Budget
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.loading import load_function
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
+from grpo_jax.teachers import TeacherWeights, open_teacher
 
 # Number of batch sizes the update is compiled for: quarters of the prompts of a step.
 BATCH_SIZES = 4
@@ -73,6 +75,7 @@ class Run:
     loaded_adapters: the adapters of `lora.source`, which take the place of new ones.
     critic: gives the advantages of an algorithm that needs values; None for all others.
     critic_weights: the critic before training, read when asked for.
+    teachers: models that the policy learns from; read when the learner is made.
     chunks: parts of a batch for the deterministic reduction; None leaves the order to the compiler.
   """
 
@@ -91,6 +94,7 @@ class Run:
   loaded_adapters: Params | None = None
   critic: Critic | None = None
   critic_weights: Weights | None = None
+  teachers: tuple[TeacherWeights, ...] = ()
   chunks: Chunks | None = None
 
   # --- parameters ---------------------------------------------------------------------------------
@@ -108,6 +112,19 @@ class Run:
       return weights.read(meshes.param_shardings(self.mesh, weights.shapes))
     except ValueError as error:
       raise configs.ConfigError([f"{what}: {error}"]) from error
+
+  def loaded_teachers(self) -> list[Teacher]:
+    """Reads the teachers, each laid out by the sharding table, in the dtype they compute in.
+
+    Raises:
+      ConfigError: the files hold NaN or infinity.
+    """
+    teachers = []
+    for source, weights in ((t.source, t.weights) for t in self.teachers):
+      model = make_model(self.config, weights.config, self.mesh)
+      params = self._read(weights, f"teacher.source {source!r}")
+      teachers.append(Teacher(model, as_held(model, params)))
+    return teachers
 
   @functools.cached_property
   def base_params(self) -> Params | None:
@@ -218,7 +235,7 @@ class Run:
     )
 
   def learner(self, on_skip: Callable[[SkippedUpdate], object] | None = None) -> Learner:
-    """Returns the updates of a rollout; a fixed reference is read here."""
+    """Returns the updates of a rollout; a fixed reference and the teachers are read here."""
     reference = None
     if self.algorithm.beta > 0 and not self.updates.sync_every:
       # A model with new adapters is its own reference: itself without them.
@@ -235,6 +252,7 @@ class Run:
       with_adapters=self.with_adapters,
       base_params=self.base_params,
       reference=reference,
+      teachers=self.loaded_teachers(),
       chunks=self.chunks,
       critic=self.critic,
       on_skip=on_skip,
@@ -284,6 +302,25 @@ def build(config: ConfigDict) -> Run:
   ) or (task, 1)
   problems += _misfits(c, weights.config, task, algorithm, prompt_length)
   problems += _critic_misfits(c, critic_weights, algorithm, prompt_length)
+  teachers = [
+    attempt(
+      lambda source=source: open_teacher(
+        source,
+        tokenizer,
+        weights.config.vocab_size,
+        prompt_length + c.rollout.completion_length,
+        [example.prompt for example in task.splits["train"][:8] if isinstance(example.prompt, str)],
+        seed=c.seed + 1,  # a random teacher is not the policy
+      ),
+      f"teacher.source {source!r}",
+    )
+    for source in configs.teacher_sources(c)
+  ]
+  demonstrations = attempt(lambda: demonstrations_of(c, tokenizer, prompt_length))
+  if demonstrations:
+    problems += _demonstration_misfits(c, demonstrations, weights.config, task, algorithm)
+  if algorithm and all(teachers):
+    problems += _vocabulary_misfits(algorithm, weights.config, teachers)
   if c.reward_model.source and learned and (prompts := task.splits["train"] or task.splits["eval"]):
     attempt(lambda: learned.tokenizer.encode_exchange(prompts[0].prompt, ""))
   if c.stop.when and algorithm:
@@ -328,12 +365,13 @@ def build(config: ConfigDict) -> Run:
     algorithm=algorithm,
     schedule=schedule,
     optimizer=optimizer,
-    rollout=rollout_config(c, task, algorithm, mesh),
+    rollout=rollout_config(c, task, algorithm, mesh, demonstrations),
     updates=update_config(c),
     new_adapters=adapters,
     loaded_adapters=loaded,
     critic=critic_weights and make_critic(c, critic_weights.config, mesh),
     critic_weights=critic_weights,
+    teachers=tuple(teachers),
     chunks=chunks,
   )
 
@@ -494,10 +532,19 @@ def to_sampling_params(
   if mesh.devices.flat[0].platform == "cpu":
     return unstack(params)
 
-  def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-    return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(model.dtype)
+  return jax.tree_util.tree_map_with_path(partial(_in_dtype_of, model), params)
 
-  return jax.tree_util.tree_map_with_path(cast, params)
+
+def as_held(model: Decoder, params: Params) -> Params:
+  """Returns parameters, or their shapes, that are never trained in the dtype they are used in."""
+  convert = partial(jax.tree_util.tree_map_with_path, partial(_in_dtype_of, model))
+  leaf = jax.tree.leaves(params)[0]
+  return convert(params) if isinstance(leaf, jax.Array) else jax.eval_shape(convert, params)
+
+
+def _in_dtype_of(model: Decoder, path: tuple, leaf: jax.Array) -> jax.Array:
+  """Returns a parameter in the dtype of the activations, to which the model casts it anyway."""
+  return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(model.dtype)
 
 
 def tokenizer_of(c: ConfigDict, model: ModelConfig) -> tokens.AnyTokenizer:
@@ -581,7 +628,10 @@ def _misfits(
       f"the weights of the rewards are {weights}: they must be finite, and one of them not 0, or "
       "no completion has a reward"
     )
-  if algorithm and algorithm.beta == 0 and c.reference.sync_every:
+  if algorithm:
+    problems += teacher_misfits(c, algorithm)
+  taught = configs.own_teacher(c) == "reference"
+  if algorithm and algorithm.beta == 0 and c.reference.sync_every and not taught:
     problems.append(
       f"reference.sync_every is {c.reference.sync_every}, but algorithm.beta is 0: without a KL "
       "term there is no reference; set sync_every to 0 or beta above 0"
@@ -648,6 +698,79 @@ def _check_observations(task: Task, tokenizer: tokens.AnyTokenizer) -> None:
   ObservationEncoder(tokenizer)(answer, last=-1, chat=True)
 
 
+def teacher_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:
+  """Checks that a teacher and the algorithm that learns from it come together."""
+  name, weight = c.algorithm.name, algorithm.teacher_weight
+  has_teacher = bool(c.teacher.source)
+  if weight > 0 and not has_teacher:
+    return [
+      f"algorithm.teacher_weight is {weight:g} (of the row {name!r}, or set), but there is no "
+      "teacher: set teacher.source, or the weight to 0"
+    ]
+  if weight == 0 and has_teacher:
+    return [
+      f"teacher.source is {c.teacher.source!r}, but algorithm.teacher_weight is 0, so the teacher "
+      f"has no effect: set the weight above 0, or take the algorithm 'opd' in place of {name!r}"
+    ]
+  if algorithm.advantage == "zero_advantages" and weight == 0:
+    return [f"algorithm {name!r} takes nothing from rewards and has no teacher: nothing is learned"]
+  if algorithm.advantage == "zero_advantages" and c.rollout.max_resamples:
+    return [
+      f"rollout.max_resamples is {c.rollout.max_resamples}, but algorithm {name!r} takes nothing "
+      "from rewards, so that no group would ever do; set it to 0"
+    ]
+  return []
+
+
+def _demonstration_misfits(
+  c: ConfigDict,
+  demonstrations: Demonstrations,
+  model: ModelConfig,
+  task: Task,
+  algorithm: Algorithm | None,
+) -> list[str]:
+  """Checks the settings of a policy that teaches itself."""
+  problems, source = [], c.teacher.source
+  if demonstrations.length + c.rollout.completion_length > model.context:
+    problems.append(
+      f"teacher.source is {source!r}, whose prompts have up to {demonstrations.length} tokens; "
+      f"with completions that exceeds the context of {c.model.source}, {model.context}: set "
+      "teacher.prompt_length, and longer ones have no teacher"
+    )
+  if source == "reference" and not c.reference.sync_every:
+    problems.append(
+      "teacher.source is 'reference', but reference.sync_every is 0: there is no reference that "
+      "follows the policy; set it to 1, and reference.sync_share to 0.05, for example"
+    )
+  if algorithm and algorithm.teacher_divergence is not None:
+    problems.append(
+      f"algorithm.teacher_divergence is {algorithm.teacher_divergence}, which needs a teacher that "
+      f"is a model of its own, and teacher.source is {source!r}; leave it out"
+    )
+  columns = [*task.splits["train"][0].columns] if task.splits["train"] else ["answer"]
+  if demonstrations.shows == "answer" and "answer" not in columns:
+    problems.append(
+      f"teacher.shows is 'answer', but problems of task {task.name!r} have no column of that name; "
+      f"they have: {', '.join(columns) or 'none'}"
+    )
+  return problems
+
+
+def _vocabulary_misfits(
+  algorithm: Algorithm, model: ModelConfig, teachers: Sequence[TeacherWeights]
+) -> list[str]:
+  """Checks that whole distributions can be compared, where the algorithm does."""
+  if algorithm.teacher_divergence is None:
+    return []
+  return [
+    f"teacher.source {teacher.source!r} has {teacher.weights.config.vocab_size} ids and the policy "
+    f"{model.vocab_size}: algorithm.teacher_divergence compares whole distributions, which need "
+    "the same ids; leave it out, so that the teacher scores the drawn tokens"
+    for teacher in teachers
+    if teacher.weights.config.vocab_size != model.vocab_size
+  ]
+
+
 def schedule_steps(c: ConfigDict) -> int:
   """Returns the steps after which the learning-rate schedule is at its end."""
   return c.optimizer.schedule_steps or c.steps
@@ -688,6 +811,7 @@ def update_config(c: ConfigDict) -> UpdateConfig:
     max_skipped=c.train.max_skipped,
     sync_every=c.reference.sync_every,
     sync_share=c.reference.sync_share,
+    own_teacher=configs.own_teacher(c),
     seed=c.seed,
   )
 
@@ -697,7 +821,24 @@ def rewards_steps(algorithm: Algorithm) -> bool:
   return "steps" in lookup_advantage(algorithm.advantage).rewards
 
 
-def rollout_config(c: ConfigDict, task: Task, algorithm: Algorithm, mesh: Mesh) -> RolloutConfig:
+def demonstrations_of(
+  c: ConfigDict, tokenizer: tokens.AnyTokenizer, prompt_length: int
+) -> Demonstrations | None:
+  """Returns how a policy is shown solutions as its own teacher; None if it is not."""
+  if not configs.own_teacher(c):
+    return None
+  t, longest = c.teacher, prompt_length + c.rollout.completion_length
+  added = len(tokenizer.encode_plain(t.template))
+  return Demonstrations(t.template, t.prompt_length or longest + added, t.shows, t.solved_from)
+
+
+def rollout_config(
+  c: ConfigDict,
+  task: Task,
+  algorithm: Algorithm,
+  mesh: Mesh,
+  demonstrations: Demonstrations | None = None,
+) -> RolloutConfig:
   """Returns the settings of a rollout."""
   parts = c.train.mini_batches * c.train.micro_batches
   deterministic_reduction = c.train.reduction == "deterministic"
@@ -711,6 +852,7 @@ def rollout_config(c: ConfigDict, task: Task, algorithm: Algorithm, mesh: Mesh) 
     step_rewards=task.step_rewards if rewards_steps(algorithm) else None,
     max_resamples=c.rollout.max_resamples,
     mask_truncated=c.rollout.mask_truncated,
+    demonstrations=demonstrations,
     pad_prompts_to_multiple=smallest * -(-c.rollout.prompts_per_step // (BATCH_SIZES * smallest)),
   )
 

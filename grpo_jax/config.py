@@ -32,6 +32,7 @@ VALUES = {
   "model.attention": ("auto", "tiled", "splash", "cudnn"),
   "data.seeding": ("auto", "hashed", "added"),
   "rollout.overlong": ("error", "drop"),
+  "teacher.shows": ("sibling", "answer"),
   "rewards.on_error": ("raise", "skip"),
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
@@ -66,6 +67,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "reference.sync_every": (0, LARGEST, "at least 0"),
   "reference.sync_share": (0, 1, "above 0 and at most 1"),
   "algorithm.beta": (0, LARGEST, "at least 0"),
+  "teacher.solved_from": (-LARGEST, LARGEST, ""),
+  "teacher.prompt_length": (0, LARGEST, "at least 0 tokens"),
+  "algorithm.teacher_weight": (0, LARGEST, "at least 0"),
+  "algorithm.teacher_discount": (0, 1, "between 0 and 1"),
+  "algorithm.teacher_divergence": (0, 1, "between 0 and 1"),
   "algorithm.clip_low": (0, 1, "between 0 and 1"),
   "algorithm.clip_high": (0, LARGEST, "at least 0"),
   "algorithm.gamma": (0, 1, "between 0 and 1"),
@@ -262,6 +268,19 @@ def default_config() -> ConfigDict:
   c.reward_model.source = ""  # a sequence-classification model, named like model.source
   c.reward_model.weight = 1.0
 
+  c.teacher = Section()  # models that the policy learns from, by algorithm.teacher_weight
+  # A model with the policy's tokenizer, named like model.source, or a list of them, whose log-probs
+  # are averaged; empty: none. "policy" is the policy itself, shown a solution, and "reference" its
+  # moving reference, shown one.
+  c.teacher.source = FieldReference("", field_type=object)
+  # Of "policy" and "reference": a solved completion of the group (sibling), or the column answer.
+  c.teacher.shows = "sibling"
+  c.teacher.solved_from = 1.0  # smallest reward of a solved completion
+  c.teacher.template = (  # of their prompt, or of its last turn
+    "{prompt}\n\nThis is a correct solution:\n\n{solution}\n\nNow solve the problem yourself."
+  )
+  c.teacher.prompt_length = 0  # tokens of their prompt at most; 0 = of every prompt and completion
+
   c.reference = Section()  # the policy that the KL term stays close to: the model at the start
   c.reference.sync_every = 0  # steps between moves of the reference to the policy; 0 = never
   c.reference.sync_share = 1.0  # share of the policy in the new reference; 1 = a copy
@@ -276,6 +295,14 @@ def default_config() -> ConfigDict:
   c.algorithm.kl = placeholder(object)  # none, k1, k2, k3, ...
   c.algorithm.correction = placeholder(object)  # for a sampler that is not the trainer: none, ...
   c.algorithm.beta = placeholder(float)  # coefficient of the KL term
+  c.algorithm.kl_in = placeholder(str)  # where the KL term stands: loss or reward
+  # Coefficient of the teacher's log-ratios, which are added to the advantages, or of a divergence.
+  c.algorithm.teacher_weight = placeholder(float)
+  c.algorithm.teacher_discount = placeholder(float)  # 0: each token alone; 1: and all later ones
+  # Divergence of whole distributions, in the loss, instead of log-ratios of the drawn tokens: 0 is
+  # KL(teacher, policy), 1 is KL(policy, teacher), between them Jensen-Shannon divergences.
+  c.algorithm.teacher_divergence = placeholder(float)
+  c.algorithm.log_ratio_baseline = placeholder(str)  # of these and of kl_in: none or leave_one_out
   c.algorithm.clip_low = placeholder(float)  # ratios are held in [1 - clip_low, 1 + clip_high]
   c.algorithm.clip_high = placeholder(float)
   c.algorithm.clip_dual = placeholder(float)  # largest ratio that counts against an answer
@@ -461,6 +488,20 @@ def resolve_auto(
   return _set(config.copy_and_resolve_references(), values).lock()
 
 
+def teacher_sources(config: ConfigDict) -> tuple[str, ...]:
+  """Returns the names of the teachers that are models of their own."""
+  sources = config.teacher.source
+  if own_teacher(config):
+    return ()
+  return tuple(sources) if isinstance(sources, list | tuple) else (sources,) * bool(sources)
+
+
+def own_teacher(config: ConfigDict) -> str:
+  """Returns "policy" or "reference" for a policy that teaches itself, else ""."""
+  source = config.teacher.source
+  return source if source in ("policy", "reference") else ""
+
+
 def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
   """Returns a copy of the config with another number of steps."""
   return _set(config.copy_and_resolve_references(), {"steps": steps}).lock()
@@ -533,6 +574,10 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   names = isinstance(targets, str) or (
     isinstance(targets, list | tuple) and all(isinstance(name, str) for name in targets)
   )
+  sources = c.teacher.source
+  texts = sources if isinstance(sources, list | tuple) else [sources]
+  need(all(isinstance(source, str) for source in texts), "teacher.source",
+       "the name of a model, or a list of names")  # fmt: skip
   need(names, "lora.targets", "a regular expression, or a list of names of matrices")
   for name in CHOICES:
     choice = c.algorithm[name]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from grpo_jax import config as configs
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.episodes import EPISODE_METRICS
@@ -43,6 +44,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
     names.update(_RESAMPLING)
   if "values" in algorithm.rewards:
     names.update(CRITIC_METRICS)
+  if configs.own_teacher(c):
+    names.add("teacher/taught")
   if task.environment is not None:
     names.update(EPISODE_METRICS)
   if len(task.splits["eval"]):
@@ -80,7 +83,9 @@ def _loss_names(c: ConfigDict, algorithm: Algorithm) -> set[str]:
   optional = {"sampler_logp": logp, "weights": logp}
   if algorithm.beta > 0:
     optional["ref_logp"] = logp
-  if c.train.epochs * c.train.mini_batches > 1:
+  if algorithm.teacher_weight > 0:
+    optional["teacher_logp" if algorithm.teacher_divergence is None else "divergence"] = logp
+  if c.train.epochs * c.train.mini_batches > 1 or configs.own_teacher(c):
     optional["old_logp"] = logp
 
   def metrics(logp: jax.Array) -> dict[str, jax.Array]:

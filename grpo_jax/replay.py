@@ -24,7 +24,7 @@ from grpo_jax.build import Run, build, update_config
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.step import TrainState
-from grpo_jax.learning.updates import make_gradients, make_scoring, make_update
+from grpo_jax.learning.updates import in_the_loss, make_gradients, make_scoring, make_update
 from grpo_jax.run import compilation, console
 from grpo_jax.run import skipped as dumps
 
@@ -95,14 +95,17 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   del like
   config, options = update_config(c), {"with_adapters": r.with_adapters, "chunks": r.chunks}
   score = make_scoring(r.model, config, **options)
+  # Log-ratios to teachers are in the batch already.
+  teachers = [] if r.algorithm.teacher_divergence is None else r.loaded_teachers()
+  options["teachers"], frozen = in_the_loss(r.algorithm, base_params, teachers)
   gradients = make_gradients(r.model, r.algorithm, config, **options)
   update = make_update(r.model, r.algorithm, r.optimizer, r.schedule, config, **options)
   with r.matmul_precision():
     logp = np.asarray(score(state.params, batch, base_params))
     params = _named(state.params)
-    grads, *_ = gradients(state.params, batch, base_params)
+    grads, *_ = gradients(state.params, batch, frozen)
     grads = _named(grads)
-    state, metrics = update(state, batch, base_params)
+    state, metrics = update(state, batch, frozen)
   return Replayed(
     metrics={name: float(value) for name, value in metrics.items()},
     recorded=dump.recorded["metrics"],
@@ -168,7 +171,7 @@ def _per_token(logp: np.ndarray, batch: Batch) -> Named:
   arrays = {name: np.asarray(a) for name, a in batch.arrays().items()}
   advantages = arrays["advantages"]
   advantages = advantages[..., None] if advantages.ndim == 2 else advantages
-  names = ("weights", "sampler_logp", "ref_logp", "old_logp")
+  names = ("weights", "sampler_logp", "ref_logp", "old_logp", "teacher_logp")
   inputs = {name: arrays[name] for name in names if name in arrays}
   with np.errstate(all="ignore"):
     ratio = np.exp(logp - arrays.get("old_logp", logp))

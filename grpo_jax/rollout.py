@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from grpo_jax.core.algorithms import Algorithm, advantages
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.core.masks import token_weights
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.distributed import hosts
 from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
 from grpo_jax.learning import deterministic
@@ -54,6 +55,7 @@ class RolloutConfig:
       advantages is not 0 and one of its tokens is in the loss.
     mask_truncated: completions that ran into the budget count in their group's statistics and have
       no tokens in the loss (DAPO's overlong filtering, section 3.4).
+    demonstrations: builds the prompts of a policy that is its own teacher; None without one.
     pad_prompts_to_multiple: the batch holds a multiple of this many prompts; fewer sizes mean fewer
       compilations of the update.
 
@@ -67,6 +69,7 @@ class RolloutConfig:
   step_rewards: StepRewards | None = None
   max_resamples: int = 0
   mask_truncated: bool = False
+  demonstrations: Demonstrations | None = None
   pad_prompts_to_multiple: int = 1
 
   def __post_init__(self) -> None:
@@ -83,18 +86,22 @@ def check_group_size(algorithm: Algorithm | None, size: int) -> None:
 
   Example:
     >>> check_group_size(lookup_algorithm("ppo"), 1)
+    >>> check_group_size(lookup_algorithm("opd"), 1)
     >>> check_group_size(lookup_algorithm("grpo"), 1)
     Traceback (most recent call last):
     ValueError: group_size is 1, it must be at least 2: a group of one has no variance, and ...
   """
-  named = algorithm is None or isinstance(algorithm.advantage, str)
-  compares = named and not (algorithm and "values" in algorithm.rewards)
+  compares = algorithm is None or (
+    isinstance(algorithm.advantage, str)
+    and algorithm.advantage != "zero_advantages"
+    and "values" not in algorithm.rewards
+  )
   least = 2 if compares else 1
   if size < least:
     raise ValueError(
       f"group_size is {size}, it must be at least {least}: a group of one has no variance, and an "
       "advantage compares the completions of a prompt with each other. For groups of one, take an "
-      "algorithm with a critic (ppo), or a function as its advantage"
+      "algorithm with a critic (ppo) or a teacher (opd), or a function as its advantage"
     )
 
 
@@ -232,6 +239,11 @@ def make_batch(
       name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in rewards.items()
     },
   }
+  if config.demonstrations is not None:
+    with hosts.together("building the teacher's prompts"):
+      host["teacher"] = config.demonstrations(
+        sampler.tokenizer, scored.examples, out.texts, scores.total
+      )
   layout = sampler.prompt_sharding
   weights = np.asarray(config.reward_weights, np.float32)
   arrays = hosts.to_global(host, layout)
@@ -255,9 +267,9 @@ def collect(
 ) -> Rollout:
   """Samples G completions of each example, scores them and turns rewards into advantages.
 
-  Prompts whose advantages are all 0 have no gradient. Without a KL term, which would give them one,
-  they are left out of the batch: the update costs less and is the same, because the token weights
-  were computed before. The batch is padded with empty prompts to a multiple of
+  Prompts whose advantages are all 0 have no gradient. Without a KL term or a teacher, which would
+  give them one, they are left out of the batch: the update costs less and is the same, because the
+  token weights were computed before. The batch is padded with empty prompts to a multiple of
   `config.pad_prompts_to_multiple`. Padding that all of its rows share is cut off.
 
   Args:
@@ -286,6 +298,8 @@ def collect(
   metrics = _metrics(arrays)
   if isinstance(scored.out, Episodes):
     metrics |= scored.out.metrics()
+  if config.demonstrations is not None:
+    metrics["teacher/taught"] = float(_share_taught(batch, sampler.prompt_sharding))
   if config.max_resamples:
     metrics |= {
       "dynamic_sampling/kept": has_gradient.mean(),
@@ -296,7 +310,7 @@ def collect(
     rows = np.sort(np.argsort(~has_gradient, kind="stable")[:count])
     batch, has_gradient = make_batch(scored, sampler, config, order[rows])
   advantage[rows] = np.asarray(_of_completions(batch, sampler.prompt_sharding))
-  if config.row.beta == 0:
+  if config.row.needs_rewards:
     rows = rows[has_gradient]
     batch = select(batch, np.flatnonzero(has_gradient), config.pad_prompts_to_multiple)
   batch, metrics["update/padded"] = trim(
@@ -395,6 +409,12 @@ def _make_batch(
     prompts, prompt_mask, completions, mask, values, weights, logp, token_rewards=token_rewards
   )
   has_gradient = learns.any(range(1, learns.ndim)) & mask.any((-2, -1))
+  if "teacher" in arrays:
+    tokens, token_mask, taught = arrays["teacher"]
+    taught = taught[..., None] & mask
+    batch = dataclasses.replace(
+      batch, teacher_prompts=tokens, teacher_prompt_mask=token_mask, taught=taught
+    )
   return laid_out(batch, layout), laid_out(has_gradient, layout, P())
 
 
@@ -490,6 +510,13 @@ def _of_completions(batch: Batch, layout: Any) -> Float[jax.Array, "P G"]:
   if values.ndim == 3:
     values = jnp.where(batch.mask, values, 0.0).sum(-1) / batch.mask.sum(-1)
   return laid_out(values, layout, P())
+
+
+@partial(jax.jit, static_argnames="layout")
+def _share_taught(batch: Batch, layout: Any) -> Float[jax.Array, ""]:
+  """Returns the share of the tokens that have a teacher."""
+  share = batch.taught.sum() / jnp.maximum(batch.mask.sum(), 1)
+  return share if layout is None else laid_out(share, layout, P())
 
 
 def _samples(scored: Scored) -> list[dict[str, Any]]:

@@ -47,6 +47,10 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
         if run.critic
         else []
       ),
+      *(
+        f"teacher    {teacher.source}: {count_parameters(teacher.weights) / 1e6:.1f} M parameters"
+        for teacher in run.teachers
+      ),
       f"task       {run.task.name}: {train} training problems, {held_out} held out",
       *([f"           {run.task.note}"] if run.task.note else []),
       f"algorithm  {c.algorithm.name}: {run.algorithm.source}",
@@ -73,22 +77,24 @@ def count_parameters(weights: Weights) -> int:
 
 
 def step_flops(config: ConfigDict, run: Run) -> float:
-  """Estimates the FLOPs of one step: sampling, scoring under a reference, and the update.
+  """Estimates the FLOPs of one step: sampling, scoring by others, and the update.
 
   Per weight and token: 2 to sample, 6 to learn (8 if remat recomputes the layers), and 2 to score
   under a reference. A prompt is computed once per group in both, so its tokens count P times
-  instead of P·G times, and need no output projection. Without a KL term, zero-variance groups are
-  left out of the update.
+  instead of P·G times, and need no output projection. Without a KL term or a teacher, zero-variance
+  groups are left out of the update.
   """
   c = config.rollout
-  share = 1.0 if run.algorithm.beta > 0 or run.critic else NONZERO_VARIANCE
+  share = NONZERO_VARIANCE if run.algorithm.needs_rewards and not run.critic else 1.0
   learn = (8 if config.model.remat == "layers" else 6) * share
   score = 2 if run.algorithm.beta > 0 else 0
   if run.critic:  # as large as the policy, or taken to be
     learn, score = 2 * learn, score + 2
   completions = c.prompts_per_step * c.group_size
   uses = _weight_uses(run, c.prompts_per_step, completions, c.completion_length)
-  return (2 + learn + score) * uses
+  sizes = [count_parameters(teacher.weights) for teacher in run.teachers]
+  teach = 2 * sum(sizes) / count_parameters(run.weights)
+  return (2 + learn + score + teach) * uses
 
 
 def evaluation_flops(config: ConfigDict, run: Run) -> float:

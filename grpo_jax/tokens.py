@@ -117,6 +117,11 @@ class Tokenizer:
     template = self._fast.chat_template
     return template if isinstance(template, str) else json.dumps(template) if template else ""
 
+  def vocabulary(self) -> dict[str, int]:
+    """Returns the id of each token that the model has."""
+    vocabulary = self._fast.backend_tokenizer.get_vocab(with_added_tokens=True)
+    return {token: i for token, i in vocabulary.items() if i < self.vocab_size}
+
   def chat_variables(self) -> frozenset[str]:
     """Returns the names that the chat template reads; ValueError if it has an error."""
     if self._template is None:
@@ -292,6 +297,10 @@ class ByteTokenizer:
     """Returns the text of `ids`; invalid UTF-8 becomes U+FFFD."""
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
+  def vocabulary(self) -> dict[str, int]:
+    """Returns the id of each token, as `save` names them."""
+    return {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<|endoftext|>": self.pad_id}
+
   def chat_variables(self) -> frozenset[str]:
     """Returns no names: there is no template."""
     return frozenset()
@@ -320,10 +329,10 @@ class ByteTokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models
 
-    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    *pieces, end = self.vocabulary()
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    end = "<|endoftext|>"
     backend.add_special_tokens([end])
     _fast_tokenizer_class()(
       tokenizer_object=backend,

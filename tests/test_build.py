@@ -112,6 +112,8 @@ def test_every_number_of_every_row_can_be_set_on_the_command_line(row, name):
   value += -0.25 if name in ("gamma", "lam") else 1.0 if name == "clip_dual" else 0.25
   if name == "beta" and ALGORITHMS[row].kl == "none":
     value = 0.0  # without an estimator there is no KL term
+  if name == "teacher_discount" and ALGORITHMS[row].teacher_weight == 0:
+    value = 0.0  # without a teacher there is nothing to discount
   overrides = [f"--config.algorithm.name={row}", f"--config.algorithm.{name}={value}"]
   c = load("experiments/tiny.py", overrides)
   algorithm = make_algorithm(c.algorithm)
@@ -220,3 +222,64 @@ def test_a_critic_is_a_copy_of_the_policy_whose_values_are_0():
     np.testing.assert_array_equal(state.critic.params[name], state.params[name])
   assert state.critic.params["embed"].sharding == state.params["embed"].sharding
   assert run.critic.model.config.labels == 1
+
+
+# --- teachers ------------------------------------------------------------------------------------
+
+TEACHER, OWN = "teacher.source=random:tiny", "teacher.source=policy"
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    (["algorithm.name=opd"], "there is no teacher: set teacher.source"),
+    (["algorithm.teacher_weight=0.5"], "there is no teacher: set teacher.source"),
+    ([TEACHER], "algorithm.teacher_weight is 0, so the teacher has no effect"),
+    (["algorithm.advantage=zero_advantages"], "nothing is learned"),
+    (["algorithm.name=opd", TEACHER, "rollout.max_resamples=1"], "no group would ever do"),
+    (["algorithm.name=opd", "teacher.source=nowhere/at-all"], "nowhere/at-all"),
+    (["algorithm.name=opd", "teacher.source=tests/fixtures/tiny_llama"], "another tokenizer"),
+    (["algorithm.name=opd", "teacher.source=[1]"], "the name of a model, or a list of names"),
+    (["algorithm.name=opd", TEACHER, "algorithm.teacher_weight=-1.0"], "at least 0"),
+    (["algorithm.name=opd", TEACHER, "algorithm.teacher_discount=1.5"], "between 0 and 1"),
+    (["algorithm.name=opd", "teacher.source=reference"], "reference.sync_every is 0"),
+    (["algorithm.name=opd", OWN, "algorithm.teacher_divergence=1"], "a model of its own"),
+    (["algorithm.name=opd", OWN, "teacher.template={prompt}"], "has no {solution}"),
+    (["algorithm.name=opd", OWN, "teacher.shows=answer"], "have no column of that name"),
+    (["algorithm.name=opd", OWN, "teacher.shows=both"], "'sibling' or 'answer'"),
+    (["algorithm.name=opd", OWN, "teacher.prompt_length=99999"], "exceeds the context"),
+    (["algorithm.kl_in=rewards"], "unknown kl_in 'rewards'; known: loss, reward"),
+  ],
+)
+def test_a_teacher_that_does_not_fit_is_named(changes, words):
+  with pytest.raises(ConfigError) as caught:
+    make_run(*changes)
+  assert any(words in problem for problem in caught.value.problems)
+
+
+def test_teachers_are_opened_and_laid_out_like_the_policy():
+  run = make_run("algorithm.name=opd", "teacher.source=['random:tiny','random:tiny']")
+  one, two = run.loaded_teachers()
+  policy = run.initial_state().params
+  for ours, theirs in zip(jax.tree.leaves(policy), jax.tree.leaves(one.params), strict=True):
+    assert theirs.sharding == ours.sharding
+  assert not np.array_equal(one.params["embed"], policy["embed"])  # a random teacher is another
+  np.testing.assert_array_equal(one.params["embed"], two.params["embed"])
+  assert make_run("algorithm.name=dr_grpo").loaded_teachers() == []
+
+
+def test_teachers_are_held_in_the_dtype_they_compute_in():
+  run = make_run("algorithm.name=opd", TEACHER, "model.dtype=bfloat16")
+  (teacher,) = run.loaded_teachers()
+  assert teacher.params["embed"].dtype == jnp.bfloat16
+  assert teacher.params["final_norm"].dtype == jnp.float32
+
+
+def test_a_policy_that_teaches_itself_has_a_reference_only_where_it_is_the_teacher():
+  run = make_run("algorithm.name=opd", OWN)
+  assert run.rollout.demonstrations.shows == "sibling"
+  assert run.updates.own_teacher == "policy"
+  assert (run.teachers, run.initial_state().reference) == ((), None)
+  moving = ("reference.sync_every=1", "reference.sync_share=0.05")
+  run = make_run("algorithm.name=opd", "teacher.source=reference", *moving)
+  assert run.initial_state().reference is not None

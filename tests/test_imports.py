@@ -70,13 +70,15 @@ ALLOWED = {
   "grpo_jax.reward_model": (
     f"grpo_jax.models grpo_jax.tokens grpo_jax.distributed grpo_jax.core {HELPERS} {ARRAYS}"
   ),
+  "grpo_jax.teachers": "grpo_jax.models grpo_jax.tokens",
   "grpo_jax.observations": "grpo_jax.tokens",
   "grpo_jax.episodes": (
     f"{ENGINE} grpo_jax.sampling grpo_jax.tokens grpo_jax.observations {TASKS} {HELPERS} {ARRAYS}"
   ),
+  "grpo_jax.demonstrations": "grpo_jax.tasks.base grpo_jax.tokens numpy jaxtyping",
   "grpo_jax.rollout": (
-    f"{ENGINE} grpo_jax.learning grpo_jax.sampling grpo_jax.tokens grpo_jax.episodes {TASKS} "
-    f"{HELPERS} {ARRAYS}"
+    f"{ENGINE} grpo_jax.learning grpo_jax.sampling grpo_jax.tokens grpo_jax.episodes "
+    f"grpo_jax.demonstrations {TASKS} {HELPERS} {ARRAYS}"
   ),
   # What keeps a run. It does not know how a run is built.
   "grpo_jax.run.output": (

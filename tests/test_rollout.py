@@ -11,6 +11,7 @@ import pytest
 from grpo_jax import group_centered, process_advantages, rollout
 from grpo_jax.core.advantages import Advantage
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.learning import batch as batches
 from grpo_jax.learning.step import TrainState, make_train_step
 from grpo_jax.models.config import ModelConfig
@@ -115,6 +116,45 @@ def update(params, batch, algorithm):
   copy = jax.tree.map(jnp.copy, params)
   state, metrics = step(TrainState(jnp.int32(0), copy, optimizer.init(copy)), batch)
   return jax.tree.map(jnp.subtract, state.params, params), metrics
+
+
+def test_a_teacher_gives_every_group_a_gradient(params):
+  row = dataclasses.replace(ALGORITHMS["dapo"], teacher_weight=0.5)
+  assert collect(params, row).batch.mask.any((1, 2)).tolist() == [True] * 8
+  assert collect(params, "opd").batch.mask.any((1, 2)).tolist() == [True] * 8
+  assert not np.asarray(collect(params, "opd").batch.advantages).any()
+
+
+def test_the_policy_is_shown_a_sibling_of_its_completions(params):
+  """Of each group, the first completion with a share of 2/8 at least; by hand from the texts."""
+  show = Demonstrations("{prompt}|{solution}", 24, solved_from=2 / 8)
+  row = dataclasses.replace(ALGORITHMS["opd"], teacher_discount=1.0)
+  for resamples in (0, 1):
+    task = ALGORITHMS["dapo"] if resamples else row
+    taught_row = dataclasses.replace(task, teacher_weight=1.0)
+    out = collect(params, taught_row, demonstrations=show, max_resamples=resamples)
+    batch, tokenizer, count = out.batch, ByteTokenizer(), 0
+    prompts, masks, taught = map(
+      np.asarray, (batch.teacher_prompts, batch.teacher_prompt_mask, batch.taught)
+    )
+    for p in range(8):
+      own = tokenizer.decode(np.asarray(batch.prompts[p])[np.asarray(batch.prompt_mask[p])])
+      texts = [
+        tokenizer.decode(ids[mask])
+        for ids, mask in zip(np.asarray(batch.completions[p]), np.asarray(batch.mask[p]))
+      ]
+      rewards = np.array([vowels([own], [text], [int(own[:-1])])[0] for text in texts])
+      solved = np.flatnonzero(rewards >= 2 / 8)
+      expected = f"{own}|{texts[solved[0]]}" if len(solved) else own
+      assert tokenizer.decode(prompts[p][masks[p]]) == expected
+      has = np.full(4, len(solved) > 0)
+      has[solved[:1]] = False
+      np.testing.assert_array_equal(taught[p], np.asarray(batch.mask[p]) & has[:, None])
+      count += len(solved) > 0
+    assert count >= 4
+    share = taught.sum() / np.asarray(batch.mask).sum()
+    if not resamples:
+      assert out.metrics["teacher/taught"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("average", ["sequence", "token", "constant"])

@@ -41,6 +41,11 @@ def test_a_kl_term_scores_and_learns_from_all_groups(run):
   assert summary.step_flops(load(), kl) == (2 + 6 + 2) * USES
 
 
+def test_a_teacher_of_the_same_size_scores_once_more(run):
+  taught = build(load("algorithm.name=opd", "teacher.source=random:tiny"))
+  assert summary.step_flops(load(), taught) == (2 + 6 + 2) * USES
+
+
 def test_an_evaluation_generates_greedy_answers_and_samples(run):
   problems = len(run.task.splits["eval"])
   greedy = BODY * (problems * 8 + problems * 5) + HEAD * problems * 6

@@ -67,6 +67,14 @@ KL_MEANING = {
   "k1_in_reward": "the only one with the gradient of the KL of whole completions",
 }
 
+TEACHER_MEANING = {
+  "each token, no baseline": "on-policy distillation: the row `opd`",
+  "each token": "the same, with the baseline `leave_one_out`",
+  "discount 0.5": "between the two",
+  "later tokens, no baseline": "KL in the reward, k1",
+  "later tokens": "the same, with the baseline `leave_one_out`: the KL term of the row `rloo_kl`",
+}
+
 REGION_MEANING = {
   "no ratio (old_logp=None)": "stale completions are treated as fresh",
   "product of token ratios": "exact; its variance grows with length; not a built-in choice",
@@ -105,6 +113,8 @@ def rows_section() -> str:
   for name, row in ALGORITHMS.items():
     if "values" in row.rewards:
       continue  # has a section of its own
+    if row.advantage == "zero_advantages":
+      continue  # it learns from a teacher alone
     case = cases.reward_case(row.advantage, row.average)
     rows.append([f"`{name}`", f"`{row.advantage}`", f"`{row.average}`", *cells(case)])
   return table("row | advantage | average | scale | cosine | bias", rows)
@@ -172,6 +182,17 @@ def cosine(case: Comparison) -> str:
   return "0 gradient" if np.isnan(case.cosine) else number(case.cosine)
 
 
+def teacher_section() -> str:
+  """Returns the table of log-ratios as advantages."""
+  rows = []
+  for name, meaning in TEACHER_MEANING.items():
+    constant, sequence = (cases.teacher_case(name, a) for a in ("constant", "sequence"))
+    cosines = [cosine(case[k]) for case in (constant, sequence) for k in ("reverse", "sequence")]
+    rows.append([name, *cosines, meaning])
+  header = "at contexts | of completions | `sequence`: at contexts | of completions | meaning"
+  return table(f"log-ratios of | {header}", rows)
+
+
 def region_section() -> str:
   """Returns the table of trust regions."""
   rows = []
@@ -209,6 +230,8 @@ def world_facts() -> dict[str, str]:
   }
   facts = {k: " and ".join(f"{float(x):.2f}" for x in v) for k, v in per_prompt.items()}
   kl = float(world.sequence_kl(jnp.asarray(world.POLICY), world.REFERENCE))
+  for name in ("k2_in_reward", "k3_in_reward"):
+    facts[name] = number(cases.kl_case(name)["sequence"].cosine)
   return {**facts, "kl": f"{kl:.3f}", "near": ratios[0], "far": ratios[1]}
 
 
@@ -297,6 +320,19 @@ distance {cases.DISTANCES[0]:g} (next section).
 
 Length weights do harm here. Under the `sequence` average the gradient of k1 is not 0: it does not
 depend on the reference and points away from the gradient of the KL.
+
+## Log-ratios to a teacher, or to the reference, as advantages
+
+`log_ratio_advantages`, groups of {cases.FEW}; the teacher is the reference above. Cosines with the
+gradients *at contexts* (the *reverse* column above) and *of completions*, under `constant` and
+under `sequence`. Under `constant`, a baseline of the other completions changes no expectation.
+Under `sequence` it does: the weight of a token depends on the length, and so on later tokens.
+
+{teacher_section()}
+
+In the reward, only k1 is unbiased: k2 and k3 have cosines of {facts["k2_in_reward"]} and
+{facts["k3_in_reward"]} with the gradient of the KL of completions. The reward's own dependence on
+the policy is left out, and has mean 0 for k1 only.
 
 ## Trust regions, on completions of an older policy
 

@@ -164,6 +164,19 @@ def leave_one_out(
   return _center(rewards, scored, -1) * (count / jnp.maximum(count - 1, 1))
 
 
+def zero_advantages(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+  """Returns 0 for every completion: the rewards are recorded and give no gradient.
+
+  It is the advantage of algorithms that learn from a teacher alone.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> zero_advantages(jnp.array([[3.0, 0.0]])).tolist()
+    [[0.0, 0.0]]
+  """
+  return jnp.zeros_like(_rewards(rewards, allow_groups_of_one=True)[0])
+
+
 def batch_normalized(
   rewards: Float[Array, "P G"],
   *,
@@ -492,6 +505,7 @@ ADVANTAGES: dict[str, Advantage] = {
   "batch_normalized": Advantage(batch_normalized),
   "batch_whitened": Advantage(batch_whitened),
   "max_rl": Advantage(max_rl),
+  "zero_advantages": Advantage(zero_advantages),
   "multi_objective": Advantage(multi_objective, rewards="each"),
   "process_advantages": Advantage(process_advantages, rewards="steps"),
   "turn_advantages": Advantage(turn_advantages, rewards="steps"),  # a turn is a step

@@ -18,6 +18,7 @@ from grpo_jax.core.advantages import ADVANTAGES, ARGUMENTS, Advantage, lookup_ad
 from grpo_jax.core.checks import Array, lookup
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.kl import KLS
+from grpo_jax.core.log_ratios import BASELINES
 from grpo_jax.core.masks import AVERAGES
 from grpo_jax.core.ratios import RATIOS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
@@ -45,6 +46,8 @@ _SETTINGS = (
   "gamma",
   "lam",
 )
+# Where the KL term stands: in the loss, or as a penalty in the reward of each token.
+KL_PLACES = ("loss", "reward")
 # Settings that must exceed a bound; all others must be at least 0.
 _ABOVE = {"clip_dual": 1.0, "tau_positive": 0.0, "tau_negative": 0.0}
 _SHARES = ("gamma", "lam")  # must lie in [0, 1]
@@ -67,6 +70,18 @@ class Algorithm:
     correction: corrects for a sampler that differs from the trainer. A key of `CORRECTIONS`.
     average: weights of the tokens. A key of `AVERAGES`.
     beta: coefficient of the KL term, at least 0. The row `grpo` has 0.04, as in its paper.
+    kl_in: `loss` adds the estimator to the loss. `reward` subtracts it, without its gradient, from
+      the reward of each token: the advantage of a token falls by `beta` times the estimates of this
+      token and all later ones. With k1 the expected update is the gradient of mean reward minus
+      beta times the KL of whole completions; other estimators are biased there.
+    teacher_weight: coefficient of the teacher, at least 0: of its log-ratios as advantages, or of
+      the divergence to it.
+    teacher_discount: discount of the teacher's log-ratios; see `log_ratio_advantages`.
+    teacher_divergence: adds the divergence of whole distributions to the loss instead of
+      log-ratios to the advantages: 0 is KL(teacher, policy), 1 is KL(policy, teacher), numbers
+      between are Jensen-Shannon divergences; see `head_divergence`.
+    log_ratio_baseline: baseline of `kl_in="reward"` and of the teacher's log-ratios: `none` or
+      `leave_one_out`, which needs log-probabilities [..., G, T].
     clip_low: the lower bound of the ratio is 1 - clip_low.
     clip_high: the upper bound of the ratio is 1 + clip_high.
     clip_dual: largest ratio that counts where the advantage is negative, above 1.
@@ -101,6 +116,11 @@ class Algorithm:
   correction: str | Callable = "none"
   average: str | Callable = "sequence"
   beta: float = 0.0
+  kl_in: str = "loss"
+  teacher_weight: float = 0.0
+  teacher_discount: float = 0.0
+  teacher_divergence: float | None = None
+  log_ratio_baseline: str = "none"
   clip_low: float | None = None
   clip_high: float | None = None
   clip_dual: float | None = None
@@ -134,7 +154,11 @@ class Algorithm:
         f"trust_region={self.trust_region!r} with correction={self.correction!r} needs "
         f"{', '.join(sorted(required - present))}"
       )
+    if self.kl_in not in KL_PLACES:
+      raise ValueError(f"unknown kl_in {self.kl_in!r}; known: {', '.join(KL_PLACES)}")
+    lookup("log_ratio_baseline", BASELINES, self.log_ratio_baseline)
     self._check_numbers(present)
+    self._check_teacher()
 
   def _check_numbers(self, present: set[str]) -> None:
     for name in ("beta", *sorted(present)):
@@ -156,6 +180,21 @@ class Algorithm:
       names = ", ".join(name for name in KLS if name != "none")
       raise ValueError(f"beta={self.beta} has no effect with kl='none'; known: {names}")
 
+  def _check_teacher(self) -> None:
+    if not 0 <= self.teacher_weight < float("inf"):
+      raise ValueError(f"teacher_weight must be at least 0 and finite, got {self.teacher_weight}")
+    for name in ("teacher_discount", "teacher_divergence"):
+      value = getattr(self, name)
+      if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+      if value and self.teacher_weight == 0:
+        raise ValueError(f"{name}={value} has no effect with teacher_weight=0")
+    if self.teacher_discount > 0 and self.teacher_divergence is not None:
+      raise ValueError(
+        f"teacher_discount={self.teacher_discount} has no effect with teacher_divergence="
+        f"{self.teacher_divergence}: a divergence has no later tokens"
+      )
+
   def _parameters(self, kind: str) -> dict[str, inspect.Parameter]:
     """Returns the parameters of the chosen function that are settings, by name."""
     function = lookup(kind, _CHOICES[kind], getattr(self, kind))
@@ -174,6 +213,14 @@ class Algorithm:
     """
     values = {name: getattr(self, name) for name in self._parameters(kind)}
     return {name: value for name, value in values.items() if value is not None}
+
+  @property
+  def needs_rewards(self) -> bool:
+    """True if all gradients come from rewards: there is neither a KL term nor a teacher.
+
+    A zero-variance group then has no gradient.
+    """
+    return self.beta == 0 and self.teacher_weight == 0
 
   @property
   def rewards(self) -> tuple[str, ...]:
@@ -299,6 +346,21 @@ ALGORITHMS: dict[str, Algorithm] = {
     clip_high=0.2,
     average="token",
     source="PPO, arXiv 1707.06347, eq. 7; advantages from a critic, arXiv 1506.02438, eq. 16",
+  ),
+  "rloo_kl": Algorithm(
+    advantage="leave_one_out",
+    kl="k1",
+    kl_in="reward",
+    beta=0.05,
+    log_ratio_baseline="leave_one_out",
+    average="constant",
+    source="RLOO with the KL in the reward, arXiv 2402.14740, eq. 3 and 8; beta as in TRL",
+  ),
+  "opd": Algorithm(
+    advantage="zero_advantages",
+    teacher_weight=1.0,
+    average="token",
+    source="On-policy distillation: Thinking Machines 2025, after GKD, arXiv 2306.13649",
   ),
 }
 

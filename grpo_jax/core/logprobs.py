@@ -1,20 +1,26 @@
 """Computes log-probabilities of tokens, from logits or directly from hidden states."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.checks import Array, as_float, as_mask, as_tokens, check_positive
-
-# Number of logits in the largest tile that `head_logprobs` forms (float32: 16 MiB), counted for one
-# row shard and one vocabulary shard, which is the part of one device.
-TILE_ELEMENTS = 2**22
-# Least number of columns of a tile, however many rows it has.
-LEAST_COLUMNS = 512
+from grpo_jax.core.checks import Array, as_float, as_tokens, check_positive
+from grpo_jax.core.tiles import (
+  as_bits,
+  broadcastable,
+  check_head,
+  finite_top,
+  fold_head,
+  fold_rows,
+  over_tiles,
+  row_shards_of,
+  shard_axes,
+  soft_cap_and_slope,
+  tile_logits,
+)
 
 
 def soft_cap(x: Float[Array, "*S"], cap: float | None) -> Float[Array, "*S"]:
@@ -35,15 +41,7 @@ def soft_cap(x: Float[Array, "*S"], cap: float | None) -> Float[Array, "*S"]:
     >>> soft_cap(jnp.array([100.0]), None).tolist()
     [100.0]
   """
-  return _soft_cap_and_slope(x, cap)[0]
-
-
-def _soft_cap_and_slope(x: jax.Array, cap: float | None) -> tuple[jax.Array, jax.Array | float]:
-  """Returns `soft_cap(x, cap)` and its derivative in `x`."""
-  if cap is None:
-    return x, 1.0
-  squashed = jnp.tanh(x / cap)
-  return cap * squashed, 1.0 - squashed**2
+  return soft_cap_and_slope(x, cap)[0]
 
 
 def token_logprobs(
@@ -137,34 +135,12 @@ def head_logprobs(
     >>> logp.round(4).tolist()  # uniform over 8 tokens: -log 8
     [[-2.0794..., -2.0794..., -2.0794...]]
   """
-  hidden, head = jnp.asarray(hidden), jnp.asarray(head)
-  for name, value in (("hidden", hidden), ("head", head)):
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-      raise ValueError(f"{name} must be floating point, got dtype {value.dtype}")
-  if hidden.ndim < 2 or head.ndim != 2 or hidden.shape[-1] != head.shape[0]:
-    raise ValueError(
-      f"hidden has shape {hidden.shape} and head {head.shape}, expected [..., T, D] and [D, V]"
-    )
-  check_positive("temperature", temperature)
-  if softcap is not None:
-    check_positive("softcap", softcap)
-  if vocab_shards < 1 or head.shape[1] % vocab_shards:
-    raise ValueError(
-      f"vocab_shards must divide the vocabulary of {head.shape[1]}, got {vocab_shards}"
-    )
+  hidden, head = check_head(hidden, head, temperature, softcap, vocab_shards)
   tokens = as_tokens("tokens", tokens, hidden.shape[:-1])
-  if row_shards < 1 or tokens.size % row_shards:
-    raise ValueError(f"row_shards must divide the {tokens.size} rows, got {row_shards}")
-  flat = hidden.reshape(-1, hidden.shape[-1])
-  if where is not None:
-    rows = as_mask("where", where, hidden.shape[:-1]).reshape(-1)
-    flat = jnp.where(rows[:, None], flat, 0.0)
-  # XLA:CPU: a single shard gets no axis, because products of more than two axes copy operands.
-  row_axes = (*(row_shards,) * (row_shards > 1), tokens.size // row_shards)
-  vocab_axes = (*(vocab_shards,) * (vocab_shards > 1), head.shape[1] // vocab_shards)
+  rows, row_axes = row_shards_of(hidden, where, row_shards)
   logp, entropy = _tiled(
-    flat.reshape(*row_axes, head.shape[0]),
-    head.T.reshape(*vocab_axes, head.shape[0]),
+    fold_rows(hidden, rows, row_axes),
+    fold_head(head, vocab_shards),
     tokens.reshape(row_axes),
     float(temperature),
     softcap,
@@ -175,56 +151,11 @@ def head_logprobs(
   return logp.reshape(tokens.shape), entropy.reshape(tokens.shape)
 
 
-def _tiles(rows: int, size: int) -> tuple[int, int]:
-  """Returns (number of full tiles of a vocabulary shard, columns of each); the rest is smaller."""
-  target = max(TILE_ELEMENTS // max(rows, 1), LEAST_COLUMNS)
-  count = -(-size // target)
-  return count, size // count
-
-
-def _over_tiles(body: Callable, carry: tuple, hidden: jax.Array, head: jax.Array) -> tuple:
-  """Runs `carry = body(carry, start, width)` over all tiles; the widths are static."""
-  size = head.shape[-2]
-  count, width = _tiles(hidden.shape[-2], size)
-  # The rest comes first: after the loop, XLA would copy the gradient of the head for it.
-  if rest := size - count * width:
-    carry = body(carry, count * width, rest)
-  return jax.lax.fori_loop(0, count, lambda i, c: body(c, i * width, width), carry)
-
-
-def _axes(hidden: jax.Array, head: jax.Array) -> tuple[str, str]:
-  """Returns the einsum letters of the shard axes: "s" for rows, "b" for the vocabulary, or ""."""
-  return "s" * (hidden.ndim - 2), "b" * (head.ndim - 2)
-
-
-def _broadcastable(per_row: jax.Array, head: jax.Array) -> jax.Array:
-  """Returns numbers of rows [S, R] as [S, R, 1, 1], to be combined with logits [S, R, B, w]."""
-  return per_row.reshape(per_row.shape + (1,) * (head.ndim - 1))
-
-
 def _is_token(tokens: jax.Array, head: jax.Array, start: jax.Array, width: int) -> jax.Array:
   """Returns a mask [S, R, B, w] that is true in the column of each row's token."""
   first = jnp.arange(math.prod(head.shape[:-2])).reshape(*head.shape[:-2], 1) * head.shape[-2]
   columns = first + (start + jnp.arange(width)).reshape((1,) * (head.ndim - 2) + (-1,))
-  return _broadcastable(tokens, head) == columns.reshape((1,) * tokens.ndim + columns.shape)
-
-
-def _bits(x: jax.Array) -> jax.Array:
-  """Returns 16-bit floats as integers, other arrays as they are."""
-  # XLA:CPU: slicing a bfloat16 array would widen the whole array first.
-  return x.view(jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def _tile_logits(hidden, head, start, width, temperature, softcap, dtype):
-  """Returns scaled logits of a tile, `d logits / d (hidden @ head)`, and the tile of the head."""
-  s, b = _axes(hidden, head)
-  tile = jax.lax.dynamic_slice_in_dim(_bits(head), start, width, axis=-2).view(head.dtype)
-  # Narrow hidden states meet a head of their own dtype, as they do in the sampler. With a wider
-  # head, the same tokens would have other log-probs.
-  tile = tile.astype(hidden.dtype)
-  raw = jnp.einsum(f"{s}rd,{b}wd->{s}r{b}w", hidden, tile, preferred_element_type=dtype)
-  capped, slope = _soft_cap_and_slope(raw, softcap)
-  return capped / temperature, slope / temperature, tile
+  return broadcastable(tokens, head) == columns.reshape((1,) * tokens.ndim + columns.shape)
 
 
 def _rebase(top, total, weighted, base):
@@ -233,11 +164,6 @@ def _rebase(top, total, weighted, base):
   shift = jnp.where(total > 0, top - base, 0.0)
   shrink = jnp.exp(shift)
   return total * shrink, (weighted + shift * total) * shrink
-
-
-def _finite(top: jax.Array) -> jax.Array:
-  """Returns the largest logits, `top`, with 0 for -inf, so that they can be subtracted."""
-  return jnp.where(jnp.isneginf(top), 0.0, top)
 
 
 # Axes: S row shards of R rows each, B vocabulary shards of V / B tokens each, w columns of a shard
@@ -257,9 +183,9 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
 
   def body(carry, start, width):
     top, total, weighted, chosen = carry
-    z, _, _ = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
+    z, _, _ = tile_logits(hidden, head, start, width, temperature, softcap, dtype)
     new_top = jnp.maximum(top, z.max(-1))
-    base = _finite(new_top)
+    base = finite_top(new_top)
     total, weighted = _rebase(top, total, weighted, base)
     shifted = z - base[..., None]
     p = jnp.exp(shifted)
@@ -269,10 +195,10 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
 
   zeros = jnp.zeros((*tokens.shape, *head.shape[:-2]), dtype)
   carry = (jnp.full_like(zeros, -jnp.inf), zeros, zeros, zeros)
-  top, total, weighted, chosen = _over_tiles(body, carry, hidden, head)
+  top, total, weighted, chosen = over_tiles(body, carry, hidden, head)
   if head.ndim == 3:
     tops, top = top, top.max(-1)
-    total, weighted = _rebase(tops, total, weighted, _finite(top)[..., None])
+    total, weighted = _rebase(tops, total, weighted, finite_top(top)[..., None])
     total, weighted, chosen = total.sum(-1), weighted.sum(-1), chosen.sum(-1)
   vocab = math.prod(head.shape[:-1])
   chosen = jnp.where((tokens >= 0) & (tokens < vocab), chosen, jnp.nan)
@@ -283,14 +209,14 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
 
 def _tiled_backward(temperature, softcap, saved, cotangents):
   hidden, head, tokens, logsumexp, entropy = saved
-  s, b = _axes(hidden, head)
+  s, b = shard_axes(hidden, head)
   dtype = logsumexp.dtype
   per_row = (logsumexp, entropy, *cotangents)
-  logsumexp, entropy, d_logp, d_entropy = (_broadcastable(each, head) for each in per_row)
+  logsumexp, entropy, d_logp, d_entropy = (broadcastable(each, head) for each in per_row)
 
   def body(carry, start, width):
     d_hidden, d_head = carry
-    z, slope, tile = _tile_logits(hidden, head, start, width, temperature, softcap, dtype)
+    z, slope, tile = tile_logits(hidden, head, start, width, temperature, softcap, dtype)
     logps = z - logsumexp
     p = jnp.exp(logps)
     surprise = jnp.where(p > 0, p * (logps + entropy), 0.0)
@@ -298,14 +224,14 @@ def _tiled_backward(temperature, softcap, saved, cotangents):
     d_raw = (d_z * slope).astype(hidden.dtype)
     d_hidden += jnp.einsum(f"{s}r{b}w,{b}wd->{b}{s}rd", d_raw, tile, preferred_element_type=dtype)
     d_tile = jnp.einsum(f"{s}r{b}w,{s}rd->{s}{b}wd", d_raw, hidden, preferred_element_type=dtype)
-    d_tile = _bits(d_tile.astype(head.dtype))
+    d_tile = as_bits(d_tile.astype(head.dtype))
     return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=-2)
 
   carry = (
     jnp.zeros((*head.shape[:-2], *hidden.shape), dtype),
-    _bits(jnp.empty((*hidden.shape[:-2], *head.shape), head.dtype)),
+    as_bits(jnp.empty((*hidden.shape[:-2], *head.shape), head.dtype)),
   )
-  d_hidden, d_head = _over_tiles(body, carry, hidden, head)
+  d_hidden, d_head = over_tiles(body, carry, hidden, head)
   d_head = d_head.view(head.dtype)
   d_hidden, d_head = d_hidden.sum(0) if b else d_hidden, d_head.sum(0) if s else d_head
   return d_hidden.astype(hidden.dtype), d_head, None

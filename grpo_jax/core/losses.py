@@ -8,6 +8,7 @@ from grpo_jax.core.algorithms import Algorithm, lookup_algorithm
 from grpo_jax.core.checks import Array, as_float, as_mask, check_shape, lookup
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.kl import KLS
+from grpo_jax.core.log_ratios import log_ratio_advantages, sum_later
 from grpo_jax.core.masks import masked_mean, token_weights
 from grpo_jax.core.ratios import RATIOS, finite_exp
 from grpo_jax.core.trust_regions import TRUST_REGIONS
@@ -90,14 +91,19 @@ def policy_loss(
   old_logp: Float[Array, "... T"] | None = None,
   ref_logp: Float[Array, "... T"] | None = None,
   sampler_logp: Float[Array, "... T"] | None = None,
+  teacher_logp: Float[Array, "... T"] | None = None,
+  divergence: Float[Array, "... T"] | None = None,
   weights: Float[Array, "... T"] | None = None,
   max_length: int | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns `loss = sum(weights * -(correction * objective - beta * kl))` of a row, and metrics.
 
-  Only `logp` receives gradient. Masked slots of every argument may hold anything, including NaN
-  and infinity. The numbers are those of the row: `"grpo"` has a KL term (`beta=0.04`), which
-  `grpo_loss` has only if it is given a `beta`.
+  A row with a teacher, or with its KL term in the reward, adds `log_ratio_advantages` to the
+  advantages; a row with a divergence to a teacher adds `teacher_weight * divergence` to the loss.
+
+  Only `logp` and `divergence` receive gradient. Masked slots of every argument may hold anything,
+  including NaN and infinity. The numbers are those of the row: `"grpo"` has a KL term
+  (`beta=0.04`), which `grpo_loss` has only if it is given a `beta`.
 
   Args:
     algorithm: a key of `ALGORITHMS`, or an `Algorithm`.
@@ -111,6 +117,10 @@ def policy_loss(
       the metric `kl`.
     sampler_logp: log-probabilities as the sampler recorded them. Needed if the row has a
       correction; otherwise it only adds the metrics `sampling/*`.
+    teacher_logp: log-probabilities under the teacher; of several teachers, their mean. Needed if
+      the row has a `teacher_weight` and no divergence; otherwise it only adds `teacher/kl`.
+    divergence: the divergence of each token's distribution to that of the teacher, in nats, from
+      `head_divergence`. Needed if the row has a `teacher_divergence`.
     weights: result of `token_weights` on the mask of the whole global batch. None = this batch is
       the whole batch. Pass them for micro-batches, whose losses then add up to that of the batch.
     max_length: completion budget in tokens, for `average="constant"` without `weights`.
@@ -119,7 +129,8 @@ def policy_loss(
     (loss, metrics), all scalars. Metrics are means over this batch's tokens unless the name says
     otherwise: `clip_ratio/{low_mean,high_mean,region_mean}` (the fraction of tokens whose gradient
     a lower bound, an upper bound or either changes; see `trust_regions`), `ratio/{mean,max}`, and
-    if their arguments are given `kl`, `sampling/sampling_logp_difference/{mean,max}`,
+    if their arguments are given `kl`, `teacher/kl` (the mean of old_logp - teacher_logp),
+    `teacher/divergence`, `sampling/sampling_logp_difference/{mean,max}`,
     `sampling/importance_sampling_ratio/{min,mean,max}`.
 
   Raises:
@@ -139,7 +150,7 @@ def policy_loss(
   if logp.ndim == 0:
     raise ValueError("logp has shape (), expected at least one axis [..., T]")
   mask = as_mask("mask", mask, logp.shape)
-  _check_needed(algorithm, ref_logp, sampler_logp)
+  _check_needed(algorithm, ref_logp, sampler_logp, teacher_logp, divergence)
 
   def clean(name: str, value: Array | None) -> jax.Array | None:
     """Returns the array without a gradient, 0 where masked."""
@@ -153,7 +164,17 @@ def policy_loss(
   current = jax.lax.stop_gradient(logp)
   old = current if old_logp is None else clean("old_logp", old_logp)
   ref, sampler = clean("ref_logp", ref_logp), clean("sampler_logp", sampler_logp)
+  teacher, metrics = clean("teacher_logp", teacher_logp), {}
   advantages = _per_token(advantages, mask)
+  later = {"baseline": algorithm.log_ratio_baseline}
+  if ref is not None and algorithm.beta > 0 and algorithm.kl_in == "reward":
+    penalty = lookup("kl", KLS, algorithm.kl)(old, ref, jnp.ones_like(old))
+    advantages += sum_later(penalty, mask, coefficient=-algorithm.beta, **later)
+  if teacher is not None:
+    metrics["teacher/kl"] = masked_mean(old - teacher, mask)
+    if algorithm.teacher_weight > 0 and algorithm.teacher_divergence is None:
+      later |= {"coefficient": algorithm.teacher_weight, "discount": algorithm.teacher_discount}
+      advantages += log_ratio_advantages(teacher, old, mask, **later)
   if weights is None:
     weights = token_weights(mask, algorithm.average, max_length=max_length)
   weights = clean("weights", weights)
@@ -164,7 +185,7 @@ def policy_loss(
     log_ratio, logp, old, advantages, **algorithm.settings("trust_region")
   )
   ratio = finite_exp(jax.lax.stop_gradient(log_ratio))
-  metrics = {
+  metrics |= {
     "clip_ratio/low_mean": masked_mean(low, mask),
     "clip_ratio/high_mean": masked_mean(high, mask),
     "clip_ratio/region_mean": masked_mean(low | high, mask),
@@ -181,14 +202,27 @@ def policy_loss(
   if ref is not None:
     estimate = lookup("kl", KLS, "k3" if algorithm.kl == "none" else algorithm.kl)
     kl = estimate(logp, ref, finite_exp(logp - old))
-    if algorithm.beta > 0:
+    if algorithm.beta > 0 and algorithm.kl_in == "loss":
       per_token = per_token + algorithm.beta * kl
     metrics["kl"] = masked_mean(jax.lax.stop_gradient(kl), mask)
+  if divergence is not None:
+    divergence = as_float("divergence", divergence)
+    check_shape("divergence", divergence, logp.shape)
+    divergence = jnp.where(mask, divergence, 0.0)
+    if algorithm.teacher_divergence is not None:
+      per_token = per_token + algorithm.teacher_weight * divergence
+    metrics["teacher/divergence"] = masked_mean(jax.lax.stop_gradient(divergence), mask)
   loss = jnp.sum(jnp.where(mask, weights * per_token, 0.0))
   return loss, metrics
 
 
-def _check_needed(algorithm: Algorithm, ref_logp: Array | None, sampler_logp: Array | None) -> None:
+def _check_needed(
+  algorithm: Algorithm,
+  ref_logp: Array | None,
+  sampler_logp: Array | None,
+  teacher_logp: Array | None,
+  divergence: Array | None,
+) -> None:
   """Raises if the row needs log-probabilities that are missing."""
   if algorithm.beta > 0 and ref_logp is None:
     raise ValueError(
@@ -197,6 +231,17 @@ def _check_needed(algorithm: Algorithm, ref_logp: Array | None, sampler_logp: Ar
     )
   if algorithm.correction != "none" and sampler_logp is None:
     raise ValueError(f"correction={algorithm.correction!r} needs sampler_logp")
+  if algorithm.teacher_divergence is not None and divergence is None:
+    raise ValueError(
+      f"teacher_divergence={algorithm.teacher_divergence} needs divergence, the divergence of each "
+      "token's distribution to the teacher's, from head_divergence"
+    )
+  sampled = algorithm.teacher_weight > 0 and algorithm.teacher_divergence is None
+  if sampled and teacher_logp is None:
+    raise ValueError(
+      f"teacher_weight={algorithm.teacher_weight} needs teacher_logp, the teacher's "
+      "log-probabilities of the drawn tokens"
+    )
 
 
 def _per_token(advantages: Array, mask: jax.Array) -> jax.Array:

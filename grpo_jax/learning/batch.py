@@ -39,6 +39,10 @@ class Batch:
     token_rewards: [P, G, T], the reward of each token, for advantages that a critic gives; the
       `advantages` are NaN until it has. None without a critic.
     values, returns: [P, G, T], values under the critic before the updates, and their targets.
+    teacher_logp: [P, G, T], nats, under the teacher, or the mean over several; None without one.
+    teacher_prompts, teacher_prompt_mask: [P, M], left-padded: what the policy sees as its own
+      teacher, in place of the prompts; None without one, and after scoring.
+    taught: [P, G, T], true on tokens that have such a teacher.
     temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
       It is static: a step compiles once for each value.
   """
@@ -55,6 +59,10 @@ class Batch:
   token_rewards: Float[Array, "P G T"] | None = None
   values: Float[Array, "P G T"] | None = None
   returns: Float[Array, "P G T"] | None = None
+  teacher_logp: Float[Array, "P G T"] | None = None
+  teacher_prompts: Int[Array, "P M"] | None = None
+  teacher_prompt_mask: Bool[Array, "P M"] | None = None
+  taught: Bool[Array, "P G T"] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   def arrays(self) -> dict[str, jax.Array]:

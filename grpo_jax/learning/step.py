@@ -7,7 +7,7 @@ of its prompts, as `models.decoder.Decoder` does; they decide what is exchanged,
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from grpo_jax.core.algorithms import Algorithm
+from grpo_jax.core.algorithms import Algorithm, lookup_algorithm
+from grpo_jax.core.divergences import head_divergence
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
@@ -175,19 +176,25 @@ def score_batch(
   Raises:
     ValueError: the temperature is unknown, or it is not the one that the batch was sampled at.
   """
-  hidden = model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
-  # Micro-batches that do not divide evenly over the devices are left to the partitioner.
-  row_shards = math.gcd(getattr(model, "prompt_shards", 1), len(batch.prompts))
-  return head_logprobs(
-    hidden,
-    model.head(params),
-    batch.completions,
-    temperature=_temperature_of(batch, temperature),
-    where=batch.mask,
-    softcap=model.config.softcap,
-    vocab_shards=getattr(model, "vocab_shards", 1),
-    row_shards=row_shards,
-  )
+  hidden = _hidden(model, params, batch)
+  options = _head_options(model, batch, temperature)
+  return head_logprobs(hidden, model.head(params), batch.completions, **options)
+
+
+def _hidden(model: Model, params: Params, batch: Batch) -> Float[Array, "P G T D"]:
+  return model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
+
+
+def _head_options(model: Model, batch: Batch, temperature: float | None) -> dict[str, Any]:
+  """Returns the keyword arguments of `head_logprobs` and `head_divergence`."""
+  return {
+    "temperature": _temperature_of(batch, temperature),
+    "where": batch.mask,
+    "softcap": model.config.softcap,
+    "vocab_shards": getattr(model, "vocab_shards", 1),
+    # Micro-batches that do not divide evenly over the devices are left to the partitioner.
+    "row_shards": math.gcd(getattr(model, "prompt_shards", 1), len(batch.prompts)),
+  }
 
 
 def _temperature_of(batch: Batch, temperature: float | None) -> float:
@@ -261,25 +268,49 @@ def make_loss(
   *,
   temperature: float | None = None,
   with_adapters: WithAdapters = only_trained,
+  teachers: Sequence[Model] = (),
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Returns the loss `(params, batch, base_params) -> (loss, metrics)`.
 
   The losses of the micro-batches of a batch add up to its loss.
 
   Args:
-    temperature, with_adapters: as in `make_train_step`.
+    temperature, with_adapters, teachers: as in `make_train_step`.
   """
+  row = lookup_algorithm(algorithm)
 
   def loss(params: Params, batch: Batch, base_params: Params):
-    logp, _ = score_batch(model, with_adapters(base_params, params), batch, temperature)
+    teacher_params = ()
+    if teachers:
+      base_params, teacher_params = base_params
+    params = with_adapters(base_params, params)
+    hidden, head, divergence = _hidden(model, params, batch), model.head(params), None
+    options = _head_options(model, batch, temperature)
+    logp, _ = head_logprobs(hidden, head, batch.completions, **options)
+    divergences = [
+      head_divergence(
+        hidden,
+        head,
+        _hidden(teacher, weights, batch),
+        teacher.head(weights),
+        beta=row.teacher_divergence,
+        teacher_softcap=teacher.config.softcap,
+        **options,
+      )
+      for teacher, weights in zip(teachers, teacher_params, strict=True)
+    ]
+    if divergences:
+      divergence = sum(divergences) / len(divergences)
     return policy_loss(
-      algorithm,
+      row,
       logp,
       batch.advantages,
       batch.mask,
       old_logp=batch.old_logp,
       ref_logp=batch.ref_logp,
       sampler_logp=batch.sampler_logp,
+      teacher_logp=batch.teacher_logp,
+      divergence=divergence,
       weights=batch.weights,
     )
 
@@ -296,6 +327,7 @@ def make_train_step(
   micro_batches: int = 1,
   spike: float = 0.0,
   with_adapters: WithAdapters = only_trained,
+  teachers: Sequence[Model] = (),
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step `(state, batch, base_params=None) -> (state, metrics)`.
@@ -319,10 +351,13 @@ def make_train_step(
     spike: also skip an update whose gradient norm exceeds `spike` times its running mean, after
       `WARM_UP` accepted updates; needs `state.history`. 0 disables.
     with_adapters: combines base and trained parameters into the model's.
+    teachers: models of the teachers of a row with a `teacher_divergence`, whose mean enters the
+      loss. The third argument is then `(base_params, [parameters of each teacher])`.
     chunks: computes the gradient in these instead of in micro-batches, so that the new state has
       the same bits on any number of devices; see `deterministic`.
   """
-  loss = make_loss(model, algorithm, temperature=temperature, with_adapters=with_adapters)
+  options = {"with_adapters": with_adapters, "teachers": teachers}
+  loss = make_loss(model, algorithm, temperature=temperature, **options)
   return make_step(
     loss, optimizer, schedule, micro_batches=micro_batches, spike=spike, chunks=chunks
   )

@@ -1,10 +1,11 @@
 """Runs the optimizer updates of one rollout and reports the ones that are skipped."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from grpo_jax.core.algorithms import Algorithm
@@ -44,6 +45,9 @@ class UpdateConfig:
     max_skipped: number of updates skipped in a row after which `Learner.trouble` is set.
     sync_every: move the reference every this many rollouts; 0 keeps it fixed.
     sync_share: share of the parameters in the moved reference; see `move_reference`.
+    own_teacher: "policy" or "reference", whose log-probs after `Batch.teacher_prompts` are those of
+      the teacher: the parameters before the updates, or `TrainState.reference`, which may follow
+      them slowly. Empty: neither.
     seed: seed of the order of prompts in mini-batches.
   """
 
@@ -56,6 +60,7 @@ class UpdateConfig:
   max_skipped: int = 5
   sync_every: int = 0
   sync_share: float = 1.0
+  own_teacher: str = ""
   seed: int = 0
 
 
@@ -67,6 +72,7 @@ def make_update(
   config: UpdateConfig,
   *,
   with_adapters: WithAdapters = only_trained,
+  teachers: Sequence[Model] = (),
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted update `(state, batch, base_params=None) -> (state, metrics)`.
@@ -84,6 +90,7 @@ def make_update(
       micro_batches=micro_batches,
       spike=config.spike,
       with_adapters=with_adapters,
+      teachers=teachers,
       chunks=chunks,
     )
 
@@ -96,10 +103,12 @@ def make_gradients(
   config: UpdateConfig,
   *,
   with_adapters: WithAdapters = only_trained,
+  teachers: Sequence[Model] = (),
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple]:
   """Returns the jitted gradient of an update, `(params, batch, base_params) -> (gradient, ...)`."""
-  loss = make_loss(model, algorithm, temperature=config.temperature, with_adapters=with_adapters)
+  options = {"with_adapters": with_adapters, "teachers": teachers}
+  loss = make_loss(model, algorithm, temperature=config.temperature, **options)
   if chunks:
     return deterministic.make_gradient(loss, chunks)
   return _within_budget(model, config, lambda count: jax.jit(reduction.make_gradient(loss, count)))
@@ -162,6 +171,32 @@ def _within_budget(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A model that the policy learns from; it never changes.
+
+  Attributes:
+    model: its functions. It has the tokenizer of the policy, and may have any size.
+    params: its parameters.
+  """
+
+  model: Model
+  params: Params
+
+
+def in_the_loss(
+  algorithm: Algorithm | str, base_params: Params, teachers: Sequence[Teacher]
+) -> tuple[list[Model], Params]:
+  """Returns the teachers whose distributions enter the loss, and the frozen parameters it takes.
+
+  They are the `teachers` of `make_train_step`, and its third argument. Teachers of a row without a
+  `teacher_divergence` only score the rollout.
+  """
+  if lookup_algorithm(algorithm).teacher_divergence is None:
+    return [], base_params
+  return [t.model for t in teachers], (base_params, [t.params for t in teachers])
+
+
 class SkippedError(RuntimeError):
   """Reports that too many updates in a row were skipped."""
 
@@ -190,8 +225,11 @@ class SkippedUpdate:
 class Learner:
   """Runs the updates of one rollout: `(state, batch, step) -> (state, metrics)`.
 
-  The log-probs under the reference and under the old parameters are computed before the first
-  update, and only if the algorithm has a KL term, or if there are several updates per rollout.
+  The log-probs under the reference, the teachers and the old parameters are computed before the
+  first update, and only if the algorithm has a KL term or a teacher, or if there are several
+  updates per rollout. They are scored as the policy is, at its temperature: what the sampler
+  recorded has other rounding errors, which a log-ratio would take for a difference of policies.
+  With one update per rollout, that update's own forward pass gives the policy's.
   After each update one number is read from the device: how many updates in a row were skipped.
 
   Args:
@@ -202,11 +240,16 @@ class Learner:
       are. None uses `TrainState.reference`.
     critic: gives the advantages and learns beside the policy; needs `TrainState.critic`, and an
       algorithm whose advantage takes values.
+    teachers: models that a row with a `teacher_weight` learns from. Their log-probs of the rollout
+      are averaged, or with a `teacher_divergence` their divergences, computed in each update.
     on_skip: called with each update that is skipped.
 
   Attributes:
     trouble: the reason why training should not continue; None until `config.max_skipped` updates
       in a row are skipped.
+
+  Raises:
+    ValueError: the algorithm has a teacher and there is none.
   """
 
   def __init__(
@@ -220,13 +263,17 @@ class Learner:
     with_adapters: WithAdapters = only_trained,
     base_params: Params = None,
     reference: Params = None,
+    teachers: Sequence[Teacher] = (),
     chunks: Chunks | None = None,
     critic: Critic | None = None,
     on_skip: Callable[[SkippedUpdate], object] | None = None,
   ) -> None:
     options: dict[str, Any] = {"with_adapters": with_adapters, "chunks": chunks}
     self._config, self._base_params, self._on_skip = config, base_params, on_skip
-    self._update = make_update(model, algorithm, optimizer, schedule, config, **options)
+    models, self._frozen = in_the_loss(algorithm, base_params, teachers)
+    self._update = make_update(
+      model, algorithm, optimizer, schedule, config, teachers=models, **options
+    )
     self._score = make_scoring(model, config, **options)
     self._algorithm, self._reference, self._chunks = lookup_algorithm(algorithm), reference, chunks
     self._critic = critic
@@ -237,6 +284,11 @@ class Learner:
       raise ValueError(
         f"advantage {self._algorithm.advantage!r} is computed from values: give Learner a critic"
       )
+    if self._algorithm.teacher_weight > 0 and not teachers and not config.own_teacher:
+      raise ValueError("the algorithm has a teacher_weight: give Learner its teachers")
+    # Nothing is scored for teachers in the loss, or without a weight.
+    scored = [] if models or self._algorithm.teacher_weight == 0 else teachers
+    self._teachers = [(make_scoring(t.model, config, chunks=chunks), t.params) for t in scored]
     self.trouble: str | None = None
 
   def __call__(
@@ -248,7 +300,7 @@ class Learner:
       ValueError: the state has no history, or the algorithm has a KL term and there is no
         reference.
     """
-    config, base_params = self._config, self._base_params
+    config = self._config
     critic, state = state.critic, dataclasses.replace(state, critic=None)
     batch = self._scored(state, batch)
     batch, about_critic = self._assessed(critic, batch)
@@ -263,7 +315,7 @@ class Learner:
         of_critic.append(numbers)
       if not learns:
         continue
-      state, numbers = self._update(state, part, base_params)
+      state, numbers = self._update(state, part, self._frozen)
       metrics.append(numbers)
       in_a_row = int(jax.device_get(state.history.skipped))
       if in_a_row and self._on_skip:
@@ -302,7 +354,43 @@ class Learner:
         raise ValueError("the algorithm has a KL term: give Learner or TrainState a reference")
       logp = self._score(reference, batch, self._base_params)
       batch = dataclasses.replace(batch, ref_logp=logp)
-    if self._config.epochs * self._config.mini_batches > 1:
+    if self._teachers:
+      logps = [score(params, batch) for score, params in self._teachers]
+      batch = dataclasses.replace(batch, teacher_logp=_mean(logps))
+    if self._config.epochs * self._config.mini_batches > 1 or self._config.own_teacher:
       logp = self._score(state.params, batch, self._base_params)
       batch = dataclasses.replace(batch, old_logp=logp)
+    if self._config.own_teacher:
+      batch = self._taught_by_itself(state, batch)
     return batch
+
+  def _taught_by_itself(self, state: TrainState, batch: Batch) -> Batch:
+    """Returns the batch with the log-probs of the policy that sees `teacher_prompts`.
+
+    A token without a teacher gets the policy's own, so that its log-ratio is exactly 0.
+    """
+    params = state.params if self._config.own_teacher == "policy" else state.reference
+    if params is None or batch.teacher_prompts is None:
+      missing = "TrainState.reference" if params is None else "Batch.teacher_prompts"
+      raise ValueError(f"own_teacher is {self._config.own_teacher!r}, but there is no {missing}")
+    shown = dataclasses.replace(
+      batch, prompts=batch.teacher_prompts, prompt_mask=batch.teacher_prompt_mask
+    )
+    logp = self._score(params, shown, self._base_params)
+    return dataclasses.replace(
+      batch,
+      teacher_logp=_choose(batch.taught, logp, batch.old_logp),
+      teacher_prompts=None,
+      teacher_prompt_mask=None,
+      taught=None,
+    )
+
+
+@jax.jit
+def _mean(arrays: Sequence[jax.Array]) -> jax.Array:
+  return sum(arrays) / len(arrays)
+
+
+@jax.jit
+def _choose(mask: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.where(mask, a, b)

@@ -69,7 +69,7 @@ def _most_micro_batches(c: ConfigDict, prompt_shards: int) -> int:
 def _fixed_bytes(plan: Plan) -> float:
   """Returns the bytes that neither micro-batches nor remat change."""
   by_purpose = plan.memory["update"].by_purpose
-  fixed = ("parameters", "optimizer", "reference", "critic")
+  fixed = ("parameters", "optimizer", "reference", "teachers", "critic")
   return sum(by_purpose.get(purpose, 0.0) for purpose in fixed)
 
 

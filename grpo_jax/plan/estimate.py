@@ -70,8 +70,8 @@ class Plan:
     parameters: number of parameters of the model.
     topology, chip, devices, mesh: the hardware, and the size of each mesh axis.
     available: bytes of memory that a program may use per device; None if unknown.
-    memory: by program: `update`, `score`, `to_sampling_params` and `sample`; with a critic also
-      `update_critic` and `values`.
+    memory: by program: `update`, `score`, `teach`, `to_sampling_params` and `sample`; with a critic
+      also `update_critic` and `values`.
     work: by part of a step, `sample` as `prefill` and `decode`; refused programs are left out.
     compile_seconds: time spent compiling.
     notes: what the estimate leaves out.
@@ -152,7 +152,7 @@ def make_plan(
 
 def _settings_of(c: ConfigDict, name: str) -> tuple:
   """Returns the settings that change a program, of those that `make_plan` may see changed."""
-  learns = name in ("update", "score", "update_critic", "values")
+  learns = name in ("update", "score", "teach", "update_critic", "values")
   return (c.model.remat, c.train.micro_batches, c.train.micro_batch_tokens) if learns else ()
 
 
@@ -257,6 +257,7 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
     "parameters": bytes_of((state.params, programs.base_params)),
     "optimizer": bytes_of((state.opt_state, state.step, state.history)),
     "reference": bytes_of((state.reference, programs.reference)),
+    "teachers": bytes_of([teacher.params for teacher in programs.taught_by]),
   }
   if programs.critic is not None:
     by_purpose["critic"] = bytes_of(programs.critic_state)
@@ -266,7 +267,7 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
   if name == "sample":
     by_purpose["KV cache"] = bytes_of(programs.cache)
     by_purpose["batch"] = bytes_of(programs.sample().arguments[1:])
-  if name in ("update", "score", "update_critic", "values"):
+  if name in ("update", "score", "teach", "update_critic", "values"):
     updates = name.startswith("update")
     parts = programs.config.train.mini_batches if updates else 1
     batch = programs.batch(r.prompts_per_step // parts, scored=updates)

@@ -25,6 +25,8 @@ from grpo_jax.learning.critic import Critic
 from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import Batch, TrainState, WithAdapters, only_trained
 from grpo_jax.learning.updates import (
+  Teacher,
+  in_the_loss,
   make_critic_update,
   make_scoring,
   make_update,
@@ -34,7 +36,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of
-from grpo_jax.models.protocol import Cache, Params
+from grpo_jax.models.protocol import Cache, Model, Params
 from grpo_jax.plan.hardware import Topology
 from grpo_jax.sampling.sampler import make_generate
 from grpo_jax.sampling.stopping import stop_table
@@ -104,6 +106,7 @@ class Programs:
     new_adapters: key -> LoRA adapters, as in `build.Run`; None if all weights are trained.
     prompts: what the task determines.
     critic: as in `build.Run`.
+    teachers: models that the policy learns from, the largest first.
   """
 
   config: ConfigDict
@@ -116,20 +119,23 @@ class Programs:
   new_adapters: Callable[[jax.Array], Params] | None
   prompts: Prompts
   critic: Critic | None = None
+  teachers: tuple[Decoder, ...] = ()
 
   @property
   def names(self) -> tuple[str, ...]:
     """Programs to compile: the methods of these names."""
-    score = ("score",) if self.runs_per_step("score") else ()
+    scores = [name for name in ("score", "teach") if self.runs_per_step(name)]
     critic = ("update_critic", "values") if self.critic else ()
-    return ("update", *score, *critic, "to_sampling_params", "sample")
+    return ("update", *scores, *critic, "to_sampling_params", "sample")
 
   def runs_per_step(self, part: str) -> int:
     """Returns how often a step runs a part: a program, or `prefill` or `decode` of `sample`."""
     counts = {
       "update": self.updates,
       "update_critic": self.updates,
-      "score": self.has_kl + (self.updates > 1),
+      "score": self.has_kl + self.keeps_old + self.teaches_itself,
+      # As often as the largest teacher would have to score: with several sizes an upper bound.
+      "teach": 0 if self._in_the_loss[0] else len(self.teachers),
       "decode": self.config.rollout.completion_length - 1,
     }
     return counts.get(part, 1)
@@ -192,6 +198,28 @@ class Programs:
     own = self.has_kl and not self.config.reference.sync_every and not self.new_adapters
     return self.weights if own else None
 
+  @cached_property
+  def taught_by(self) -> list[Teacher]:
+    """The teachers with the shapes of their parameters."""
+    return [
+      Teacher(model, self._params(build.as_held(model, shapes_of(model.config))))
+      for model in self.teachers
+    ]
+
+  @property
+  def _in_the_loss(self) -> tuple[list[Model], Params]:
+    return in_the_loss(self.algorithm, self.base_params, self.taught_by)
+
+  @property
+  def teaches_itself(self) -> bool:
+    """True if the policy, shown a solution, is its own teacher."""
+    return bool(configs.own_teacher(self.config))
+
+  @property
+  def keeps_old(self) -> bool:
+    """True if the old log-probs are scored before the first update."""
+    return self.updates > 1 or self.teaches_itself
+
   @property
   def updates(self) -> int:
     """Number of updates per rollout."""
@@ -223,10 +251,11 @@ class Programs:
       weights=self._rows(*rows),
       sampler_logp=self._rows(*rows),
       ref_logp=logp if self.has_kl else None,
-      old_logp=logp if self.updates > 1 else None,
       token_rewards=of_critic,
       values=of_critic if scored else None,
       returns=of_critic if scored else None,
+      old_logp=logp if self.keeps_old else None,
+      teacher_logp=logp if self.runs_per_step("teach") or self.teaches_itself else None,
     )
 
   @cached_property
@@ -251,7 +280,7 @@ class Programs:
 
   def update(self) -> Program:
     """Returns the update of one mini-batch."""
-    c = self.config
+    c, (models, frozen) = self.config, self._in_the_loss
     update = make_update(
       self.model,
       self.algorithm,
@@ -259,9 +288,10 @@ class Programs:
       self.schedule,
       build.update_config(c),
       with_adapters=self.with_adapters,
+      teachers=models,
     )
     batch = self.batch(c.rollout.prompts_per_step // c.train.mini_batches)
-    return Program(update, (self.state, batch, self.base_params))
+    return Program(update, (self.state, batch, frozen))
 
   def score(self) -> Program:
     """Returns the log-probs of a rollout under the reference or the old parameters."""
@@ -282,6 +312,12 @@ class Programs:
     batch = self.batch(self.config.rollout.prompts_per_step, scored=False)
     values = make_valuation(self.critic, build.update_config(self.config))
     return Program(values, (self.critic_state.params, batch))
+
+  def teach(self) -> Program:
+    """Returns the log-probs of a rollout under the largest teacher."""
+    c, teacher = self.config, self.taught_by[0]
+    score = make_scoring(teacher.model, build.update_config(c))
+    return Program(score, (teacher.params, self.batch(c.rollout.prompts_per_step, scored=False)))
 
   def to_sampling_params(self) -> Program:
     """Returns the conversion from trained to sampling parameters."""
@@ -330,6 +366,9 @@ def open_programs(
   values = None
   if algorithm and "values" in algorithm.rewards:
     values = attempt(lambda: config_of(build.critic_source(c)))
+  teachers = [attempt(lambda source=s: config_of(source)) for s in configs.teacher_sources(c)]
+  if algorithm:
+    problems += build.teacher_misfits(c, algorithm)
   prompts = prompts or attempt(lambda: read_prompts(c))
   if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:
     problems.append(
@@ -345,6 +384,7 @@ def open_programs(
     raise configs.ConfigError(problems)
   mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)
   model = attempt(lambda: build.make_model(c, shape, mesh))
+  teachers = [attempt(lambda shape=shape: build.make_model(c, shape, mesh)) for shape in teachers]
   if problems:
     raise configs.ConfigError(problems)
   schedule, optimizer = build.optimizer_of(c, c.optimizer.learning_rate)
@@ -360,7 +400,13 @@ def open_programs(
     new_adapters=adapters,
     prompts=prompts,
     critic=critic,
+    teachers=tuple(sorted(teachers, key=_size, reverse=True)),
   )
+
+
+def _size(model: Decoder) -> int:
+  """Returns the number of parameters of a model."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes_of(model.config)))
 
 
 def read_prompts(c: ConfigDict) -> Prompts:

@@ -23,6 +23,7 @@ def gdpo(rewards):
 
 
 OF_TOTALS = {name: row for name, row in ADVANTAGES.items() if row.rewards == ("total",)}
+del OF_TOTALS["zero_advantages"]  # compares nothing
 FUNCTIONS = {**OF_TOTALS, "gdpo": gdpo}
 
 
@@ -144,7 +145,7 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", ALONE)
 def test_groups_of_one_are_an_error_unless_asked_for(name):
   """It is raised when the program is traced: shapes are known then."""
   function, arguments = ALONE[name]
@@ -154,6 +155,15 @@ def test_groups_of_one_are_an_error_unless_asked_for(name):
   allowed = function(*arguments, allow_groups_of_one=True)
   assert allowed.shape[:2] == (6, 1)
   assert not allowed.any()
+
+
+def test_zero_advantages_take_any_group():
+  for rewards in (jnp.arange(6.0).reshape(2, 3), jnp.full((6, 1), nan)):
+    actual = grpo_jax.zero_advantages(rewards)
+    assert actual.shape == rewards.shape
+    assert not actual.any()
+  with pytest.raises(ValueError, match=r"^rewards has shape \(3,\), expected 2 axes"):
+    grpo_jax.zero_advantages(jnp.zeros(3))
 
 
 def test_flat_rewards_do_not_train_on_zeros():
@@ -487,14 +497,16 @@ def test_kinds_of_rewards():
   assert ADVANTAGES["multi_objective"].rewards == ("each",)
   assert ADVANTAGES["process_advantages"].rewards == ("steps",)
   assert ADVANTAGES["turn_advantages"].rewards == ("steps",)
-  assert len(OF_TOTALS) == len(ADVANTAGES) - 3
+  of_values = [name for name, row in ADVANTAGES.items() if row.rewards == ("values",)]
+  assert len(OF_TOTALS) + len(of_values) == len(ADVANTAGES) - 4  # these three, and the zeros
   assert Advantage(gdpo).rewards == ("total",)
   assert Advantage(gdpo, rewards=["total", "steps"]).rewards == ("total", "steps")
 
 
 def test_every_row_of_the_table_is_the_public_function_of_that_name():
   for name, row in ADVANTAGES.items():
-    assert row.function is getattr(grpo_jax, name)
+    if row.rewards != ("values",):  # they have one public function, `gae`
+      assert row.function is getattr(grpo_jax, name)
 
 
 def test_an_advantage_is_hashable_and_calls_its_function():
@@ -514,9 +526,11 @@ def test_lookup_advantage():
 
 
 def test_errors_of_the_table():
-  with pytest.raises(ValueError, match=r"^unknown advantage 'gae'; known: batch_normalized"):
-    lookup_advantage("gae")
-  with pytest.raises(ValueError, match=r"^unknown kind of rewards 'turns'; known: each, steps, to"):
+  with pytest.raises(ValueError, match=r"^unknown advantage 'vtrace'; known: batch_normalized"):
+    lookup_advantage("vtrace")
+  with pytest.raises(
+    ValueError, match=r"^unknown kind of rewards 'turns'; known: each, steps, total"
+  ):
     Advantage(gdpo, rewards="turns")
   with pytest.raises(ValueError, match=r"^unknown kind of rewards 'both'"):
     Advantage(gdpo, rewards=("total", "both"))

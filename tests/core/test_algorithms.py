@@ -60,6 +60,8 @@ ROWS = {
   "ppo": (
     "gae_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "none", 0.0, "token"
   ),
+  "rloo_kl": ("leave_one_out", "token", "none", {}, "k1", 0.05, "constant"),
+  "opd": ("zero_advantages", "token", "none", {}, "none", 0.0, "token"),
 }  # fmt: skip
 
 
@@ -75,6 +77,42 @@ def test_rows_agree_with_the_papers(name):
 
 def test_settings_of_the_critic_of_ppo():
   assert ALGORITHMS["ppo"].settings("advantage") == {"gamma": 1.0, "lam": 0.95}
+
+
+def test_teachers_and_penalties_of_the_rows():
+  """Only these rows have a teacher, a KL term in the reward, or a baseline of log-ratios."""
+  actual = {
+    name: (row.teacher_weight, row.teacher_discount, row.kl_in, row.log_ratio_baseline)
+    for name, row in ALGORITHMS.items()
+  }
+  changed = {name: values for name, values in actual.items() if values != (0, 0, "loss", "none")}
+  assert changed == {
+    "rloo_kl": (0, 0, "reward", "leave_one_out"),
+    "opd": (1, 0, "loss", "none"),
+  }
+  assert not any(row.teacher_divergence for row in ALGORITHMS.values())
+  assert {name for name, row in ALGORITHMS.items() if not row.needs_rewards} == {
+    "grpo", "reinforce_pp_baseline", "rloo_kl", "opd"
+  }  # fmt: skip
+
+
+def test_settings_of_a_teacher_that_make_no_sense():
+  with pytest.raises(ValueError, match=r"^teacher_weight must be at least 0 and finite, got -1"):
+    Algorithm(teacher_weight=-1.0)
+  with pytest.raises(ValueError, match=r"^teacher_weight must be at least 0 and finite, got inf"):
+    Algorithm(teacher_weight=float("inf"))
+  for name in ("teacher_discount", "teacher_divergence"):
+    for value in (-0.1, 1.1, float("nan")):
+      with pytest.raises(ValueError, match=rf"^{name} must be between 0 and 1, got {value}"):
+        Algorithm(teacher_weight=1.0, **{name: value})
+    with pytest.raises(ValueError, match=rf"^{name}=0.5 has no effect with teacher_weight=0"):
+      Algorithm(**{name: 0.5})
+  with pytest.raises(ValueError, match=r"^teacher_discount=1.0 has no effect with teacher_div"):
+    Algorithm(teacher_weight=1.0, teacher_discount=1.0, teacher_divergence=0.0)
+  with pytest.raises(ValueError, match=r"^unknown kl_in 'rewards'; known: loss, reward"):
+    Algorithm(kl_in="rewards")
+  with pytest.raises(ValueError, match=r"^unknown log_ratio_baseline 'mean'"):
+    Algorithm(log_ratio_baseline="mean")
 
 
 def test_no_row_is_missing():

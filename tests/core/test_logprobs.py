@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import head_logprobs, token_logprobs
-from grpo_jax.core import logprobs
+from grpo_jax.core import tiles
 from grpo_jax.core.logprobs import soft_cap
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
@@ -135,7 +135,7 @@ def test_soft_cap():
 @pytest.fixture
 def small_tiles(monkeypatch):
   """Sets the size of tiles to 512 columns, the smallest possible."""
-  monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1)
+  monkeypatch.setattr(tiles, "TILE_ELEMENTS", 1)
 
 
 def inputs(dtype=np.float32, seed=0):
@@ -199,8 +199,8 @@ SETTINGS = {
 def test_tiles_agree_with_float64_and_with_token_logprobs(settings, small_tiles, monkeypatch):
   # Three tiles and a rest: of two columns with one or four vocabulary shards, of one with two.
   vocab_shards = settings.get("vocab_shards", 1)
-  monkeypatch.setattr(logprobs, "LEAST_COLUMNS", 512 // vocab_shards)
-  assert logprobs._tiles(B * T, V // vocab_shards) == (3, {1: 366, 2: 183, 4: 91}[vocab_shards])
+  monkeypatch.setattr(tiles, "LEAST_COLUMNS", 512 // vocab_shards)
+  assert tiles.tiles_of(B * T, V // vocab_shards) == (3, {1: 366, 2: 183, 4: 91}[vocab_shards])
   hidden, head, a, b = inputs()
   actual = tiled(hidden, head, a, b, **settings)
   expected = {name: settings[name] for name in settings.keys() - {"vocab_shards", "row_shards"}}
@@ -286,22 +286,22 @@ def test_the_entropy_is_precise_for_large_logits(small_tiles):
 
 def test_a_single_tile():
   hidden, head, a, b = inputs()
-  assert logprobs._tiles(B * T, V) == (1, V)
+  assert tiles.tiles_of(B * T, V) == (1, V)
   close(tiled(hidden, head, a, b), dense64(hidden, head, a, b))
 
 
 def test_tiles_hold_16_mib():
   """2^22 floats of 4 bytes, at least 512 columns, and nothing is left out."""
-  assert logprobs._tiles(1, 3 * 2**22 + 1)[0] == 4
-  assert logprobs._tiles(1, 3 * 2**22) == (3, 2**22)
-  assert logprobs._tiles(2**10, 2**14) == (4, 2**12)
-  assert logprobs._tiles(2**20, 1024) == (2, 512)
-  assert logprobs._tiles(2**20, 3) == (1, 3)
+  assert tiles.tiles_of(1, 3 * 2**22 + 1)[0] == 4
+  assert tiles.tiles_of(1, 3 * 2**22) == (3, 2**22)
+  assert tiles.tiles_of(2**10, 2**14) == (4, 2**12)
+  assert tiles.tiles_of(2**20, 1024) == (2, 512)
+  assert tiles.tiles_of(2**20, 3) == (1, 3)
 
 
 def test_both_passes_size_their_tiles_by_rows_and_columns_of_a_shard(monkeypatch):
-  sizes, tiles = [], logprobs._tiles
-  monkeypatch.setattr(logprobs, "_tiles", lambda *size: sizes.append(size) or tiles(*size))
+  sizes, tiles_of = [], tiles.tiles_of
+  monkeypatch.setattr(tiles, "tiles_of", lambda *size: sizes.append(size) or tiles_of(*size))
 
   def loss(hidden, **shards):
     return head_logprobs(hidden, jnp.ones((2, 14)), jnp.zeros(6, int), **shards)[0].sum()
@@ -338,10 +338,10 @@ def test_products_of_bfloat16_accumulate_in_float32():
 @pytest.mark.parametrize("vocab", [1, 2, 511, 512, 513, 1024, 1025, 49152, 151936])
 @pytest.mark.parametrize("rows", [0, 1, 64, 1024, 65536])
 def test_tiles_cover_the_vocabulary(rows, vocab):
-  count, width = logprobs._tiles(rows, vocab)
+  count, width = tiles.tiles_of(rows, vocab)
   assert width >= 1
   assert 0 <= vocab - count * width < count
-  assert rows * width <= max(logprobs.TILE_ELEMENTS, 512 * rows)
+  assert rows * width <= max(tiles.TILE_ELEMENTS, 512 * rows)
 
 
 def test_leading_axes_vmap_and_empty_batches(small_tiles):

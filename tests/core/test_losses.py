@@ -56,8 +56,21 @@ ROWS = {
     correction="token_truncate", correction_max=1.1, kl="k3_k2_gradient", beta=0.2
   ),
 }
+ROWS["teacher"] = dataclasses.replace(
+  EVERYTHING, teacher_weight=0.7, teacher_discount=0.5, log_ratio_baseline="leave_one_out"
+)
+ROWS["kl in the reward"] = dataclasses.replace(EVERYTHING, kl="k2", kl_in="reward")
+ROWS["divergence"] = dataclasses.replace(EVERYTHING, teacher_weight=0.7, teacher_divergence=0.5)
 every_row = pytest.mark.parametrize("name", ROWS)
-ARRAYS = {"old_logp": OLD, "ref_logp": REF, "sampler_logp": SAMPLER}
+TEACHER = (LOGP + RNG.normal(0.0, 0.4, LOGP.shape)).astype(np.float32)
+DIVERGENCE = RNG.uniform(0.0, 1.0, LOGP.shape).astype(np.float32)
+ARRAYS = {
+  "old_logp": OLD,
+  "ref_logp": REF,
+  "sampler_logp": SAMPLER,
+  "teacher_logp": TEACHER,
+  "divergence": DIVERGENCE,
+}
 
 
 close = partial(assert_close, rtol=2e-5, atol=2e-6)
@@ -65,7 +78,8 @@ close = partial(assert_close, rtol=2e-5, atol=2e-6)
 
 def run(name, logp, advantages, mask, **arrays):
   """Returns (loss, metrics), gradient of a row."""
-  loss = partial(policy_loss, ROWS[name], max_length=10)
+  row = dataclasses.replace(EVERYTHING, beta=0.0) if name == "no penalty" else ROWS[name]
+  loss = partial(policy_loss, row, max_length=10)
   call = jax.value_and_grad(lambda x: loss(x, advantages, mask, **arrays), has_aux=True)
   return call(jnp.asarray(logp))
 
@@ -188,10 +202,74 @@ def test_every_row_of_the_table_is_reinforce_on_policy(name):
   row = ALGORITHMS[name]
 
   def loss(logp):
-    return policy_loss(row, logp, ADVANTAGES, MASK, ref_logp=LOGP, max_length=10)[0]
+    arrays = {"ref_logp": LOGP, "teacher_logp": LOGP}
+    return policy_loss(row, logp, ADVANTAGES, MASK, **arrays, max_length=10)[0]
 
   expected = -ADVANTAGES[..., None] * WEIGHTS[row.average]
   close(jax.grad(loss)(jnp.asarray(LOGP)), expected)
+
+
+def later(values):
+  """Returns the sum of each token's value and all later ones of its completion."""
+  return np.flip(np.cumsum(np.flip(np.where(MASK, values, 0.0), -1), -1), -1)
+
+
+def test_a_kl_term_in_the_reward_goes_through_ratio_region_and_correction():
+  """The penalty of the old policy, k2, is subtracted from the reward of each token."""
+  logp, old, ref = LOGP.astype(float), OLD.astype(float), REF.astype(float)
+  a = np.where(MASK, ADVANTAGES[..., None] - 0.1 * later((old - ref) ** 2 / 2), 0.0)
+  (value, metrics), gradient = run("kl in the reward", LOGP, ADVANTAGES, MASK, **ARRAYS)
+  (expected, others), slope = run("no penalty", LOGP, a.astype(np.float32), MASK, **ARRAYS)
+  close(value, expected)
+  close(gradient, slope)
+  close(metrics["kl"], ((logp - ref) ** 2 / 2)[MASK].mean())
+  close(metrics["clip_ratio/region_mean"], others["clip_ratio/region_mean"])
+
+
+def test_a_teacher_adds_its_log_ratios_to_the_advantages():
+  row = Algorithm(teacher_weight=0.7, teacher_discount=1.0)
+  difference = TEACHER.astype(float) - OLD.astype(float)
+  a = np.where(MASK, ADVANTAGES[..., None] + 0.7 * later(difference), 0.0)
+  ratio = np.exp(LOGP.astype(float) - OLD.astype(float))
+  arrays = {"old_logp": OLD, "teacher_logp": TEACHER}
+  loss, metrics = policy_loss(row, LOGP, ADVANTAGES, MASK, **arrays)
+  close(loss, -np.sum(WEIGHTS["sequence"] * ratio * a))
+  close(metrics["teacher/kl"], -difference[MASK].mean())
+  on_policy, _ = policy_loss(row, OLD, ADVANTAGES, MASK, teacher_logp=TEACHER)
+  close(on_policy, -np.sum(WEIGHTS["sequence"] * a))
+
+
+def test_a_divergence_is_a_term_of_the_loss_with_its_own_gradient():
+  row = Algorithm(teacher_weight=0.7, teacher_divergence=1.0)
+
+  def loss(divergence, row=row):
+    return policy_loss(row, LOGP, ADVANTAGES, MASK, divergence=divergence)
+
+  (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(DIVERGENCE))
+  task = -np.sum(WEIGHTS["sequence"] * ADVANTAGES[..., None])
+  close(value, task + 0.7 * np.sum(WEIGHTS["sequence"] * DIVERGENCE))
+  close(slope, 0.7 * WEIGHTS["sequence"])
+  close(metrics["teacher/divergence"], DIVERGENCE[MASK].mean())
+  without, metrics = loss(DIVERGENCE, Algorithm())
+  close(without, task)
+  assert "teacher/divergence" in metrics
+
+
+def test_the_teacher_is_only_a_metric_without_a_weight():
+  with_teacher, metrics = policy_loss("grpo", LOGP, ADVANTAGES, MASK, **ARRAYS)
+  arrays = {name: ARRAYS[name] for name in ("old_logp", "ref_logp")}
+  assert with_teacher == policy_loss("grpo", LOGP, ADVANTAGES, MASK, **arrays)[0]
+  close(metrics["teacher/kl"], (OLD - TEACHER)[MASK].mean())
+
+
+def test_a_missing_teacher_is_named():
+  with pytest.raises(ValueError, match=r"^teacher_weight=1.0 needs teacher_logp"):
+    policy_loss("opd", LOGP, ADVANTAGES, MASK)
+  row = Algorithm(teacher_weight=1.0, teacher_divergence=0.0)
+  with pytest.raises(ValueError, match=r"^teacher_divergence=0.0 needs divergence"):
+    policy_loss(row, LOGP, ADVANTAGES, MASK, teacher_logp=TEACHER)
+  with pytest.raises(ValueError, match=r"^divergence has shape \(2, 3\), expected \(2, 3, 4\)"):
+    policy_loss(row, LOGP, ADVANTAGES, MASK, divergence=DIVERGENCE[..., 0])
 
 
 def test_advantages_may_be_per_token():
@@ -233,6 +311,7 @@ def test_only_logp_receives_a_gradient(name):
 
   others = {"advantages": ADVANTAGES, "weights": WEIGHTS["token"].astype(np.float32), **ARRAYS}
   gradients = jax.grad(loss)(others)
+  assert np.asarray(gradients.pop("divergence")).any() == (name == "divergence")  # a loss term
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(gradients))
 
 
@@ -292,7 +371,7 @@ def test_masked_slots_may_hold_anything(name):
   per_token = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
   expected = run(name, LOGP, per_token, MASK, **arrays)
   assert not np.asarray(expected[1])[~MASK].any()
-  for poisons in ([np.nan] * 6, [np.inf] * 6, [-np.inf] * 6, [np.inf, -np.inf, np.nan] * 2):
+  for poisons in ([np.nan] * 8, [np.inf] * 8, [-np.inf] * 8, [np.inf, -np.inf, np.nan, 0] * 2):
     bad = [
       np.where(MASK, x, np.float32(poison))
       for x, poison in zip((LOGP, per_token, *arrays.values()), poisons, strict=True)
@@ -332,7 +411,9 @@ def test_log_ratios_of_100_give_finite_loss_gradient_and_metrics(name):
   far = np.where(np.arange(T) % 2, 0.0, -100.0).astype(np.float32) * np.ones_like(LOGP)
   near = -100.0 - far
   full = np.ones_like(MASK)
-  result = run(name, far, ADVANTAGES, full, old_logp=near, ref_logp=near, sampler_logp=far)
+  arrays = {"old_logp": near, "ref_logp": near, "sampler_logp": far}
+  arrays |= {"teacher_logp": far, "divergence": near}
+  result = run(name, far, ADVANTAGES, full, **arrays)
   assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(result))
 
 
@@ -453,8 +534,8 @@ ERRORS = {
   "sampler_logp": ({"sampler_logp": SAMPLER[0]}, r"^sampler_logp has shape \(3, 4\), expected"),
   "weights": ({"weights": WEIGHTS["token"][0]}, r"^weights has shape \(3, 4\), expected"),
   "algorithm": (
-    {"algorithm": "ppo"},
-    r"^unknown algorithm 'ppo'; known: cispo, dapo, dppo, dr_grp",
+    {"algorithm": "trpo"},
+    r"^unknown algorithm 'trpo'; known: cispo, dapo, dppo, dr_grp",
   ),
   "no reference": ({"ref_logp": None}, r"^beta=0.1 needs ref_logp, the reference's"),
   "no sampler": ({"sampler_logp": None}, r"^correction='token_mask' needs sampler_logp"),

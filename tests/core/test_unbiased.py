@@ -4,6 +4,7 @@ Every number is computed twice: by the library on the world of `enumeration.py`,
 `enumeration_plain.py`, which shares no code with the library.
 """
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_group_centered_scale_is_n_minus_1_over_n(size):
 
 
 @pytest.mark.parametrize(
-  "name", [n for n, row in ALGORITHMS.items() if "values" not in row.rewards]
+  "name", [n for n, row in ALGORITHMS.items() if "values" not in row.rewards and n != "opd"]
 )
 def test_every_row_reduces_to_advantage_and_average_on_policy(name):
   row = ALGORITHMS[name]
@@ -417,6 +418,79 @@ def test_gradient_of_each_kl_term():
         assert case[name].bias > 0.05, (kl, name)
 
 
+# --- log-ratios as advantages --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "average"),
+  [(name, "constant") for name in cases.TEACHERS]
+  + [(name, "sequence") for name, (_, baseline) in cases.TEACHERS.items() if baseline == "none"],
+)
+def test_teachers_by_hand(name, average):
+  """A baseline of other completions leaves the expectation of a plain sum as it is."""
+  discount, _ = cases.TEACHERS[name]
+  gap = plain.logps(world.POLICY) - plain.logps(world.REFERENCE)
+  expected = plain.later_gradient(gap, discount, average)
+  for target, gradient in cases.kl_targets(0.0).items():
+    if target != "forward":
+      actual = cases.teacher_case(name, average)[target]
+      assert_comparison(actual, compare(expected, gradient), 1e-9)
+
+
+def test_which_kl_a_teacher_descends():
+  """Each token alone: the KL at each context. With all later tokens: that of whole completions."""
+  for name, (discount, _) in cases.TEACHERS.items():
+    for target, of_discount in (("reverse", 0.0), ("sequence", 1.0)):
+      case = cases.teacher_case(name)[target]
+      if discount == of_discount:
+        assert case.bias < 1e-12, (name, target)
+        assert case.scale == pytest.approx(1.0, abs=1e-12)
+      else:
+        assert case.bias > 0.02, (name, target)
+
+
+def test_a_student_that_starts_at_its_teacher_has_no_gradient():
+  """Exactly 0 in every batch, not only in expectation."""
+  for discount in (0.0, 1.0):
+    row = dataclasses.replace(ALGORITHMS["opd"], teacher_discount=discount)
+
+    def slope(logp, row=row):
+      signal = jnp.zeros(logp.shape[:-1])
+      return policy_loss(row, logp, signal, jnp.asarray(world.MASK)[None], teacher_logp=logp)[0]
+
+    assert not np.asarray(jax.grad(slope)(world.logps(world.POLICY)[:1])).any()
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_only_k1_is_unbiased_in_the_reward(kl):
+  case = cases.kl_case(f"{kl}_in_reward")["sequence"]
+  if kl == "k1":
+    assert case.bias < 1e-12
+    assert case.scale == pytest.approx(1.0, abs=1e-12)
+  else:
+    assert case.bias > 0.05
+  values = plain.logps(world.POLICY) - plain.logps(world.REFERENCE)
+  expected = plain.later_gradient(plain.KL_VALUES[kl](values, 1.0), 1.0, "constant")
+  assert_comparison(case, compare(expected, cases.kl_targets(0.0)["sequence"]), 1e-9)
+
+
+def test_rloo_with_the_kl_in_the_reward_is_the_gradient_of_the_regularized_reward():
+  """Of mean reward minus beta times the KL of whole completions, differentiated numerically."""
+  row = ALGORITHMS["rloo_kl"]
+
+  def loss(logp, drawn_logp, ids):
+    reference = world.logps(jnp.asarray(world.REFERENCE))[cases.PROMPT, ids]
+    arrays = {"ref_logp": reference, "max_length": world.MAX_LENGTH}
+    signal = leave_one_out(cases.rewards_of(ids))
+    return policy_loss(row, logp, signal, cases.mask(ids), **arrays)
+
+  actual = world.expectation(loss, world.list_groups(2, 2))(world.POLICY).gradient
+  expected = plain.difference(
+    lambda x: plain.reward(x) - row.beta * plain.kl(x, world.REFERENCE), world.POLICY
+  )
+  np.testing.assert_allclose(-plain.BUDGET * actual, expected, atol=1e-9)
+
+
 def test_k1_as_a_loss_has_a_gradient_only_with_length_weights():
   assert cases.kl_case("k1")["reverse"].scale == 0.0
   references = {"ref": world.REFERENCE, "elsewhere": world.table(5.0)}
@@ -532,5 +606,6 @@ def test_the_page_describes_every_choice():
   every = {(a, v) for a in cases.ADVANTAGES for v in ("constant", "sequence", "token")}
   assert set(estimators_page.REWARD_MEANING) == every
   assert set(estimators_page.KL_MEANING) == {*plain.KL_SLOPES, "k1_in_reward"}
+  assert set(estimators_page.TEACHER_MEANING) == set(cases.TEACHERS)
   assert set(estimators_page.REGION_MEANING) == set(cases.REGIONS) == set(plain.SLOPES)
   assert set(estimators_page.CORRECTION_MEANING) == set(cases.CORRECTIONS)

@@ -59,6 +59,13 @@ OPTIONS = {
   "statistics of the batch, truncated completions masked": [
     "algorithm.name=reinforce_pp_baseline", "rollout.mask_truncated=true"
   ],
+  "a teacher, and the KL in the reward": [
+    "algorithm.name=rloo_kl", "teacher.source=random:tiny", "algorithm.teacher_weight=0.5",
+    "algorithm.teacher_discount=0.9",
+  ],
+  "a divergence to a teacher": [
+    "algorithm.teacher_weight=0.5", "teacher.source=random:tiny", "algorithm.teacher_divergence=0.5"
+  ],
   "everything": [
     "algorithm.name=grpo", "rollout.prompts_per_step=32", "rollout.max_resamples=1",
     "rollout.mask_truncated=true", "rollout.prompt_length=12", "train.mini_batches=2",

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.core import logprobs
+from grpo_jax.core import tiles
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import mesh as meshes
@@ -103,7 +103,7 @@ def sample_on(shape):
 def several_tiles():
   """Splits even a vocabulary that would fit into one tile."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(logprobs, "_tiles", lambda rows, size: (TILES, size // TILES))
+    patch.setattr(tiles, "tiles_of", lambda rows, size: (TILES, size // TILES))
     yield
 
 

@@ -52,7 +52,8 @@ def data_dir(tmp_path_factory):
 def test_an_experiment_takes_a_step(path, tmp_path, data_dir):
   name = load(str(path)).task.name
   sizes = SIZES[name] + ([f"--config.task.settings.data_dir={data_dir}"] if name == "gsm8k" else [])
-  config = load(str(path), SMALL + sizes)
+  teacher = ["--config.teacher.source=random:tiny"] if load(str(path)).teacher.source else []
+  config = load(str(path), SMALL + sizes + teacher)
   results = train.run(config, tmp_path)
   row = next(row for row in read_metrics(tmp_path) if "loss" in row)
   assert row["step"] == 0

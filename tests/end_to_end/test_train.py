@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import train
+from grpo_jax import export, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.run import checkpoint
@@ -132,6 +132,20 @@ def test_reward_rises(tmp_path):
   assert results["eval/n"] == 20
 
 
+def test_a_teacher_passes_on_what_it_learned_without_rewards(tmp_path):
+  """Another random model learns from the trained one what `letters` rewards, by the row opd."""
+  short = ["--config.log.samples=0", "--config.eval.batch_prompts=8", "--config.steps=25"]
+  train.run(load(TINY, short), tmp_path / "teacher")
+  export.main(["--workdir", str(tmp_path / "teacher"), "--out", str(tmp_path / "model")])
+  taught = ["--config.algorithm.name=opd", f"--config.teacher.source={tmp_path / 'model'}"]
+  results = train.run(load(TINY, [*short, *taught, "--config.seed=1"]), tmp_path / "student")
+  rows = [row for row in read_metrics(tmp_path / "student") if "loss" in row]
+  assert np.mean([row["reward"] for row in rows[:3]]) < 0.25
+  assert np.mean([row["reward"] for row in rows[-3:]]) > 0.8
+  assert rows[-1]["teacher/kl"] < 0.3 * rows[0]["teacher/kl"]
+  assert results["eval/n"] == 20
+
+
 def test_a_kl_term_holds_the_policy_at_the_reference(tmp_path):
   """With a very large beta the same run cannot leave the reference; kl is measured."""
   rows = {}
@@ -152,6 +166,10 @@ OPTIONS = [
   "--config.algorithm.name=grpo",
   "--config.algorithm.beta=0.05",
   "--config.algorithm.clip_high=0.28",
+  "--config.teacher.source=random:tiny",
+  "--config.algorithm.teacher_weight=0.2",
+  "--config.algorithm.teacher_discount=0.9",
+  "--config.algorithm.log_ratio_baseline=leave_one_out",
   "--config.train.epochs=2",
   "--config.train.mini_batches=2",
   "--config.reference.sync_every=2",
@@ -193,6 +211,7 @@ def test_all_options_at_once_and_resumed(tmp_path):
   assert rows[0]["ratio/max"] > 1.0  # the second update leaves the old log-probs behind
   assert rows[1]["kl"] > rows[0]["kl"] > 0
   assert 0.1 < rows[0]["completions/clipped_ratio"] < 0.9
+  assert rows[0]["teacher/kl"] > 0
   letters, learned = (rows[0][f"rewards/{name}/mean"] for name in ("letters", "reward_model"))
   np.testing.assert_allclose(rows[0]["reward"], letters + 0.5 * learned, rtol=1e-6)
   assert {"dynamic_sampling/kept", "dynamic_sampling/resamples", "rewards/missing"} <= set(rows[0])

@@ -218,6 +218,20 @@ KL_VALUES = {
 }
 
 
+def later_gradient(values, discount, average):
+  """Returns the policy gradient of the discounted sum of later values [P, C, T], on-policy.
+
+  It is that of one completion per prompt, times the budget.
+  """
+  total = np.zeros((2, len(COMPLETIONS), BUDGET))
+  for c, completion in enumerate(COMPLETIONS):
+    for t in range(len(completion)):
+      for k in range(t, len(completion)):
+        total[:, c, t] += discount ** (k - t) * values[:, c, k]
+  weights = BUDGET / LENGTH[:, None] if average == "sequence" else 1.0
+  return pull(probabilities(world.POLICY)[..., None] / 2 * weights * total, world.POLICY)
+
+
 # --- completions of another policy ---------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from tests.helpers.enumeration import Comparison, Expected
 
 PROMPT = np.arange(world.PROMPTS)[:, None]
 ADVANTAGES = {name: a for name, a in grpo_jax.ADVANTAGES.items() if a.rewards == ("total",)}
+del ADVANTAGES["zero_advantages"]
 GROUP = 3  # completions per prompt in the comparison of advantages
 FEW = 2  # completions per prompt with leave_one_out, which is exact for any group size
 DISTANCES = (0.5, 1.0)  # from the sampling policy, in units of `world.SHIFT`
@@ -107,16 +108,13 @@ def rate_case(advantage: str, rate: float) -> Comparison:
 def _kl_expectation(kl: str, average: str) -> Callable:
   def loss(logp, drawn_logp, ids):
     reference = world.logps(jnp.asarray(world.REFERENCE))[PROMPT, ids]
-    signal = jnp.zeros(ids.shape)
-    if kl == "k1_in_reward":
-      signal = leave_one_out(-(jax.lax.stop_gradient(logp) - reference).sum(-1))
-      row = Algorithm(average=average)
-    else:
-      row = Algorithm(kl=kl, beta=1.0, average=average)
+    name, _, in_reward = kl.partition("_in_")
+    place = {"kl_in": "reward", "log_ratio_baseline": "leave_one_out"} if in_reward else {}
+    row = Algorithm(kl=name, beta=1.0, average=average, **place)
     return policy_loss(
       row,
       logp,
-      signal,
+      jnp.zeros(ids.shape),
       mask(ids),
       old_logp=drawn_logp,
       ref_logp=reference,
@@ -141,7 +139,6 @@ def kl_case(kl: str, average: str = "constant", distance: float = 0.0) -> dict[s
 @functools.cache
 def kl_targets(distance: float) -> dict[str, np.ndarray]:
   """Returns the three gradients that "the gradient of the KL" can mean."""
-  """Three gradients that could be meant by "the gradient of the KL"."""
   theta, sampler = jnp.asarray(world.POLICY), jnp.asarray(drawn_by(distance))
   at_contexts = jax.grad(world.context_kl)
   return {
@@ -149,6 +146,34 @@ def kl_targets(distance: float) -> dict[str, np.ndarray]:
     "forward": np.asarray(at_contexts(theta, world.REFERENCE, sampler, forward=True)),
     "sequence": np.asarray(jax.grad(world.sequence_kl)(theta, world.REFERENCE)),
   }
+
+
+# Discount and baseline of a teacher's log-ratios; the teacher is `world.REFERENCE`.
+TEACHERS = {
+  "each token, no baseline": (0.0, "none"),
+  "each token": (0.0, "leave_one_out"),
+  "discount 0.5": (0.5, "leave_one_out"),
+  "later tokens, no baseline": (1.0, "none"),
+  "later tokens": (1.0, "leave_one_out"),
+}
+
+
+@functools.cache
+def teacher_case(name: str, average: str = "constant") -> dict[str, Comparison]:
+  """Compares a teacher's log-ratios, on-policy, with both gradients of the reverse KL."""
+  discount, baseline = TEACHERS[name]
+  row = dataclasses.replace(
+    ALGORITHMS["opd"], teacher_discount=discount, log_ratio_baseline=baseline, average=average
+  )
+
+  def loss(logp, drawn_logp, ids):
+    teacher = world.logps(jnp.asarray(world.REFERENCE))[PROMPT, ids]
+    arrays = {"teacher_logp": teacher, "max_length": world.MAX_LENGTH}
+    return policy_loss(row, logp, jnp.zeros(ids.shape), mask(ids), **arrays)
+
+  expected = world.expectation(loss, world.list_groups(world.PROMPTS, FEW))(world.POLICY)
+  targets = kl_targets(0.0)
+  return {name: world.compare(-ascent(expected), targets[name]) for name in ("reverse", "sequence")}
 
 
 def product_ratio(logp, old_logp, mask):
@@ -298,8 +323,8 @@ def correction_case(name: str, distance: float) -> Comparison:
 
 @functools.cache
 def row_gradient(name: str) -> np.ndarray:
-  """Returns the expected on-policy gradient of an `ALGORITHMS` row without KL, groups of `FEW`."""
-  row = dataclasses.replace(ALGORITHMS[name], beta=0.0)
+  """Returns the expected on-policy gradient of a row without KL and teacher, groups of `FEW`."""
+  row = dataclasses.replace(ALGORITHMS[name], beta=0.0, teacher_weight=0.0)
 
   def loss(logp, drawn_logp, ids):
     return policy_loss(

@@ -42,20 +42,22 @@ def two_steps(shape, in_chunks=True):
   """Returns bits of (state, log-probs, metrics) after two steps with clipping, AdamW and KL."""
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
   chunks = deterministic.Chunks(8, mesh) if in_chunks else None
-  algorithm = dataclasses.replace(ALGORITHMS["grpo"], beta=0.1)
+  teaching = {"teacher_weight": 0.5, "teacher_discount": 0.9}
+  algorithm = dataclasses.replace(ALGORITHMS["grpo"], beta=0.1, **teaching)
   step = make_train_step(MODEL, algorithm, OPTIMIZER, RATE, temperature=0.7, chunks=chunks)
   score = make_score(MODEL, temperature=0.7, chunks=chunks)
 
   def put(tree):
     return jax.device_put(tree, meshes.param_shardings(mesh, tree))
 
-  params = put(MODEL.init(jax.random.key(0)))
+  params, teacher = (put(MODEL.init(jax.random.key(seed))) for seed in (0, 1))
   state = TrainState.create(params, OPTIMIZER)
   batch = jax.device_put(wide_batch(), meshes.batch_sharding(mesh))
   with jax.transfer_guard("disallow"):
     for _ in range(2):
       logp = score(state.params, batch)
-      state, metrics = step(state, dataclasses.replace(batch, old_logp=logp, ref_logp=logp))
+      logps = {"old_logp": logp, "ref_logp": logp, "teacher_logp": score(teacher, batch)}
+      state, metrics = step(state, dataclasses.replace(batch, **logps))
   assert state.params["embed"].sharding.is_equivalent_to(params["embed"].sharding, 2)
   return bits(state), bits(logp), bits(metrics)
 

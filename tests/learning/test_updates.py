@@ -11,7 +11,13 @@ import pytest
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.learning.batch import mini_batches
 from grpo_jax.learning.step import TrainState, make_score, make_train_step
-from grpo_jax.learning.updates import Learner, UpdateConfig, make_gradients, make_scoring
+from grpo_jax.learning.updates import (
+  Learner,
+  Teacher,
+  UpdateConfig,
+  make_gradients,
+  make_scoring,
+)
 from tests.helpers.learning import MODEL, assert_trees_close, bits, make_batch, step_once
 
 RATE = 1e-2
@@ -89,6 +95,140 @@ def test_the_reference_moves_every_few_rollouts(params):
   assert bits(state.reference) == bits(state.params)
 
 
+def test_the_log_probs_of_teachers_are_averaged(params):
+  row = dataclasses.replace(ALGORITHMS["dapo"], teacher_weight=0.5)
+  teachers = [Teacher(MODEL, MODEL.init(jax.random.key(seed))) for seed in (1, 2)]
+  state, metrics = learner(row, teachers=teachers)(state_of(params), batch(), 0)
+  logps = [np.asarray(make_score(MODEL)(teacher.params, batch())) for teacher in teachers]
+  taught = dataclasses.replace(batch(), teacher_logp=jnp.asarray((logps[0] + logps[1]) / 2))
+  expected, _ = make_train_step(MODEL, row, OPTIMIZER)(state_of(params), taught)
+  assert_trees_close(state.params, expected.params, 1e-7)
+  own, mask = np.asarray(make_score(MODEL)(params, batch())), np.asarray(batch().mask)
+  gap = (own - (logps[0] + logps[1]) / 2)[mask].mean()
+  np.testing.assert_allclose(metrics["teacher/kl"], gap, rtol=1e-5)
+
+
+def test_a_policy_that_is_its_teacher_stays_where_it_is(params):
+  """Without advantages of rewards; to the rounding of two compiled programs."""
+  unrewarded = dataclasses.replace(batch(), advantages=jnp.zeros((4, 3)))
+  learn = learner("opd", teachers=[Teacher(MODEL, params)])
+  state, metrics = learn(state_of(params), unrewarded, 0)
+  assert_trees_close(state.params, params, 1e-8)
+  assert abs(float(metrics["teacher/kl"])) < 1e-6
+
+
+def test_on_policy_distillation_brings_the_policy_to_its_teacher(params):
+  """On fresh completions of the policy in each step, of a task without any reward."""
+  teacher = MODEL.init(jax.random.key(1))
+  learn = Learner(
+    MODEL, "opd", optax.adam(5e-3), None, UpdateConfig(), teachers=[Teacher(MODEL, teacher)]
+  )
+  state, gaps = TrainState.create(params, optax.adam(5e-3)), []
+  prompts = {"average": "token", "temperature": 1.0}
+  for step in range(150):
+    fresh = make_batch(**prompts)
+    tokens = sampled(state.params, fresh, jax.random.key(step))
+    fresh = dataclasses.replace(fresh, completions=tokens, advantages=jnp.zeros((4, 3)))
+    state, metrics = learn(state, fresh, step)
+    gaps.append(float(metrics["teacher/kl"]))
+  assert np.mean(gaps[-20:]) < 0.4 * np.mean(gaps[:5])
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+def test_a_divergence_to_teachers_is_a_term_of_the_loss(params, mix):
+  """Compares with a loss through the whole vocabulary, without tiles and micro-batches."""
+  row = dataclasses.replace(ALGORITHMS["dapo"], teacher_weight=0.5, teacher_divergence=mix)
+  teachers = [Teacher(MODEL, MODEL.init(jax.random.key(seed))) for seed in (1, 2)]
+  config = UpdateConfig(micro_batches=2)
+  state, metrics = learner(row, config, teachers=teachers)(state_of(params), batch(), 0)
+
+  def logps(params):
+    b = batch()
+    hidden = MODEL.score(params, b.prompts, b.prompt_mask, b.completions)
+    return jax.nn.log_softmax(hidden @ MODEL.head(params) / 0.7)
+
+  def divergence(p, q):
+    if mix == 0:
+      return (jnp.exp(q) * (q - p)).sum(-1)
+    if mix == 1:
+      return (jnp.exp(p) * (p - q)).sum(-1)
+    m = jnp.log((jnp.exp(p) + jnp.exp(q)) / 2)
+    return ((jnp.exp(p) * (p - m)).sum(-1) + (jnp.exp(q) * (q - m)).sum(-1)) / 2
+
+  def loss(params):
+    own = logps(params)
+    terms = [divergence(own, logps(teacher.params)) for teacher in teachers]
+    mean = jnp.where(batch().mask, sum(terms) / 2, 0.0)
+    return 0.5 * (batch().weights * mean).sum(), mean
+
+  without, _ = learner("dapo")(state_of(params), batch(), 0)
+  gradient, mean = jax.grad(loss, has_aux=True)(params)
+  expected = jax.tree.map(lambda p, g: p - RATE * g, without.params, gradient)
+  assert_trees_close(state.params, expected, 1e-6)
+  assert float(optax.tree.norm(gradient)) > 0.1
+  kl = np.asarray(mean)[np.asarray(batch().mask)].mean()
+  np.testing.assert_allclose(metrics["teacher/divergence"], kl, rtol=1e-4)
+
+
+@jax.jit
+def sampled(params, batch, key):
+  """Returns completions [P, G, T] drawn from the model, token by token."""
+  tokens = batch.completions
+  for t in range(tokens.shape[-1]):
+    hidden = MODEL.score(params, batch.prompts, batch.prompt_mask, tokens)[:, :, t]
+    drawn = jax.random.categorical(jax.random.fold_in(key, t), hidden @ MODEL.head(params))
+    tokens = tokens.at[:, :, t].set(drawn)
+  return tokens
+
+
+def shown(has_teacher=True):
+  """Returns a batch in which the policy sees other prompts as its own teacher."""
+  rng = np.random.default_rng(7)
+  taught = np.asarray(batch().mask) & (rng.random((4, 3, 1)) < 0.6) & has_teacher
+  return dataclasses.replace(
+    batch(),
+    advantages=jnp.zeros((4, 3)),
+    teacher_prompts=jnp.asarray(rng.integers(0, 19, (4, 6)), jnp.int32),
+    teacher_prompt_mask=jnp.asarray(np.arange(6) >= np.array([0, 2, 1, 0])[:, None]),
+    taught=jnp.asarray(taught),
+  )
+
+
+@pytest.mark.parametrize("who", ["policy", "reference"])
+def test_a_policy_that_sees_other_prompts_is_its_own_teacher(params, who):
+  reference = MODEL.init(jax.random.key(3))
+  state = state_of(params, reference=reference)
+  result, metrics = learner("opd", UpdateConfig(own_teacher=who))(state, shown(), 0)
+  prompts = {"prompts": shown().teacher_prompts, "prompt_mask": shown().teacher_prompt_mask}
+  teacher = params if who == "policy" else reference
+  logp = np.asarray(make_score(MODEL)(teacher, dataclasses.replace(batch(), **prompts)))
+  own = np.asarray(make_score(MODEL)(params, batch()))
+  advantages = np.where(np.asarray(shown().taught), logp - own, 0.0)
+  assert np.abs(advantages).max() > 0.1
+  plain = dataclasses.replace(batch(), advantages=jnp.asarray(advantages))
+  row = dataclasses.replace(ALGORITHMS["reinforce"], average="token")
+  expected, _ = make_train_step(MODEL, row, OPTIMIZER)(state_of(params), plain)
+  assert_trees_close(result.params, expected.params, 1e-6)
+  mask = np.asarray(batch().mask)
+  np.testing.assert_allclose(metrics["teacher/kl"], -advantages[mask].mean(), rtol=1e-4)
+
+
+def test_without_a_solution_there_is_no_teacher_and_no_gradient(params):
+  learn = learner("opd", UpdateConfig(own_teacher="policy"))
+  state, metrics = learn(state_of(params), shown(has_teacher=False), 0)
+  assert bits(state.params) == bits(params)
+  assert float(metrics["teacher/kl"]) == 0
+
+
+def test_what_a_policy_that_teaches_itself_lacks_is_named(params):
+  learn = learner("opd", UpdateConfig(own_teacher="reference"))
+  with pytest.raises(ValueError, match=r"own_teacher is 'reference', but there is no TrainState"):
+    learn(state_of(params), shown(), 0)
+  learn = learner("opd", UpdateConfig(own_teacher="policy"))
+  with pytest.raises(ValueError, match=r"own_teacher is 'policy', but there is no Batch.teacher_"):
+    learn(state_of(params), batch(), 0)
+
+
 def test_the_gradient_alone_is_that_of_the_update(params):
   grads, *_ = make_gradients(MODEL, "dapo", UpdateConfig())(params, batch(), None)
   expected, _ = step_once(params, batch(), ALGORITHMS["dapo"])
@@ -104,6 +244,8 @@ def test_scoring_in_the_micro_batches_of_the_updates(params):
 def test_a_missing_reference_or_history_is_named(params):
   with pytest.raises(ValueError, match="has a KL term"):
     learner(KL)(state_of(params), batch(), 0)
+  with pytest.raises(ValueError, match="has a teacher_weight: give Learner its teachers"):
+    learner("opd")(state_of(params), batch(), 0)
   with pytest.raises(ValueError, match="no history"):
     learner()(dataclasses.replace(state_of(params), history=None), batch(), 0)
 

@@ -54,9 +54,33 @@ def test_a_reference_takes_memory_unless_adapters_are_trained():
   assert bytes_of(moving.state.reference) == bytes_of(moving.weights)
 
 
+TAUGHT = ("algorithm.name=opd", "teacher.source=['random:tiny','random:tiny']")
+
+
+def test_teachers_take_memory_and_score_the_rollout():
+  programs = programs_of(*TAUGHT)
+  assert "teach" in programs.names
+  assert programs.runs_per_step("teach") == 2
+  assert programs.batch(8).teacher_logp is not None
+  (one, two), run = programs.taught_by, build(load(*TAUGHT, "mesh.fsdp=8", "mesh.data=1"))
+  assert bytes_of(one.params) == bytes_of(two.params) == bytes_of(programs.weights)
+  programs = open_programs(run.config, open_topology("cpu:8"))
+  assert described(programs.taught_by[0].params) == described(run.loaded_teachers()[0].params)
+  assert programs_of().runs_per_step("teach") == 0
+
+
+def test_teachers_in_the_loss_are_part_of_the_update():
+  programs = programs_of(*TAUGHT, "algorithm.teacher_divergence=1")
+  assert programs.runs_per_step("teach") == 0
+  assert programs.batch(8).teacher_logp is None
+  whole, alone = (len(scans_of(p.update())) for p in (programs, programs_of("algorithm.name=dapo")))
+  assert whole == alone + 2 * (1 + 3)  # of each teacher: its layers, and three passes over tiles
+
+
 @pytest.mark.parametrize(
   ("override", "message"),
-  [("train.reduction=deterministic", "reduction=fast"), ("mesh.fsdp=3", "fsdp=3"),
+  [("algorithm.name=opd", "there is no teacher"),
+   ("train.reduction=deterministic", "reduction=fast"), ("mesh.fsdp=3", "fsdp=3"),
    ("rollout.completion_length=99999", "exceeds the context"), ("algorithm.name=nope", "nope")],
 )  # fmt: skip
 def test_problems_of_a_config_are_named(override, message):
