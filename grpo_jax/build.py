@@ -138,7 +138,14 @@ class Run:
     if self.critic is not None:
       values = self._read(self.critic_weights, f"critic.source {critic_source(self.config)!r}")
       critic = TrainState.create(values, self.critic.optimizer, copy=False)
-    return TrainState.create(params, self.optimizer, reference=reference, critic=critic, copy=False)
+    return TrainState.create(
+      params,
+      self.optimizer,
+      algorithm=self.algorithm,
+      reference=reference,
+      critic=critic,
+      copy=False,
+    )
 
   def _adapters(self) -> Params:
     key = jax.random.key(self.config.seed)

@@ -110,13 +110,15 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "log.samples_every": (0, LARGEST, "at least 0"),
 }
 # Fields that are a name or a function: `algorithm.advantage` and its siblings.
-CHOICES = ("advantage", "ratio", "trust_region", "kl", "correction", "average")
+CHOICES = ("advantage", "ratio", "anchor", "trust_region", "kl", "correction", "average")
 # Names of before, which saved runs, experiment files and command lines may still hold.
 RENAMED_FIELDS = {"slots": "chunks", "max_refills": "max_resamples"}
 RENAMED_VALUES = {
   "reduction": {"ordered": "deterministic"},
   "attention": {"blocks": "tiled"},
 }
+# Restrictions of the sampler that training rollouts do not have.
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 # Values in configs that were saved before the field was there, where they are not the default.
 BEFORE = {"data.seeding": "added"}
 # Fields whose "auto" means: as the work directory was begun, else this.
@@ -141,6 +143,8 @@ class Section(ConfigDict):
 
   def __setitem__(self, name: str, value: Any) -> None:
     name = _current_name(self, name)
+    if name in FILTERS and name not in self and self.is_locked:
+      raise ValueError(f"no field {name!r} here: {no_filter(name)}")
     renamed = RENAMED_VALUES.get(name, {})
     if isinstance(value, str) and value in renamed:
       _notify(f"{name}={value!r} is now called {name}={renamed[value]!r}")
@@ -149,6 +153,15 @@ class Section(ConfigDict):
     if isinstance(current, ConfigDict) and not current.convert_dict:
       value = ConfigDict(value, convert_dict=False)
     super().__setitem__(name, value)
+
+
+def no_filter(name: str) -> str:
+  """Returns the reason why rollouts cannot be filtered, and what can be."""
+  return (
+    f"{name} would draw from another distribution than the one that the loss scores, so rollouts "
+    "are never filtered; change rollout.temperature. Completions of pass@k may be filtered by "
+    "eval.top_k, eval.top_p and eval.min_p"
+  )
 
 
 def _current_name(section: ConfigDict, name: str) -> str:
@@ -290,10 +303,13 @@ def default_config() -> ConfigDict:
   c.algorithm.name = "grpo"  # a row of grpo_jax.ALGORITHMS
   c.algorithm.advantage = placeholder(object)  # group_normalized, group_centered, ...
   c.algorithm.ratio = placeholder(object)  # token, sequence or sequence_token
+  c.algorithm.anchor = placeholder(object)  # what the ratio compares with: old or sampler
   c.algorithm.trust_region = placeholder(object)  # none, clip, dual_clip, cispo, sapo, dppo_tv
-  c.algorithm.average = placeholder(object)  # sequence, token or constant
+  c.algorithm.average = placeholder(object)  # sequence, token, constant or prompt
   c.algorithm.kl = placeholder(object)  # none, k1, k2, k3, ...
-  c.algorithm.correction = placeholder(object)  # for a sampler that is not the trainer: none, ...
+  # For a sampler that is not the trainer: none, token_truncate, geometric_mask, ..., or several of
+  # them in a chain, as in geometric_mask+token_truncate.
+  c.algorithm.correction = placeholder(object)
   c.algorithm.beta = placeholder(float)  # coefficient of the KL term
   c.algorithm.kl_in = placeholder(str)  # where the KL term stands: loss or reward
   # Coefficient of the teacher's log-ratios, which are added to the advantages, or of a divergence.
@@ -313,6 +329,16 @@ def default_config() -> ConfigDict:
   c.algorithm.divergence = placeholder(float)  # DPPO: largest change of a token's probability
   c.algorithm.correction_min = placeholder(float)  # bounds of the trainer/sampler ratio
   c.algorithm.correction_max = placeholder(float)
+  c.algorithm.geometric_min = placeholder(float)  # ... and of its geometric mean over a sequence
+  c.algorithm.geometric_max = placeholder(float)
+  c.algorithm.off_policy_max = placeholder(float)  # nats; mean drop of log-probs since sampling
+  c.algorithm.right_above = placeholder(float)  # largest reward of a wrong answer
+  c.algorithm.sampler_penalty = placeholder(float)  # coefficient of (logp - sampler_logp)^2
+  c.algorithm.entropy_bonus = placeholder(float)  # coefficient of the entropy; at the start only,
+  c.algorithm.entropy_target = placeholder(float)  # nats; ... where it adapts below this entropy
+  c.algorithm.entropy_delta = placeholder(float)  # ... by this much per update
+  c.algorithm.entropy_share = placeholder(float)  # share of tokens, of high entropy, that learn
+  c.algorithm.nll_weight = placeholder(float)  # of the log-likelihood of right answers
   c.algorithm.gamma = placeholder(float)  # of advantages from a critic: discount per token
   c.algorithm.lam = placeholder(float)  # ... and GAE's weight of longer estimates
 
@@ -793,6 +819,8 @@ def _apply(config: ConfigDict, override: str) -> None:
       close = difflib.get_close_matches(part, names, n=1)
       hint = f"did you mean {close[0]!r}? " if close else ""
       where = ".".join([*parents, last][:i]) or "the config"
+      if part in FILTERS:
+        raise ValueError(f"no field {name!r}: {no_filter(part)}")
       raise ValueError(f"no field {name!r}: {hint}{where} has: {', '.join(names) or 'no fields'}")
     if i < len(parents):
       node = node[part]

@@ -81,6 +81,10 @@ def _loss_names(c: ConfigDict, algorithm: Algorithm) -> set[str]:
   """Returns the names of the loss's metrics; nothing is compiled or computed."""
   logp, mask = jnp.zeros((1, 2, 1)), jnp.ones((1, 2, 1), bool)
   optional = {"sampler_logp": logp, "weights": logp}
+  if algorithm.needs_entropy:
+    optional |= {"entropy": logp, "entropy_coef": 0.0}
+  if algorithm.nll_weight > 0:
+    optional["nll_weights"] = logp
   if algorithm.beta > 0:
     optional["ref_logp"] = logp
   if algorithm.teacher_weight > 0:

@@ -21,9 +21,10 @@ import numpy as np
 
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build, update_config
+from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.batch import Batch
-from grpo_jax.learning.step import TrainState
+from grpo_jax.learning.step import TrainState, with_entropy_coef
 from grpo_jax.learning.updates import in_the_loss, make_gradients, make_scoring, make_update
 from grpo_jax.run import compilation, console
 from grpo_jax.run import skipped as dumps
@@ -103,13 +104,13 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   with r.matmul_precision():
     logp = np.asarray(score(state.params, batch, base_params))
     params = _named(state.params)
-    grads, *_ = gradients(state.params, batch, frozen)
+    grads, *_ = gradients(state.params, with_entropy_coef(state, batch), frozen)
     grads = _named(grads)
     state, metrics = update(state, batch, frozen)
   return Replayed(
     metrics={name: float(value) for name, value in metrics.items()},
     recorded=dump.recorded["metrics"],
-    tokens=_per_token(logp, batch),
+    tokens=_per_token(logp, batch, r.algorithm),
     mask=np.asarray(batch.mask),
     params=params,
     grads=grads,
@@ -166,7 +167,7 @@ def _all_finite(r: Replayed) -> str:
   )
 
 
-def _per_token(logp: np.ndarray, batch: Batch) -> Named:
+def _per_token(logp: np.ndarray, batch: Batch, algorithm: Algorithm) -> Named:
   """Returns what the loss of each token is computed from."""
   arrays = {name: np.asarray(a) for name, a in batch.arrays().items()}
   advantages = arrays["advantages"]
@@ -174,7 +175,8 @@ def _per_token(logp: np.ndarray, batch: Batch) -> Named:
   names = ("weights", "sampler_logp", "ref_logp", "old_logp", "teacher_logp")
   inputs = {name: arrays[name] for name in names if name in arrays}
   with np.errstate(all="ignore"):
-    ratio = np.exp(logp - arrays.get("old_logp", logp))
+    anchor = "sampler_logp" if algorithm.anchor == "sampler" else "old_logp"
+    ratio = np.exp(logp - arrays.get(anchor, logp))
   per_token = np.broadcast_to(advantages, logp.shape)
   return {"advantages": per_token, **inputs, "logp": logp, "ratio": ratio}
 

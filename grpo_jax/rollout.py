@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.algorithms import Algorithm, advantages
+from grpo_jax.core.advantages import lookup_advantage
+from grpo_jax.core.algorithms import Algorithm, advantages, nll_weights
 from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.core.masks import token_weights
 from grpo_jax.demonstrations import Demonstrations
@@ -46,7 +47,7 @@ class RolloutConfig:
   Attributes:
     group_size: G, completions per prompt.
     algorithm: a row of `ALGORITHMS` by name, or an `Algorithm`: its advantage, its average, and
-      whether there is a KL term.
+      the terms of its loss.
     reward_weights: weight of each reward function, for advantages that combine them.
     step_rewards: rewards of steps, for advantages that are computed from them.
     max_resamples: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups without a gradient
@@ -92,16 +93,15 @@ def check_group_size(algorithm: Algorithm | None, size: int) -> None:
     ValueError: group_size is 1, it must be at least 2: a group of one has no variance, and ...
   """
   compares = algorithm is None or (
-    isinstance(algorithm.advantage, str)
-    and algorithm.advantage != "zero_advantages"
-    and "values" not in algorithm.rewards
+    isinstance(algorithm.advantage, str) and lookup_advantage(algorithm.advantage).needs_groups
   )
   least = 2 if compares else 1
   if size < least:
     raise ValueError(
       f"group_size is {size}, it must be at least {least}: a group of one has no variance, and an "
       "advantage compares the completions of a prompt with each other. For groups of one, take an "
-      "algorithm with a critic (ppo) or a teacher (opd), or a function as its advantage"
+      "algorithm with a critic (ppo), a teacher (opd) or without a baseline (reinforce_pp, "
+      "online_rft), or a function as its advantage"
     )
 
 
@@ -234,6 +234,7 @@ def make_batch(
     rewards["step_rewards"], rewards["step_ends"] = steps
   host = {
     "batch": (out.prompts, out.prompt_mask, out.tokens, out.mask, out.logp),
+    "entropy": None if algorithm.entropy_share is None else out.entropy,
     "ended": out.ended | (not config.mask_truncated),
     "rewards": {
       name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in rewards.items()
@@ -267,10 +268,11 @@ def collect(
 ) -> Rollout:
   """Samples G completions of each example, scores them and turns rewards into advantages.
 
-  Prompts whose advantages are all 0 have no gradient. Without a KL term or a teacher, which would
-  give them one, they are left out of the batch: the update costs less and is the same, because the
-  token weights were computed before. The batch is padded with empty prompts to a multiple of
-  `config.pad_prompts_to_multiple`. Padding that all of its rows share is cut off.
+  Prompts whose advantages are all 0 have no gradient. Without another term of the loss that gives
+  them one (`Algorithm.every_group_learns`), they are left out of the batch: the update costs less
+  and is the same, because the token weights were computed before. The batch is padded with empty
+  prompts to a multiple of `config.pad_prompts_to_multiple`. Padding that all of its rows share is
+  cut off.
 
   Args:
     examples: of this host, P over all hosts. With `config.max_resamples` a function: number of the
@@ -310,7 +312,7 @@ def collect(
     rows = np.sort(np.argsort(~has_gradient, kind="stable")[:count])
     batch, has_gradient = make_batch(scored, sampler, config, order[rows])
   advantage[rows] = np.asarray(_of_completions(batch, sampler.prompt_sharding))
-  if config.row.needs_rewards:
+  if not config.row.every_group_learns:
     rows = rows[has_gradient]
     batch = select(batch, np.flatnonzero(has_gradient), config.pad_prompts_to_multiple)
   batch, metrics["update/padded"] = trim(
@@ -394,7 +396,7 @@ def _make_batch(
   prompts, prompt_mask, completions, sampled, logp = arrays["batch"]
   mask = sampled & arrays["ended"][..., None]
   weights = token_weights(mask, algorithm.average, max_length=max_length)
-  token_rewards = None
+  token_rewards, of_right = None, None
   if "values" in algorithm.rewards:  # a critic gives the advantages, before the updates
     token_rewards = _token_rewards(arrays["rewards"], sampled)
     values = jnp.full(mask.shape, jnp.nan)
@@ -403,11 +405,14 @@ def _make_batch(
     compute = partial(_advantages, algorithm)
     if replicated:  # statistics over rows have the same bits only where every device has all rows
       compute = deterministic.replicated(compute, layout.mesh)
-    values = compute(arrays["rewards"], reward_weights, sampled)
+    values = compute(arrays["rewards"], reward_weights, sampled, arrays["entropy"])
     learns = values != 0
+  if algorithm.nll_weight > 0:
+    of_right = nll_weights(algorithm, arrays["rewards"]["rewards"], mask)
   batch = Batch(
-    prompts, prompt_mask, completions, mask, values, weights, logp, token_rewards=token_rewards
-  )
+    prompts, prompt_mask, completions, mask, values, weights, logp,
+    token_rewards=token_rewards, nll_weights=of_right,
+  )  # fmt: skip
   has_gradient = learns.any(range(1, learns.ndim)) & mask.any((-2, -1))
   if "teacher" in arrays:
     tokens, token_mask, taught = arrays["teacher"]
@@ -419,12 +424,16 @@ def _make_batch(
 
 
 def _advantages(
-  algorithm: Algorithm, rewards: dict[str, jax.Array], weights: jax.Array, mask: jax.Array
+  algorithm: Algorithm,
+  rewards: dict[str, jax.Array],
+  weights: jax.Array,
+  mask: jax.Array,
+  entropy: jax.Array | None,
 ) -> jax.Array:
   """Returns the advantages of an algorithm from all rewards there are."""
   per_function = jnp.moveaxis(rewards["rewards_per_function"], -1, 0)
   rewards = {**rewards, "rewards_per_function": per_function}
-  return advantages(algorithm, **rewards, reward_weights=weights, mask=mask)
+  return advantages(algorithm, **rewards, reward_weights=weights, mask=mask, entropy=entropy)
 
 
 def _token_rewards(rewards: dict[str, jax.Array], mask: jax.Array) -> jax.Array:

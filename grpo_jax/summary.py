@@ -81,11 +81,11 @@ def step_flops(config: ConfigDict, run: Run) -> float:
 
   Per weight and token: 2 to sample, 6 to learn (8 if remat recomputes the layers), and 2 to score
   under a reference. A prompt is computed once per group in both, so its tokens count P times
-  instead of P·G times, and need no output projection. Without a KL term or a teacher, zero-variance
-  groups are left out of the update.
+  instead of P·G times, and need no output projection. Where no term but the advantages gives them a
+  gradient, zero-variance groups are left out of the update.
   """
   c = config.rollout
-  share = NONZERO_VARIANCE if run.algorithm.needs_rewards and not run.critic else 1.0
+  share = 1.0 if run.algorithm.every_group_learns or run.critic else NONZERO_VARIANCE
   learn = (8 if config.model.remat == "layers" else 6) * share
   score = 2 if run.algorithm.beta > 0 else 0
   if run.critic:  # as large as the policy, or taken to be

@@ -508,6 +508,14 @@ def test_new_fields_are_checked(change):
 
 def test_rollouts_have_no_filter():
   """The policy that is scored is the policy that was sampled."""
-  for name in ("top_k", "top_p", "min_p"):
-    with pytest.raises(ConfigError, match=rf"no field 'rollout\.{name}'"):
+  for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+    reason = f"{name} would draw from another distribution than the one that the loss scores"
+    with pytest.raises(ConfigError, match=rf"no field 'rollout\.{name}': {reason}.* eval.top_k"):
       override(default_config(), [f"--config.rollout.{name}=1"])
+    with pytest.raises(ValueError, match=f"no field '{name}' here: {reason}.* eval.top_k"):
+      default_config().rollout[name] = 0.9
+    with pytest.raises(ValueError, match=f"no field '{name}' here: {reason}"):
+      setattr(default_config().rollout, name, 0.9)
+  c = default_config()
+  c.eval.top_p = 0.9
+  assert c.eval.top_p == 0.9

@@ -27,6 +27,8 @@ OPTIONS = [
   "--config.lora.rank=2",
   "--config.algorithm.name=grpo",
   "--config.algorithm.beta=0.05",
+  "--config.algorithm.entropy_target=9.0",
+  "--config.algorithm.entropy_delta=0.01",
   "--config.train.micro_batches=2",
 ]
 POISONED = (1, 2)

@@ -261,7 +261,73 @@ def test_groups_of_one_are_refused_before_anything_is_sampled():
     with pytest.raises(ValueError, match=f"group_size is {size}, it must be at least 2"):
       rollout.RolloutConfig(group_size=size)
   row = dataclasses.replace(ALGORITHMS["dapo"], advantage=lambda rewards: rewards)
-  assert rollout.RolloutConfig(group_size=1, algorithm=row).group_size == 1
+  for algorithm in (row, "reinforce_pp", "online_rft"):
+    assert rollout.RolloutConfig(group_size=1, algorithm=algorithm).group_size == 1
+  with pytest.raises(ValueError, match="at least 2"):
+    rollout.RolloutConfig(group_size=1, algorithm="reinforce_pp_baseline")
+
+
+@pytest.mark.parametrize(
+  "terms",
+  [
+    {"sampler_penalty": 1e-3},
+    {"entropy_bonus": 1e-3},
+    {"entropy_target": 0.2, "entropy_delta": 0.005},
+    {"nll_weight": 0.1},
+  ],
+)
+def test_groups_that_another_term_of_the_loss_moves_stay(params, terms):
+  row = dataclasses.replace(ALGORITHMS["dapo"], **terms)
+  assert collect(params, row).batch.mask.shape[0] == 8
+  assert collect(params, "dapo").batch.mask.shape[0] == 4
+
+
+def test_whitened_over_tokens_constant_groups_learn_too(params):
+  """Even prompts always score 0.5: their advantage is (0.5 - m) / s over all tokens."""
+  out = collect(params, "reinforce_pp")
+  assert out.batch.mask.shape[0] == 8
+  rewards, tokens = out.scored.scores.total, out.scored.out.mask.sum(-1)
+  mean = (rewards * tokens).sum() / tokens.sum()
+  std = np.sqrt((tokens * (rewards - mean) ** 2).sum() / tokens.sum())
+  np.testing.assert_allclose(out.batch.advantages, (rewards - mean) / std, rtol=1e-4, atol=1e-5)
+  assert np.abs(out.batch.advantages[0]).min() > 1e-3
+
+
+def test_right_answers_are_imitated_where_all_of_a_group_are_right(params):
+  """The even prompts' 0.5 is above 0.4, and the odd ones' shares are not always."""
+  row = dataclasses.replace(ALGORITHMS["online_rft"], right_above=0.4)
+  out = collect(params, row)
+  expected = out.scored.scores.total > 0.4
+  kept = expected.any(-1)
+  assert kept[::2].all()
+  np.testing.assert_array_equal(out.batch.advantages[: kept.sum()], expected[kept])
+
+
+def test_weights_of_right_answers_are_of_the_whole_rollout(params):
+  row = dataclasses.replace(ALGORITHMS["dapo"], nll_weight=0.1, right_above=0.4)
+  out = collect(params, row, mask_truncated=True)
+  mask = out.scored.out.mask & out.scored.out.ended[..., None]
+  right = mask & (out.scored.scores.total > 0.4)[..., None]
+  width = out.batch.mask.shape[-1]
+  np.testing.assert_allclose(out.batch.nll_weights, (right / right.sum())[..., :width], rtol=1e-5)
+  assert collect(params, "dapo").batch.nll_weights is None
+  _, metrics = update(params, out.batch, row)
+  assert float(metrics["nll"]) > 0
+
+
+def test_only_the_share_of_tokens_with_the_highest_entropy_learns(params):
+  row = dataclasses.replace(ALGORITHMS["dr_grpo"], entropy_share=0.25)
+  out = collect(params, row)
+  whole = collect(params, "dr_grpo")
+  generated = out.scored.out
+  threshold = np.quantile(generated.entropy[generated.mask], 0.75)
+  keep = generated.mask & (generated.entropy >= threshold)
+  rewards = out.scored.scores.total
+  expected = np.where(keep, (rewards - rewards.mean(-1, keepdims=True))[..., None], 0.0)
+  rows = (expected != 0).any((1, 2))
+  actual = np.asarray(out.batch.advantages)[: rows.sum()]
+  np.testing.assert_allclose(actual, expected[rows][..., : actual.shape[-1]], atol=1e-6)
+  assert whole.batch.advantages.ndim == 2
 
 
 def test_steps_are_rewarded_on_their_tokens(params):

@@ -41,21 +41,42 @@ REWARD_MEANING = {
   ("leave_one_out", "constant"): "exactly the gradient of the mean reward",
   ("leave_one_out", "sequence"): "tokens of short completions weigh more than those of long ones",
   ("leave_one_out", "token"): "the divisor is random: batches of short completions weigh more",
+  (
+    "leave_one_out",
+    "prompt",
+  ): "the same within each prompt: groups of short completions weigh more",
   ("group_centered", "constant"): "the gradient times (n - 1) / n for group size n",
   ("group_centered", "sequence"): "as `leave_one_out`, times (n - 1) / n",
   ("group_centered", "token"): "as `leave_one_out`, times (n - 1) / n",
+  ("group_centered", "prompt"): "as `leave_one_out`, times (n - 1) / n",
   ("group_normalized", "constant"): "groups with a small standard deviation weigh more",
   ("group_normalized", "sequence"): "GRPO: both biases",
   ("group_normalized", "token"): "DAPO",
+  ("group_normalized", "prompt"): "both biases, the second within each prompt",
   ("batch_normalized", "constant"): "one divisor per batch, which is random",
   ("batch_normalized", "sequence"): "and the cost of own-length weights",
   ("batch_normalized", "token"): "Lite PPO: two random divisors",
+  ("batch_normalized", "prompt"): "two random divisors",
   ("batch_whitened", "constant"): "the divisor depends on the completion's own deviation",
   ("batch_whitened", "sequence"): "and the cost of own-length weights",
-  ("batch_whitened", "token"): "REINFORCE++-baseline",
+  ("batch_whitened", "token"): "two random divisors",
+  ("batch_whitened", "prompt"): "ScaleRL",
   ("max_rl", "constant"): "a different objective: the log of the success rate (rewards of 0 and 1)",
   ("max_rl", "sequence"): "and the cost of own-length weights",
   ("max_rl", "token"): "MaxRL",
+  ("max_rl", "prompt"): "and the cost of random lengths",
+  ("token_whitened", "constant"): "one baseline and one divisor for all prompts, both random",
+  ("token_whitened", "sequence"): "and the cost of own-length weights",
+  ("token_whitened", "token"): "REINFORCE++",
+  ("token_whitened", "prompt"): "and the cost of random lengths",
+  ("centered_token_whitened", "constant"): "a mean over tokens, which long completions pull",
+  ("centered_token_whitened", "sequence"): "and the cost of own-length weights",
+  ("centered_token_whitened", "token"): "REINFORCE++ with baseline",
+  ("centered_token_whitened", "prompt"): "and the cost of random lengths",
+  ("right_only", "constant"): "a different objective: the success rate alone",
+  ("right_only", "sequence"): "Online RFT: short right answers weigh more",
+  ("right_only", "token"): "a different objective, and the cost of random lengths",
+  ("right_only", "prompt"): "a different objective, and the cost of random lengths",
 }
 
 KL_MEANING = {
@@ -95,6 +116,9 @@ CORRECTION_MEANING = {
   "token_mask 0.5 to 2": "also loses tokens outside the bounds",
   "sequence_mask 0.5 to 2": "exact weights, but loses completions outside the bounds",
   "sequence_mask, no bounds": "exact importance sampling of whole completions",
+  "geometric_mask 0.8 to 1.25": "loses completions outside the bounds, and weighs none",
+  "geometric_mask, then token_truncate at 2": "a chain: loses the same, and weighs tokens",
+  "off_policy_mask 0.1": "loses improbable completions with a negative advantage (DeepSeek-V3.2)",
 }
 
 
@@ -271,6 +295,7 @@ Groups of {cases.GROUP}, two prompts, compared with the gradient of the mean rew
 
 Only `leave_one_out` and `group_centered` with weights that do not depend on the sampled completions
 (`constant`) are unbiased. Dividing by a standard deviation or a length changes the objective.
+`right_only` counts answers with a reward above 0.5, which here are the correct ones.
 
 ## The rows of `ALGORITHMS`, on fresh completions
 

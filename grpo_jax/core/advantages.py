@@ -7,6 +7,8 @@ Rewards are `[P, G]`: G completions for each of P prompts. These rules hold for 
 - A zero-variance group, one whose scored rewards are all equal, gets exactly 0.0. The smallest
   reward of each group is subtracted first, so equal rewards become exactly 0, and a small standard
   deviation has no rounding noise to amplify. This also keeps precision under large offsets.
+  `token_whitened`, `centered_token_whitened` and `right_only` do not compare within groups alone:
+  with them such a group may have a gradient.
 - A group of one is an error: nothing can be compared, so every advantage would be 0. It is usually
   a batch of shape `[P * G, 1]` instead of `[P, G]`. `allow_groups_of_one=True` accepts it.
 - Arrays in, arrays out, float32 or wider. No advantage carries a gradient to the policy.
@@ -276,6 +278,117 @@ def max_rl(
   return _center(rewards, scored, -1) / jnp.where(mean == 0, jnp.inf, jnp.abs(mean))
 
 
+def token_whitened(
+  rewards: Float[Array, "P G"], mask: Bool[Array, "P G T"], *, eps: float = 1e-8
+) -> Float[Array, "P G"]:
+  """Returns `A = (r - m) / (s + eps)`, m and s over all tokens of the batch, as REINFORCE++ does.
+
+  A completion counts once for each of its tokens in the mean m and the standard deviation s (by n),
+  and there is no group: one completion per prompt will do, and a zero-variance group has a gradient
+  unless its reward is m. Prompts of different difficulty share one baseline.
+
+  Args:
+    rewards: rewards in reward units; NaN = not scored.
+    mask: true on completion tokens.
+    eps: number added to the standard deviation, in reward units.
+
+  References:
+    REINFORCE++, arXiv 2501.03262v9, section 3.2, without the KL penalty in the reward. Its authors'
+    code (OpenRLHF) has the variance at least 1e-8 in place of `eps`.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers, or a shape does not fit.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
+    >>> print(token_whitened(jnp.array([[1.0, 5.0]]), mask))  # m = 2, s^2 = 3
+    [[-0.57735...  1.73205...]]
+  """
+  rewards, scored = _rewards(rewards, allow_groups_of_one=True)
+  return _whiten_over_tokens(rewards, scored, mask, eps)
+
+
+def centered_token_whitened(
+  rewards: Float[Array, "P G"],
+  mask: Bool[Array, "P G T"],
+  *,
+  eps: float = 1e-8,
+  allow_groups_of_one: bool = False,
+) -> Float[Array, "P G"]:
+  """Returns `token_whitened` of `c = r - group mean`.
+
+  The mean of `c` over tokens is not 0 where right and wrong answers differ in length, and it is
+  subtracted: a zero-variance group gets `-m / (s + eps)`.
+
+  Args:
+    rewards: rewards in reward units; NaN = not scored.
+    mask: true on completion tokens.
+    eps: number added to the standard deviation, in reward units.
+    allow_groups_of_one: accept G = 1, where every advantage is 0.
+
+  References:
+    REINFORCE++ with baseline, arXiv 2501.03262v9, section 3.3, and its authors' code (OpenRLHF,
+    `reinforce_baseline`), which whitens over tokens too.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers, a shape does not fit, or G is 1.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
+    >>> print(centered_token_whitened(jnp.array([[1.0, 5.0]]), mask))  # c = -2, 2; m = -1; s^2 = 3
+    [[-0.57735...  1.73205...]]
+  """
+  rewards, scored = _rewards(rewards, allow_groups_of_one)
+  return _whiten_over_tokens(_center(rewards, scored, -1), scored, mask, eps)
+
+
+def _whiten_over_tokens(x: jax.Array, scored: jax.Array, mask: Array, eps: float) -> jax.Array:
+  """Returns values [P, G] whitened over the tokens of the batch; 0 where not scored."""
+  mask = as_mask("mask", mask)
+  check_rank("mask", mask, 3, "P, G, T: prompts, completions, tokens")
+  check_shape("mask", mask, (*x.shape, mask.shape[-1]))
+  tokens = jnp.where(scored, mask.sum(-1), 0)
+  count = jnp.maximum(tokens.sum(), 1)
+  lowest = jnp.min(x, where=scored, initial=jnp.inf)
+  x = jnp.where(scored, x - lowest, 0.0)
+  centered = jnp.where(scored, x - (tokens * x).sum() / count, 0.0)
+  variance = (tokens * centered**2).sum() / count
+  return centered / (jnp.sqrt(jnp.where(variance > 0, variance, 1.0)) + eps)
+
+
+RIGHT_ABOVE = 0.5  # largest reward of a wrong answer, where rewards are 0 and 1
+
+
+def right_only(
+  rewards: Float[Array, "P G"], *, right_above: float = RIGHT_ABOVE
+) -> Float[Array, "P G"]:
+  """Returns `A = 1` for a right answer, whose reward is above `right_above`, and 0 for the others.
+
+  The policy imitates its own right answers, and nothing pushes wrong ones down. There is no group:
+  one whose answers are all right has a gradient.
+
+  Args:
+    rewards: rewards in reward units; NaN = not scored, which is not right.
+    right_above: largest reward of a wrong answer, in reward units.
+
+  References:
+    Online rejection sampling fine-tuning: DeepSeekMath, arXiv 2402.03300, section 5.2.1 and
+    appendix A.1.3.
+
+  Raises:
+    ValueError: `rewards` does not hold real numbers or is not `[P, G]`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> right_only(jnp.array([[1.0, 0.0, 0.5, jnp.nan], [1.0, 1.0, 1.0, 1.0]])).tolist()
+    [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
+  """
+  rewards, scored = _rewards(rewards, allow_groups_of_one=True)
+  return jnp.where(scored & (rewards > right_above), 1.0, 0.0).astype(rewards.dtype)
+
+
 def multi_objective(
   rewards: Float[Array, "R P G"],
   weights: Float[Array, "R"],
@@ -445,6 +558,7 @@ def _step_arguments(
 # Arguments that an advantage function gets, in this order, for each kind of rewards.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
   "total": ("rewards",),
+  "mask": ("mask",),
   "each": ("rewards_per_function", "reward_weights"),
   "steps": ("step_rewards", "step_ends", "mask"),
   "values": ("token_rewards", "values", "mask"),
@@ -458,6 +572,7 @@ class Advantage:
   | `rewards` | arguments of `function`                                              |
   |-----------|----------------------------------------------------------------------|
   | `total`   | one reward per completion `[P, G]`                                   |
+  | `mask`    | the mask `[P, G, T]`                                                 |
   | `each`    | rewards of each reward function `[R, P, G]`, and their weights `[R]` |
   | `steps`   | step rewards and step ends `[P, G, S]`, and the mask `[P, G, T]`     |
   | `values`  | rewards of tokens and values of a critic, and the mask, `[P, G, T]`  |
@@ -467,6 +582,8 @@ class Advantage:
   Attributes:
     function: `(*arguments) -> advantages`, `[P, G]` or `[P, G, T]`.
     rewards: a kind of the table, or several; the function then gets the arguments of each in turn.
+    needs_groups: False if groups of one will do, because the function does not compare the
+      completions of a prompt. It may then give a zero-variance group advantages other than 0.
 
   Raises:
     ValueError: a kind is unknown, there is none, or `function` is not callable.
@@ -482,6 +599,7 @@ class Advantage:
 
   function: Callable[..., jax.Array]
   rewards: str | tuple[str, ...] = "total"
+  needs_groups: bool = True
 
   def __post_init__(self) -> None:
     kinds = (self.rewards,) if isinstance(self.rewards, str) else tuple(self.rewards)
@@ -505,12 +623,15 @@ ADVANTAGES: dict[str, Advantage] = {
   "batch_normalized": Advantage(batch_normalized),
   "batch_whitened": Advantage(batch_whitened),
   "max_rl": Advantage(max_rl),
-  "zero_advantages": Advantage(zero_advantages),
+  "zero_advantages": Advantage(zero_advantages, needs_groups=False),
+  "token_whitened": Advantage(token_whitened, rewards=("total", "mask"), needs_groups=False),
+  "centered_token_whitened": Advantage(centered_token_whitened, rewards=("total", "mask")),
+  "right_only": Advantage(right_only, needs_groups=False),
   "multi_objective": Advantage(multi_objective, rewards="each"),
   "process_advantages": Advantage(process_advantages, rewards="steps"),
   "turn_advantages": Advantage(turn_advantages, rewards="steps"),  # a turn is a step
-  "gae": Advantage(gae_advantages, rewards="values"),
-  "gae_whitened": Advantage(gae_whitened, rewards="values"),
+  "gae": Advantage(gae_advantages, rewards="values", needs_groups=False),
+  "gae_whitened": Advantage(gae_whitened, rewards="values", needs_groups=False),
 }
 
 

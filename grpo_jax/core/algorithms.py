@@ -1,4 +1,4 @@
-"""Lists the algorithms in a table: each paper is a row of six choices.
+"""Lists the algorithms in a table: each paper is a row of choices.
 
 `policy_loss` and `advantages` take a row or its name. A variant is `dataclasses.replace(row, ...)`,
 and a new algorithm is a new row. Each choice may be a name or a function of your own, which takes
@@ -14,19 +14,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.advantages import ADVANTAGES, ARGUMENTS, Advantage, lookup_advantage
+from grpo_jax.core.advantages import (
+  ADVANTAGES,
+  ARGUMENTS,
+  RIGHT_ABOVE,
+  Advantage,
+  lookup_advantage,
+  right_only,
+)
 from grpo_jax.core.checks import Array, lookup
-from grpo_jax.core.corrections import CORRECTIONS
+from grpo_jax.core.corrections import CORRECTIONS, WEIGHING, lookup_correction
 from grpo_jax.core.kl import KLS
 from grpo_jax.core.log_ratios import BASELINES
-from grpo_jax.core.masks import AVERAGES
-from grpo_jax.core.ratios import RATIOS
+from grpo_jax.core.masks import AVERAGES, high_entropy, token_weights
+from grpo_jax.core.ratios import ANCHORS, RATIOS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
 from grpo_jax.core.values import check_share
 
 _CHOICES = {
   "advantage": ADVANTAGES,
   "ratio": RATIOS,
+  "anchor": ANCHORS,
   "trust_region": TRUST_REGIONS,
   "kl": KLS,
   "correction": CORRECTIONS,
@@ -45,17 +53,28 @@ _SETTINGS = (
   "correction_max",
   "gamma",
   "lam",
+  "geometric_min",
+  "geometric_max",
+  "off_policy_max",
+  "right_above",
 )
 # Where the KL term stands: in the loss, or as a penalty in the reward of each token.
 KL_PLACES = ("loss", "reward")
+# Coefficients of terms that any row may have; 0 = no such term.
+_COEFFICIENTS = ("beta", "sampler_penalty", "entropy_bonus", "nll_weight")
 # Settings that must exceed a bound; all others must be at least 0.
-_ABOVE = {"clip_dual": 1.0, "tau_positive": 0.0, "tau_negative": 0.0}
+_ABOVE = {
+  "clip_dual": 1.0,
+  "tau_positive": 0.0,
+  "tau_negative": 0.0,
+  "right_above": -float("inf"),
+}
 _SHARES = ("gamma", "lam")  # must lie in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-  """One member of the GRPO family: six choices and the settings that they need.
+  """One member of the GRPO family: its choices and the settings that they need.
 
   A choice is a name in its table, or a function with the arguments of the functions there. The
   keyword-only parameters of a function that are named like a setting get that setting. Settings
@@ -65,9 +84,11 @@ class Algorithm:
     advantage: turns rewards into advantages. A key of `ADVANTAGES`, a function of total rewards
       `[P, G]`, or an `Advantage`, which says which other rewards its function needs.
     ratio: level of the importance ratio. A key of `RATIOS`.
+    anchor: the earlier policy that ratio and trust region compare with. A key of `ANCHORS`.
     trust_region: bounds the update. A key of `TRUST_REGIONS`.
     kl: estimator of the KL divergence to the reference. A key of `KLS`.
-    correction: corrects for a sampler that differs from the trainer. A key of `CORRECTIONS`.
+    correction: corrects for a sampler that differs from the trainer. A key of `CORRECTIONS`, or
+      several joined by "+".
     average: weights of the tokens. A key of `AVERAGES`.
     beta: coefficient of the KL term, at least 0. The row `grpo` has 0.04, as in its paper.
     kl_in: `loss` adds the estimator to the loss. `reward` subtracts it, without its gradient, from
@@ -94,6 +115,19 @@ class Algorithm:
     correction_max: absolute upper bound of the trainer/sampler ratio.
     gamma: discount per token of an advantage from values, in [0, 1].
     lam: GAE's weight of longer estimates, in [0, 1].
+    geometric_min: absolute lower bound of a sequence's geometric mean of trainer/sampler ratios.
+    geometric_max: absolute upper bound of that mean.
+    off_policy_max: largest mean drop of a sequence's log-probs since sampling, in nats (V3.2).
+    right_above: largest reward of a wrong answer, in reward units, for `right_only` and the NLL.
+    sampler_penalty: coefficient of `(logp - sampler_logp)^2`, at least 0 (Kimi K2.5).
+    entropy_bonus: coefficient of the entropy, which is maximized, at least 0. With an
+      `entropy_target`, its value before the first update.
+    entropy_target: the bonus is adaptive: it counts while the entropy of the update before is at
+      most this many nats, and its coefficient rises then, and falls otherwise (Skywork-OR1).
+    entropy_delta: change of an adaptive coefficient per update.
+    entropy_share: only this share of the tokens, those with the highest entropy, get an advantage
+      (80/20), in (0, 1].
+    nll_weight: coefficient of the negative log-likelihood of right answers, at least 0 (VAPO).
     source: paper and equation.
 
   Raises:
@@ -111,6 +145,7 @@ class Algorithm:
 
   advantage: str | Callable = "group_normalized"
   ratio: str | Callable = "token"
+  anchor: str | Callable = "old"
   trust_region: str | Callable = "none"
   kl: str | Callable = "none"
   correction: str | Callable = "none"
@@ -133,13 +168,25 @@ class Algorithm:
   correction_max: float | None = None
   gamma: float | None = None
   lam: float | None = None
+  geometric_min: float | None = None
+  geometric_max: float | None = None
+  off_policy_max: float | None = None
+  right_above: float | None = None
+  sampler_penalty: float = 0.0
+  entropy_bonus: float = 0.0
+  entropy_target: float | None = None
+  entropy_delta: float | None = None
+  entropy_share: float | None = None
+  nll_weight: float = 0.0
   source: str = ""
 
   def __post_init__(self) -> None:
-    for kind, table in _CHOICES.items():
-      lookup(kind, table, getattr(self, kind))
+    for kind in _CHOICES:
+      self._functions(kind)
     takers = ("advantage", "trust_region", "correction")
     taken = {name: p for kind in takers for name, p in self._parameters(kind).items()}
+    if self.nll_weight > 0:
+      taken |= {"right_above": inspect.signature(right_only).parameters["right_above"]}
     required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
     present = {name for name in _SETTINGS if getattr(self, name) is not None}
     if present - taken.keys():
@@ -159,23 +206,26 @@ class Algorithm:
     lookup("log_ratio_baseline", BASELINES, self.log_ratio_baseline)
     self._check_numbers(present)
     self._check_teacher()
+    self._check_together()
 
   def _check_numbers(self, present: set[str]) -> None:
-    for name in ("beta", *sorted(present)):
+    for name in (*_COEFFICIENTS, *sorted(present)):
       value = getattr(self, name)
       if name in _ABOVE and not value > _ABOVE[name]:
         raise ValueError(f"{name} must be above {_ABOVE[name]}, got {value}")
-      if not value >= 0:
+      if name not in _ABOVE and not value >= 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
       if name in _SHARES:
         check_share(name, value)
-    for low, high in (("ratio_min", "ratio_max"), ("correction_min", "correction_max")):
+    for kind in ("ratio", "correction", "geometric"):
+      low, high = f"{kind}_min", f"{kind}_max"
       if {low, high} <= present and getattr(self, low) > getattr(self, high):
         raise ValueError(
           f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}: nothing lies between"
         )
-    if self.beta == float("inf"):
-      raise ValueError("beta must be finite, got inf")
+    for name in _COEFFICIENTS:
+      if getattr(self, name) == float("inf"):
+        raise ValueError(f"{name} must be finite, got inf")
     if self.beta > 0 and self.kl == "none":
       names = ", ".join(name for name in KLS if name != "none")
       raise ValueError(f"beta={self.beta} has no effect with kl='none'; known: {names}")
@@ -195,11 +245,43 @@ class Algorithm:
         f"{self.teacher_divergence}: a divergence has no later tokens"
       )
 
+  def _check_together(self) -> None:
+    """Raises for terms of the loss that do not go together."""
+    if (self.entropy_target is None) != (self.entropy_delta is None):
+      raise ValueError(
+        f"entropy_target={self.entropy_target} and entropy_delta={self.entropy_delta}: an adaptive "
+        "entropy bonus needs both, a fixed one neither"
+      )
+    for name in ("entropy_target", "entropy_delta"):
+      if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+        raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+    if self.entropy_share is not None and not 0 < self.entropy_share <= 1:
+      raise ValueError(f"entropy_share must be above 0 and at most 1, got {self.entropy_share}")
+    if self.entropy_share is not None and "values" in self.rewards:
+      raise ValueError(
+        f"entropy_share={self.entropy_share} has no effect with advantage={self.advantage!r}: a "
+        "critic gives the advantages of tokens; set it to None"
+      )
+    parts = self.correction.split("+") if isinstance(self.correction, str) else ()
+    if self.anchor == "sampler" and any(part in WEIGHING for part in parts):
+      raise ValueError(
+        f"correction={self.correction!r} with anchor='sampler' would correct twice: the ratio to "
+        "the sampler holds these weights already. Set correction to 'none' or to a mask, or anchor "
+        "to 'old'"
+      )
+
+  def _functions(self, kind: str) -> list[Callable]:
+    """Returns the functions chosen for `kind`: one, or those of a chain of corrections."""
+    choice = getattr(self, kind)
+    if kind == "correction":
+      return lookup_correction(choice)
+    function = lookup(kind, _CHOICES[kind], choice)
+    return [function.function if isinstance(function, Advantage) else function]
+
   def _parameters(self, kind: str) -> dict[str, inspect.Parameter]:
-    """Returns the parameters of the chosen function that are settings, by name."""
-    function = lookup(kind, _CHOICES[kind], getattr(self, kind))
-    function = function.function if isinstance(function, Advantage) else function
-    parameters = inspect.signature(function).parameters.values()
+    """Returns the parameters of the chosen functions that are settings, by name."""
+    functions = self._functions(kind)
+    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in _SETTINGS}
 
   def settings(self, kind: str) -> dict[str, float]:
@@ -215,17 +297,31 @@ class Algorithm:
     return {name: value for name, value in values.items() if value is not None}
 
   @property
-  def needs_rewards(self) -> bool:
-    """True if all gradients come from rewards: there is neither a KL term nor a teacher.
-
-    A zero-variance group then has no gradient.
-    """
-    return self.beta == 0 and self.teacher_weight == 0
-
-  @property
   def rewards(self) -> tuple[str, ...]:
     """The kinds of rewards that the advantage needs; see `Advantage`."""
     return lookup_advantage(self.advantage).rewards
+
+  @property
+  def needs_sampler(self) -> bool:
+    """True if the loss cannot do without the log-probs that the sampler recorded."""
+    return self.correction != "none" or self.sampler_penalty > 0
+
+  @property
+  def needs_old(self) -> bool:
+    """True if several updates on one batch need the log-probs from before the first of them."""
+    in_reward = self.beta > 0 and self.kl_in == "reward"
+    return self.anchor != "sampler" or in_reward or self.teacher_weight > 0
+
+  @property
+  def needs_entropy(self) -> bool:
+    """True if the loss has an entropy bonus, fixed or adaptive."""
+    return self.entropy_bonus > 0 or self.entropy_target is not None
+
+  @property
+  def every_group_learns(self) -> bool:
+    """True if a group whose advantages are all 0 has a gradient, from another term of the loss."""
+    terms = (self.beta, self.teacher_weight, self.sampler_penalty, self.nll_weight)
+    return self.needs_entropy or any(term > 0 for term in terms)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -288,7 +384,17 @@ ALGORITHMS: dict[str, Algorithm] = {
     ratio_min=0.0,
     ratio_max=5.0,
     average="token",
+    # The paper imposes no lower bound (section 3.1) and does not print its upper one. ScaleRL finds
+    # no difference between 4, 5 and 8 (section 3.2).
     source="CISPO (MiniMax-M1), arXiv 2506.13585, eq. 4; cap as in ScaleRL, arXiv 2510.13786",
+  ),
+  "scale_rl": Algorithm(
+    advantage="batch_whitened",
+    trust_region="cispo",
+    ratio_min=0.0,
+    ratio_max=5.0,
+    average="prompt",
+    source="ScaleRL, arXiv 2510.13786, section 4: CISPO, deviation of the batch, prompt average",
   ),
   "sapo": Algorithm(
     advantage="group_normalized",
@@ -296,15 +402,32 @@ ALGORITHMS: dict[str, Algorithm] = {
     tau_positive=1.0,
     tau_negative=1.05,
     average="sequence",
-    source="SAPO, arXiv 2511.20347",
+    source="SAPO, arXiv 2511.20347, section 3; constants from its experiments, section 5",
   ),
   "dppo": Algorithm(
     advantage="group_centered",
+    anchor="sampler",
     trust_region="dppo_tv",
     divergence=0.15,
     ratio_max=20.0,
+    average="constant",
+    # The paper compares with the policy that sampled, not with a recomputed one (section 5.2), and
+    # so do its authors' code and script for verl, which averages as Dr. GRPO does. The cap is the
+    # default of that code in verl; sail-sg/Stable-RL has 10, and the script turns it off.
+    source="DPPO with binary total variation, arXiv 2602.04879, anchor from section 5.2",
+  ),
+  "prime_rl": Algorithm(
+    advantage="group_centered",
+    anchor="sampler",
+    trust_region="dppo_tv",
+    divergence=0.2,
+    ratio_max=1e9,
+    sampler_penalty=1e-3,
     average="token",
-    source="DPPO with total variation, arXiv 2602.04879",
+    # Kimi K2.5 adds the square to its policy loss and prints no numbers. These, and the mask of
+    # DPPO in place of its clip, are the defaults of prime-rl. Tokens that the mask stops have the
+    # square too. prime-rl has no cap of the ratio.
+    source="squared log-ratio to the sampler: Kimi K2.5, arXiv 2602.02276; numbers of prime-rl",
   ),
   "lite_ppo": Algorithm(
     advantage="batch_normalized",
@@ -312,12 +435,14 @@ ALGORITHMS: dict[str, Algorithm] = {
     clip_low=0.2,
     clip_high=0.2,
     average="token",
-    source="Lite PPO, arXiv 2508.08221, section 5",
+    source="Lite PPO, arXiv 2508.08221, section 5: group mean, deviation of the batch, token loss",
   ),
   "max_rl": Algorithm(
     advantage="max_rl",
     average="token",
-    source="MaxRL, arXiv 2602.02710",
+    # The paper's estimator sums over the tokens of a completion (average="constant"). Its authors'
+    # code, tajwarfahim/maxrl, averages over tokens, and one update per rollout never clips.
+    source="MaxRL, arXiv 2602.02710, average as in its authors' code",
   ),
   "gdpo": Algorithm(
     advantage="multi_objective",
@@ -327,15 +452,30 @@ ALGORITHMS: dict[str, Algorithm] = {
     average="token",
     source="GDPO, arXiv 2601.05242",
   ),
+  "online_rft": Algorithm(
+    advantage="right_only",
+    right_above=0.5,
+    average="sequence",
+    source="Online RFT: DeepSeekMath, arXiv 2402.03300, section 5.2.1 and appendix A.1.3",
+  ),
+  "reinforce_pp": Algorithm(
+    advantage="token_whitened",
+    trust_region="clip",
+    clip_low=0.2,
+    clip_high=0.2,
+    average="token",
+    # Without the paper's KL penalty in the reward, which is none of the loss.
+    source="REINFORCE++, arXiv 2501.03262v9, section 3.2",
+  ),
   "reinforce_pp_baseline": Algorithm(
-    advantage="batch_whitened",
+    advantage="centered_token_whitened",
     trust_region="clip",
     clip_low=0.2,
     clip_high=0.2,
     kl="k2",
     beta=0.001,
     average="token",
-    source="REINFORCE++-baseline, arXiv 2501.03262, section 3.3",
+    source="REINFORCE++ with baseline, arXiv 2501.03262v9, section 3.3",
   ),
   "ppo": Algorithm(
     advantage="gae_whitened",
@@ -391,6 +531,7 @@ def advantages(
   token_rewards: Float[Array, "P G T"] | None = None,
   values: Float[Array, "P G T"] | None = None,
   mask: Bool[Array, "P G T"] | None = None,
+  entropy: Float[Array, "P G T"] | None = None,
 ) -> Float[Array, "P G"] | Float[Array, "P G T"]:
   """Returns the advantages of an algorithm, from those of the rewards given that it needs.
 
@@ -407,9 +548,11 @@ def advantages(
     token_rewards: the reward of each token.
     values: the value of each token under a critic.
     mask: true on completion tokens.
+    entropy: of the distribution that each token was drawn from, in nats, for `entropy_share`.
 
   Returns:
-    One advantage per completion `[P, G]`, or one per token `[P, G, T]`.
+    One advantage per completion `[P, G]`, or one per token `[P, G, T]`: from an estimator that
+    gives them, and with an `entropy_share`, where all other tokens get 0.
 
   Raises:
     ValueError: a name is unknown, an argument that is needed is None, a built-in function gets
@@ -426,9 +569,10 @@ def advantages(
   """
   if isinstance(algorithm, str) and algorithm in ALGORITHMS:
     algorithm = ALGORITHMS[algorithm]
-  settings = {}
+  settings, share = {}, None
   if isinstance(algorithm, Algorithm):
-    settings, algorithm = algorithm.settings("advantage"), algorithm.advantage
+    settings, share = algorithm.settings("advantage"), algorithm.entropy_share
+    algorithm = algorithm.advantage
   choice = lookup("algorithm or advantage", {**ALGORITHMS, **ADVANTAGES}, algorithm)
   advantage = lookup_advantage(choice)
   available = {
@@ -447,7 +591,44 @@ def advantages(
     raise ValueError(f"advantage {_name(advantage)} needs {', '.join(missing)}")
   result = advantage(*(available[name] for name in names), **settings)
   _check_result(advantage, result, available[names[0]])
-  return result
+  return result if share is None else _of_high_entropy(result, entropy, mask, share)
+
+
+def nll_weights(
+  algorithm: str | Algorithm, rewards: Float[Array, "P G"], mask: Bool[Array, "P G T"]
+) -> Float[Array, "P G T"]:
+  """Returns 1 / (tokens of right answers in the batch) on those tokens, and 0 on the others.
+
+  They are the weights of the term `nll_weight` of a row, as `token_weights` gives those of the
+  rest. An answer is right if its reward is above `right_above`, 0.5 unless the row has another.
+
+  Args:
+    rewards: the total reward of each completion of the whole global batch; NaN = not scored.
+    mask: true on completion tokens.
+
+  References:
+    VAPO, arXiv 2504.05118, section 4.3.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> mask = jnp.array([[[True, True], [True, False]]])
+    >>> nll_weights("grpo", jnp.array([[1.0, 0.0]]), mask).tolist()
+    [[[0.5, 0.5], [0.0, 0.0]]]
+  """
+  above = lookup_algorithm(algorithm).right_above
+  right = right_only(rewards, right_above=RIGHT_ABOVE if above is None else above) > 0
+  return token_weights(mask & right[..., None], "token")
+
+
+def _of_high_entropy(
+  values: jax.Array, entropy: Array | None, mask: Array | None, share: float
+) -> Float[jax.Array, "P G T"]:
+  """Returns the advantages of the tokens with the highest entropy, and 0 for the others."""
+  missing = [name for name, array in (("entropy", entropy), ("mask", mask)) if array is None]
+  if missing:
+    raise ValueError(f"entropy_share={share} needs {', '.join(missing)}")
+  values = values if values.ndim == 3 else values[..., None]
+  return jnp.where(high_entropy(entropy, mask, share), values, 0.0)
 
 
 def _check_result(advantage: Advantage, result: jax.Array, rewards: Array) -> None:

@@ -1,17 +1,23 @@
 """Weights that correct for a sampler whose probabilities differ from the trainer's.
 
 Each function takes `(log_ratio, mask)` and keyword-only settings, which are fields of `Algorithm`.
-`log_ratio` is the log-probability of each drawn token under the trainer, before this update, minus
-that under the sampler, in nats and 0 where masked. The weights `[..., T]` multiply the objective
+`log_ratio` is the log-probability of each drawn token under the trainer, before this batch's
+updates, minus that under the sampler, in nats and 0 where masked. A function may also name the
+keyword-only arrays `advantages` and `drift`, both `[..., T]`; `drift` is the log-probability of
+now minus that under the sampler. The weights `[..., T]` multiply the objective, not the KL term,
 and carry no gradient: `policy_loss` passes arrays without one.
+
+Names joined by "+" are a chain, whose weights are multiplied: "geometric_mask+token_truncate".
 """
 
+import inspect
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from grpo_jax.core.checks import Array
+from grpo_jax.core.checks import Array, lookup
 from grpo_jax.core.ratios import finite_exp
 
 
@@ -88,9 +94,120 @@ def sequence_mask(
   return jnp.broadcast_to(weight, log_ratio.shape)
 
 
+def geometric_mask(
+  log_ratio: Float[Array, "*B T"],
+  mask: Bool[Array, "*B T"],
+  *,
+  geometric_min: float,
+  geometric_max: float,
+) -> Float[Array, "*B T"]:
+  """Returns 1 where `exp(mean_t log_ratio)` lies in [geometric_min, geometric_max], else 0.
+
+  The geometric mean of the token ratios does not shrink or grow with the length, as the product of
+  `sequence_mask` does, and it only decides which sequences count: a chain with `token_truncate`
+  weighs their tokens.
+
+  Args:
+    geometric_min: absolute lower bound of the geometric mean.
+    geometric_max: absolute upper bound of the geometric mean.
+
+  References:
+    In use as `seq-mask-tis` in OpenRLHF and NeMo RL (bounds 0.999 and 1.002), and in SkyRL (0.99
+    and 1.01), each time before token weights; no paper defines it first.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> log_ratio, mask = jnp.log(jnp.array([[0.5, 2.0], [1.2, 1.2]])), jnp.ones((2, 2), bool)
+    >>> print(geometric_mask(log_ratio, mask, geometric_min=0.9, geometric_max=1.1))
+    [[1. 1.]
+     [0. 0.]]
+  """
+  mean = finite_exp(_mean(log_ratio, mask))
+  inside = (mean >= geometric_min) & (mean <= geometric_max)
+  return jnp.broadcast_to(jnp.where(inside, 1.0, 0.0), log_ratio.shape).astype(log_ratio.dtype)
+
+
+def off_policy_mask(
+  log_ratio: Float[Array, "*B T"],
+  mask: Bool[Array, "*B T"],
+  *,
+  advantages: Float[Array, "*B T"],
+  drift: Float[Array, "*B T"],
+  off_policy_max: float,
+) -> Float[Array, "*B T"]:
+  """Returns 0 where `A < 0` and `mean_t(sampler_logp - logp) > off_policy_max`, else 1.
+
+  A sequence that the policy of now finds much less probable than the sampler did, and that has a
+  negative advantage, is dropped. It looks at the policy of now, so it binds from update to update
+  as a trust region does.
+
+  Args:
+    advantages: their sign decides; 0 counts as not negative.
+    drift: log-probability of now minus that under the sampler.
+    off_policy_max: largest mean drop of the log-probability of a token, in nats.
+
+  References:
+    DeepSeek-V3.2, arXiv 2512.02556, section 3.1, "off-policy sequence masking".
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> drift, mask = jnp.array([[-0.6, -0.6], [-0.6, -0.2]]), jnp.ones((2, 2), bool)
+    >>> print(off_policy_mask(
+    ...   jnp.zeros((2, 2)), mask, advantages=-jnp.ones((2, 2)), drift=drift, off_policy_max=0.5
+    ... ))
+    [[0. 0.]
+     [1. 1.]]
+  """
+  far = -_mean(drift, mask) > off_policy_max
+  return jnp.where(far & (advantages < 0), 0.0, 1.0).astype(log_ratio.dtype)
+
+
+def _mean(log_ratio: Array, mask: Array) -> Array:
+  """Returns the mean over the tokens of each sequence, `[..., 1]`; 0 for an empty one."""
+  lengths = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+  return jnp.sum(log_ratio, -1, keepdims=True) / lengths
+
+
 CORRECTIONS: dict[str, Callable] = {
   "none": no_correction,
   "token_truncate": token_truncate,
   "token_mask": token_mask,
   "sequence_mask": sequence_mask,
+  "geometric_mask": geometric_mask,
+  "off_policy_mask": off_policy_mask,
 }
+# Those whose weights are the ratio itself, which a ratio to the sampler holds already.
+WEIGHING = ("token_truncate", "token_mask", "sequence_mask")
+
+
+def lookup_correction(choice: str | Callable) -> list[Callable]:
+  """Returns the functions of a correction, several for names joined by "+".
+
+  Raises:
+    ValueError: a name is not in `CORRECTIONS`.
+
+  Example:
+    >>> [function.__name__ for function in lookup_correction("geometric_mask+token_truncate")]
+    ['geometric_mask', 'token_truncate']
+  """
+  parts = choice.split("+") if isinstance(choice, str) else [choice]
+  return [lookup("correction", CORRECTIONS, part) for part in parts]
+
+
+def correction_weights(
+  choice: str | Callable,
+  log_ratio: Float[Array, "*B T"],
+  mask: Bool[Array, "*B T"],
+  **available: float | Array,
+) -> Float[Array, "*B T"]:
+  """Returns the product of the weights of a correction and of all in its chain.
+
+  Args:
+    available: settings and arrays by name; each function gets those that it names.
+  """
+  weights = []
+  for function in lookup_correction(choice):
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} & available.keys()
+    weights.append(function(log_ratio, mask, **{name: available[name] for name in named}))
+  return math.prod(weights[1:], start=weights[0])

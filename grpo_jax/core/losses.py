@@ -1,4 +1,4 @@
-"""Computes policy losses: `sum(weights * -(correction * objective - beta * kl))`."""
+"""Computes policy losses: `sum(weights * -(correction * objective - beta * kl + ...))`."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ from jaxtyping import Bool, Float
 
 from grpo_jax.core.algorithms import Algorithm, lookup_algorithm
 from grpo_jax.core.checks import Array, as_float, as_mask, check_shape, lookup
-from grpo_jax.core.corrections import CORRECTIONS
+from grpo_jax.core.corrections import correction_weights
 from grpo_jax.core.kl import KLS
 from grpo_jax.core.log_ratios import log_ratio_advantages, sum_later
 from grpo_jax.core.masks import masked_mean, token_weights
-from grpo_jax.core.ratios import RATIOS, finite_exp
+from grpo_jax.core.ratios import ANCHORS, RATIOS, finite_exp
 from grpo_jax.core.trust_regions import TRUST_REGIONS
 
 Metrics = dict[str, jax.Array]
@@ -93,17 +93,23 @@ def policy_loss(
   sampler_logp: Float[Array, "... T"] | None = None,
   teacher_logp: Float[Array, "... T"] | None = None,
   divergence: Float[Array, "... T"] | None = None,
+  entropy: Float[Array, "... T"] | None = None,
+  entropy_coef: Float[Array, "..."] | float | None = None,
   weights: Float[Array, "... T"] | None = None,
+  nll_weights: Float[Array, "... T"] | None = None,
   max_length: int | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns `loss = sum(weights * -(correction * objective - beta * kl))` of a row, and metrics.
 
   A row with a teacher, or with its KL term in the reward, adds `log_ratio_advantages` to the
   advantages; a row with a divergence to a teacher adds `teacher_weight * divergence` to the loss.
+  Three further terms may stand in the bracket: `- sampler_penalty * (logp - sampler_logp)^2`,
+  `+ entropy_coef * entropy`, and `+ nll_weight * logp` of right answers, which has weights of its
+  own.
 
-  Only `logp` and `divergence` receive gradient. Masked slots of every argument may hold anything,
-  including NaN and infinity. The numbers are those of the row: `"grpo"` has a KL term
-  (`beta=0.04`), which `grpo_loss` has only if it is given a `beta`.
+  Only `logp` and `divergence` receive gradient, and `entropy` if the row has a bonus. Masked slots
+  of every argument may hold anything, including NaN and infinity. The numbers are those of the row:
+  `"grpo"` has a KL term (`beta=0.04`), which `grpo_loss` has only if it is given a `beta`.
 
   Args:
     algorithm: a key of `ALGORITHMS`, or an `Algorithm`.
@@ -112,17 +118,26 @@ def policy_loss(
     advantages: one per sequence ([P, G]) or one per token ([P, G, T]).
     mask: true on completion tokens, up to and including EOS.
     old_logp: log-probabilities under the policy before this batch's updates. None = the current
-      policy, which makes every ratio exactly 1.
+      policy, which makes every ratio to it exactly 1.
     ref_logp: log-probabilities under the reference. Needed if `beta > 0`; otherwise it only adds
       the metric `kl`.
     sampler_logp: log-probabilities as the sampler recorded them. Needed if the row has a
-      correction; otherwise it only adds the metrics `sampling/*`.
+      correction or a `sampler_penalty`. A row whose anchor is the sampler takes `old_logp` without
+      them: then the old policy is taken to be the sampler. Otherwise they only add the metrics
+      `sampling/*`.
     teacher_logp: log-probabilities under the teacher; of several teachers, their mean. Needed if
       the row has a `teacher_weight` and no divergence; otherwise it only adds `teacher/kl`.
     divergence: the divergence of each token's distribution to that of the teacher, in nats, from
       `head_divergence`. Needed if the row has a `teacher_divergence`.
+    entropy: entropy of the policy at each token, in nats, as `head_logprobs` returns it. Needed if
+      the row has an entropy bonus; otherwise it only adds the metric `entropy`.
+    entropy_coef: coefficient of an adaptive bonus as it is now, a number or an array that
+      broadcasts against `logp`. Needed if the row has an `entropy_target`. None = the row's
+      `entropy_bonus`.
     weights: result of `token_weights` on the mask of the whole global batch. None = this batch is
       the whole batch. Pass them for micro-batches, whose losses then add up to that of the batch.
+    nll_weights: result of `algorithms.nll_weights` on the rewards and the mask of the whole global
+      batch. Needed if the row has an `nll_weight`.
     max_length: completion budget in tokens, for `average="constant"` without `weights`.
 
   Returns:
@@ -130,7 +145,8 @@ def policy_loss(
     otherwise: `clip_ratio/{low_mean,high_mean,region_mean}` (the fraction of tokens whose gradient
     a lower bound, an upper bound or either changes; see `trust_regions`), `ratio/{mean,max}`, and
     if their arguments are given `kl`, `teacher/kl` (the mean of old_logp - teacher_logp),
-    `teacher/divergence`, `sampling/sampling_logp_difference/{mean,max}`,
+    `teacher/divergence`, `entropy`, `entropy_coef`, `nll` (the negative log-likelihood of right
+    answers, 0 on the tokens of others), `sampling/sampling_logp_difference/{mean,max}`,
     `sampling/importance_sampling_ratio/{min,mean,max}`.
 
   Raises:
@@ -150,7 +166,16 @@ def policy_loss(
   if logp.ndim == 0:
     raise ValueError("logp has shape (), expected at least one axis [..., T]")
   mask = as_mask("mask", mask, logp.shape)
-  _check_needed(algorithm, ref_logp, sampler_logp, teacher_logp, divergence)
+  _check_needed(
+    algorithm,
+    ref_logp=ref_logp,
+    sampler_logp=sampler_logp,
+    teacher_logp=teacher_logp,
+    divergence=divergence,
+    entropy=entropy,
+    entropy_coef=entropy_coef,
+    nll_weights=nll_weights,
+  )
 
   def clean(name: str, value: Array | None) -> jax.Array | None:
     """Returns the array without a gradient, 0 where masked."""
@@ -177,12 +202,13 @@ def policy_loss(
       advantages += log_ratio_advantages(teacher, old, mask, **later)
   if weights is None:
     weights = token_weights(mask, algorithm.average, max_length=max_length)
-  weights = clean("weights", weights)
+  weights, nll_weights = clean("weights", weights), clean("nll_weights", nll_weights)
 
-  log_ratio = lookup("ratio", RATIOS, algorithm.ratio)(logp, old, mask)
+  anchor = lookup("anchor", ANCHORS, algorithm.anchor)(old, old if sampler is None else sampler)
+  log_ratio = lookup("ratio", RATIOS, algorithm.ratio)(logp, anchor, mask)
   region = lookup("trust_region", TRUST_REGIONS, algorithm.trust_region)
   objective, low, high = region(
-    log_ratio, logp, old, advantages, **algorithm.settings("trust_region")
+    log_ratio, logp, anchor, advantages, **algorithm.settings("trust_region")
   )
   ratio = finite_exp(jax.lax.stop_gradient(log_ratio))
   metrics |= {
@@ -193,55 +219,88 @@ def policy_loss(
     "ratio/max": jnp.max(ratio, where=mask, initial=0.0),
   }
   if sampler is not None:
-    correct = lookup("correction", CORRECTIONS, algorithm.correction)
     difference = old - sampler
-    correction = correct(difference, mask, **algorithm.settings("correction"))
+    correction = correction_weights(
+      algorithm.correction,
+      difference,
+      mask,
+      advantages=advantages,
+      drift=current - sampler,
+      **algorithm.settings("correction"),
+    )
     objective = objective * correction
     metrics |= _sampling_metrics(difference, correction, mask)
   per_token = -objective
   if ref is not None:
     estimate = lookup("kl", KLS, "k3" if algorithm.kl == "none" else algorithm.kl)
-    kl = estimate(logp, ref, finite_exp(logp - old))
+    kl = estimate(logp, ref, finite_exp(logp - anchor))
     if algorithm.beta > 0 and algorithm.kl_in == "loss":
       per_token = per_token + algorithm.beta * kl
     metrics["kl"] = masked_mean(jax.lax.stop_gradient(kl), mask)
   if divergence is not None:
-    divergence = as_float("divergence", divergence)
-    check_shape("divergence", divergence, logp.shape)
-    divergence = jnp.where(mask, divergence, 0.0)
+    divergence = _with_gradient("divergence", divergence, mask)
     if algorithm.teacher_divergence is not None:
       per_token = per_token + algorithm.teacher_weight * divergence
     metrics["teacher/divergence"] = masked_mean(jax.lax.stop_gradient(divergence), mask)
+  if algorithm.sampler_penalty > 0:
+    per_token = per_token + algorithm.sampler_penalty * (logp - sampler) ** 2
+  if entropy is not None:
+    entropy = _with_gradient("entropy", entropy, mask)
+    if algorithm.needs_entropy:
+      coef = (
+        algorithm.entropy_bonus if entropy_coef is None else as_float("entropy_coef", entropy_coef)
+      )
+      coef = jnp.broadcast_to(jax.lax.stop_gradient(coef), logp.shape)
+      per_token = per_token - coef * entropy
+      metrics["entropy_coef"] = masked_mean(coef, mask)
+    metrics["entropy"] = masked_mean(jax.lax.stop_gradient(entropy), mask)
   loss = jnp.sum(jnp.where(mask, weights * per_token, 0.0))
+  if algorithm.nll_weight > 0:
+    loss = loss - algorithm.nll_weight * jnp.sum(nll_weights * logp)
+    metrics["nll"] = masked_mean(jnp.where(nll_weights > 0, -current, 0.0), mask)
   return loss, metrics
 
 
-def _check_needed(
-  algorithm: Algorithm,
-  ref_logp: Array | None,
-  sampler_logp: Array | None,
-  teacher_logp: Array | None,
-  divergence: Array | None,
-) -> None:
-  """Raises if the row needs log-probabilities that are missing."""
-  if algorithm.beta > 0 and ref_logp is None:
+def _with_gradient(name: str, value: Array, mask: jax.Array) -> jax.Array:
+  """Returns numbers of tokens, 0 where masked, with their gradient."""
+  value = as_float(name, value)
+  check_shape(name, value, mask.shape)
+  return jnp.where(mask, value, 0.0)
+
+
+def _check_needed(algorithm: Algorithm, **given: Array | float | None) -> None:
+  """Raises if the row needs an argument that is missing."""
+  if algorithm.beta > 0 and given["ref_logp"] is None:
     raise ValueError(
       f"beta={algorithm.beta} needs ref_logp, the reference's log-probabilities; pass them, or "
       "use dataclasses.replace(algorithm, beta=0.0) to train without a reference"
     )
-  if algorithm.correction != "none" and sampler_logp is None:
+  if algorithm.correction != "none" and given["sampler_logp"] is None:
     raise ValueError(f"correction={algorithm.correction!r} needs sampler_logp")
-  if algorithm.teacher_divergence is not None and divergence is None:
-    raise ValueError(
-      f"teacher_divergence={algorithm.teacher_divergence} needs divergence, the divergence of each "
-      "token's distribution to the teacher's, from head_divergence"
-    )
   sampled = algorithm.teacher_weight > 0 and algorithm.teacher_divergence is None
-  if sampled and teacher_logp is None:
-    raise ValueError(
-      f"teacher_weight={algorithm.teacher_weight} needs teacher_logp, the teacher's "
-      "log-probabilities of the drawn tokens"
-    )
+  needs = {
+    "teacher_divergence": (
+      algorithm.teacher_divergence is not None,
+      "divergence",
+      ", the divergence of each token's distribution to the teacher's, from head_divergence",
+    ),
+    "teacher_weight": (
+      sampled,
+      "teacher_logp",
+      ", the teacher's log-probabilities of the drawn tokens",
+    ),
+    "sampler_penalty": (algorithm.sampler_penalty > 0, "sampler_logp", ""),
+    "entropy_bonus": (algorithm.needs_entropy, "entropy", ", as `head_logprobs` returns it"),
+    "entropy_target": (
+      algorithm.entropy_target is not None,
+      "entropy_coef",
+      ", the coefficient as it is now; TrainState.create(..., algorithm=) starts it for a step",
+    ),
+    "nll_weight": (algorithm.nll_weight > 0, "nll_weights", "; see `algorithms.nll_weights`"),
+  }
+  for name, (holds, argument, hint) in needs.items():
+    if holds and given[argument] is None:
+      raise ValueError(f"{name}={getattr(algorithm, name)} needs {argument}{hint}")
 
 
 def _per_token(advantages: Array, mask: jax.Array) -> jax.Array:

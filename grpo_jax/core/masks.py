@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.core.checks import Array, as_mask, as_tokens, check_positive, lookup
+from grpo_jax.core.checks import Array, as_float, as_mask, as_tokens, check_positive, lookup
 
 
 def completion_mask(
@@ -64,11 +64,28 @@ def _constant(mask: jax.Array, max_length: int | None) -> jax.Array:
   return jnp.broadcast_to(1.0 / (_sequences(mask) * max_length), mask.shape)
 
 
+def _prompt(mask: jax.Array, max_length: int | None) -> jax.Array:
+  """Returns 1 / (number of prompts · tokens of the prompt's group)."""
+  if mask.ndim < 2:
+    raise ValueError(
+      f"average='prompt' needs a mask [..., G, T], whose groups it averages over; mask has shape "
+      f"{mask.shape}"
+    )
+  prompts = max(math.prod(mask.shape[:-2]), 1)
+  tokens = _lengths(mask).sum(-1)[..., None, None]
+  return jnp.broadcast_to(1.0 / (tokens * prompts), mask.shape)
+
+
 def _sequences(mask: jax.Array) -> int:
   return max(math.prod(mask.shape[:-1]), 1)
 
 
-AVERAGES: dict[str, Callable] = {"sequence": _sequence, "token": _token, "constant": _constant}
+AVERAGES: dict[str, Callable] = {
+  "sequence": _sequence,
+  "token": _token,
+  "constant": _constant,
+  "prompt": _prompt,
+}
 
 
 def token_weights(
@@ -81,10 +98,12 @@ def token_weights(
   | `sequence` | 1 / (number of sequences · own length)    | GRPO (arXiv 2402.03300, eq. 3)      |
   | `token`    | 1 / (tokens in the batch)                 | DAPO (arXiv 2503.14476, eq. 8)      |
   | `constant` | 1 / (number of sequences · `max_length`)  | Dr. GRPO (arXiv 2503.20783, sec. 3) |
+  | `prompt`   | 1 / (number of prompts · tokens of group) | ScaleRL (arXiv 2510.13786, sec. 3)  |
 
   Masked tokens weigh 0. Compute the weights once, from the mask of the whole global batch, and
   slice them: a sum needs no denominator, so micro-batches, devices and packing cannot change the
-  loss. A sequence without tokens still counts as a sequence.
+  loss. A sequence without tokens still counts as a sequence, and a group without tokens as a
+  prompt.
 
   Args:
     mask: true on completion tokens. Any leading axes, usually [P, G, T].
@@ -126,6 +145,47 @@ def count_tokens(mask: Bool[Array, "..."]) -> Float[Array, ""]:
     3.0
   """
   return _lengths(mask).sum()
+
+
+def high_entropy(
+  entropy: Float[Array, "... T"], mask: Bool[Array, "... T"], share: float
+) -> Bool[Array, "... T"]:
+  """Returns a mask of the `share` of the tokens that have the highest entropy.
+
+  The threshold is the (1 - share) quantile of the entropies of all tokens of the batch, with linear
+  interpolation; a token on it counts.
+
+  Args:
+    entropy: of the distribution that each token was drawn from, in nats.
+    mask: true on completion tokens; the others are false in the result.
+    share: share of the tokens, above 0 and at most 1.
+
+  References:
+    Wang et al. 2025, "Beyond the 80/20 rule", arXiv 2506.01939, section 4 (share 0.2).
+
+  Raises:
+    ValueError: a shape or dtype does not fit, or `share` is not above 0 and at most 1.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> entropy = jnp.array([[0.1, 2.0, 0.3], [0.9, 9.0, 9.0]])
+    >>> mask = jnp.array([[True, True, True], [True, False, False]])
+    >>> high_entropy(entropy, mask, 0.5).tolist()
+    [[False, True, False], [True, False, False]]
+  """
+  entropy = as_float("entropy", entropy)
+  mask = as_mask("mask", mask, entropy.shape)
+  if not 0 < share <= 1:
+    raise ValueError(f"share must be above 0 and at most 1, got {share}")
+  if entropy.size == 0:
+    return mask
+  count = mask.sum()
+  ranked = jnp.sort(jnp.where(mask, entropy, jnp.inf), axis=None)
+  ranked = jnp.where(jnp.arange(ranked.size) < count, ranked, 0.0)
+  place = (1.0 - share) * jnp.maximum(count - 1, 0)
+  below = jnp.floor(place).astype(int)
+  low, high = ranked[below], ranked[jnp.minimum(below + 1, jnp.maximum(count - 1, 0))]
+  return mask & (entropy >= low + (place - below) * (high - low))
 
 
 def _lengths(mask: jax.Array) -> jax.Array:

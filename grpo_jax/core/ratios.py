@@ -1,8 +1,11 @@
-"""Computes importance ratios of the current to the old policy, as logarithms.
+"""Computes importance ratios of the current policy to an earlier one, as logarithms.
 
-Each function takes `(logp, old_logp, mask)` and returns one log-ratio per token; a ratio of whole
-sequences is repeated over their tokens. Masked slots of `logp` and `old_logp` must hold 0, which
-`policy_loss` sees to. Gradient flows to `logp`. Nats.
+Each function of `RATIOS` takes `(logp, old_logp, mask)` and returns one log-ratio per token; a
+ratio of whole sequences is repeated over their tokens. Masked slots of `logp` and `old_logp` must
+hold 0, which `policy_loss` sees to. Gradient flows to `logp`. Nats.
+
+The earlier policy is the anchor: ratios and trust regions compare with it. Each function of
+`ANCHORS` takes `(old_logp, sampler_logp)` and returns the log-probabilities of the anchor.
 """
 
 from collections.abc import Callable
@@ -89,6 +92,45 @@ def sequence_token_log_ratio(
   return sequence + logp - jax.lax.stop_gradient(logp)
 
 
+def old_anchor(
+  old_logp: Float[Array, "*B T"], sampler_logp: Float[Array, "*B T"]
+) -> Float[Array, "*B T"]:
+  """Returns `old_logp`: the trainer's policy before this batch's updates.
+
+  With one update per rollout that is the current policy, so every ratio is 1 and no trust region
+  binds.
+
+  References:
+    PPO, arXiv 1707.06347, eq. 6.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> old_anchor(jnp.array([-1.0]), jnp.array([-1.5])).tolist()
+    [-1.0]
+  """
+  return old_logp
+
+
+def sampler_anchor(
+  old_logp: Float[Array, "*B T"], sampler_logp: Float[Array, "*B T"]
+) -> Float[Array, "*B T"]:
+  """Returns `sampler_logp`: the policy that drew the tokens, as the sampler recorded it.
+
+  The ratio then also makes up for a sampler that differs from the trainer, a trust region bounds
+  that difference too, and several updates need no pass that computes `old_logp`.
+
+  References:
+    DPPO, arXiv 2602.04879, section 5.2.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> sampler_anchor(jnp.array([-1.0]), jnp.array([-1.5])).tolist()
+    [-1.5]
+  """
+  return sampler_logp
+
+
+ANCHORS: dict[str, Callable] = {"old": old_anchor, "sampler": sampler_anchor}
 RATIOS: dict[str, Callable] = {
   "token": token_log_ratio,
   "sequence": sequence_log_ratio,

@@ -4,7 +4,7 @@ The sharding of a batch stays as it was.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,10 @@ class Batch:
     teacher_prompts, teacher_prompt_mask: [P, M], left-padded: what the policy sees as its own
       teacher, in place of the prompts; None without one, and after scoring.
     taught: [P, G, T], true on tokens that have such a teacher.
+    nll_weights: [P, G, T], weights of right answers (`core.algorithms.nll_weights`); None without
+      such a term.
+    entropy_coef: [P], the coefficient of an adaptive entropy bonus, the same for all prompts, which
+      the step fills in; None without one.
     temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
       It is static: a step compiles once for each value.
   """
@@ -63,6 +67,8 @@ class Batch:
   teacher_prompts: Int[Array, "P M"] | None = None
   teacher_prompt_mask: Bool[Array, "P M"] | None = None
   taught: Bool[Array, "P G T"] | None = None
+  nll_weights: Float[Array, "P G T"] | None = None
+  entropy_coef: Float[Array, "P"] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   def arrays(self) -> dict[str, jax.Array]:
@@ -89,9 +95,14 @@ def select(batch: Batch, rows: Int[np.ndarray, "R"], pad_prompts_to_multiple: in
 @partial(jax.jit, static_argnames="layout")
 def _select(batch: Batch, rows: jax.Array, real: jax.Array, layout: Sharding) -> Batch:
   batch, real = rows_of(batch, rows, layout), real[:, None, None]
-  return dataclasses.replace(
-    batch, mask=batch.mask & real, weights=jnp.where(real, batch.weights, 0.0)
-  )
+  batch = _weighted(batch, lambda weights: jnp.where(real, weights, 0.0))
+  return dataclasses.replace(batch, mask=batch.mask & real)
+
+
+def _weighted(batch: Batch, change: Callable[[jax.Array], jax.Array]) -> Batch:
+  """Returns the batch with a change of its weights, those of right answers among them."""
+  nll = None if batch.nll_weights is None else change(batch.nll_weights)
+  return dataclasses.replace(batch, weights=change(batch.weights), nll_weights=nll)
 
 
 def trim(
@@ -174,8 +185,7 @@ def _count_real(mask: jax.Array, layout: Sharding) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _mini_batch(batch: Batch, rows: jax.Array, count: int, layout: Sharding) -> Batch:
-  part = rows_of(batch, rows, layout)
-  return dataclasses.replace(part, weights=part.weights * count)
+  return _weighted(rows_of(batch, rows, layout), lambda weights: weights * count)
 
 
 def rows_of(tree: Any, rows: jax.Array, layout: Sharding) -> Any:

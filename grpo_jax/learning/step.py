@@ -26,6 +26,7 @@ from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.deterministic import Chunks
+from grpo_jax.learning.entropy import EntropyControl
 from grpo_jax.learning.reduction import combine, make_gradient, split
 from grpo_jax.learning.skipping import SKIPPED, History, accept_update
 from grpo_jax.models.protocol import Model, Params
@@ -52,6 +53,7 @@ class TrainState:
       without one.
     history: statistics of past updates; None if they are not recorded.
     critic: the same of a critic, which has an optimizer of its own; None without one.
+    entropy: coefficient of an adaptive entropy bonus; None without one.
   """
 
   step: jax.Array
@@ -60,6 +62,7 @@ class TrainState:
   reference: Params = None
   history: History | None = None
   critic: "TrainState | None" = None
+  entropy: EntropyControl | None = None
 
   @classmethod
   def create(
@@ -67,6 +70,7 @@ class TrainState:
     params: Params,
     optimizer: optax.GradientTransformation,
     *,
+    algorithm: Algorithm | str | None = None,
     reference: Params = None,
     critic: "TrainState | None" = None,
     copy: bool = True,
@@ -79,6 +83,7 @@ class TrainState:
 
     Args:
       params: trained parameters.
+      algorithm: the row that is trained with; needed where its entropy bonus adapts.
       reference: parameters of the reference for a KL term, often `params` itself.
       critic: state of a critic, taken over as it is.
       copy: False takes over the arrays of `params`, which the first step then deletes. It saves
@@ -94,33 +99,41 @@ class TrainState:
     def own(tree: Params) -> Params:
       return jax.tree.map(jnp.copy, tree)
 
-    shapes = cls.shapes(params, optimizer)
-    rest = (shapes.step, shapes.opt_state, shapes.history)
-    make = jax.jit(partial(_fresh, optimizer), out_shardings=layout_of(rest))
-    step, opt_state, history = make(params)
+    fresh = partial(_fresh, optimizer, algorithm)
+    shapes = cls.shapes(params, optimizer, algorithm=algorithm)
+    rest = (shapes.step, shapes.opt_state, shapes.history, shapes.entropy)
+    step, opt_state, history, entropy = jax.jit(fresh, out_shardings=layout_of(rest))(params)
     reference = None if reference is None else own(reference)
-    return cls(step, own(params) if copy else params, opt_state, reference, history, critic)
+    return cls(
+      step, own(params) if copy else params, opt_state, reference, history, critic, entropy
+    )
 
   @classmethod
   def shapes(
-    cls, params: Params, optimizer: optax.GradientTransformation, *, reference: Params = None
+    cls,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    algorithm: Algorithm | str | None = None,
+    reference: Params = None,
   ) -> "TrainState":
     """Returns the shapes, dtypes and shardings of what `create` returns, without any array.
 
     Args:
       params, reference: arrays, or `jax.ShapeDtypeStruct`s with a sharding.
+      algorithm: as in `create`.
     """
-    step, opt_state, history = _laid_out_like(
-      params, jax.eval_shape(partial(_fresh, optimizer), params)
-    )
-    return cls(step, params, opt_state, reference, history)
+    fresh = partial(_fresh, optimizer, algorithm)
+    step, opt_state, history, entropy = _laid_out_like(params, jax.eval_shape(fresh, params))
+    return cls(step, params, opt_state, reference, history, entropy=entropy)
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields that are not None by name, as plain dicts: what a checkpoint holds."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     fields = {name: value for name, value in fields.items() if value is not None}
-    if self.history is not None:
-      fields["history"] = vars(self.history)
+    for name in _RECORDS:
+      if name in fields:
+        fields[name] = vars(fields[name])
     if self.critic is not None:
       fields["critic"] = self.critic.to_dict()
     return fields
@@ -128,19 +141,23 @@ class TrainState:
   @classmethod
   def from_dict(cls, tree: dict[str, Any]) -> "TrainState":
     """Returns the state whose `to_dict` is `tree`; a missing optional field is None."""
-    tree = dict(tree)
-    if "history" in tree:
-      tree["history"] = History(**tree["history"])
+    fields = {name: kind(**tree[name]) for name, kind in _RECORDS.items() if name in tree}
     if "critic" in tree:
-      tree["critic"] = cls.from_dict(tree["critic"])
-    return cls(**tree)
+      fields["critic"] = cls.from_dict(tree["critic"])
+    return cls(**{**tree, **fields})
 
 
-def _fresh(optimizer: optax.GradientTransformation, params: Params) -> tuple:
-  """Returns step, optimizer state and history before the first update."""
+_RECORDS = {"history": History, "entropy": EntropyControl}
+
+
+def _fresh(
+  optimizer: optax.GradientTransformation, algorithm: Algorithm | str | None, params: Params
+) -> tuple:
+  """Returns step, optimizer state, history and entropy control before the first update."""
   # Copied: some optimizers keep the parameters, and one array must not be donated twice.
   opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
-  return jnp.int32(0), opt_state, History.new()
+  entropy = None if algorithm is None else EntropyControl.new(lookup_algorithm(algorithm))
+  return jnp.int32(0), opt_state, History.new(), entropy
 
 
 def _laid_out_like(params: Params, tree: Any) -> Any:
@@ -279,6 +296,8 @@ def make_loss(
   """
   row = lookup_algorithm(algorithm)
 
+  row = lookup_algorithm(algorithm)
+
   def loss(params: Params, batch: Batch, base_params: Params):
     teacher_params = ()
     if teachers:
@@ -286,7 +305,7 @@ def make_loss(
     params = with_adapters(base_params, params)
     hidden, head, divergence = _hidden(model, params, batch), model.head(params), None
     options = _head_options(model, batch, temperature)
-    logp, _ = head_logprobs(hidden, head, batch.completions, **options)
+    logp, entropy = head_logprobs(hidden, head, batch.completions, **options)
     divergences = [
       head_divergence(
         hidden,
@@ -301,6 +320,7 @@ def make_loss(
     ]
     if divergences:
       divergence = sum(divergences) / len(divergences)
+    coef = batch.entropy_coef
     return policy_loss(
       row,
       logp,
@@ -311,7 +331,10 @@ def make_loss(
       sampler_logp=batch.sampler_logp,
       teacher_logp=batch.teacher_logp,
       divergence=divergence,
+      entropy=entropy if row.needs_entropy else None,
+      entropy_coef=None if coef is None else coef[:, None, None],
       weights=batch.weights,
+      nll_weights=batch.nll_weights,
     )
 
   return loss
@@ -359,7 +382,13 @@ def make_train_step(
   options = {"with_adapters": with_adapters, "teachers": teachers}
   loss = make_loss(model, algorithm, temperature=temperature, **options)
   return make_step(
-    loss, optimizer, schedule, micro_batches=micro_batches, spike=spike, chunks=chunks
+    loss,
+    optimizer,
+    schedule,
+    micro_batches=micro_batches,
+    spike=spike,
+    chunks=chunks,
+    algorithm=lookup_algorithm(algorithm),
   )
 
 
@@ -371,6 +400,7 @@ def make_step(
   micro_batches: int = 1,
   spike: float = 0.0,
   chunks: Chunks | None = None,
+  algorithm: Algorithm | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step `(state, batch, base_params=None) -> (state, metrics)` of any loss.
 
@@ -378,14 +408,15 @@ def make_step(
     loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of the micro-batches of a
       batch add up to its loss.
     optimizer, schedule, micro_batches, spike, chunks: as in `make_train_step`.
+    algorithm: the row of a policy's loss, whose entropy bonus may adapt; None for other losses.
   """
-  apply = make_apply(optimizer, schedule, spike)
+  apply = make_apply(optimizer, schedule, spike, algorithm)
   if chunks:
     return _in_chunks(deterministic.make_gradient(loss, chunks), apply)
   gradient = make_gradient(loss, micro_batches)
 
   def step(state: TrainState, batch: Batch, base_params: Params = None):
-    return apply(state, *gradient(state.params, batch, base_params))
+    return apply(state, *gradient(state.params, with_entropy_coef(state, batch), base_params))
 
   def outputs(state: TrainState, batch: Batch, base_params: Params = None) -> Any:
     return layout_of(state), None
@@ -403,13 +434,30 @@ def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
   finish = Jitted(finish, lambda state, *_: (layout_of(state), None), donate_argnums=0)
 
   def step(state: TrainState, batch: Batch, base_params: Params = None):
+    batch = with_entropy_coef(state, batch)
     return finish(state, *gradient(state.params, batch, base_params))
 
   return step
 
 
+def with_entropy_coef(state: TrainState, batch: Batch) -> Batch:
+  """Returns the batch with the coefficient of an adaptive entropy bonus, if the state has one."""
+  if state.entropy is None:
+    return batch
+  coef = _per_prompt(state.entropy.coef, batch.mask.shape[0])
+  return dataclasses.replace(batch, entropy_coef=coef)
+
+
+@partial(jax.jit, static_argnums=1)
+def _per_prompt(number: jax.Array, prompts: int) -> Float[Array, "P"]:
+  return jnp.broadcast_to(number, prompts)
+
+
 def make_apply(
-  optimizer: optax.GradientTransformation, schedule: optax.Schedule | None, spike: float
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule | None,
+  spike: float,
+  algorithm: Algorithm | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the optimizer's part of a step: `(state, grads, loss, metrics) -> (state, metrics)`."""
 
@@ -424,10 +472,13 @@ def make_apply(
     # A branch, not `where`: the new state is written over the old one.
     old = (state.step, state.params, state.opt_state)
     step, params, opt_state = jax.lax.cond(accept, update, lambda *old: old, *old)
+    entropy = state.entropy
+    if entropy is not None:
+      entropy = entropy.after(algorithm, metrics["entropy"], accept)
     metrics |= {"loss": loss, "grad_norm": norm, SKIPPED: 1.0 - accept}
     if schedule is not None:
       metrics["learning_rate"] = jnp.asarray(schedule(state.step))
-    new = {"step": step, "params": params, "opt_state": opt_state, "history": history}
-    return dataclasses.replace(state, **new), metrics
+    new = {"step": step, "params": params, "opt_state": opt_state}
+    return dataclasses.replace(state, **new, history=history, entropy=entropy), metrics
 
   return apply

@@ -227,9 +227,10 @@ class Learner:
 
   The log-probs under the reference, the teachers and the old parameters are computed before the
   first update, and only if the algorithm has a KL term or a teacher, or if there are several
-  updates per rollout. They are scored as the policy is, at its temperature: what the sampler
-  recorded has other rounding errors, which a log-ratio would take for a difference of policies.
-  With one update per rollout, that update's own forward pass gives the policy's.
+  updates per rollout whose ratios do not compare with the sampler. They are scored as the policy
+  is, at its temperature: what the sampler recorded has other rounding errors, which a log-ratio
+  would take for a difference of policies. With one update per rollout, that update's own forward
+  pass gives the policy's.
   After each update one number is read from the device: how many updates in a row were skipped.
 
   Args:
@@ -276,6 +277,7 @@ class Learner:
     )
     self._score = make_scoring(model, config, **options)
     self._algorithm, self._reference, self._chunks = lookup_algorithm(algorithm), reference, chunks
+    self._needs_old = config.epochs * config.mini_batches > 1 and self._algorithm.needs_old
     self._critic = critic
     if critic is not None:
       self._update_critic = make_critic_update(critic, config, chunks=chunks)
@@ -357,7 +359,7 @@ class Learner:
     if self._teachers:
       logps = [score(params, batch) for score, params in self._teachers]
       batch = dataclasses.replace(batch, teacher_logp=_mean(logps))
-    if self._config.epochs * self._config.mini_batches > 1 or self._config.own_teacher:
+    if self._needs_old or self._config.own_teacher:
       logp = self._score(state.params, batch, self._base_params)
       batch = dataclasses.replace(batch, old_logp=logp)
     if self._config.own_teacher:

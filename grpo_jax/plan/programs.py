@@ -22,6 +22,7 @@ from grpo_jax import config as configs
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.critic import Critic
+from grpo_jax.learning.entropy import EntropyControl
 from grpo_jax.learning.skipping import History
 from grpo_jax.learning.step import Batch, TrainState, WithAdapters, only_trained
 from grpo_jax.learning.updates import (
@@ -172,6 +173,7 @@ class Programs:
       opt_state=self._params(jax.eval_shape(self.optimizer.init, params)),
       reference=params if self.config.reference.sync_every else None,
       history=put(jax.eval_shape(History.new), whole),
+      entropy=put(jax.eval_shape(partial(EntropyControl.new, self.algorithm)), whole),
     )
 
   @cached_property
@@ -218,7 +220,7 @@ class Programs:
   @property
   def keeps_old(self) -> bool:
     """True if the old log-probs are scored before the first update."""
-    return self.updates > 1 or self.teaches_itself
+    return (self.updates > 1 and self.algorithm.needs_old) or self.teaches_itself
 
   @property
   def updates(self) -> int:
@@ -239,7 +241,8 @@ class Programs:
     """Returns a batch of `prompts` prompts; `scored` adds the log-probs that `score` computes."""
     r = self.config.rollout
     rows = (prompts, r.group_size, r.completion_length)
-    per_token = build.rewards_steps(self.algorithm) or self.critic is not None
+    by_token = self.critic is not None or self.algorithm.entropy_share is not None
+    per_token = build.rewards_steps(self.algorithm) or by_token
     of_critic = self._rows(*rows) if self.critic else None
     logp = self._rows(*rows) if scored else None
     return Batch(
@@ -256,6 +259,7 @@ class Programs:
       returns=of_critic if scored else None,
       old_logp=logp if self.keeps_old else None,
       teacher_logp=logp if self.runs_per_step("teach") or self.teaches_itself else None,
+      nll_weights=self._rows(*rows) if self.algorithm.nll_weight > 0 else None,
     )
 
   @cached_property

@@ -22,8 +22,8 @@ def gdpo(rewards):
   return grpo_jax.multi_objective(jnp.asarray(rewards)[None], jnp.ones(1))
 
 
-OF_TOTALS = {name: row for name, row in ADVANTAGES.items() if row.rewards == ("total",)}
-del OF_TOTALS["zero_advantages"]  # compares nothing
+OF_GROUPS = {name: row for name, row in ADVANTAGES.items() if row.needs_groups}
+OF_TOTALS = {name: row for name, row in OF_GROUPS.items() if row.rewards == ("total",)}
 FUNCTIONS = {**OF_TOTALS, "gdpo": gdpo}
 
 
@@ -142,10 +142,11 @@ ALONE = {
   "multi_objective": (grpo_jax.multi_objective, (jnp.stack([SINGLE, -SINGLE]), jnp.ones(2))),
   "process_advantages": (grpo_jax.process_advantages, OF_STEPS),
   "turn_advantages": (grpo_jax.turn_advantages, OF_STEPS),
+  "centered_token_whitened": (grpo_jax.centered_token_whitened, (SINGLE, OF_STEPS[2])),
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", OF_GROUPS)
 def test_groups_of_one_are_an_error_unless_asked_for(name):
   """It is raised when the program is traced: shapes are known then."""
   function, arguments = ALONE[name]
@@ -295,6 +296,91 @@ def test_leave_one_out_of_two():
 def test_max_rl_divides_by_the_mean_of_the_scored():
   actual = grpo_jax.max_rl(jnp.array([[1.0, 0.0, nan, nan]]))
   np.testing.assert_array_equal(actual, [[1.0, -1.0, 0.0, 0.0]])  # mean 1/2, not 1/4 or 3/4
+
+
+# --- without groups, and over tokens -------------------------------------------------------------
+
+# Lengths 1 and 3, 2 and 2; rewards 1 and 5, 2 and 2.
+TOKENS = jnp.array([[[1, 0, 0], [1, 1, 1]], [[0, 1, 1], [1, 1, 0]]], bool)
+OVER_TOKENS = jnp.array([[1.0, 5.0], [2.0, 2.0]])
+
+
+def test_token_whitened():
+  """Over 8 tokens: mean (1 + 3 * 5 + 4 * 2) / 8 = 3, squares 4 + 3 * 4 + 4 * 1 = 20."""
+  std = 2.5**0.5
+  expected = np.array([[-2, 2], [-1, -1]]) / std
+  close(grpo_jax.token_whitened(OVER_TOKENS, TOKENS, eps=0.0), expected)
+  close(grpo_jax.token_whitened(OVER_TOKENS, TOKENS), expected)
+  close(grpo_jax.token_whitened(OVER_TOKENS, TOKENS, eps=1.0), expected * std / (std + 1))
+
+
+def test_centered_token_whitened():
+  """Centered -2 and 2, 0 and 0: mean (-2 + 3 * 2) / 8 = 0.5, squares 6.25 + 3 * 2.25 + 1 = 14."""
+  std = 1.75**0.5
+  expected = np.array([[-2.5, 1.5], [-0.5, -0.5]]) / std
+  close(grpo_jax.centered_token_whitened(OVER_TOKENS, TOKENS, eps=0.0), expected)
+  actual = grpo_jax.centered_token_whitened(OVER_TOKENS, TOKENS, eps=1.0)
+  close(actual, expected * std / (std + 1))
+
+
+def test_right_only():
+  rewards = jnp.array([[1.0, 0.0, 0.5, nan], [0.6, 2.0, -1.0, jnp.inf]])
+  expected = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+  assert grpo_jax.right_only(rewards).tolist() == expected
+  above = grpo_jax.right_only(rewards, right_above=-0.5)
+  assert above.tolist() == [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+  assert grpo_jax.right_only(rewards, right_above=1.0).tolist()[1] == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_groups_of_one_are_whitened_over_the_batch():
+  """Rewards 0, 3 with lengths 2, 1: mean 1, squares 2 * 1 + 4 = 6 over 3 tokens."""
+  mask = jnp.array([[[1, 1]], [[1, 0]]], bool)
+  actual = grpo_jax.token_whitened(jnp.array([[0.0], [3.0]]), mask, eps=0.0)
+  close(actual, np.array([[-1.0], [2.0]]) / 2**0.5)
+  assert grpo_jax.right_only(jnp.array([[0.0], [3.0]])).tolist() == [[0.0], [1.0]]
+
+
+@pytest.mark.parametrize("name", ["token_whitened", "centered_token_whitened"])
+def test_rules_of_advantages_over_tokens(name, x64):
+  function = getattr(grpo_jax, name)
+  rng = np.random.default_rng(0)
+  mask = np.arange(5) < rng.integers(1, 6, (3, 4, 1))
+  for value in (0.1, -3.3, 1e8):
+    assert not np.asarray(function(np.full((3, 4), value), mask)).any()
+  rewards = rng.normal(size=(3, 4))
+  expected = function(rewards, mask)
+  assert expected.dtype == jnp.float64
+  # Over tokens the mean is 0 and the standard deviation 1, and neither scale nor shift matter.
+  tokens = mask.sum(-1)
+  close((tokens * expected).sum(), 0.0, atol=1e-12)
+  close((tokens * expected**2).sum() / tokens.sum(), 1.0, rtol=1e-6)
+  close(function(3 * rewards - 1e3, mask), expected)
+  close(jax.jit(function)(rewards, mask), expected)
+  # An unscored completion changes nothing but its own advantage, and neither does an empty one.
+  with_nan = np.concatenate([rewards, np.full((3, 1), nan)], -1)
+  wider = np.concatenate([mask, np.ones((3, 1, 5), bool)], 1)
+  actual = function(with_nan, wider)
+  close(actual, np.concatenate([expected, np.zeros((3, 1))], -1))
+  unscored = jnp.array([[nan] * 4] * 3)
+  with jax.debug_nans(True):
+    assert not function(unscored, mask).any()
+  slope = jax.grad(lambda r: (function(r, wider) ** 2).sum())
+  assert np.isfinite(slope(with_nan)).all()
+  assert np.isfinite(slope(np.full((3, 5), 0.1))).all()
+
+
+def test_errors_of_advantages_over_tokens():
+  for function in (grpo_jax.token_whitened, grpo_jax.centered_token_whitened):
+    with pytest.raises(ValueError, match=r"^rewards has shape \(2,\), expected 2 axes"):
+      function(OVER_TOKENS[0], TOKENS)
+    with pytest.raises(ValueError, match=r"^mask has shape \(2, 3\), expected 3 axes"):
+      function(OVER_TOKENS, TOKENS[0])
+    with pytest.raises(ValueError, match=r"^mask has shape \(1, 2, 3\), expected \(2, 2, 3\)"):
+      function(OVER_TOKENS, TOKENS[:1])
+    with pytest.raises(ValueError, match=r"^mask must be boolean"):
+      function(OVER_TOKENS, TOKENS.astype(float))
+  with pytest.raises(ValueError, match=r"^rewards has shape \(2,\), expected 2 axes"):
+    grpo_jax.right_only(OVER_TOKENS[0])
 
 
 # --- rules for every estimator -------------------------------------------------------------------
@@ -497,8 +583,13 @@ def test_kinds_of_rewards():
   assert ADVANTAGES["multi_objective"].rewards == ("each",)
   assert ADVANTAGES["process_advantages"].rewards == ("steps",)
   assert ADVANTAGES["turn_advantages"].rewards == ("steps",)
-  of_values = [name for name, row in ADVANTAGES.items() if row.rewards == ("values",)]
-  assert len(OF_TOTALS) + len(of_values) == len(ADVANTAGES) - 4  # these three, and the zeros
+  assert ADVANTAGES["token_whitened"].rewards == ("total", "mask")
+  assert ADVANTAGES["centered_token_whitened"].rewards == ("total", "mask")
+  of_values = {name for name, row in ADVANTAGES.items() if row.rewards == ("values",)}
+  assert of_values == {"gae", "gae_whitened"}
+  alone = {name for name, row in ADVANTAGES.items() if not row.needs_groups}
+  assert alone == {"token_whitened", "right_only", "zero_advantages", *of_values}
+  assert len(OF_TOTALS) == len(ADVANTAGES) - 9
   assert Advantage(gdpo).rewards == ("total",)
   assert Advantage(gdpo, rewards=["total", "steps"]).rewards == ("total", "steps")
 
@@ -528,13 +619,11 @@ def test_lookup_advantage():
 def test_errors_of_the_table():
   with pytest.raises(ValueError, match=r"^unknown advantage 'vtrace'; known: batch_normalized"):
     lookup_advantage("vtrace")
-  with pytest.raises(
-    ValueError, match=r"^unknown kind of rewards 'turns'; known: each, steps, total"
-  ):
+  with pytest.raises(ValueError, match=r"^unknown kind of rewards 'turns'; known: each, mask, ste"):
     Advantage(gdpo, rewards="turns")
   with pytest.raises(ValueError, match=r"^unknown kind of rewards 'both'"):
     Advantage(gdpo, rewards=("total", "both"))
-  with pytest.raises(ValueError, match=r"^rewards is empty; name at least one of total, each, st"):
+  with pytest.raises(ValueError, match=r"^rewards is empty; name at least one of total, mask, ea"):
     Advantage(gdpo, rewards=())
   with pytest.raises(ValueError, match=r"^function must be callable, got 'max_rl'"):
     Advantage("max_rl")

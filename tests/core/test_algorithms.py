@@ -11,11 +11,12 @@ import pytest
 
 import grpo_jax
 from grpo_jax import ADVANTAGES, ALGORITHMS, Advantage, Algorithm, advantages
-from grpo_jax.core.algorithms import lookup_algorithm
+from grpo_jax.core.algorithms import lookup_algorithm, nll_weights
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
 
-# The values of each paper: advantage, ratio, trust region and its settings, kl, beta, average.
+# The values of each paper: advantage, ratio, trust region and its settings, kl, beta, average; the
+# other fields that differ from the defaults stand in `FURTHER`.
 ROWS = {
   "reinforce": ("group_centered", "token", "none", {}, "none", 0.0, "sequence"),
   "rloo": ("leave_one_out", "token", "none", {}, "none", 0.0, "constant"),
@@ -39,13 +40,20 @@ ROWS = {
   "cispo": (
     "group_normalized", "token", "cispo", {"ratio_min": 0.0, "ratio_max": 5.0}, "none", 0.0, "token"
   ),
+  "scale_rl": (
+    "batch_whitened", "token", "cispo", {"ratio_min": 0.0, "ratio_max": 5.0}, "none", 0.0, "prompt"
+  ),
   "sapo": (
     "group_normalized", "token", "sapo", {"tau_positive": 1.0, "tau_negative": 1.05}, "none", 0.0,
     "sequence",
   ),
   "dppo": (
     "group_centered", "token", "dppo_tv", {"divergence": 0.15, "ratio_max": 20.0}, "none", 0.0,
-    "token",
+    "constant",
+  ),
+  "prime_rl": (
+    "group_centered", "token", "dppo_tv", {"divergence": 0.2, "ratio_max": 1e9}, "none",
+    0.0, "token",
   ),
   "lite_ppo": (
     "batch_normalized", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "none", 0.0, "token"
@@ -54,8 +62,13 @@ ROWS = {
   "gdpo": (
     "multi_objective", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "none", 0.0, "token"
   ),
+  "online_rft": ("right_only", "token", "none", {}, "none", 0.0, "sequence"),
+  "reinforce_pp": (
+    "token_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "none", 0.0, "token"
+  ),
   "reinforce_pp_baseline": (
-    "batch_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "k2", 0.001, "token"
+    "centered_token_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "k2", 0.001,
+    "token",
   ),
   "ppo": (
     "gae_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "none", 0.0, "token"
@@ -63,6 +76,14 @@ ROWS = {
   "rloo_kl": ("leave_one_out", "token", "none", {}, "k1", 0.05, "constant"),
   "opd": ("zero_advantages", "token", "none", {}, "none", 0.0, "token"),
 }  # fmt: skip
+FURTHER = {
+  "dppo": {"anchor": "sampler"},
+  "prime_rl": {"anchor": "sampler", "sampler_penalty": 1e-3},
+  "online_rft": {"right_above": 0.5},
+  "ppo": {"gamma": 1.0, "lam": 0.95},
+  "rloo_kl": {"kl_in": "reward", "log_ratio_baseline": "leave_one_out"},
+  "opd": {"teacher_weight": 1.0},
+}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -72,6 +93,10 @@ def test_rows_agree_with_the_papers(name):
   assert (row.advantage, row.ratio, row.trust_region) == (advantage, ratio, region)
   assert row.settings("trust_region") == settings
   assert (row.kl, row.beta, row.average, row.correction) == (kl, beta, average, "none")
+  stated = {"advantage", "ratio", "trust_region", "kl", "beta", "average", "source", *settings}
+  defaults = {f.name: f.default for f in dataclasses.fields(row) if f.name not in stated}
+  others = {name: value for name in defaults if (value := getattr(row, name)) != defaults[name]}
+  assert others == FURTHER.get(name, {})
   assert re.search(r"arXiv \d{4}\.\d{5}|Williams 1992", row.source)
 
 
@@ -91,9 +116,6 @@ def test_teachers_and_penalties_of_the_rows():
     "opd": (1, 0, "loss", "none"),
   }
   assert not any(row.teacher_divergence for row in ALGORITHMS.values())
-  assert {name for name, row in ALGORITHMS.items() if not row.needs_rewards} == {
-    "grpo", "reinforce_pp_baseline", "rloo_kl", "opd"
-  }  # fmt: skip
 
 
 def test_settings_of_a_teacher_that_make_no_sense():
@@ -141,7 +163,84 @@ def test_every_setting_of_every_choice_is_a_field():
   for table in (TRUST_REGIONS, CORRECTIONS):
     for function in table.values():
       parameters = inspect.signature(function).parameters.values()
-      assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} <= fields
+      named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+      assert named <= fields | {"advantages", "drift"}
+
+
+def test_settings_of_a_chain_and_of_an_advantage():
+  row = Algorithm(
+    advantage="right_only",
+    right_above=1.5,
+    correction="geometric_mask+off_policy_mask+token_truncate",
+    geometric_min=0.99,
+    geometric_max=1.01,
+    off_policy_max=0.5,
+    correction_max=2.0,
+  )
+  assert row.settings("advantage") == {"right_above": 1.5}
+  assert row.settings("correction") == {
+    "geometric_min": 0.99,
+    "geometric_max": 1.01,
+    "off_policy_max": 0.5,
+    "correction_max": 2.0,
+  }
+  assert advantages(row, jnp.array([[2.0, 1.0]])).tolist() == [[1.0, 0.0]]
+  assert advantages("online_rft", jnp.array([[2.0, 0.5]])).tolist() == [[1.0, 0.0]]
+  assert advantages("right_only", jnp.array([[2.0, 0.5]])).tolist() == [[1.0, 0.0]]
+
+
+def test_what_the_loss_of_a_row_needs():
+  """From the fields alone; the rows of the table need the least."""
+  plain = Algorithm()
+  needs = ("needs_sampler", "needs_old", "needs_entropy", "every_group_learns")
+  assert [getattr(plain, name) for name in needs] == [False, True, False, False]
+  sampler = Algorithm(correction="off_policy_mask", off_policy_max=0.5, anchor="sampler")
+  assert [getattr(sampler, name) for name in needs] == [True, False, False, False]
+  assert Algorithm(sampler_penalty=1e-3).needs_sampler
+  assert Algorithm(entropy_bonus=1e-3).needs_entropy
+  assert Algorithm(entropy_target=0.2, entropy_delta=0.005).needs_entropy
+  assert Algorithm(anchor=lambda old_logp, sampler_logp: old_logp).needs_old
+  assert Algorithm(anchor="sampler", teacher_weight=1.0).needs_old
+  assert Algorithm(anchor="sampler", kl="k1", kl_in="reward", beta=0.1).needs_old
+  assert not Algorithm(anchor="sampler", kl="k1", beta=0.1).needs_old
+  for terms in (
+    {"beta": 0.1, "kl": "k2"},
+    {"sampler_penalty": 1e-3},
+    {"entropy_bonus": 1e-3},
+    {"entropy_target": 0.2, "entropy_delta": 0.005},
+    {"nll_weight": 0.1},
+  ):
+    assert Algorithm(**terms).every_group_learns
+  learn = {name for name, row in ALGORITHMS.items() if row.every_group_learns}
+  assert learn == {"grpo", "prime_rl", "reinforce_pp_baseline", "rloo_kl", "opd"}
+
+
+def test_weights_of_right_answers():
+  """Right are 2 tokens and 1 token; with `right_above` of -1 the middle one's 3 tokens too."""
+  mask = jnp.array([[[1, 1, 0], [1, 1, 1], [1, 0, 0]]], bool)
+  rewards = jnp.array([[1.0, 0.0, 0.6]])
+  third = 1 / 3
+  expected = [[[third, third, 0], [0, 0, 0], [third, 0, 0]]]
+  np.testing.assert_allclose(nll_weights("grpo", rewards, mask), expected, rtol=1e-6)
+  row = Algorithm(nll_weight=0.1, right_above=-1.0)
+  np.testing.assert_allclose(nll_weights(row, rewards, mask), mask / 6, rtol=1e-6)
+  assert not np.asarray(nll_weights("grpo", jnp.zeros((1, 3)), mask)).any()
+
+
+def test_only_tokens_of_high_entropy_get_an_advantage():
+  """Of 1, 2, 3, 4 the quantile of 0.5 is 2.5; of three tokens the third is padding."""
+  mask = jnp.array([[[1, 1, 0], [1, 1, 0]]], bool)
+  entropy = jnp.array([[[1.0, 4.0, 9.0], [3.0, 2.0, 9.0]]])
+  row = Algorithm(advantage="group_centered", entropy_share=0.5)
+  actual = advantages(row, jnp.array([[1.0, 3.0]]), mask=mask, entropy=entropy)
+  assert actual.tolist() == [[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]]
+  per_token = Algorithm(advantage="process_advantages", entropy_share=1.0)
+  everything = EVERYTHING | {"entropy": jnp.ones((2, 3, 4))}
+  np.testing.assert_array_equal(
+    advantages(per_token, **everything), advantages("process_advantages", **EVERYTHING)
+  )
+  with pytest.raises(ValueError, match=r"^entropy_share=0.5 needs entropy, mask$"):
+    advantages(row, jnp.array([[1.0, 3.0]]))
 
 
 def test_default_row():
@@ -203,11 +302,12 @@ BAD = {
   "unknown region": ({"trust_region": "trpo"}, "unknown trust_region 'trpo'; known: cispo, clip"),
   "unknown ratio": ({"ratio": "word"}, "unknown ratio 'word'; known: sequence, sequence_token, t"),
   "unknown kl": ({"kl": "k4"}, "unknown kl 'k4'; known: k1, k2, k3"),
-  "unknown average": ({"average": "mean"}, "unknown average 'mean'; known: constant, sequence"),
+  "unknown average": ({"average": "mean"}, "unknown average 'mean'; known: constant, prompt"),
+  "unknown anchor": ({"anchor": "now"}, "unknown anchor 'now'; known: old, sampler"),
   "unknown advantage": ({"advantage": "q"}, "unknown advantage 'q'; known: batch_normalized"),
   "unknown correction": (
     {"correction": "tis"},
-    "unknown correction 'tis'; known: none, sequence_m",
+    "unknown correction 'tis'; known: geometric_mask, none, off_policy_mask, sequence_m",
   ),
   "None": ({"ratio": None}, "unknown ratio None; known"),
   "a list": ({"ratio": ["token"]}, r"unknown ratio \['token'\]; known"),
@@ -223,8 +323,7 @@ BAD = {
   "without effect": (
     {"clip_low": 0.2},
     "clip_low has no effect with advantage='group_normalized', trust_region='none' and "
-    "correction='none'; set it to None. These "
-    "choices take: no settings",
+    "correction='none'; set it to None. These choices take: no settings",
   ),
   "of another region": (
     {**CLIP, "ratio_max": 5.0},
@@ -253,7 +352,50 @@ BAD = {
     {"correction": "token_mask", "correction_min": 5.0, "correction_max": 0.5},
     "correction_min=5.0 is above correction_max=0.5: nothing lies between",
   ),
-}
+  "crossed means": (
+    {"correction": "geometric_mask", "geometric_min": 1.1, "geometric_max": 0.9},
+    "geometric_min=1.1 is above geometric_max=0.9: nothing lies between",
+  ),
+  "missing in a chain": (
+    {"correction": "token_truncate+off_policy_mask", "correction_max": 2.0},
+    "needs off_policy_max$",
+  ),
+  "twice corrected": (
+    {"anchor": "sampler", "correction": "off_policy_mask+token_truncate", "correction_max": 2.0,
+     "off_policy_max": 0.5},
+    r"correction='off_policy_mask\+token_truncate' with anchor='sampler' would correct twice",
+  ),
+  "right above NaN": (
+    {"nll_weight": 0.1, "right_above": float("nan")},
+    "right_above must be above -inf, got nan",
+  ),
+  "right without use": ({"right_above": 0.5}, "right_above has no effect with advantage="),
+  "negative penalty": ({"sampler_penalty": -1.0}, "sampler_penalty must be at least 0, got -1.0"),
+  "negative bonus": ({"entropy_bonus": -0.1}, "entropy_bonus must be at least 0, got -0.1"),
+  "infinite weight": ({"nll_weight": float("inf")}, "nll_weight must be finite, got inf"),
+  "target without delta": (
+    {"entropy_target": 0.2},
+    "entropy_target=0.2 and entropy_delta=None: an adaptive entropy bonus needs both",
+  ),
+  "delta without target": (
+    {"entropy_delta": 0.2, "entropy_bonus": 0.1},
+    "entropy_target=None and entropy_delta=0.2: an adaptive",
+  ),
+  "no target": (
+    {"entropy_target": 0.0, "entropy_delta": 0.1},
+    "entropy_target must be above 0 and finite, got 0.0",
+  ),
+  "infinite delta": (
+    {"entropy_target": 0.2, "entropy_delta": float("inf")},
+    "entropy_delta must be above 0 and finite, got inf",
+  ),
+  "share of a critic": (
+    {"advantage": "gae", "entropy_share": 0.2},
+    "entropy_share=0.2 has no effect with advantage='gae': a critic gives the advantages",
+  ),
+  "no share": ({"entropy_share": 0.0}, "entropy_share must be above 0 and at most 1, got 0.0"),
+  "all and more": ({"entropy_share": 1.1}, "entropy_share must be above 0 and at most 1, got 1.1"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD.values(), ids=BAD)
@@ -271,6 +413,10 @@ def test_refused_rows(settings, message):
     {"trust_region": "cispo", "ratio_min": 1.0, "ratio_max": 1.0},
     {"kl": "k3", "beta": 0.0},
     {"kl": "k1", "beta": 1e-6},
+    {"entropy_share": 1.0},
+    {"nll_weight": 0.1, "right_above": 0.0},
+    {"anchor": "sampler", "correction": "off_policy_mask", "off_policy_max": 0.0},
+    {"correction": "geometric_mask", "geometric_min": 1.0, "geometric_max": 1.0},
   ],
 )
 def test_limits_are_accepted(settings):
@@ -316,6 +462,8 @@ def test_advantages_pass_on_the_rewards_that_are_needed(name):
     expected = grpo_jax.multi_objective(EACH, e["reward_weights"])
   elif row.advantage == "process_advantages":
     expected = grpo_jax.process_advantages(e["step_rewards"], e["step_ends"], e["mask"])
+  elif row.advantage in ("token_whitened", "centered_token_whitened"):
+    expected = getattr(grpo_jax, row.advantage)(REWARDS, e["mask"])
   elif row.advantage == "turn_advantages":
     expected = grpo_jax.turn_advantages(e["step_rewards"], e["step_ends"], e["mask"])
   elif row.advantage.startswith("gae"):

@@ -12,7 +12,7 @@ from grpo_jax import ALGORITHMS, Algorithm, grpo_loss, policy_loss, token_weight
 from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.kl import KLS
 from grpo_jax.core.masks import AVERAGES
-from grpo_jax.core.ratios import RATIOS
+from grpo_jax.core.ratios import ANCHORS, RATIOS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
 from tests.helpers.arrays import assert_close
 
@@ -31,6 +31,7 @@ WEIGHTS = {
   "sequence": MASK / np.maximum(LENGTHS, 1)[..., None] / 6,
   "token": MASK / LENGTHS.sum(),
   "constant": MASK / (6 * 10),
+  "prompt": MASK / (2 * np.array([7, 7])[:, None, None]),
 }
 # A row with a function for every choice. `ROWS` contains each function of each choice.
 EVERYTHING = Algorithm(
@@ -45,7 +46,7 @@ EVERYTHING = Algorithm(
   correction_max=2.0,
   average="token",
 )
-NAMES = ("grpo", "gspo", "gspo_token", "cispo", "sapo", "dppo", "reinforce_pp_baseline")
+NAMES = ("grpo", "gspo", "gspo_token", "cispo", "sapo", "dppo", "prime_rl", "reinforce_pp_baseline")
 ROWS = {
   **{name: ALGORITHMS[name] for name in NAMES},
   "everything": EVERYTHING,
@@ -54,6 +55,20 @@ ROWS = {
   ),
   "truncate": Algorithm(
     correction="token_truncate", correction_max=1.1, kl="k3_k2_gradient", beta=0.2
+  ),
+  "geometric": Algorithm(
+    correction="geometric_mask", geometric_min=0.95, geometric_max=1.1, average="prompt"
+  ),
+  "off_policy": Algorithm(correction="off_policy_mask", off_policy_max=0.02),
+  "chain": Algorithm(
+    anchor="sampler",
+    correction="geometric_mask+off_policy_mask",
+    geometric_min=0.9,
+    geometric_max=1.2,
+    off_policy_max=0.02,
+    sampler_penalty=0.3,
+    nll_weight=0.1,
+    entropy_bonus=0.05,
   ),
 }
 ROWS["teacher"] = dataclasses.replace(
@@ -64,12 +79,17 @@ ROWS["divergence"] = dataclasses.replace(EVERYTHING, teacher_weight=0.7, teacher
 every_row = pytest.mark.parametrize("name", ROWS)
 TEACHER = (LOGP + RNG.normal(0.0, 0.4, LOGP.shape)).astype(np.float32)
 DIVERGENCE = RNG.uniform(0.0, 1.0, LOGP.shape).astype(np.float32)
+ENTROPY = RNG.uniform(0.1, 3.0, LOGP.shape).astype(np.float32)
+RIGHT = np.array([[True, False, True], [False, False, True]])
+NLL_WEIGHTS = ((MASK & RIGHT[..., None]) / 9).astype(np.float32)
 ARRAYS = {
   "old_logp": OLD,
   "ref_logp": REF,
   "sampler_logp": SAMPLER,
   "teacher_logp": TEACHER,
   "divergence": DIVERGENCE,
+  "entropy": ENTROPY,
+  "nll_weights": NLL_WEIGHTS,
 }
 
 
@@ -182,6 +202,118 @@ def test_the_smallest_correction_is_that_of_a_token():
   close(metrics["sampling/importance_sampling_ratio/min"], 3.0)
 
 
+# --- the policy that sampled ---------------------------------------------------------------------
+
+
+def test_an_anchor_at_the_sampler_bounds_the_first_update_too():
+  """DPPO by hand: the mask and the ratio compare with the sampler, whatever the old policy is."""
+  sampler = (LOGP - RNG.normal(0.0, 1.0, LOGP.shape)).astype(np.float32)
+  logp, mu = LOGP.astype(float), sampler.astype(float)
+  a = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
+  moved = np.exp(logp) - np.exp(mu)
+  stopped = (np.sign(a) * moved > 0.15) & MASK
+  assert 0 < stopped.sum() < MASK.sum()
+  weight = np.minimum(np.exp(logp - mu), 20.0) * ~stopped
+  for old in ({}, {"old_logp": OLD}):
+    (value, metrics), gradient = run("dppo", LOGP, ADVANTAGES, MASK, sampler_logp=sampler, **old)
+    close(value, -np.sum(WEIGHTS["constant"] * weight * a * logp))
+    close(gradient, -WEIGHTS["constant"] * weight * a)
+    close(metrics["clip_ratio/region_mean"], stopped[MASK].mean())
+    close(metrics["ratio/max"], np.exp(logp - mu)[MASK].max())
+    trainer = OLD.astype(float) if old else logp
+    difference = np.abs(trainer - mu)[MASK]
+    close(metrics["sampling/sampling_logp_difference/mean"], difference.mean())
+
+
+def test_without_sampler_logp_the_old_policy_is_the_sampler():
+  actual = run("dppo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
+  (expected, _), gradient = run("dppo", LOGP, ADVANTAGES, MASK, sampler_logp=OLD)
+  close(actual[0][0], expected)
+  close(actual[1], gradient)
+
+
+def test_the_squared_log_ratio_is_on_tokens_that_the_mask_stops_too():
+  """prime_rl by hand: all advantages are 0, so only 1e-3 (logp - sampler)^2 is left."""
+  gap = (LOGP - SAMPLER).astype(float)
+  (value, _), gradient = run(
+    "prime_rl", LOGP, np.zeros_like(ADVANTAGES), MASK, sampler_logp=SAMPLER
+  )
+  close(value, np.sum(WEIGHTS["token"] * 1e-3 * gap**2))
+  close(gradient, WEIGHTS["token"] * 2e-3 * gap, atol=1e-8)
+  far = np.where(MASK, LOGP - 5, 0).astype(np.float32)  # every ratio is e^5
+  up = np.ones_like(ADVANTAGES)
+  (_, metrics), stopped = run("prime_rl", np.full_like(LOGP, -0.1), up, MASK, sampler_logp=far)
+  assert metrics["clip_ratio/high_mean"] == 1
+  close(stopped, WEIGHTS["token"] * 2e-3 * (-0.1 - far), atol=1e-7)
+
+
+def test_the_off_policy_mask_drops_the_objective_of_a_sequence_and_not_its_kl():
+  """The mean over a sequence of sampler - logp, and not old - sampler, against the threshold."""
+  row = Algorithm(correction="off_policy_mask", off_policy_max=0.02, kl="k2", beta=0.1)
+  drop = np.where(MASK, (SAMPLER - LOGP).astype(float), 0).sum(-1) / np.maximum(LENGTHS, 1)
+  dropped = (drop > 0.02) & (ADVANTAGES < 0) & (LENGTHS > 0)
+  assert dropped.any()
+  assert ((drop > 0.02) & (ADVANTAGES > 0)).any()
+  assert ((drop <= 0.02) & (ADVANTAGES < 0) & (LENGTHS > 0)).any()
+  ratio, gap = np.exp((LOGP - OLD).astype(float)), (LOGP - REF).astype(float)
+  slope = ratio * ADVANTAGES[..., None] * ~dropped[..., None] - 0.1 * gap
+
+  def loss(logp):
+    return policy_loss(
+      row, logp, ADVANTAGES, MASK, old_logp=OLD, ref_logp=REF, sampler_logp=SAMPLER
+    )
+
+  gradient, metrics = jax.grad(loss, has_aux=True)(jnp.asarray(LOGP))
+  close(gradient, -WEIGHTS["sequence"] * slope)
+  kept = ~np.broadcast_to(dropped[..., None], MASK.shape)[MASK]
+  close(metrics["sampling/importance_sampling_ratio/mean"], kept.mean())
+
+
+# --- further terms -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coef", [None, 0.07, np.full((P, 1, 1), 0.07, np.float32)])
+def test_an_entropy_bonus_by_hand(coef):
+  """-c H with the weights of the row, to the entropy and to nothing else."""
+  row = Algorithm(average="token", entropy_bonus=0.07 if coef is None else 0.0)
+  if coef is not None:
+    row = dataclasses.replace(row, entropy_target=0.5, entropy_delta=0.1)
+
+  def loss(entropy):
+    return policy_loss(row, LOGP, ADVANTAGES, MASK, entropy=entropy, entropy_coef=coef)
+
+  (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(ENTROPY))
+  plain, _ = policy_loss(Algorithm(average="token"), LOGP, ADVANTAGES, MASK)
+  close(value, plain - 0.07 * ENTROPY[MASK].mean())
+  close(gradient, -0.07 * WEIGHTS["token"])
+  close(metrics["entropy"], ENTROPY[MASK].mean())
+  close(metrics["entropy_coef"], 0.07)
+
+
+def test_the_entropy_is_only_a_metric_without_a_bonus():
+  loss = partial(policy_loss, "dapo", LOGP, ADVANTAGES, MASK)
+  with_entropy, without = loss(entropy=ENTROPY), loss()
+  assert with_entropy[0] == without[0]
+  assert set(with_entropy[1]) - set(without[1]) == {"entropy"}
+  assert not jax.grad(lambda x: loss(entropy=x)[0])(jnp.asarray(ENTROPY)).any()
+
+
+def test_the_likelihood_of_right_answers_by_hand():
+  """-mu times the mean log-prob over the tokens of right answers, with weights of its own."""
+  row = Algorithm(nll_weight=0.1)
+  right = MASK & RIGHT[..., None]
+  weights = right / right.sum()
+
+  def loss(logp, row=row):
+    return policy_loss(row, logp, ADVANTAGES, MASK, nll_weights=weights)
+
+  (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(LOGP))
+  plain, slope = jax.value_and_grad(lambda x: loss(x, Algorithm())[0])(jnp.asarray(LOGP))
+  close(value, plain - 0.1 * LOGP[right].mean())
+  close(gradient, slope - 0.1 * weights)
+  close(metrics["nll"], np.where(right, -LOGP, 0)[MASK].mean())
+
+
 def test_a_sequence_ratio_ignores_masked_tokens():
   (value, metrics), gradient = run("gspo", LOGP, ADVANTAGES, MASK, old_logp=OLD)
   difference = np.where(MASK, (LOGP - OLD).astype(float), 0.0)
@@ -200,9 +332,9 @@ def test_a_sequence_ratio_ignores_masked_tokens():
 def test_every_row_of_the_table_is_reinforce_on_policy(name):
   """The gradient is -A times the weight: at a ratio of 1 no bound binds, and no KL has a slope."""
   row = ALGORITHMS[name]
+  arrays = {"ref_logp": LOGP, "sampler_logp": LOGP, "teacher_logp": LOGP}
 
   def loss(logp):
-    arrays = {"ref_logp": LOGP, "teacher_logp": LOGP}
     return policy_loss(row, logp, ADVANTAGES, MASK, **arrays, max_length=10)[0]
 
   expected = -ADVANTAGES[..., None] * WEIGHTS[row.average]
@@ -312,6 +444,7 @@ def test_only_logp_receives_a_gradient(name):
   others = {"advantages": ADVANTAGES, "weights": WEIGHTS["token"].astype(np.float32), **ARRAYS}
   gradients = jax.grad(loss)(others)
   assert np.asarray(gradients.pop("divergence")).any() == (name == "divergence")  # a loss term
+  assert np.asarray(gradients.pop("entropy")).any() == ROWS[name].needs_entropy
   assert not any(np.asarray(x).any() for x in jax.tree.leaves(gradients))
 
 
@@ -371,7 +504,8 @@ def test_masked_slots_may_hold_anything(name):
   per_token = np.broadcast_to(ADVANTAGES[..., None], LOGP.shape)
   expected = run(name, LOGP, per_token, MASK, **arrays)
   assert not np.asarray(expected[1])[~MASK].any()
-  for poisons in ([np.nan] * 8, [np.inf] * 8, [-np.inf] * 8, [np.inf, -np.inf, np.nan, 0] * 2):
+  kinds = ([np.nan] * 10, [np.inf] * 10, [-np.inf] * 10, [np.inf, -np.inf, np.nan, 0, np.inf] * 2)
+  for poisons in kinds:
     bad = [
       np.where(MASK, x, np.float32(poison))
       for x, poison in zip((LOGP, per_token, *arrays.values()), poisons, strict=True)
@@ -392,6 +526,7 @@ def test_the_advantage_of_an_empty_sequence_may_be_nan():
 @every_row
 def test_a_batch_without_tokens(name):
   (loss, metrics), gradient = run(name, LOGP, ADVANTAGES, np.zeros_like(MASK), **ARRAYS)
+  assert metrics.pop("entropy_coef", 0) == 0
   assert loss == 0
   assert not np.asarray(gradient).any()
   assert all(np.isfinite(value) for value in metrics.values())
@@ -412,7 +547,7 @@ def test_log_ratios_of_100_give_finite_loss_gradient_and_metrics(name):
   near = -100.0 - far
   full = np.ones_like(MASK)
   arrays = {"old_logp": near, "ref_logp": near, "sampler_logp": far}
-  arrays |= {"teacher_logp": far, "divergence": near}
+  arrays = ARRAYS | arrays | {"teacher_logp": far, "divergence": near}
   result = run(name, far, ADVANTAGES, full, **arrays)
   assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(result))
 
@@ -539,6 +674,24 @@ ERRORS = {
   ),
   "no reference": ({"ref_logp": None}, r"^beta=0.1 needs ref_logp, the reference's"),
   "no sampler": ({"sampler_logp": None}, r"^correction='token_mask' needs sampler_logp"),
+  "no sampler to stay near": (
+    {"algorithm": "prime_rl", "sampler_logp": None},
+    r"^sampler_penalty=0.001 needs sampler_logp$",
+  ),
+  "no entropy": (
+    {"algorithm": Algorithm(entropy_bonus=0.1), "entropy": None},
+    r"^entropy_bonus=0.1 needs entropy, as `head_logprobs` returns it$",
+  ),
+  "no coefficient": (
+    {"algorithm": Algorithm(entropy_target=0.2, entropy_delta=0.1)},
+    r"^entropy_target=0.2 needs entropy_coef, the coefficient as it is now; TrainState.create\(",
+  ),
+  "no right answers": (
+    {"algorithm": Algorithm(nll_weight=0.1), "nll_weights": None},
+    r"^nll_weight=0.1 needs nll_weights; see `algorithms.nll_weights`$",
+  ),
+  "entropy": ({"entropy": ENTROPY[0]}, r"^entropy has shape \(3, 4\), expected \(2, 3, 4\)"),
+  "nll_weights": ({"nll_weights": NLL_WEIGHTS[0]}, r"^nll_weights has shape \(3, 4\), expected"),
   "no max_length": ({"algorithm": "dr_grpo"}, r"^average='constant' needs max_length"),
 }
 
@@ -562,9 +715,13 @@ def test_errors_of_grpo_loss():
 def test_rows_here_contain_every_choice():
   for kind, table in (
     ("ratio", RATIOS),
+    ("anchor", ANCHORS),
     ("trust_region", TRUST_REGIONS),
     ("kl", KLS),
     ("correction", CORRECTIONS),
     ("average", AVERAGES),
   ):
-    assert {getattr(row, kind) for row in ROWS.values()} == set(table)
+    assert {getattr(row, kind) for row in ROWS.values()} - set(table) <= {
+      "geometric_mask+off_policy_mask"
+    }
+    assert set(table) <= {getattr(row, kind) for row in ROWS.values()}

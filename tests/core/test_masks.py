@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import completion_mask, token_weights
-from grpo_jax.core.masks import AVERAGES, count_tokens, masked_mean
+from grpo_jax.core.masks import AVERAGES, count_tokens, high_entropy, masked_mean
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
@@ -22,7 +22,10 @@ WEIGHTS = {
   "sequence": [[[1 / 16] * 4, [1 / 4, 0, 0, 0]], [[0] * 4, [1 / 12, 1 / 12, 1 / 12, 0]]],
   "token": [[[1 / 8] * 4, [1 / 8, 0, 0, 0]], [[0] * 4, [1 / 8, 1 / 8, 1 / 8, 0]]],
   "constant": [[[1 / 40] * 4, [1 / 40, 0, 0, 0]], [[0] * 4, [1 / 40, 1 / 40, 1 / 40, 0]]],
+  # 1 / (2 prompts · 5 tokens), 1 / (2 prompts · 3 tokens)
+  "prompt": [[[1 / 10] * 4, [1 / 10, 0, 0, 0]], [[0] * 4, [1 / 6, 1 / 6, 1 / 6, 0]]],
 }
+FLAT = [average for average in WEIGHTS if average != "prompt"]  # those that know no group
 
 
 def test_the_mask_ends_with_the_first_eos():
@@ -88,7 +91,7 @@ def test_every_average_is_tested():
   assert set(WEIGHTS) == set(AVERAGES)
 
 
-@pytest.mark.parametrize("average", WEIGHTS)
+@pytest.mark.parametrize("average", FLAT)
 def test_padding_and_leading_axes_do_not_change_the_weights(average):
   padded = np.pad(MASK, ((0, 0), (0, 0), (0, 3)))
   actual = token_weights(padded.reshape(4, 7), average, max_length=10)
@@ -99,6 +102,8 @@ def test_padding_and_leading_axes_do_not_change_the_weights(average):
 @pytest.mark.parametrize("average", WEIGHTS)
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 0), (0, 3, 4), (4,)])
 def test_weights_of_a_batch_without_tokens_are_zero(average, shape):
+  if average == "prompt" and len(shape) == 1:
+    pytest.skip("a row of tokens is not a group")
   actual = token_weights(np.zeros(shape, bool), average, max_length=10)
   assert actual.shape == shape
   assert not np.asarray(actual).any()
@@ -128,13 +133,55 @@ def test_integer_masks_count_where_not_zero():
 
 
 def test_an_average_may_be_a_function():
-  """Gives every prompt the same weight (ScaleRL): 1 / (prompts · tokens of the prompt)."""
+  """Gives every sequence its sum over tokens (LUSPO): 1 / number of sequences."""
 
-  def prompt(mask, max_length):
-    return 1.0 / (mask.shape[0] * jnp.maximum(mask.sum((-2, -1), keepdims=True), 1)) * mask
+  def summed(mask, max_length):
+    return jnp.full(mask.shape, 1 / 4)
 
-  expected = [[[1 / 10] * 4, [1 / 10, 0, 0, 0]], [[0] * 4, [1 / 6, 1 / 6, 1 / 6, 0]]]
-  np.testing.assert_allclose(token_weights(MASK, prompt), expected, rtol=1e-6)
+  np.testing.assert_allclose(token_weights(MASK, summed), MASK / 4, rtol=1e-6)
+
+
+def test_the_prompt_average_gives_each_prompt_the_same_weight():
+  """A group of tokens alone is one prompt; more leading axes are more prompts."""
+  np.testing.assert_allclose(token_weights(MASK[0], "prompt"), MASK[0] / 5, rtol=1e-6)
+  deeper = np.stack([MASK, MASK])
+  np.testing.assert_allclose(
+    token_weights(deeper, "prompt"), np.stack([WEIGHTS["prompt"]] * 2) / 2, rtol=1e-6
+  )
+  padded = np.pad(MASK, ((0, 0), (0, 1), (0, 3)))
+  expected = np.pad(WEIGHTS["prompt"], ((0, 0), (0, 1), (0, 3)))
+  np.testing.assert_allclose(token_weights(padded, "prompt"), expected, rtol=1e-6)
+  empty = np.stack([MASK[0], np.zeros_like(MASK[0])])  # an empty group counts as a prompt
+  np.testing.assert_allclose(token_weights(empty, "prompt")[0], MASK[0] / 10, rtol=1e-6)
+
+
+# --- tokens of high entropy ----------------------------------------------------------------------
+
+ENTROPY = np.array([[0.5, 1.0, 2.0, 9.0], [3.0, 4.0, 9.0, 9.0]])
+INSIDE = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+
+
+def test_high_entropy():
+  """Of 0.5, 1, 2, 3, 4 the quantiles of 0.6, 0.5 and 0 are 2.4, 2 and 0.5."""
+  for share, lowest in ((0.4, 2.4), (0.5, 2.0), (1.0, 0.0), (0.01, 3.9)):
+    actual = np.asarray(high_entropy(ENTROPY, INSIDE, share))
+    assert (actual == (INSIDE & (lowest <= ENTROPY))).all(), share
+  poisoned = np.where(INSIDE, ENTROPY, np.nan)
+  assert (np.asarray(high_entropy(poisoned, INSIDE, 0.5)) == (INSIDE & (ENTROPY >= 2))).all()
+  assert not np.asarray(high_entropy(ENTROPY, np.zeros_like(INSIDE), 0.5)).any()
+  assert high_entropy(ENTROPY[:, :0], INSIDE[:, :0], 0.5).shape == (2, 0)
+  equal = np.asarray(high_entropy(np.ones((2, 4)), INSIDE, 0.2))
+  assert (equal == INSIDE).all()  # all of them are on the threshold
+
+
+def test_errors_of_high_entropy():
+  for share in (0.0, -0.5, 1.5, np.nan):
+    with pytest.raises(ValueError, match=rf"^share must be above 0 and at most 1, got {share}"):
+      high_entropy(ENTROPY, INSIDE, share)
+  with pytest.raises(ValueError, match=r"^mask has shape \(2, 3\), expected \(2, 4\)"):
+    high_entropy(ENTROPY, INSIDE[:, :3], 0.5)
+  with pytest.raises(ValueError, match=r"^entropy must be an array of numbers"):
+    high_entropy("high", INSIDE, 0.5)
 
 
 def test_weights_under_jit_vmap_and_float64(x64):
@@ -147,7 +194,7 @@ def test_weights_under_jit_vmap_and_float64(x64):
 
 def test_errors_of_the_weights():
   with pytest.raises(
-    ValueError, match=r"^unknown average 'mean'; known: constant, sequence, token"
+    ValueError, match=r"^unknown average 'mean'; known: constant, prompt, sequence, token"
   ):
     token_weights(MASK, "mean")
   with pytest.raises(ValueError, match=r"^unknown average \['token'\]; known"):
@@ -159,6 +206,8 @@ def test_errors_of_the_weights():
       ValueError, match=rf"^max_length must be a finite number above 0, got {bad}"
     ):
       token_weights(MASK, "constant", max_length=bad)
+  with pytest.raises(ValueError, match=r"^average='prompt' needs a mask .*has shape \(4,\)$"):
+    token_weights(MASK[0, 0], "prompt")
   with pytest.raises(ValueError, match=r"^mask must be boolean .* got dtype float32; pass mask.as"):
     token_weights(MASK.astype(np.float32), "token")
   with pytest.raises(ValueError, match=r"^mask has shape \(\), expected at least one axis"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.core.ratios import RATIOS, finite_exp
+from grpo_jax.core.ratios import ANCHORS, RATIOS, finite_exp
 from tests.helpers.arrays import assert_close
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
@@ -43,6 +43,14 @@ def test_finite_exp_is_exp_up_to_20_and_a_line_above():
   slopes = jax.vmap(jax.grad(finite_exp))(x)
   expected = [np.exp(-100.0), np.exp(-1.0), 1.0, np.exp(1.0), top, top, top]
   assert_close(slopes, expected, rtol=1e-5)
+
+
+def test_anchors():
+  old, sampler = jnp.array([-1.0]), jnp.array([-2.0])
+  assert {name: anchor(old, sampler).tolist() for name, anchor in ANCHORS.items()} == {
+    "old": [-1.0],
+    "sampler": [-2.0],
+  }
 
 
 def test_every_ratio_is_tested():

@@ -8,7 +8,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 
 import grpo_jax
-from grpo_jax.core import corrections, kl, logprobs, ratios, trust_regions
+from grpo_jax.core import algorithms, corrections, kl, logprobs, masks, ratios, trust_regions
 
 P, G, T, R, S, D, V = 2, 3, 4, 2, 5, 6, 7
 REWARDS = jnp.arange(P * G, dtype=jnp.float32).reshape(P, G)
@@ -24,6 +24,9 @@ CALLS = {
   "batch_whitened": lambda f: f(REWARDS),
   "zero_advantages": lambda f: f(REWARDS),
   "max_rl": lambda f: f(REWARDS),
+  "token_whitened": lambda f: f(REWARDS, MASK, eps=0.1),
+  "centered_token_whitened": lambda f: f(REWARDS, MASK),
+  "right_only": lambda f: f(REWARDS, right_above=1.0),
   "multi_objective": lambda f: f(jnp.stack([REWARDS] * R), jnp.ones(R)),
   "log_ratio_advantages": lambda f: f(LOGP, LOGP, MASK, discount=0.5, baseline="leave_one_out"),
   "process_advantages": lambda f: f(jnp.ones((P, G, S)), jnp.zeros((P, G, S), jnp.int32), MASK),
@@ -52,7 +55,16 @@ CALLS = {
   "value_loss": lambda f: f(LOGP, LOGP, MASK, old_values=LOGP, clip=0.1, weights=LOGP),
   "grpo_loss": lambda f: f(LOGP, REWARDS, MASK, old_logp=LOGP, ref_logp=LOGP, beta=0.1),
   "policy_loss": lambda f: f(
-    "dr_grpo", LOGP, REWARDS, MASK, old_logp=LOGP, sampler_logp=LOGP, weights=LOGP, max_length=9
+    "dr_grpo",
+    LOGP,
+    REWARDS,
+    MASK,
+    old_logp=LOGP,
+    sampler_logp=LOGP,
+    entropy=LOGP,
+    weights=LOGP,
+    nll_weights=LOGP,
+    max_length=9,
   ),
 }
 
@@ -61,15 +73,18 @@ CALLS["advantages"] = lambda f: f("dr_grpo", REWARDS)
 SETTINGS = dict.fromkeys(
   [
     "clip_low", "clip_high", "clip_dual", "ratio_min", "ratio_max", "tau_positive", "tau_negative",
-    "divergence", "correction_min", "correction_max",
+    "divergence", "correction_min", "correction_max", "geometric_min", "geometric_max",
+    "off_policy_max",
   ],
   2.0,
 )  # fmt: skip
+ARRAYS = {"advantages": LOGP, "drift": LOGP}  # a correction may name them
 CHOICES = {
-  kl: (kl.KLS, (LOGP, LOGP, LOGP)),
-  ratios: (ratios.RATIOS, (LOGP, LOGP, MASK)),
-  trust_regions: (trust_regions.TRUST_REGIONS, (LOGP, LOGP, LOGP, LOGP)),
-  corrections: (corrections.CORRECTIONS, (LOGP, MASK)),
+  "kl": (kl, kl.KLS, (LOGP, LOGP, LOGP)),
+  "ratios": (ratios, ratios.RATIOS, (LOGP, LOGP, MASK)),
+  "anchors": (ratios, ratios.ANCHORS, (LOGP, LOGP)),
+  "trust_regions": (trust_regions, trust_regions.TRUST_REGIONS, (LOGP, LOGP, LOGP, LOGP)),
+  "corrections": (corrections, corrections.CORRECTIONS, (LOGP, MASK)),
 }
 
 
@@ -82,22 +97,26 @@ def test_signatures_of_the_package(name):
   CALLS[name](checked(getattr(grpo_jax, name)))
 
 
-@pytest.mark.parametrize("module", CHOICES, ids=lambda module: module.__name__)
-def test_signatures_of_the_choices(module):
+@pytest.mark.parametrize("choice", CHOICES)
+def test_signatures_of_the_choices(choice):
   """Every choice is public in its module, is documented with an example, and has typed shapes."""
-  table, arguments = CHOICES[module]
+  module, table, arguments = CHOICES[choice]
   for function in table.values():
     assert getattr(module, function.__name__) is function
     assert ">>>" in function.__doc__
     parameters = inspect.signature(function).parameters.values()
     assert all(p.annotation is not p.empty for p in parameters)
-    settings = {p.name: SETTINGS[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = SETTINGS | ARRAYS
+    settings = {p.name: known[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
     checked(function)(*arguments, **settings)
     with pytest.raises(Exception, match=r"dimension|type|shape"):
       checked(function)(*arguments[:-1], jnp.zeros((P, G)), **settings)
 
 
 def test_signatures_of_helpers():
+  checked(masks.high_entropy)(-LOGP, MASK, 0.5)
+  checked(algorithms.nll_weights)("grpo", REWARDS, MASK)
+  checked(corrections.correction_weights)("token_truncate", LOGP, MASK, correction_max=2.0)
   checked(ratios.finite_exp)(LOGP)
   checked(logprobs.soft_cap)(LOGP, 2.0)
   checked(logprobs.soft_cap)(LOGP, None)

@@ -83,7 +83,7 @@ def test_true_gradients_by_central_differences():
 ADVANTAGES = [*cases.ADVANTAGES, "multi_objective"]
 
 
-@pytest.mark.parametrize("average", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("average", cases.AVERAGES)
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_scale_cosine_and_bias_of_every_advantage_and_average(advantage, average):
   actual = cases.reward_case(advantage, average)
@@ -94,7 +94,7 @@ def test_scale_cosine_and_bias_of_every_advantage_and_average(advantage, average
 
 def test_only_baselines_with_constant_weights_are_unbiased_on_policy():
   for advantage in ADVANTAGES:
-    for average in ("sequence", "token", "constant"):
+    for average in cases.AVERAGES:
       case = cases.reward_case(advantage, average)
       if average == "constant" and advantage in ("leave_one_out", "group_centered"):
         assert case.bias < 1e-12
@@ -350,7 +350,7 @@ def test_expected_gradient_of_the_grpo_loss_by_central_differences(distance):
   theta, old = world.POLICY[:1], cases.drawn_by(distance)[:1]
   ids = np.array(list(itertools.product(range(15), repeat=3)))
   drawn = plain.probabilities(old)[0][ids].prod(-1)
-  a = plain.advantages("group_normalized", world.REWARDS[0][ids])[..., None]
+  a = plain.advantages("group_normalized", world.REWARDS[0][ids], None)[..., None]
   weights = (np.arange(plain.BUDGET) < plain.LENGTH[ids][..., None]) / (
     3 * plain.LENGTH[ids][..., None]
   )
@@ -603,7 +603,7 @@ def test_the_page_in_docs_is_the_output_of_the_command():
 
 
 def test_the_page_describes_every_choice():
-  every = {(a, v) for a in cases.ADVANTAGES for v in ("constant", "sequence", "token")}
+  every = {(a, v) for a in cases.ADVANTAGES for v in cases.AVERAGES}
   assert set(estimators_page.REWARD_MEANING) == every
   assert set(estimators_page.KL_MEANING) == {*plain.KL_SLOPES, "k1_in_reward"}
   assert set(estimators_page.TEACHER_MEANING) == set(cases.TEACHERS)

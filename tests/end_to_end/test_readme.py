@@ -130,5 +130,5 @@ def test_links_lead_somewhere():
 
 
 def test_it_is_read_in_four_minutes():
-  prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+  prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL).replace("|", " ")  # bars of tables
   assert len(prose.split()) < 1000

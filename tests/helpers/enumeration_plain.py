@@ -99,7 +99,16 @@ def reward(theta, rewards=world.REWARDS):
 # --- advantages and averages, on-policy ----------------------------------------------------------
 
 
-def advantages(name, r):
+def over_tokens(x, lengths):
+  """Returns values [B, P, G] whitened over the tokens of each batch; 0 for equal ones."""
+  axes = {"axis": (-2, -1), "keepdims": True}
+  share = lengths / lengths.sum(**axes)
+  centered = x - (share * x).sum(**axes)
+  std = np.sqrt((share * centered**2).sum(**axes))
+  return np.where(std > 1e-12, centered / (std + 1e-8), 0.0)
+
+
+def advantages(name, r, lengths):
   """Returns the advantages [B, P, G] of rewards [B, P, G], by the formulas of the papers."""
   centered = r - r.mean(-1, keepdims=True)
   n = r.shape[-1]
@@ -111,6 +120,9 @@ def advantages(name, r):
     "batch_normalized": lambda: centered / (r.std(**over_batch) + 1e-4),
     "batch_whitened": lambda: centered / (centered.std(**over_batch) + 1e-4),
     "max_rl": lambda: centered / r.mean(-1, keepdims=True),
+    "token_whitened": lambda: over_tokens(r, lengths),
+    "centered_token_whitened": lambda: over_tokens(centered, lengths),
+    "right_only": lambda: 1.0 * (r > 0.5),
   }[name]()
 
 
@@ -120,15 +132,16 @@ def gradient(name, average, size):
   drawn = count * probabilities(world.POLICY)[[[0], [1]], ids].prod((-1, -2))
   if name == "multi_objective":
     parts = [np.asarray(x)[[[0], [1]], ids] for x in (world.CORRECT, world.STYLE)]
-    total = sum(w * advantages("group_normalized", x) for w, x in zip((1.0, 0.5), parts))
+    total = sum(w * advantages("group_normalized", x, None) for w, x in zip((1.0, 0.5), parts))
     a = total / (total.std((-2, -1), keepdims=True, ddof=1) + 1e-4)
   else:
-    a = advantages(name, world.REWARDS[[[0], [1]], ids])
+    a = advantages(name, world.REWARDS[[[0], [1]], ids], LENGTH[ids])
   lengths = LENGTH[ids]
   weights = {
     "sequence": 1 / (2 * size * lengths),
     "token": np.broadcast_to(1 / lengths.sum((-2, -1), keepdims=True), ids.shape),
     "constant": np.full(ids.shape, 1 / (2 * size * BUDGET)),
+    "prompt": np.broadcast_to(1 / (2 * lengths.sum(-1, keepdims=True)), ids.shape),
   }[average]
   terms = drawn[:, None, None] * a * weights
   by_completion = [np.bincount(ids[:, p].ravel(), terms[:, p].ravel(), 15) for p in range(2)]
@@ -299,6 +312,11 @@ CORRECTION_SLOPES = {
   "token_mask 0.5 to 2": lambda t: within(t.ratio, 0.5, 2) * t.a,
   "sequence_mask 0.5 to 2": lambda t: within(t.product, 0.5, 2) * t.a,
   "sequence_mask, no bounds": lambda t: t.product * t.a,
+  "geometric_mask 0.8 to 1.25": lambda t: (t.mean >= 0.8) * (t.mean <= 1.25) * t.a,
+  "geometric_mask, then token_truncate at 2": lambda t: (
+    (t.mean >= 0.8) * (t.mean <= 1.25) * np.minimum(t.ratio, 2) * t.a
+  ),
+  "off_policy_mask 0.1": lambda t: ((np.log(t.mean) >= -0.1) | (t.a >= 0)) * t.a,
 }
 
 

@@ -22,8 +22,11 @@ from tests.helpers.arrays import float64
 from tests.helpers.enumeration import Comparison, Expected
 
 PROMPT = np.arange(world.PROMPTS)[:, None]
-ADVANTAGES = {name: a for name, a in grpo_jax.ADVANTAGES.items() if a.rewards == ("total",)}
+ADVANTAGES = {
+  name: a for name, a in grpo_jax.ADVANTAGES.items() if {*a.rewards} <= {"total", "mask"}
+}
 del ADVANTAGES["zero_advantages"]
+AVERAGES = ("constant", "sequence", "token", "prompt")
 GROUP = 3  # completions per prompt in the comparison of advantages
 FEW = 2  # completions per prompt with leave_one_out, which is exact for any group size
 DISTANCES = (0.5, 1.0)  # from the sampling policy, in units of `world.SHIFT`
@@ -58,7 +61,7 @@ def ascent(expected: Expected) -> np.ndarray:
 def advantages(name: str, ids) -> jax.Array:
   """Returns the advantages [..., P, G] of a batch; `name` is the name of their function."""
   if name != "multi_objective":
-    return ADVANTAGES[name](rewards_of(ids))
+    return grpo_jax.advantages(name, rewards_of(ids), mask=mask(ids))
   both = jnp.stack([jnp.asarray(world.CORRECT), jnp.asarray(world.STYLE)])
   return multi_objective(both[:, PROMPT, ids], jnp.asarray(GDPO_WEIGHTS))
 
@@ -286,6 +289,7 @@ def region_case(name: str, distance: float) -> tuple[Comparison, float]:
 
 
 _BOUNDED = {"correction_min": 0.5, "correction_max": 2.0}
+_GEOMETRIC = {"correction": "geometric_mask", "geometric_min": 0.8, "geometric_max": 1.25}
 CORRECTIONS: dict[str, Algorithm] = {
   "none": _PLAIN,
   "token_truncate at 2": dataclasses.replace(
@@ -295,6 +299,14 @@ CORRECTIONS: dict[str, Algorithm] = {
   "sequence_mask 0.5 to 2": dataclasses.replace(_PLAIN, correction="sequence_mask", **_BOUNDED),
   "sequence_mask, no bounds": dataclasses.replace(
     _PLAIN, correction="sequence_mask", correction_min=0.0, correction_max=np.inf
+  ),
+  "geometric_mask 0.8 to 1.25": dataclasses.replace(_PLAIN, **_GEOMETRIC),
+  "geometric_mask, then token_truncate at 2": dataclasses.replace(
+    _PLAIN,
+    **_GEOMETRIC | {"correction": "geometric_mask+token_truncate", "correction_max": 2.0},
+  ),
+  "off_policy_mask 0.1": dataclasses.replace(
+    _PLAIN, correction="off_policy_mask", off_policy_max=0.1
   ),
 }
 
@@ -333,6 +345,7 @@ def row_gradient(name: str) -> np.ndarray:
       advantages(row.advantage, ids),
       mask(ids),
       old_logp=drawn_logp,
+      sampler_logp=drawn_logp,
       max_length=world.MAX_LENGTH,
     )
 

@@ -141,6 +141,21 @@ def test_the_mean_of_the_mini_batches_is_the_update_of_the_whole():
   assert_trees_close(jax.tree.map(lambda a, b: (a + b) / 2, *parts), whole, 1e-6)
 
 
+def test_weights_of_right_answers_are_cut_padded_and_multiplied_with_the_others():
+  batch = numbered()
+  batch = dataclasses.replace(batch, nll_weights=0.5 * batch.weights)
+  for part in mini_batches(batch, 2, 1, (0, 7)):
+    np.testing.assert_array_equal(part.nll_weights, 0.5 * part.weights)
+  few = select(batch, np.array([2]), 2)
+  np.testing.assert_array_equal(few.nll_weights, 0.5 * few.weights)
+  assert few.nll_weights[0].any()
+  assert not few.nll_weights[1].any()
+  batch, prompt_tokens, lengths = wide_batch()
+  batch = dataclasses.replace(batch, nll_weights=batch.weights)
+  trimmed, _ = trim(batch, prompt_tokens, lengths)
+  assert trimmed.nll_weights.shape == trimmed.mask.shape != batch.mask.shape
+
+
 def test_the_sharding_stays():
   layout = meshes.batch_sharding(meshes.make_mesh((2, 1, 1), jax.devices()[:2]))
   batch = jax.device_put(numbered(), layout)

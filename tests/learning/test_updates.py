@@ -67,6 +67,22 @@ def test_several_updates_have_the_old_logprobs_of_the_first(params):
   np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
 
 
+def test_ratios_to_the_sampler_need_no_old_logprobs(params):
+  """Written out without scoring; the mask binds in the first update too."""
+  config = UpdateConfig(mini_batches=2, seed=5)
+  state, _ = learner("dppo", config)(state_of(params), batch(), 3)
+  step, expected = make_train_step(MODEL, "dppo", OPTIMIZER), state_of(params)
+  for part in mini_batches(batch(), 2, 1, (5, 3)):
+    expected, _ = step(expected, part)
+  assert bits(state) == bits(expected)
+  _, first = step(state_of(params), batch())
+  logp, sampler = make_score(MODEL)(params, batch()), batch().sampler_logp
+  a = batch().advantages[..., None]
+  stopped = (jnp.sign(a) * (jnp.exp(logp) - jnp.exp(sampler)) > 0.15)[np.asarray(batch().mask)]
+  assert 0 < stopped.mean() < 1
+  np.testing.assert_allclose(first["clip_ratio/region_mean"], stopped.mean(), rtol=1e-5)
+
+
 def test_micro_batches_follow_the_budget(params):
   """One prompt at a time: the same state within rounding."""
   whole, _ = learner()(state_of(params), batch(), 0)

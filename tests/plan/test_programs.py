@@ -33,6 +33,17 @@ def test_a_rollout_is_scored_for_a_reference_and_for_several_updates(overrides, 
   assert programs.batch(8, scored=False).ref_logp is None
 
 
+def test_ratios_to_the_sampler_need_no_pass_and_right_answers_have_weights():
+  programs = programs_of("algorithm.anchor=sampler", "algorithm.nll_weight=0.1", "train.epochs=2")
+  assert programs.runs_per_step("score") == 0
+  batch = programs.batch(8)
+  assert batch.old_logp is None
+  assert batch.nll_weights.shape == batch.mask.shape
+  shares = programs_of("algorithm.entropy_share=0.2").batch(8)
+  assert shares.advantages.shape == shares.mask.shape
+  assert programs_of().batch(8).nll_weights is None
+
+
 def test_a_decode_step_runs_for_every_token_but_the_first():
   assert programs_of("rollout.completion_length=6").runs_per_step("decode") == 5
 
@@ -95,7 +106,12 @@ def described(tree):
   return jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), tree)
 
 
-@pytest.mark.parametrize("overrides", [(), (*KL, "reference.sync_every=2"), ("lora.rank=2",)])
+ADAPTIVE = ("algorithm.entropy_target=0.2", "algorithm.entropy_delta=0.005")
+
+
+@pytest.mark.parametrize(
+  "overrides", [(), (*KL, "reference.sync_every=2"), ("lora.rank=2",), ADAPTIVE]
+)
 def test_state_and_sampling_params_are_those_of_the_run(overrides):
   c = load("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", *overrides)
   run, programs = build(c), open_programs(c, open_topology("cpu:8"))

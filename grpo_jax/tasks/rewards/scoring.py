@@ -22,9 +22,10 @@ from grpo_jax.tasks.rewards.logs import Logs, TrainerState
 # Arguments that a function gets only if it names them. The first two have one value per completion:
 # its length in tokens, and its token ids.
 LENGTHS, IDS = "completion_lengths", "completion_ids"
-ON_REQUEST = (LENGTHS, IDS, "trainer_state", "log_extra", "log_metric")
+STEP = "step"  # number of finished steps; a column of that name comes first
+ON_REQUEST = (LENGTHS, IDS, "trainer_state", STEP, "log_extra", "log_metric")
 # Names of arguments, which a column must not have.
-RESERVED = ("prompts", "completions", *ON_REQUEST)
+RESERVED = ("prompts", "completions", *(name for name in ON_REQUEST if name != STEP))
 # Keyword arguments of a reward function: name -> one value per completion.
 Arguments: TypeAlias = Mapping[str, list[Any]]
 Result: TypeAlias = Sequence[float | None]
@@ -63,7 +64,7 @@ def score(
     lengths: [P][G], number of tokens of each completion. Passed as `completion_lengths` to the
       functions that have a parameter of that name; the next three are passed in the same way.
     ids: [P][G], token ids of each completion, `completion_ids`.
-    state: `trainer_state`; None is that of step 0.
+    state: `trainer_state`, and its number of finished steps, `step`; None is that of step 0.
     logs: collects what the functions log with `log_extra` and `log_metric`; None drops it.
 
   Returns:
@@ -240,9 +241,10 @@ class _Call:
   def __call__(self, logs: Logs, rows: slice = slice(None)) -> Any:
     """Calls the function on these completions and returns its result, which may be awaitable."""
     shared = {
-      "trainer_state": self.state, "log_extra": logs.log_extra, "log_metric": logs.log_metric
+      "trainer_state": self.state, STEP: self.state.global_step,
+      "log_extra": logs.log_extra, "log_metric": logs.log_metric,
     }  # fmt: skip
-    available = (*self.on_request, *shared)
+    available = [name for name in (*self.on_request, *shared) if name not in self.arguments]
     requested = check_signature(self.name, self.function, self.arguments, available)
     values = {name: column[rows] for name, column in self.arguments.items()}
     for name in requested:

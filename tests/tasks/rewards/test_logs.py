@@ -82,6 +82,19 @@ def test_completions_are_text_by_default_and_another_form_is_an_error(settings):
     make_task("jsonl", **{**settings, "completions": "chat"})
 
 
+def test_a_function_that_asks_for_the_step_gets_it_unless_a_column_has_that_name():
+  def curriculum(completions, step, **columns):
+    steps = [step] * len(completions) if isinstance(step, int) else step
+    return [0.5 * n for n in steps]
+
+  state = TrainerState(global_step=3, max_steps=9)
+  scorer = score_with(curriculum)
+  assert scorer(["p"], [["a", "b"]], {}, state=state).total.tolist() == [[1.5, 1.5]]
+  assert scorer(["p"], [["a", "b"]], {}).total.tolist() == [[0.0, 0.0]]
+  column = scorer(["p"], [["a", "b"]], {"step": [8]}, state=state)
+  assert column.total.tolist() == [[4.0, 4.0]]
+
+
 def test_an_argument_that_is_not_named_is_named_by_the_error():
   def curriculum(completions, **columns):
     return [columns["trainer_state"].global_step] * len(completions)
