@@ -33,6 +33,7 @@ from grpo_jax.core.log_ratios import log_ratio_advantages
 from grpo_jax.core.logprobs import head_logprobs, token_logprobs
 from grpo_jax.core.losses import grpo_loss, policy_loss
 from grpo_jax.core.masks import completion_mask, token_weights
+from grpo_jax.core.preferences import preference_loss
 from grpo_jax.core.values import gae, value_loss
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
   "max_rl",
   "multi_objective",
   "policy_loss",
+  "preference_loss",
   "process_advantages",
   "right_only",
   "testing",
