@@ -193,9 +193,16 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def table(
-  metrics: Mapping[str, float], title: str, before: Mapping[str, float] | None = None
+  metrics: Mapping[str, float],
+  title: str,
+  before: Mapping[str, float] | None = None,
+  *,
+  unit: str = "problems",
 ) -> str:
   """Formats metrics with their standard errors as lines of text, beside those of `before`.
+
+  Args:
+    unit: what `eval/n` counts.
 
   Example:
     >>> print(table({"eval/n": 4.0, "eval/accuracy": 0.5, "eval/accuracy_se": 0.25}, "sums"))
@@ -203,7 +210,7 @@ def table(
       accuracy         0.500 ± 0.250
   """
   columns = [metrics] if before is None else [before, metrics]
-  lines = [f"{title} (n = {metrics['eval/n']:.0f} problems)"]
+  lines = [f"{title} (n = {metrics['eval/n']:.0f} {unit})"]
   if before is not None:
     lines.append(f"  {'':<16} {'before':<18} after")
   for name in dict.fromkeys(name for column in columns for name in column):

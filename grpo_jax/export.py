@@ -52,8 +52,11 @@ def export_model(
   *,
   shard_bytes: int = SHARD_BYTES,
   generation: Mapping[str, Any] | None = None,
+  pad_id: int | None = None,
 ) -> list[str]:
   """Writes a folder with weights, config.json, tokenizer, chat template and generation settings.
+
+  A classifier may come from a language model, `Weights.with_score`.
 
   Loading it gives the same parameters bit for bit in float32, and rounded once in the other dtypes.
   The folder appears at `out` only when it is complete.
@@ -67,6 +70,7 @@ def export_model(
     shard_bytes: maximum size of a weights file in bytes.
     generation: fields of generation_config.json, beside the token ids of the source's; None keeps
       the source's file.
+    pad_id: padding token of a classifier, which it is read before; None keeps the source's.
 
   Returns:
     The names of the files, sorted.
@@ -83,7 +87,10 @@ def export_model(
     ids = _save_tokenizer(source, origin, partial, config.vocab_size)
     if generation is not None:
       _write_generation(partial / "generation_config.json", generation)
-    write_json(partial / "config.json", _config_json(config, origin, ids) | {"dtype": dtype})
+    raw = _config_json(config, origin, ids) | {"dtype": dtype}
+    if pad_id is not None:
+      raw["pad_token_id"] = pad_id
+    write_json(partial / "config.json", raw)
     if parse(read_json(partial / "config.json"), str(out)) != config:
       raise ValueError(f"{config} is not the model of {source}")
     write_weights(config, params, partial, dtype, shard_bytes)
@@ -100,11 +107,16 @@ def _config_json(config: ModelConfig, origin: Source, ids: dict[str, Any]) -> di
     return describe(config) | ids
   path = Path(origin.location) / "config.json"
   raw = read_json(path)
-  family, _ = find_family(raw, str(path))
+  family, is_classifier = find_family(raw, str(path))
   if FAMILIES[family].wraps:
     merged = {**raw.get("text_config", {}), **raw}
     return describe(config) | {name: merged[name] for name in _TOKEN_IDS if name in merged}
-  return {name: value for name, value in raw.items() if name not in _DROPPED}
+  raw = {name: value for name, value in raw.items() if name not in _DROPPED}
+  if config.labels and not is_classifier:
+    raw["architectures"] = [FAMILIES[family].classifier]
+    raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+    raw["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
+  return raw
 
 
 def _save_tokenizer(source: str, origin: Source, folder: Path, rows: int) -> dict[str, Any]:

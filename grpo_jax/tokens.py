@@ -167,16 +167,17 @@ class Tokenizer:
     """
     return self.encode_plain(self.render(messages, add_generation_prompt=True, **arguments))
 
-  def encode_exchange(self, prompt: str | Messages, completion: str) -> list[int]:
-    """Returns the ids of a conversation that ends with `completion` as the assistant's turn.
+  def encode_exchange(self, prompt: str | Messages, completion: str | Messages) -> list[int]:
+    """Returns the ids of a conversation that ends with `completion`; see `exchange`.
 
-    A text prompt is the user's turn. Without a chat template, the completion continues the text.
+    Without a chat template, a completion that is text continues a prompt that is text.
+
+    Raises:
+      ValueError: as in `render`.
     """
-    if isinstance(prompt, str):
-      if self._template is None:
-        return self._fast.encode(prompt + completion, verbose=False)
-      prompt = [{"role": "user", "content": prompt}]
-    messages = [*prompt, {"role": "assistant", "content": completion}]
+    if self._template is None and isinstance(prompt, str) and isinstance(completion, str):
+      return self._fast.encode(prompt + completion, verbose=False)
+    messages = exchange(prompt, completion)
     return self.encode_plain(self.render(messages, add_generation_prompt=False))
 
   def encode_plain(self, text: str) -> list[int]:
@@ -316,6 +317,10 @@ class ByteTokenizer:
     lines = [f"{message['role']}: {message['content']}\n" for message in messages]
     return "".join(lines) + ("assistant: " if add_generation_prompt else "")
 
+  def encode_exchange(self, prompt: str | Messages, completion: str | Messages) -> list[int]:
+    """Returns the ids of a conversation that ends with `completion`; see `exchange`."""
+    return self.encode(self.render(exchange(prompt, completion), add_generation_prompt=False))
+
   def end_marks(self) -> list[str]:
     """Returns no texts: the id that ends a completion has none."""
     return []
@@ -352,6 +357,20 @@ class ByteTokenizer:
 
 
 AnyTokenizer: TypeAlias = Tokenizer | ByteTokenizer
+
+
+def exchange(prompt: str | Messages, completion: str | Messages) -> Messages:
+  """Returns a conversation: a text prompt is the user's turn, a text completion the assistant's.
+
+  Example:
+    >>> exchange("1 + 1", "2")
+    [{'role': 'user', 'content': '1 + 1'}, {'role': 'assistant', 'content': '2'}]
+  """
+
+  def turns(text: str | Messages, role: str) -> Messages:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+  return [*turns(prompt, "user"), *turns(completion, "assistant")]
 
 
 def fit_to_model(tokenizer: AnyTokenizer, rows: int) -> AnyTokenizer:

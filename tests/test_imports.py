@@ -67,8 +67,12 @@ ALLOWED = {
     f"{HELPERS} transformers tokenizers numpy jaxtyping"
   ),
   "grpo_jax.data": f"grpo_jax.tasks {HELPERS} grain numpy",
-  "grpo_jax.reward_model": (
+  "grpo_jax.reward_model": "grpo_jax.reward_model.scoring",
+  "grpo_jax.reward_model.scoring": (
     f"grpo_jax.models grpo_jax.tokens grpo_jax.distributed grpo_jax.core {HELPERS} {ARRAYS}"
+  ),
+  "grpo_jax.reward_model.pairs": (
+    f"grpo_jax.reward_model.scoring grpo_jax.tokens {TASKS} {HELPERS} numpy jaxtyping"
   ),
   "grpo_jax.teachers": "grpo_jax.models grpo_jax.tokens",
   "grpo_jax.observations": "grpo_jax.tokens",

@@ -125,7 +125,8 @@ class Output(contextlib.AbstractContextManager):
     }
     self.finished = step + 1
     self._late.push(step, {**values, **timing})
-    self._writer.write_samples(step, samples)
+    if samples:
+      self._writer.write_samples(step, samples)
     if self._samples_every and step % self._samples_every == 0:
       self._writer.print_samples(samples[: self._samples])
 
@@ -134,7 +135,8 @@ class Output(contextlib.AbstractContextManager):
     self._late.flush()
     if evaluation.metrics:
       self._write(step, evaluation.metrics)
-      self._writer.write_samples(step, evaluation.samples, kind="eval")
+      if evaluation.samples:
+        self._writer.write_samples(step, evaluation.samples, kind="eval")
 
   def evaluation_at(self, steps: int) -> dict[str, float]:
     """Returns the metrics of the evaluation after `steps` steps; empty if there was none."""

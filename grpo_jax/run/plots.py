@@ -201,7 +201,8 @@ def _unit_interval(axis: "Axes") -> None:
 
 # Metric, title and drawing of each panel.
 _PANELS: tuple[_Panel, ...] = (
-  ("eval/accuracy", "accuracy, greedy, held out (68 % interval)", _draw_evaluations),
+  ("eval/accuracy", "accuracy, held out (68 % interval)", _draw_evaluations),
+  ("margin", "difference of the rewards of a pair", _draw_steps),
   ("reward", "reward of the sampled completions", _draw_steps),
   ("entropy", "entropy, nats", _draw_log_steps),
   ("completions/mean_length", "length of completions, tokens", _draw_steps),

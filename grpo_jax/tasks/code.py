@@ -98,7 +98,7 @@ def code_task(
 
   def read(files: list[str]) -> tuple[_Rows, list[bytes]]:
     rows = _Rows(open_rows(files), FORMATS[format], prompt, template, chat, key)
-    return rows, [digest_of(rows.example(i), seed) for i in range(len(rows.source))]
+    return rows, [digest_of(rows.example(i).key, seed) for i in range(len(rows.source))]
 
   splits, files = make_splits(
     read, path, eval_path=eval_path, eval_fraction=eval_fraction, split=split,

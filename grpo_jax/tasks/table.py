@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from grpo_jax.tasks.rewards.loading import (
 )
 from grpo_jax.tasks.rewards.scoring import RESERVED
 
+T = TypeVar("T", covariant=True)
 # Share of the problems that is held out where no data for the evaluation are named.
 EVAL_FRACTION = 0.1
 
@@ -159,16 +160,16 @@ def table_task(
 # --- splits ---------------------------------------------------------------------------------------
 
 
-class Examples(Protocol):
+class Examples(Protocol[T]):
   """Makes examples of the rows of some files."""
 
-  def example(self, i: int) -> Example:
+  def example(self, i: int) -> T:
     """Returns the example of row i."""
     ...
 
 
 def make_splits(
-  read: Callable[[list[str]], tuple[Examples, list[bytes]]],
+  read: Callable[[list[str]], tuple[Examples[T], list[bytes]]],
   path: str | Sequence[str],
   *,
   eval_path: str | Sequence[str] | None = None,
@@ -177,7 +178,7 @@ def make_splits(
   eval_split: str | None = None,
   subset: str | None = None,
   revision: str | None = None,
-) -> tuple[dict[str, Sequence[Example]], list[str]]:
+) -> tuple[dict[str, Sequence[T]], list[str]]:
   """Returns the splits "train" and "eval" of data, and the files they are from.
 
   Args:
@@ -346,13 +347,13 @@ def _scan(
         f"{differing}. Give every line the same columns (null where there is no value)"
       )
     check_answer(graders, example.columns.get("answer"), rows.source.where(i), answer_column)
-    digests.append(digest_of(example, seed))
+    digests.append(digest_of(example.key, seed))
   return digests
 
 
-def digest_of(example: Example, seed: int) -> bytes:
-  """Returns what ranks a problem among those that may be held out."""
-  return hashlib.sha256(f"{seed}\n{example.key}".encode()).digest()
+def digest_of(key: str, seed: int) -> bytes:
+  """Returns what ranks a problem, given by its key, among those that may be held out."""
+  return hashlib.sha256(f"{seed}\n{key}".encode()).digest()
 
 
 def checked_prompt(row: Row, column: str, where: str) -> Prompt:

@@ -115,12 +115,15 @@ def test_pairs_of_weight_0_may_hold_anything(poison):
     def call(*pair):
       return preference_loss(*pair, margin=margin, center=0.1, weights=WEIGHTS)
 
-    return jax.value_and_grad(call, (0, 1), has_aux=True)(jnp.asarray(chosen), jnp.asarray(rejected))
+    return jax.value_and_grad(call, (0, 1), has_aux=True)(
+      jnp.asarray(chosen), jnp.asarray(rejected)
+    )
 
   clean = everything(CHOSEN, REJECTED, MARGIN)
   dirty = everything(*(np.where(REAL, x, poison) for x in (CHOSEN, REJECTED, MARGIN)))
   jax.tree.map(np.testing.assert_array_equal, dirty, clean)
-  assert REAL.any() and not REAL.all()
+  assert REAL.any()
+  assert not REAL.all()
   assert not any(np.asarray(gradient)[~REAL].any() for gradient in clean[1])
 
 

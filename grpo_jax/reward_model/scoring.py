@@ -25,7 +25,14 @@ from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
-from grpo_jax.tokens import Messages, Tokenizer, beyond_model, fit_to_model, load_tokenizer
+from grpo_jax.tokens import (
+  AnyTokenizer,
+  Messages,
+  Tokenizer,
+  beyond_model,
+  fit_to_model,
+  load_tokenizer,
+)
 
 # Shortest padded length in tokens. Longer conversations are padded to a power of two, or to the
 # context of the model, so that few programs are compiled.
@@ -95,7 +102,7 @@ class RewardModel:
       decoder=Decoder(config, dtype=dtype),
       weights=weights,
       tokenizer=tokenizer,
-      pad_id=_pad_id(Path(resolve(source).location) / "config.json"),
+      pad_id=read_pad_id(Path(resolve(source).location) / "config.json"),
       batch_size=batch_size,
       devices=tuple(jax.local_devices() if devices is None else devices),
     )
@@ -125,9 +132,8 @@ class RewardModel:
     return scores.tolist()
 
   def _encode(self, prompt: str | Messages, completion: str) -> list[int]:
-    ids, context = self.tokenizer.encode_exchange(prompt, completion), self.decoder.config.context
-    while len(ids) > 1 and ids[-1] == self.pad_id:
-      ids.pop()
+    ids = scored_ids(self.tokenizer, prompt, completion, self.pad_id)
+    context = self.decoder.config.context
     if not 1 <= len(ids) <= context:
       raise ValueError(
         f"a prompt with its completion has {len(ids)} tokens for the reward model {self.name}, "
@@ -158,7 +164,25 @@ class RewardModel:
     return meshes.make_mesh((1, len(self.devices), 1), list(self.devices))
 
 
-def _pad_id(path: Path) -> int | None:
+def scored_ids(
+  tokenizer: AnyTokenizer,
+  prompt: str | Messages,
+  completion: str | Messages,
+  pad_id: int | None,
+) -> list[int]:
+  """Returns the ids of a conversation up to its last token that is not `pad_id`, where it is read.
+
+  Args:
+    prompt, completion: as in `Tokenizer.encode_exchange`.
+    pad_id: padding token of the model, or None.
+  """
+  ids = tokenizer.encode_exchange(prompt, completion)
+  while len(ids) > 1 and ids[-1] == pad_id:
+    ids.pop()
+  return ids
+
+
+def read_pad_id(path: Path) -> int | None:
   """Returns the padding token of a config.json: that of the language model in a larger one."""
   raw = read_json(path)
   family = FAMILIES[find_family(raw, str(path))[0]]

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import reward_model
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.reward_model import RewardModel
+from grpo_jax.reward_model import RewardModel, scoring
 from grpo_jax.tasks.rewards.scoring import RewardError, score
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLAMA, QWEN2 = FIXTURES / "tiny_llama_reward", FIXTURES / "tiny_qwen2_reward"
 
 
@@ -182,9 +181,9 @@ def test_the_padding_token_of_a_larger_model_is_that_of_its_language_model(tmp_p
     ({"architectures": ["LlamaForSequenceClassification"]}, None),
   ):
     path.write_text(json.dumps(raw))
-    assert reward_model._pad_id(path) == expected, raw
+    assert scoring.read_pad_id(path) == expected, raw
   path.write_text(
     json.dumps({"architectures": ["LlamaForSequenceClassification"], "pad_token_id": "5"})
   )
   with pytest.raises(ValueError, match=r"config\.json: pad_token_id must be an integer or null"):
-    reward_model._pad_id(path)
+    scoring.read_pad_id(path)
