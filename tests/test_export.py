@@ -20,7 +20,8 @@ from grpo_jax.config import default_config
 from grpo_jax.export import export_model
 from grpo_jax.learning.step import TrainState
 from grpo_jax.models import lora
-from grpo_jax.models.load import load
+from grpo_jax.models.load import load, open_weights
+from grpo_jax.reward_model import RewardModel
 from grpo_jax.run import checkpoint
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tasks import make_task
@@ -109,6 +110,34 @@ def test_a_source_that_is_not_a_folder_gets_all_files(tmp_path):
     assert written.chat(CHAT) == original.chat(CHAT)
     assert (written.eos_ids, written.pad_id) == (original.eos_ids, original.pad_id)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_language_model_becomes_a_classifier_of_transformers(tmp_path):
+  """The scores were computed by AutoModelForSequenceClassification in the exported folder.
+
+  With torch 2.13.0 (CPU) and transformers 5.23.0, on the four conversations in one batch, padded on
+  the right by the folder's tokenizer.
+  """
+  weights, out = open_weights(str(LLAMA)).with_score(), tmp_path / "out"
+  score = np.cos(np.arange(32, dtype=np.float32))[None]
+  params = weights.read() | {"score": score}
+  export_model(weights.config, params, str(LLAMA), out, pad_id=2)
+  raw = json.loads((out / "config.json").read_text())
+  assert raw["architectures"] == ["LlamaForSequenceClassification"]
+  assert (raw["id2label"], raw["label2id"]) == ({"0": "LABEL_0"}, {"LABEL_0": 0})
+  assert raw["pad_token_id"] == 2
+  assert_same(load(str(out))[1], params)
+  model = RewardModel.load(str(out), devices=jax.devices()[:1])
+  scores = model(["12 + 34"] * 4, ["46", "", "the answer is 46.", "?"])
+  np.testing.assert_allclose(scores, [-1.56964, -8.43911, 2.87704, -8.80515], atol=5e-5)
+
+
+@pytest.mark.parametrize("source", ["random:tiny", str(FIXTURES / "families/gemma3_multimodal")])
+def test_other_sources_become_classifiers_too(tmp_path, source):
+  weights = open_weights(source).with_score()
+  export_model(weights.config, weights.read(), source, tmp_path / "out", pad_id=3)
+  assert open_weights(str(tmp_path / "out")).config == weights.config
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 3
 
 
 def test_fields_that_do_not_hold_for_the_exported_model_are_dropped(tmp_path):
