@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -211,9 +212,16 @@ _PANELS: tuple[_Panel, ...] = (
 )
 
 
+# The mean of one of several rewards, before its weight.
+_REWARD = re.compile(r"rewards/(.+)/mean")
+
+
 def _panels(rows: Sequence[Row]) -> list[_Panel]:
-  """Returns the panels that some rows have points for."""
-  return [panel for panel in _PANELS if len(_points(rows, panel[0]))]
+  """Returns the panels that some rows have points for, and one per reward if there are several."""
+  names = {name: None for row in rows for name in row if _REWARD.fullmatch(name)}
+  rewards = [(name, f"reward {_REWARD.fullmatch(name)[1]}", _draw_steps) for name in names]
+  panels = [*_PANELS, *(rewards if len(rewards) > 1 else [])]
+  return [panel for panel in panels if len(_points(rows, panel[0]))]
 
 
 def _title(workdir: Path, rows: Sequence[Row]) -> str:

@@ -1,19 +1,25 @@
 """Tests that every experiment loads and takes one step, with a tiny model in place of its own."""
 
+import json
 import math
 import re
+import runpy
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from grpo_jax import config as configs
 from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import load
+from grpo_jax.export import export_model
+from grpo_jax.models.load import open_weights
 from grpo_jax.run.metrics import read_metrics
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
+TINY = "random:tiny"
 # Overrides that make a run small; all other fields are those of the experiment.
 SMALL = [
   "--config.model.source=random:tiny",
@@ -48,12 +54,25 @@ def data_dir(tmp_path_factory):
   return tmp_path_factory.mktemp("tfds")
 
 
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+  """Returns the folder of a tiny reward model with the context of random:tiny."""
+  folder, weights = tmp_path_factory.mktemp("reward") / "model", open_weights(TINY).with_score()
+  score = np.ones(weights.shapes["score"].shape, np.float32)
+  export_model(weights.config, weights.read() | {"score": score}, TINY, folder, pad_id=256)
+  return folder
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_takes_a_step(path, tmp_path, data_dir):
-  name = load(str(path)).task.name
+def test_an_experiment_takes_a_step(path, tmp_path, data_dir, reward_model):
+  experiment = load(str(path))
+  name = experiment.task.name
   sizes = SIZES[name] + ([f"--config.task.settings.data_dir={data_dir}"] if name == "gsm8k" else [])
-  teacher = ["--config.teacher.source=random:tiny"] if load(str(path)).teacher.source else []
-  config = load(str(path), SMALL + sizes + teacher)
+  if experiment.reward_model.source:
+    sizes = [*sizes, f"--config.reward_model.source={reward_model}"]
+  if experiment.teacher.source:
+    sizes = [*sizes, f"--config.teacher.source={TINY}"]
+  config = load(str(path), SMALL + sizes)
   results = train.run(config, tmp_path)
   row = next(row for row in read_metrics(tmp_path) if "loss" in row)
   assert row["step"] == 0
@@ -78,6 +97,41 @@ def test_a_batch_divides_over_the_hardware_of_the_docstring(path):
   for chips in map(int, re.findall(r"v5e-(\d+)", hardware)):
     options = [m for m in mesh if m[-1] != "8" or chips == 8]
     assert configs.check(load(str(path), options), chips) == []
+
+
+def test_a_learned_reward_stands_beside_the_true_one(tmp_path, reward_model):
+  """PPO, as the docstring says, with a critic that starts from the reward model."""
+  config = load("experiments/smollm2_learned_reward.py", [
+    *SMALL, f"--config.reward_model.source={reward_model}", "--config.algorithm.name=ppo",
+    f"--config.critic.source={reward_model}",
+  ])  # fmt: skip
+  train.run(config, tmp_path)
+  row = next(row for row in read_metrics(tmp_path) if "loss" in row)
+  assert row["reward"] == row["rewards/reward_model/mean"] != 0
+  assert row["rewards/shorter_correct/mean"] == 0
+  assert math.isfinite(row["critic/loss"])
+
+
+def test_the_pairs_of_the_learned_reward_are_decided_by_its_rule():
+  folder = Path("experiments/shorter_wins")
+  scope = runpy.run_path(str(folder / "make_pairs.py"))
+  pairs, questions = scope["make_rows"]()
+  for name, rows in (("pairs", pairs), ("questions", questions)):
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+  reward = runpy.run_path(str(folder / "reward.py"))["shorter_correct"]
+  sums = [tuple(map(int, re.findall(r"(\d+) \+ (\d+)\nA:$", r["prompt"])[0])) for r in pairs]
+  chosen, rejected = (
+    reward([], [row[name] for row in pairs], [a + b for a, b in sums])
+    for name in ("chosen", "rejected")
+  )
+  assert all(high > low for high, low in zip(chosen, rejected))
+  assert min(chosen) > 0  # correct
+  assert 0.2 < sum(low > 0 for low in rejected) / len(pairs) < 0.4  # correct and longer
+  assert not {row["prompt"] for row in pairs} & {row["prompt"] for row in questions}
+  assert reward([], [" 46", " 12 plus 34 is 46.", "46 or 47", "no", "4" * 99], [46] * 5) == [
+    1 - 2 / 80, 1 - 17 / 80, 0, 0, 0,
+  ]  # fmt: skip
 
 
 def test_a_lora_experiment_trains_only_its_adapters():

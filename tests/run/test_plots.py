@@ -104,6 +104,25 @@ def test_the_title_says_model_task_algorithm_and_n(tmp_path):
     assert plots._title(tmp_path, []) == tmp_path.name
 
 
+def test_each_of_several_rewards_has_a_panel():
+  """So that a learned reward and the true one, of weight 0, can be compared."""
+  rows = training(range(30), **{
+    "reward": float, "rewards/true/mean": lambda i: i / 30, "rewards/model/mean": float,
+    "rewards/missing": float,
+  })  # fmt: skip
+  titles = [axis.get_title(loc="left") for axis in make_figure(rows).axes]
+  assert titles == ["reward of the sampled completions", "reward true", "reward model"]
+  for row in rows:
+    del row["rewards/model/mean"]
+  assert len(make_figure(rows).axes) == 1  # the only one is the first panel already
+
+
+def test_a_reward_model_has_panels_of_its_own():
+  rows = [*training(range(30), margin=float), {"step": 0, "eval/accuracy": 0.5, "eval/n": 20.0}]
+  titles = [axis.get_title(loc="left") for axis in make_figure(rows).axes]
+  assert titles == ["accuracy, held out (68 % interval)", "difference of the rewards of a pair"]
+
+
 # --- evaluations ----------------------------------------------------------------------------------
 
 
