@@ -40,6 +40,7 @@ COMMANDS = {
   "grpo_jax.evaluate": "train",
   "grpo_jax.export": "train",
   "grpo_jax.replay": "train",
+  "grpo_jax.reward_model": "train",
   "grpo_jax.plan": "plan",
 }
 

@@ -123,7 +123,6 @@ class RewardRun:
     weights: the model before training, with one output.
     pad_id: its padding token.
     pairs: the data.
-    lengths: padded lengths (N, T) of the longest beginning and the longest rest.
   """
 
   settings: Settings
@@ -138,6 +137,7 @@ class RewardRun:
 
   @cached_property
   def lengths(self) -> tuple[int, int]:
+    """Padded lengths (N, T) of the longest beginning and of the longest rest of all pairs."""
     pairs = [pair for split in self.pairs.splits.values() for pair in split]
     longest = max(len(rest) for pair in pairs for rest in pair.rests)
     return max(1, *(len(pair.prefix) for pair in pairs)), longest + 1
