@@ -30,6 +30,14 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "logprobs.py: shift = jnp.where(total > 0, top - base, 0.0)": {
     "0.0 -> 1": "scales sums that are still 0; it has to be finite",
   },
+  "preferences.py: "
+  'margin = 0.0 if margin is None else jnp.where(real, constant("margin", margin), 0.0) #2': {
+    "0.0 -> 1": "of pairs of weight 0, whose loss is replaced; it has to be finite",
+  },
+  "preferences.py: "
+  "chosen, rejected = (jnp.where(real, rewards, 0.0) for rewards in (chosen, rejected))": {
+    "0.0 -> 1": "of pairs of weight 0, whose loss is replaced; it has to be finite",
+  },
   "trust_regions.py: tau = jnp.where(advantages > 0, tau_positive, tau_negative)": {
     "advantages > 0 -> advantages >= 0": _AT_ZERO,
   },
