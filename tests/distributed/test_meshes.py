@@ -16,6 +16,8 @@ import pytest
 
 from grpo_jax.core import tiles
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.core.divergences import head_divergence
+from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState, make_train_step
@@ -221,7 +223,7 @@ def test_devices_exchange_nothing_per_tile_of_the_head(shape):
 
   def loss(params, hidden, tokens):
     shards = {"vocab_shards": model.vocab_shards, "row_shards": model.prompt_shards}
-    return logprobs.head_logprobs(hidden, model.head(params), tokens, **shards)[0].sum()
+    return head_logprobs(hidden, model.head(params), tokens, **shards)[0].sum()
 
   batch = meshes.batch_sharding(mesh)
   gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(table, batch))
@@ -232,6 +234,32 @@ def test_devices_exchange_nothing_per_tile_of_the_head(shape):
   # Over `tensor`: the largest logits, sums over the vocabulary, the gradient of the rows. Over the
   # other axes: the gradient of the head. The compiler may combine reductions.
   assert 0 < sum(collectives.values()) <= 3 * (tensor > 1) + (data * fsdp > 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2)], ids=str)
+def test_a_divergence_exchanges_nothing_per_tile(shape, monkeypatch):
+  """Twice as many tiles need as many collectives."""
+  mesh = meshes.make_mesh(shape, jax.devices()[:8])
+  model = model_on(mesh, dataclasses.replace(CONFIG, vocab_size=4096))
+  heads = {name: {"head": jax.ShapeDtypeStruct((4096, 24), jnp.float32)} for name in ("own", "his")}
+  tables = {name: meshes.param_shardings(mesh, head) for name, head in heads.items()}
+  batch, rows = meshes.batch_sharding(mesh), jax.ShapeDtypeStruct((8, 3, 24), jnp.float32)
+
+  def loss(own, hidden, his, teacher_hidden):
+    shards = {"vocab_shards": model.vocab_shards, "row_shards": model.prompt_shards}
+    models = hidden, model.head(own), teacher_hidden, model.head(his)
+    return head_divergence(*models, beta=0.5, **shards).sum()
+
+  counts = []
+  for factor in (1, 2):
+    count = factor * TILES
+    monkeypatch.setattr(tiles, "tiles_of", lambda rows, size, n=count: (n, size // n))
+    gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(tables["own"], batch))
+    own, his = (put(heads[name], tables[name]) for name in ("own", "his"))
+    compiled = gradient.lower(own, put(rows, batch), his, put(rows, batch)).compile()
+    counts.append(runs(compiled))
+  assert counts[0] == counts[1]
+  assert 0 < sum(counts[0].values()) <= 12
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
