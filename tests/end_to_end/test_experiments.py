@@ -1,7 +1,9 @@
 """Tests that every experiment loads and takes one step, with a tiny model in place of its own."""
 
+import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import load
 from grpo_jax.run.metrics import read_metrics
+from tests.helpers.model_files import UNTIED
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
 # Overrides that make a run small; all other fields are those of the experiment.
@@ -39,6 +42,12 @@ SIZES = {
     "--config.task.settings.eval_size=4",
   ],
   "jsonl": [],
+  "code": [],
+  "guess_number": [
+    "--config.rollout.completion_length=24",
+    "--config.task.settings.ranges=2",
+    "--config.task.settings.eval_fraction=0.5",
+  ],
   "letters": ["--config.task.settings.eval_size=4"],
 }
 
@@ -48,10 +57,29 @@ def data_dir(tmp_path_factory):
   return tmp_path_factory.mktemp("tfds")
 
 
+@pytest.fixture(scope="module")
+def model_with_tools(tmp_path_factory):
+  """Returns the folder of a tiny model whose chat template shows tools, as Qwen3's does."""
+  folder = tmp_path_factory.mktemp("tools") / "model"
+  shutil.copytree(UNTIED, folder)
+  template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+  thought = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+  shown = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+  (folder / "chat_template.jinja").write_text(shown + template + thought, encoding="utf-8")
+  settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  settings["max_position_embeddings"] = 2048
+  (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+  return folder
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_takes_a_step(path, tmp_path, data_dir):
-  name = load(str(path)).task.name
-  sizes = SIZES[name] + ([f"--config.task.settings.data_dir={data_dir}"] if name == "gsm8k" else [])
+def test_an_experiment_takes_a_step(path, tmp_path, data_dir, model_with_tools):
+  task = load(str(path)).task
+  sizes = [*SIZES[task.name]]
+  if task.name == "gsm8k":
+    sizes.append(f"--config.task.settings.data_dir={data_dir}")
+  if task.settings.get("tool_settings", {}).get("format") == "hermes":
+    sizes.append(f"--config.model.source={model_with_tools}")
   config = load(str(path), SMALL + sizes)
   results = train.run(config, tmp_path)
   row = next(row for row in read_metrics(tmp_path) if "loss" in row)
