@@ -53,7 +53,8 @@ def guess_number_task(
     turns: guesses in a game.
     games: finished games that a prompt shows: the same ones in every prompt, moved to its range.
     reward: "final" gives the last turn 1 if the number was found, else 0. "turns" gives every turn
-      the part of the remaining numbers that its answer rules out; 1 if it is the number.
+      the part of the remaining numbers that its answer rules out. The number gives 1, and 1 more
+      for every turn that is left, so that finding it is always worth more than ruling out the rest.
     format: "completion", text whose turns end at a line break, or "chat", messages for a chat
       template.
     eval_fraction: part of the ranges, or of the numbers of a single one, that is held out.
@@ -170,7 +171,7 @@ class GuessNumber:
       return 0.0
     low, high = self._bounds
     if guess == self._secret:
-      return 1.0
+      return float(self._turns - self._turn + 1)
     self._bounds = (
       (max(low, guess + 1), high) if guess < self._secret else (low, min(high, guess - 1))
     )

@@ -1,5 +1,7 @@
 """Tests the game of guessing a number."""
 
+import itertools
+
 import pytest
 
 from grpo_jax.environments.workers import run_in_process
@@ -107,6 +109,19 @@ def test_turn_rewards_are_the_part_that_an_answer_rules_out():
   # 9 numbers; after 5: 6 to 9; 5 again tells nothing; "x" neither; then the number.
   rewards = [runner.step({(p, 0): text})[p, 0].reward for text in ("5", "5", "x", "8")]
   assert rewards == pytest.approx([5 / 9, 0.0, 0.0, 1.0])
+
+
+def test_with_turn_rewards_an_early_guess_is_worth_more_than_a_late_one():
+  """Plays all games of two turns and more that guess the number last, among 1 to 4."""
+  totals = {}
+  for guesses in itertools.permutations((1, 2, 3, 4)):
+    for length in range(1, 5):
+      _, runner, secrets = games_of(low=1, high=4, turns=4, reward="turns", train_size=3)
+      p = secrets.index(guesses[length - 1])
+      rewards = [runner.step({(p, 0): f"{guess}"})[p, 0].reward for guess in guesses[:length]]
+      totals.setdefault(length, []).append(sum(rewards))
+  for length in (1, 2, 3):
+    assert min(totals[length]) > max(totals[length + 1])
 
 
 def test_the_game_as_a_chat():
