@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from grpo_jax import train
 from grpo_jax.build import build
 from grpo_jax.config import load
 from grpo_jax.run.metrics import read_metrics
+from grpo_jax.tasks import make_task
 from tests.helpers.model_files import UNTIED
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
@@ -105,6 +108,24 @@ def test_a_batch_divides_over_the_hardware_of_the_docstring(path):
   for chips in map(int, re.findall(r"v5e-(\d+)", hardware)):
     options = [m for m in mesh if m[-1] != "8" or chips == 8]
     assert configs.check(load(str(path), options), chips) == []
+
+
+@pytest.mark.parametrize("program", sorted(Path("experiments").glob("*/make_*.py")), ids=str)
+def test_a_file_of_problems_is_what_its_program_writes(program, tmp_path):
+  copy = tmp_path / program.name
+  shutil.copy(program, copy)
+  subprocess.run([sys.executable, str(copy)], check=True)
+  (written,) = tmp_path.glob("*.jsonl")
+  assert written.read_bytes() == (program.parent / written.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["calculator", "functions", "guess_number"])
+def test_no_problem_of_an_episode_demo_is_in_both_splits(name):
+  task = load(f"experiments/smollm2_{name}.py").task
+  splits = make_task(task.name, **task.settings).splits
+  prompts = [{example.prompt for example in split} for split in splits.values()]
+  assert not prompts[0] & prompts[1]
+  assert len(splits["eval"]) >= 95
 
 
 def test_a_lora_experiment_trains_only_its_adapters():
