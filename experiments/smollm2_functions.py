@@ -14,8 +14,10 @@ is 1 if it passes all of them. The constants of held-out problems are never trai
 was written by `functions/make_problems.py`.
 
 Hardware  2 CPU cores, float32; Linux, for the sandbox
-Time      not measured
-Result    not finished: see docs/results.md for what has been run
+Time      10 minutes, most of it waiting for cores that other work had
+Result    greedy accuracy on the 116 held-out problems: 0.276 before (standard error 0.042), 1.000
+          after 20 steps with seed 0; of sampled answers, 0.20 are right in the first step and 0.95
+          in the fifth
 Command   python -m grpo_jax.train --config experiments/smollm2_functions.py --workdir runs/code
           (other seeds with --config.seed=1)
 
