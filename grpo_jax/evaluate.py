@@ -29,6 +29,7 @@ from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import EnvironmentFault
 from grpo_jax.environments.workers import WorkerError
+from grpo_jax.episodes import Episodes
 from grpo_jax.rollout import columns_of, generate, ids_of, records
 from grpo_jax.run import console
 from grpo_jax.sampling.filters import TokenFilter
@@ -63,6 +64,9 @@ def evaluate(
 ) -> Evaluation:
   """Measures greedy accuracy and lengths; pass@k and maj@k for k = 1, 2, 4, ... and `samples`.
 
+  Of episodes also the number of turns. An episode whose environment failed counts as wrong, and in
+  `eval/missing`.
+
   Accuracy is the task's strict rule, 1.0 or nothing. A completion on which the rule hangs or dies,
   or raises where that does not end the run, counts as wrong, and in `eval/missing`. maj@k needs
   `Task.answer`, and k above 2. Standard errors are over problems. The last batch is padded with
@@ -96,6 +100,8 @@ def evaluate(
     **_mean("eval/mean_length", greedy.lengths[:, 0]),
     **_mean("eval/clipped_ratio", ~greedy.ended[:, 0]),
   }
+  if task.environment is not None:
+    metrics |= _mean("eval/turns", greedy.turns[:, 0])
   missing, records_ = greedy.missing, greedy.samples
   if samples:
     how: dict[str, Any] = {"temperature": temperature}
@@ -114,18 +120,20 @@ def evaluate(
   return Evaluation(metrics | {"eval/missing": float(missing)}, records_)
 
 
-def metric_names(samples: int, *, votes: bool) -> set[str]:
+def metric_names(samples: int, *, votes: bool, episodes: bool = False) -> set[str]:
   """Returns the names of the metrics of an evaluation.
 
   Args:
     samples: completions per problem for pass@k and maj@k.
     votes: the task extracts answers, over which maj@k takes the majority.
+    episodes: the task has an environment.
 
   Example:
     >>> sorted(name for name in metric_names(3, votes=True) if "@" in name and "_se" not in name)
     ['eval/maj@3', 'eval/pass@1', 'eval/pass@2', 'eval/pass@3']
   """
   means = ["eval/accuracy", "eval/mean_length", "eval/clipped_ratio"]
+  means += ["eval/turns"] if episodes else []
   if samples:
     means += [f"eval/pass@{k}" for k in _sizes(samples)]
     means += [f"eval/maj@{k}" for k in _vote_sizes(samples) if votes]
@@ -253,13 +261,15 @@ class _Answers:
   right: np.ndarray
   lengths: np.ndarray
   ended: np.ndarray
+  turns: np.ndarray
   votes: list[list[Hashable | None]]
   missing: int
   samples: list[dict[str, Any]]
 
   @classmethod
   def concatenate(cls, parts: "Sequence[_Answers]") -> "_Answers":
-    arrays = [np.concatenate(a) for a in zip(*((p.right, p.lengths, p.ended) for p in parts))]
+    fields = zip(*((p.right, p.lengths, p.ended, p.turns) for p in parts))
+    arrays = [np.concatenate(field) for field in fields]
     votes = [row for part in parts for row in part.votes]
     samples = [sample for part in parts for sample in part.samples]
     return cls(*arrays, votes, sum(part.missing for part in parts), samples)
@@ -267,8 +277,9 @@ class _Answers:
   def of_all_hosts(self) -> "_Answers":
     """Gathers the problems of all hosts, in their order."""
     arrays = hosts.gathered(
-      right=self.right, lengths=self.lengths, ended=self.ended, missing=np.array([self.missing])
-    )
+      right=self.right, lengths=self.lengths, ended=self.ended, turns=self.turns,
+      missing=np.array([self.missing]),
+    )  # fmt: skip
     missing = int(arrays.pop("missing").sum())
     votes, samples = map(hosts.gathered_json, (self.votes, self.samples))
     return _Answers(**arrays, votes=votes, missing=missing, samples=samples)
@@ -288,16 +299,22 @@ def _batches(
     prompts = [example.prompt for example in padded]
     out = generate(sampler, params, padded, key, group_size=group, first_prompt=start, **how)
     texts, lengths = out.texts[:n], out.lengths[:n]
+    episodes = out if isinstance(out, Episodes) else None
+    turns = np.ones((n, group)) if episodes is None else episodes.turns[:n]
+    failed = np.zeros((n, group), bool) if episodes is None else episodes.failed[:n]
     right, missing = np.zeros((0, group)), 0
     with hosts.together("scoring the answers"):
       if n:
         ids = (ids_of(out) or [])[:n] or None
         scores = scorer(prompts[:n], texts, columns_of(part), lengths, ids=ids, rewards=False)
-        right = np.nan_to_num(scores.accuracy, nan=0.0)
-        missing = scores.missing + scores.raised
+        right = np.where(failed, 0.0, np.nan_to_num(scores.accuracy, nan=0.0))
+        missing = scores.missing + scores.raised + int(failed.sum())
       votes = [[_vote(task, text) for text in row] for row in texts] if group > 1 else []
     samples = records(part, texts, accuracy=right, length=lengths, ended=out.ended[:n])
-    yield _Answers(right, lengths, out.ended[:n], votes, missing, samples).of_all_hosts()
+    if episodes is not None:
+      played = [turns for line in episodes.transcripts[:n] for turns in line]
+      samples = [row | {"turns": each} for row, each in zip(samples, played)]
+    yield _Answers(right, lengths, out.ended[:n], turns, votes, missing, samples).of_all_hosts()
 
 
 def _vote(task: Task, text: str) -> Hashable | None:

@@ -49,7 +49,11 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   if task.environment is not None:
     names.update(EPISODE_METRICS)
   if len(task.splits["eval"]):
-    names.update(evaluation_names(c.eval.samples, votes=task.answer is not None))
+    names.update(
+      evaluation_names(
+        c.eval.samples, votes=task.answer is not None, episodes=task.environment is not None
+      )
+    )
   return names
 
 

@@ -12,7 +12,9 @@ from grpo_jax.tokens import AnyTokenizer, Messages
 
 # A conversation that every template takes, and what a tool message answers to.
 USER = {"role": "user", "content": "?"}
-TURN = {"role": "assistant", "content": "!"}
+# Contents of that turn, in the order in which they are tried. Some templates, such as Qwen3's, add
+# an empty thought to a turn while it is the last one, and leave a turn with a thought as it is.
+TURNS = ("!", "<think>\n?\n</think>\n\n!")
 CALL = {"type": "function", "function": {"name": "tool", "arguments": {}}}
 
 
@@ -27,7 +29,8 @@ class ObservationEncoder:
 
   def __init__(self, tokenizer: AnyTokenizer) -> None:
     self._tokenizer = tokenizer
-    self._turns: dict[bool, tuple[str, str]] = {}  # whether it calls a tool -> see `_turn`
+    # Content of a turn and whether it calls a tool -> see `_beginning`.
+    self._beginnings: dict[tuple[str, bool], tuple[str, str]] = {}
 
   def __call__(self, observation: str | Messages, *, last: int, chat: bool) -> list[int]:
     """Returns the tokens between two turns of the policy.
@@ -54,33 +57,37 @@ class ObservationEncoder:
     if isinstance(observation, str):
       messages = [{"role": "user", "content": observation}] if observation else []
     calls = any(message["role"] == "tool" for message in messages)
-    before, end = self._turn(calls)
-    after = tokenizer.render([USER, _turn(calls), *messages], add_generation_prompt=True)
-    if not after.startswith(before):
-      raise ValueError(
-        f"the chat template of {tokenizer.name} shows earlier turns otherwise once a conversation "
-        "goes on: it cannot be used for episodes"
-      )
-    ids = tokenizer.encode_plain(end + after[len(before) :])
-    return ids[1:] if end and ids[:1] == [last] else ids
+    for content in TURNS:
+      before, end = self._beginning(content, calls)
+      after = tokenizer.render([USER, _turn(content, calls), *messages], add_generation_prompt=True)
+      if after.startswith(before):
+        ids = tokenizer.encode_plain(end + after[len(before) :])
+        return ids[1:] if end and ids[:1] == [last] else ids
+    raise ValueError(
+      f"the chat template of {tokenizer.name} shows earlier turns otherwise once a conversation "
+      "goes on: it cannot be used for episodes"
+    )
 
-  def _turn(self, calls: bool) -> tuple[str, str]:
+  def _beginning(self, content: str, calls: bool) -> tuple[str, str]:
     """Returns a conversation up to the end of the policy's turn, and the token that ends the turn.
 
     A template without such a token ends a turn in its own way, and everything after the content
     belongs to the observation: the second text is empty.
     """
-    if calls not in self._turns:
-      text = self._tokenizer.render([USER, _turn(calls)], add_generation_prompt=False)
-      content = text.rfind(TURN["content"]) + len(TURN["content"])
+    if (content, calls) not in self._beginnings:
+      text = self._tokenizer.render([USER, _turn(content, calls)], add_generation_prompt=False)
+      length = text.rfind(content[-1]) + 1
       start, mark = max(((text.rfind(m), m) for m in self._tokenizer.end_marks()), default=(-1, ""))
-      found = start >= content
-      self._turns[calls] = (text[: start + len(mark)], mark) if found else (text[:content], "")
-    return self._turns[calls]
+      ends = start >= length
+      self._beginnings[content, calls] = (
+        (text[: start + len(mark)], mark) if ends else (text[:length], "")
+      )
+    return self._beginnings[content, calls]
 
 
-def _turn(calls: bool) -> dict[str, Any]:
-  return {**TURN, "tool_calls": [CALL]} if calls else TURN
+def _turn(content: str, calls: bool) -> dict[str, Any]:
+  turn = {"role": "assistant", "content": content}
+  return turn | {"tool_calls": [CALL]} if calls else turn
 
 
 def transcript(turns: Sequence[str], observations: Sequence[str | Messages]) -> Messages:

@@ -24,6 +24,7 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import Step
 from grpo_jax.environments.workers import run_in_process
 from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
+from grpo_jax.evaluate import evaluate
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import Batch, TrainState, make_train_step, score_batch
 from grpo_jax.models.config import ModelConfig
@@ -115,6 +116,27 @@ def test_the_policy_alone_has_log_probabilities(episodes):
   assert (e.logp[~e.mask] == 0).all()
   assert (e.mask <= e.attended).all()
   assert (e.lengths < e.row_lengths).any()
+
+
+def test_an_evaluation_counts_turns_and_lost_episodes(params):
+  """The rule calls every text right: only an episode whose environment failed is wrong."""
+
+  def always(completions, **columns):
+    return [1.0] * len(completions)
+
+  task = dataclasses.replace(TASK, accuracy=always)
+  sampler, key = make_sampler(task), jax.random.key(1)
+  result = evaluate(sampler, params, task, EXAMPLES, samples=6, batch_prompts=2, key=key)
+  greedy, drawn = result.samples[:3], result.samples[3:]
+  assert result.metrics["eval/turns"] == pytest.approx(
+    sum(turn["role"] == "assistant" for row in greedy for turn in row["turns"]) / 3
+  )
+  # "Echo" fails at a turn of one character in episodes of "f".
+  lost = [row for row in drawn if row["key"] == "f" and len(row["completion"]) == 1]
+  assert 0 < len(lost) < 6
+  assert [row for row in drawn if row["accuracy"] == 0] == lost
+  also = [row for row in greedy if row["accuracy"] == 0]
+  assert result.metrics["eval/missing"] == len(lost) + len(also)
 
 
 def test_budgets_truncate_and_failures_are_not_scored(episodes):

@@ -18,6 +18,13 @@ CHATML = (
 # Shows what the assistant thought in its last turn only, as some families do.
 FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}")
 
+# Adds an empty thought to the last turn, if it has none of its own.
+THINKING = CHATML.replace(
+  "{{ m.content }}",
+  "{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
+  "<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+)
+
 
 def make_tokenizer(template):
   """Returns a tokenizer with one id per character, and three special tokens."""
@@ -85,6 +92,16 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
   tokenizer, (im_end, _) = make_tokenizer(FORGETFUL)
   with pytest.raises(ValueError, match="shows earlier turns otherwise"):
     ObservationEncoder(tokenizer)("Higher", last=im_end, chat=True)
+
+
+def test_a_template_that_gives_the_last_turn_an_empty_thought():
+  tokenizer, (im_end, _) = make_tokenizer(THINKING)
+  ids = ObservationEncoder(tokenizer)([{"role": "tool", "content": "84"}], last=im_end, chat=True)
+  assert shown(tokenizer, ids) == "\n<|im_start|>tool\n84<|im_end|>\n<|im_start|>assistant\n"
+  call = {"role": "assistant", "content": "<think>\nHm\n</think>\n\n", "tool_calls": []}
+  prompt = [{"role": "user", "content": "Guess"}]
+  row = tokenizer.chat(prompt) + tokenizer.encode_plain(call["content"]) + [im_end] + ids
+  assert row == tokenizer.chat([*prompt, call, {"role": "tool", "content": "84"}])
 
 
 def test_messages_after_a_text_are_refused():

@@ -8,8 +8,8 @@
     Guess: 6
     Correct
 
-No guess is right or wrong by its text alone, and every game has the same prompt: what a guess is
-worth is known to the environment only.
+No guess is right or wrong by its text alone, and all games of a range have the same prompt: what a
+guess is worth is known to the environment only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from grpo_jax.environments.base import Step
 from grpo_jax.tasks.base import Example, Prompt, Task, unknown_name
-from grpo_jax.tasks.indexed import shuffled
+from grpo_jax.tasks.indexed import Indexed, shuffled
 
 FORMATS = ("completion", "chat")
 REWARDS = ("final", "turns")
@@ -33,6 +33,7 @@ def guess_number_task(
   *,
   low: int = 1,
   high: int = 9,
+  ranges: int = 1,
   turns: int = 3,
   games: int = 2,
   reward: str = "final",
@@ -46,15 +47,19 @@ def guess_number_task(
   Args:
     low: the smallest number.
     high: the largest number.
+    ranges: number of ranges. The first is `low` to `high`, and each one begins a number later than
+      the one before. With several, whole ranges are held out, with all of their numbers. With one,
+      numbers are: a policy can then learn which numbers are never the secret.
     turns: guesses in a game.
-    games: finished games that a prompt shows; every prompt of the task shows the same ones.
+    games: finished games that a prompt shows: the same ones in every prompt, moved to its range.
     reward: "final" gives the last turn 1 if the number was found, else 0. "turns" gives every turn
-      the part of the remaining numbers that its answer rules out; 1 if it is the number.
+      the part of the remaining numbers that its answer rules out. The number gives 1, and 1 more
+      for every turn that is left, so that finding it is always worth more than ruling out the rest.
     format: "completion", text whose turns end at a line break, or "chat", messages for a chat
       template.
-    eval_fraction: part of the numbers that are never the secret in training, in (0, 1).
+    eval_fraction: part of the ranges, or of the numbers of a single one, that is held out.
     train_size: number of training games; they repeat the secrets.
-    seed: selects the games that are shown and the numbers that are held out.
+    seed: selects the games that are shown, what is held out, and the order of the training games.
 
   Raises:
     ValueError: a setting is unknown or out of range.
@@ -64,7 +69,7 @@ def guess_number_task(
     >>> task.splits["train"][0].prompt
     'Guess a number from 1 to 9.\\nGuess:'
     >>> game = task.environment()
-    >>> game.reset(Example("", {"secret": 6}, "6"), 0)
+    >>> game.reset(Example("", {"secret": 6, "low": 1, "high": 9}, "6"), 0)
     >>> game.step(" 5").observation, game.step(" 7").observation, game.step(" 6").reward
     ('Higher\\nGuess:', 'Lower\\nGuess:', 1.0)
   """
@@ -81,25 +86,36 @@ def guess_number_task(
       f"turns is {turns}, games {games}, train_size {train_size} and eval_fraction "
       f"{eval_fraction}: need at least 1, 0 and 1, and a part in (0, 1)"
     )
+  if not 1 <= ranges <= 10**6:
+    raise ValueError(f"ranges is {ranges}: it must be at least 1 and at most 10^6")
   chat = format == "chat"
-  numbers = [low + i for i in shuffled(high - low + 1, seed)]
-  held_out = min(max(round(eval_fraction * len(numbers)), 1), len(numbers) - 1)
-  prompt = _prompt(low, high, turns, chat, _example_games(low, high, turns, games, seed))
-  train = [numbers[held_out:][i % (len(numbers) - held_out)] for i in range(train_size)]
+  shown = _example_games(low, high, turns, games, seed)
+  size = high - low + 1
 
-  def example(secret: int) -> Example:
-    return Example(prompt, {"secret": secret}, f"{low} to {high}: {secret}")
+  def example(first: int, secret: int) -> Example:
+    last = first + size - 1
+    prompt = _prompt(first, last, turns, chat, [_moved(game, first - low) for game in shown])
+    columns = {"secret": secret, "low": first, "high": last}
+    return Example(prompt, columns, f"{first} to {last}: {secret}")
 
+  if ranges == 1:
+    train, held_out = ([(low, low + i) for i in part] for part in _split(size, eval_fraction, seed))
+  else:
+    train, held_out = (
+      [(first, first + i) for first in (low + n for n in part) for i in range(size)]
+      for part in _split(ranges, eval_fraction, seed)
+    )
+    train = [train[i] for i in shuffled(len(train), seed)]
   return Task(
     name=f"guess_number:{low}-{high}",
     splits={
-      "train": [example(secret) for secret in train],
-      "eval": [example(secret) for secret in sorted(numbers[:held_out])],
+      "train": Indexed(lambda i: example(*train[i % len(train)]), range(train_size)),
+      "eval": Indexed(lambda i: example(*held_out[i]), range(len(held_out))),
     },
     rewards={"found": (found, 0.0)},  # the game gives the rewards; this one is shown beside them
     accuracy=found,
     stop=() if chat else ("\n",),
-    environment=partial(GuessNumber, low, high, turns, reward, chat),
+    environment=partial(GuessNumber, turns, reward, chat),
   )
 
 
@@ -117,14 +133,15 @@ def found(completions: Sequence[str], secret: Sequence[int], **columns: Any) -> 
 class GuessNumber:
   """One game; see `guess_number_task` for the arguments."""
 
-  def __init__(self, low: int, high: int, turns: int, reward: str, chat: bool) -> None:
-    self._low, self._high, self._turns = low, high, turns
-    self._reward, self._chat = reward, chat
+  def __init__(self, turns: int, reward: str, chat: bool) -> None:
+    self._turns, self._reward, self._chat = turns, reward, chat
 
   def reset(self, example: Example, seed: int) -> Prompt | None:
-    """Takes the number from the example; the seed changes nothing."""
-    self._secret, self._turn = int(example.columns["secret"]), 0
-    self._bounds = (self._low, self._high)
+    """Takes the number and its range from the example; the seed changes nothing."""
+    self._secret, self._low, self._high = (
+      int(example.columns[name]) for name in ("secret", "low", "high")
+    )
+    self._turn, self._bounds = 0, (self._low, self._high)
     return None
 
   def step(self, text: str) -> Step:
@@ -154,7 +171,7 @@ class GuessNumber:
       return 0.0
     low, high = self._bounds
     if guess == self._secret:
-      return 1.0
+      return float(self._turns - self._turn + 1)
     self._bounds = (
       (max(low, guess + 1), high) if guess < self._secret else (low, min(high, guess - 1))
     )
@@ -164,6 +181,13 @@ class GuessNumber:
     if self._chat:
       return [{"role": "user", "content": answer}]
     return f"{answer}\n" if done else f"{answer}\nGuess:"
+
+
+def _split(count: int, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+  """Splits 0 .. count - 1 into those for training, in a random order, and those held out."""
+  order = shuffled(count, seed)
+  held_out = min(max(round(eval_fraction * count), 1), count - 1)
+  return order[held_out:], sorted(order[:held_out])
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -186,6 +210,11 @@ def _example_game(low: int, high: int, turns: int, rng: random.Random) -> list[s
     lines += ["Higher" if low > guess else "Lower"]
     guess = (low + high) // 2
   return [*lines, f"Guess: {guess}", "Correct"]
+
+
+def _moved(game: list[str], by: int) -> list[str]:
+  """Returns the lines of a game with its guesses moved up."""
+  return [re.sub(r"\d+", lambda guess: str(int(guess[0]) + by), line) for line in game]
 
 
 def _prompt(low: int, high: int, turns: int, chat: bool, games: list[list[str]]) -> Prompt:

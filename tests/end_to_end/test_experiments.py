@@ -4,6 +4,9 @@ import json
 import math
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,6 +20,8 @@ from grpo_jax.config import load
 from grpo_jax.export import export_model
 from grpo_jax.models.load import open_weights
 from grpo_jax.run.metrics import read_metrics
+from grpo_jax.tasks import make_task
+from tests.helpers.model_files import UNTIED
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
 TINY = "random:tiny"
@@ -45,6 +50,12 @@ SIZES = {
     "--config.task.settings.eval_size=4",
   ],
   "jsonl": [],
+  "code": [],
+  "guess_number": [
+    "--config.rollout.completion_length=24",
+    "--config.task.settings.ranges=2",
+    "--config.task.settings.eval_fraction=0.5",
+  ],
   "letters": ["--config.task.settings.eval_size=4"],
 }
 
@@ -63,15 +74,33 @@ def reward_model(tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope="module")
+def model_with_tools(tmp_path_factory):
+  """Returns the folder of a tiny model whose chat template shows tools, as Qwen3's does."""
+  folder = tmp_path_factory.mktemp("tools") / "model"
+  shutil.copytree(UNTIED, folder)
+  template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+  thought = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+  shown = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+  (folder / "chat_template.jinja").write_text(shown + template + thought, encoding="utf-8")
+  settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  settings["max_position_embeddings"] = 2048
+  (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+  return folder
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_takes_a_step(path, tmp_path, data_dir, reward_model):
+def test_an_experiment_takes_a_step(path, tmp_path, data_dir, reward_model, model_with_tools):
   experiment = load(str(path))
-  name = experiment.task.name
-  sizes = SIZES[name] + ([f"--config.task.settings.data_dir={data_dir}"] if name == "gsm8k" else [])
+  task, sizes = experiment.task, [*SIZES[experiment.task.name]]
+  if task.name == "gsm8k":
+    sizes.append(f"--config.task.settings.data_dir={data_dir}")
+  if task.settings.get("tool_settings", {}).get("format") == "hermes":
+    sizes.append(f"--config.model.source={model_with_tools}")
   if experiment.reward_model.source:
-    sizes = [*sizes, f"--config.reward_model.source={reward_model}"]
+    sizes.append(f"--config.reward_model.source={reward_model}")
   if experiment.teacher.source:
-    sizes = [*sizes, f"--config.teacher.source={TINY}"]
+    sizes.append(f"--config.teacher.source={TINY}")
   config = load(str(path), SMALL + sizes)
   results = train.run(config, tmp_path)
   row = next(row for row in read_metrics(tmp_path) if "loss" in row)
@@ -132,6 +161,26 @@ def test_the_pairs_of_the_learned_reward_are_decided_by_its_rule():
   assert reward([], [" 46", " 12 plus 34 is 46.", "46 or 47", "no", "4" * 99], [46] * 5) == [
     1 - 2 / 80, 1 - 17 / 80, 0, 0, 0,
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", sorted(Path("experiments").glob("*/make_*.py")), ids=str)
+def test_a_file_of_problems_is_what_its_program_writes(program, tmp_path):
+  copy = tmp_path / program.name
+  shutil.copy(program, copy)
+  subprocess.run([sys.executable, str(copy)], check=True)
+  written = sorted(tmp_path.glob("*.jsonl"))
+  assert written
+  for file in written:
+    assert file.read_bytes() == (program.parent / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["calculator", "functions", "guess_number"])
+def test_no_problem_of_an_episode_demo_is_in_both_splits(name):
+  task = load(f"experiments/smollm2_{name}.py").task
+  splits = make_task(task.name, **task.settings).splits
+  prompts = [{example.prompt for example in split} for split in splits.values()]
+  assert not prompts[0] & prompts[1]
+  assert len(splits["eval"]) >= 95
 
 
 def test_a_lora_experiment_trains_only_its_adapters():

@@ -1,5 +1,7 @@
 """Tests the game of guessing a number."""
 
+import itertools
+
 import pytest
 
 from grpo_jax.environments.workers import run_in_process
@@ -41,6 +43,42 @@ def test_every_game_has_the_same_prompt_and_no_secret_is_in_both_splits():
   assert task.stop == ("\n",)
 
 
+def test_whole_ranges_are_held_out():
+  task = make_task("guess_number", low=4, high=6, ranges=10, eval_fraction=0.3, train_size=21)
+  played = {}
+  for name, split in task.splits.items():
+    played[name] = {tuple(e.columns[c] for c in ("low", "high", "secret")) for e in split}
+  for games in played.values():
+    assert all(high == low + 2 and low <= secret <= high for low, high, secret in games)
+  starts = {name: {low for low, *_ in games} for name, games in played.items()}
+  assert len(starts["eval"]) == 3
+  assert starts["eval"] | starts["train"] == set(range(4, 14))
+  assert not starts["eval"] & starts["train"]
+  assert len(played["train"]) == len(task.splits["train"]) == 21  # 7 ranges of 3 numbers
+  assert len(played["eval"]) == len(task.splits["eval"]) == 9
+
+
+def test_the_games_that_a_prompt_shows_are_moved_to_its_range():
+  task = make_task("guess_number", ranges=5, games=3)
+  by_range = {e.columns["low"]: e.prompt for split in task.splits.values() for e in split}
+  assert set(by_range) == {1, 2, 3, 4, 5}
+  lines = {low: prompt.split("\n") for low, prompt in by_range.items()}
+  for low in (2, 3, 4, 5):
+    for first, line in zip(lines[1], lines[low], strict=True):
+      words = zip(first.split(), line.split(), strict=True)
+      for a, b in ((a.rstrip("."), b.rstrip(".")) for a, b in words):
+        assert b == (str(int(a) + low - 1) if a.isdigit() else a)
+
+
+def test_a_game_answers_within_its_range():
+  task = make_task("guess_number", ranges=50)
+  runner, example = run_in_process(task), task.splits["eval"][-1]
+  runner.reset([example], 1, [0])
+  low, high = example.columns["low"], example.columns["high"]
+  answer = runner.step({(0, 0): "?"})[0, 0].observation
+  assert answer == f"Write a number from {low} to {high}\nGuess:"
+
+
 def test_the_games_that_a_prompt_shows_are_right():
   for seed in range(30):
     task = make_task("guess_number", low=3, high=40, turns=4, games=4, seed=seed)
@@ -73,6 +111,19 @@ def test_turn_rewards_are_the_part_that_an_answer_rules_out():
   assert rewards == pytest.approx([5 / 9, 0.0, 0.0, 1.0])
 
 
+def test_with_turn_rewards_an_early_guess_is_worth_more_than_a_late_one():
+  """Plays all games of two turns and more that guess the number last, among 1 to 4."""
+  totals = {}
+  for guesses in itertools.permutations((1, 2, 3, 4)):
+    for length in range(1, 5):
+      _, runner, secrets = games_of(low=1, high=4, turns=4, reward="turns", train_size=3)
+      p = secrets.index(guesses[length - 1])
+      rewards = [runner.step({(p, 0): f"{guess}"})[p, 0].reward for guess in guesses[:length]]
+      totals.setdefault(length, []).append(sum(rewards))
+  for length in (1, 2, 3):
+    assert min(totals[length]) > max(totals[length + 1])
+
+
 def test_the_game_as_a_chat():
   task, runner, secrets = games_of(format="chat", games=1, train_size=1)
   assert task.stop == ()
@@ -96,6 +147,7 @@ def test_accuracy_is_the_last_number():
     ({"low": 9, "high": 9}, "low is 9 and high 9"),
     ({"low": -1}, "low is -1"),
     ({"turns": 0}, "turns is 0"),
+    ({"ranges": 0}, "ranges is 0"),
     ({"eval_fraction": 1.0}, "eval_fraction 1.0"),
     ({"reward": "dense"}, "unknown reward 'dense'"),
     ({"format": "text"}, "unknown format 'text'"),
