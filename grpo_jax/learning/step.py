@@ -51,6 +51,8 @@ class TrainState:
       without one.
     history: statistics of past updates; None if they are not recorded.
     critic: the same of a critic, which has an optimizer of its own; None without one.
+    counts: completions and right ones of each training problem, [n, 2], in NumPy; no update reads
+      them. None without a curriculum.
   """
 
   step: jax.Array
@@ -59,6 +61,7 @@ class TrainState:
   reference: Params = None
   history: History | None = None
   critic: "TrainState | None" = None
+  counts: Any = None
 
   @classmethod
   def create(
