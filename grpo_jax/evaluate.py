@@ -253,6 +253,7 @@ class Answers:
 
   @classmethod
   def concatenate(cls, parts: "Sequence[Answers]") -> "Answers":
+    """Returns the answers to the problems of all parts, in their order."""
     arrays = [np.concatenate(a) for a in zip(*((p.right, p.lengths, p.ended) for p in parts))]
     votes = [row for part in parts for row in part.votes]
     samples = [sample for part in parts for sample in part.samples]
