@@ -13,11 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
+from grpo_jax import curriculum as curricula
 from grpo_jax import data, rollout, tasks, tokens
 from grpo_jax.core.advantages import lookup_advantage
 from grpo_jax.core.algorithms import Algorithm
@@ -77,6 +80,7 @@ class Run:
     critic_weights: the critic before training, read when asked for.
     teachers: models that the policy learns from; read when the learner is made.
     chunks: parts of a batch for the deterministic reduction; None leaves the order to the compiler.
+    curriculum: weighs the training problems by their counts; None draws them in passes.
   """
 
   config: ConfigDict
@@ -96,6 +100,7 @@ class Run:
   critic_weights: Weights | None = None
   teachers: tuple[TeacherWeights, ...] = ()
   chunks: Chunks | None = None
+  curriculum: curricula.Curriculum | None = None
 
   # --- parameters ---------------------------------------------------------------------------------
 
@@ -138,7 +143,7 @@ class Run:
     if self.critic is not None:
       values = self._read(self.critic_weights, f"critic.source {critic_source(self.config)!r}")
       critic = TrainState.create(values, self.critic.optimizer, copy=False)
-    return TrainState.create(
+    state = TrainState.create(
       params,
       self.optimizer,
       algorithm=self.algorithm,
@@ -146,6 +151,9 @@ class Run:
       critic=critic,
       copy=False,
     )
+    if self.curriculum is None:
+      return state
+    return dataclasses.replace(state, counts=curricula.new_counts(len(self.task.splits["train"])))
 
   def _adapters(self) -> Params:
     key = jax.random.key(self.config.seed)
@@ -188,15 +196,44 @@ class Run:
     """Returns the random key of a step's completions."""
     return jax.random.fold_in(jax.random.key(self.config.seed), step)
 
-  def examples(self, step: int) -> Callable[[int], Sequence[Example]]:
-    """Returns the function from the number of a draw to this host's examples of a step."""
+  def examples(
+    self, step: int, counts: Float[np.ndarray, "n 2"] | None = None
+  ) -> Callable[[int], Sequence[Example]]:
+    """Returns the function from the number of a draw to this host's examples of a step.
+
+    Args:
+      step: number of the step.
+      counts: of each training problem before the step; needed with a curriculum. The draws of a
+        step then hold distinct problems, as far as there are enough of them.
+    """
     split, c = self.task.splits["train"], self.config
-    shard = hosts.own_shard()
+    shard, count = hosts.own_shard(), c.rollout.prompts_per_step
+    if self.curriculum is not None:
+      weighted = curricula.weighted_order(curricula.weigh(self.curriculum, counts), step)
+      return lambda number: data.examples(split, number, count, c.seed, *shard, order=weighted)
     seeding = configs.AUTO["data.seeding"] if c.data.seeding == "auto" else c.data.seeding
     order = seeding if c.data.shuffle else "file"
     return lambda number: data.examples(
-      split, step, c.rollout.prompts_per_step, c.seed, *shard, stream=number, order=order
+      split, step, count, c.seed, *shard, stream=number, order=order
     )
+
+  def counted(
+    self, state: TrainState, step: int, accuracy: Float[np.ndarray, "D G"]
+  ) -> tuple[TrainState, dict[str, float]]:
+    """Returns the state with the completions of a step counted, and the curriculum's metrics.
+
+    Args:
+      state: with the counts before the step; without a curriculum it is returned as it is.
+      step: number of the step.
+      accuracy: of its completions, as in `Rollout`.
+    """
+    if self.curriculum is None:
+      return state, {}
+    weights = curricula.weigh(self.curriculum, state.counts)
+    order = curricula.weighted_order(weights, step)
+    problems = data.examples(range(len(weights)), 0, len(accuracy), self.config.seed, order=order)
+    counts = curricula.add(state.counts, problems, accuracy, self.config.data.memory)
+    return dataclasses.replace(state, counts=counts), curricula.metrics(counts, weights)
 
   def evaluates_at(self, step: int) -> bool:
     """Returns whether the model is evaluated before this step."""
@@ -291,6 +328,7 @@ def build(config: ConfigDict) -> Run:
     if task and learned:
       rewards = {**task.rewards, LEARNED: (learned, c.reward_model.weight)}
       task = dataclasses.replace(task, rewards=rewards)
+  weigh = attempt(lambda: curricula.lookup_curriculum(c.data.curriculum), "data.curriculum")
   c, loaded = (weights and attempt(lambda: with_lora_source(c, weights.config))) or (c, None)
   adapters = attempt(lambda: new_adapters_of(c.lora, weights)) if weights else None
   critic_weights = None
@@ -380,6 +418,7 @@ def build(config: ConfigDict) -> Run:
     critic_weights=critic_weights,
     teachers=tuple(teachers),
     chunks=chunks,
+    curriculum=weigh,
   )
 
 
@@ -634,6 +673,13 @@ def _misfits(
     problems.append(
       f"the weights of the rewards are {weights}: they must be finite, and one of them not 0, or "
       "no completion has a reward"
+    )
+  if c.data.curriculum != curricula.OFF and (c.epochs or not c.data.shuffle):
+    name, off = ("epochs", "0, and steps") if c.epochs else ("data.shuffle", "true")
+    problems.append(
+      f"{name} is {c.epochs or c.data.shuffle!r}, but data.curriculum is {c.data.curriculum!r}, "
+      f"which draws problems by their pass rates and not in passes; set {name} to {off}, or "
+      "data.curriculum to 'off'"
     )
   if algorithm:
     problems += teacher_misfits(c, algorithm)

@@ -53,6 +53,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "stop.after_hours": (0, 10**5, "at least 0 hours"),
   "lora.rank": (0, LARGEST, "at least 0"),
   "lora.alpha": (0, LARGEST, "above 0"),
+  "data.memory": (0, 1, "between 0 and 1"),
   "rollout.prompts_per_step": (1, LARGEST, "at least 1"),
   "rollout.group_size": (1, LARGEST, "at least 1"),
   "rollout.prompt_length": (0, LARGEST, "at least 0 tokens"),
@@ -249,6 +250,10 @@ def default_config() -> ConfigDict:
   # How (seed, epoch) give the order of later epochs: hashed; added, as in version 0.1.0, where
   # epoch 1 of seed 0 is epoch 0 of seed 1; or auto: as the work directory was begun, else hashed.
   c.data.seeding = "auto"
+  # Draws problems by their pass rates in this run, instead of in passes: off, learnability (by
+  # p (1 - p)), failure (by 1 - p), a function of the counts, or 'file.py:function'.
+  c.data.curriculum = FieldReference("off", field_type=object)
+  c.data.memory = 0.5  # of a curriculum: share of a problem's earlier counts kept at each new try
 
   c.rollout = Section()
   c.rollout.prompts_per_step = 8  # P, over all devices

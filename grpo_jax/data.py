@@ -1,4 +1,7 @@
-"""Selects the examples of a training step, as a pure function of the seed and the step."""
+"""Selects the examples of a training step, as a pure function of the seed and the step.
+
+With a curriculum (`curriculum.py`), the order is also a function of the run's counts.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def examples(
   process_count: int = 1,
   stream: int = 0,
   *,
-  order: str = "hashed",
+  order: str | Order = "hashed",
 ) -> list[T]:
   """Returns the examples of one step: positions [step * count, (step + 1) * count) of all epochs.
 
@@ -77,7 +80,7 @@ def examples(
     stream: 0, or the number of another shuffle that is independent of this one, for example to
       resample a step without changing the examples of later steps.
     order: a key of `ORDERS`: "hashed" (shuffled), "file" (as in the split), or "added" (shuffled as
-      in version 0.1.0).
+      in version 0.1.0); or a function with the arguments of those.
 
   Raises:
     ValueError: the split is empty, an argument is out of range, the order is unknown, or `count` is
@@ -101,13 +104,14 @@ def examples(
       f"{count} examples per step cannot be divided evenly among {process_count} processes: make "
       f"the count a multiple of {process_count}"
     )
-  if order not in ORDERS:
+  if not callable(order) and order not in ORDERS:
     raise ValueError(f"order is {order!r}, known: {', '.join(ORDERS)}")
   size, block = len(split), count // process_count
   start = step * count + process_index * block
   # Only indices are shuffled, and only the examples of this process are accessed.
+  make = order if callable(order) else ORDERS[order]
   epochs = range(start // size, (start + block - 1) // size + 1)
-  orders = {epoch: ORDERS[order](size, seed, stream, epoch) for epoch in epochs}
+  orders = {epoch: make(size, seed, stream, epoch) for epoch in epochs}
   places = (divmod(start + i, size) for i in range(block))
   return [split[orders[epoch][index]] for epoch, index in places]
 

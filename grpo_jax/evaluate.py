@@ -2,8 +2,11 @@
 
 python -m grpo_jax.evaluate --workdir DIR [--before]             # a trained run
 python -m grpo_jax.evaluate --config experiments/X.py            # its model, untrained
+python -m grpo_jax.evaluate ... --keep 0.2:0.8 --out FILE.jsonl  # problems by their pass rate
 
-Numbers and completions are kept in DIR/eval, or in the folder that --out names.
+Numbers and completions are kept in DIR/eval, or in the folder that --out names. With --keep, the
+problems of a split whose pass rate lies in the range are written to FILE.jsonl, and nothing else is
+done; an interrupted command continues.
 """
 
 import argparse
@@ -89,9 +92,9 @@ def evaluate(
     raise ValueError(f"task {task.name!r} has no problems to evaluate on: its split is empty")
   scorer = score_in_process(task) if scorer is None else scorer
 
-  def answers(group: int, key: jax.Array, **how: Any) -> "_Answers":
-    batches = _batches(sampler, params, task, examples, scorer, group, how, batch_prompts, key)
-    return _Answers.concatenate([*batches])
+  def answers(group: int, key: jax.Array, **how: Any) -> Answers:
+    batches = answer(sampler, params, task, examples, scorer, group, how, batch_prompts, key)
+    return Answers.concatenate([*batches])
 
   greedy = answers(1, jax.random.key(0), temperature=0.0)
   metrics = {
@@ -255,7 +258,7 @@ def _vote_sizes(samples: int) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Answers:
+class Answers:
   """Completions of n problems, G each: arrays [n, G], votes [n][G], one sample per completion."""
 
   right: np.ndarray
@@ -267,14 +270,15 @@ class _Answers:
   samples: list[dict[str, Any]]
 
   @classmethod
-  def concatenate(cls, parts: "Sequence[_Answers]") -> "_Answers":
+  def concatenate(cls, parts: "Sequence[Answers]") -> "Answers":
+    """Returns the answers to the problems of all parts, in their order."""
     fields = zip(*((p.right, p.lengths, p.ended, p.turns) for p in parts))
     arrays = [np.concatenate(field) for field in fields]
     votes = [row for part in parts for row in part.votes]
     samples = [sample for part in parts for sample in part.samples]
     return cls(*arrays, votes, sum(part.missing for part in parts), samples)
 
-  def of_all_hosts(self) -> "_Answers":
+  def of_all_hosts(self) -> "Answers":
     """Gathers the problems of all hosts, in their order."""
     arrays = hosts.gathered(
       right=self.right, lengths=self.lengths, ended=self.ended, turns=self.turns,
@@ -282,16 +286,32 @@ class _Answers:
     )  # fmt: skip
     missing = int(arrays.pop("missing").sum())
     votes, samples = map(hosts.gathered_json, (self.votes, self.samples))
-    return _Answers(**arrays, votes=votes, missing=missing, samples=samples)
+    return Answers(**arrays, votes=votes, missing=missing, samples=samples)
 
 
-def _batches(
-  sampler, params, task, examples, scorer, group, how, batch_prompts, key
-) -> Iterator[_Answers]:
+def answer(
+  sampler: Sampler,
+  params: Any,
+  task: Task,
+  examples: Sequence[Example],
+  scorer: Scorer,
+  group: int,
+  how: Mapping[str, Any],
+  batch_prompts: int,
+  key: jax.Array,
+  first: int = 0,
+) -> Iterator[Answers]:
+  """Yields `group` judged completions of each example, one batch after another.
+
+  Args:
+    how: `temperature` and `token_filter` of the sampler.
+    first: index of the first example to answer. Its completions are those that it has after the
+      examples before it.
+  """
   index, host_count = hosts.own_shard()
   unit = meshes.prompt_shards(getattr(sampler, "prompt_sharding", None))
   share = -(-batch_prompts // unit) * unit // host_count
-  for start in range(0, len(examples), share * host_count):
+  for start in range(first, len(examples), share * host_count):
     own = start + index * share
     part = list(examples[own : own + share])
     n = len(part)
@@ -314,7 +334,7 @@ def _batches(
     if episodes is not None:
       played = [turns for line in episodes.transcripts[:n] for turns in line]
       samples = [row | {"turns": each} for row, each in zip(samples, played)]
-    yield _Answers(right, lengths, out.ended[:n], turns, votes, missing, samples).of_all_hosts()
+    yield Answers(right, lengths, out.ended[:n], turns, votes, missing, samples).of_all_hosts()
 
 
 def _vote(task: Task, text: str) -> Hashable | None:
@@ -362,18 +382,28 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--samples", type=config.at_least(0), default=8, help="completions per problem for pass@k"
   )
-  parser.add_argument("--out", help="folder for numbers and completions; DIR/eval with --workdir")
+  parser.add_argument(
+    "--out",
+    help="folder for numbers and completions; DIR/eval with --workdir. With --keep: FILE.jsonl",
+  )
+  parser.add_argument(
+    "--keep", metavar="LOW:HIGH", help="write the problems whose pass rate is from LOW to HIGH"
+  )
+  parser.add_argument("--split", help="of the problems of --keep; default: train")
   parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
   arguments, overrides = parser.parse_known_args(argv)
   try:
+    selection = _selection(arguments)
     settings = _settings(arguments, overrides)
     run = build(settings)
-    if not run.task.splits["eval"]:
+    if selection is None and not run.task.splits["eval"]:
       raise ValueError(f"task {run.task.name!r} holds nothing out: its split 'eval' is empty")
     stages = _stages(arguments, run)
   except (ValueError, FileNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  if selection is not None:
+    return _keep(selection, run, stages, arguments)
   folder = arguments.out or (arguments.workdir and Path(arguments.workdir) / "eval")
   about = {"model": settings.model.source, "task": run.task.name, "split": "eval"}
   metrics: list[dict[str, float]] = []
@@ -405,6 +435,88 @@ def main(argv: list[str] | None = None) -> int:
     where = f"{arguments.workdir} after {step} steps" if arguments.workdir else about["model"]
     print(table(result.metrics, f"{where} on {run.task.name}, held out", before))
   return 0
+
+
+def _selection(arguments: argparse.Namespace) -> Any:
+  """Returns the `pass_rates.Selection` of --keep; None without it."""
+  from grpo_jax import pass_rates
+
+  if arguments.keep is None:
+    if arguments.split is not None:
+      raise ValueError(f"--split is {arguments.split!r}: it goes with --keep; leave it out")
+    return None
+  if arguments.before:
+    raise ValueError("--before does not go with --keep, which measures one model; leave it out")
+  return pass_rates.Selection.parse(
+    arguments.keep, arguments.samples, arguments.out, arguments.split
+  )
+
+
+def _keep(selection: Any, run: Any, stages: Mapping[int, Any], arguments: Any) -> int:
+  """Measures pass rates and writes the problems in the range; returns the exit code."""
+  from grpo_jax import pass_rates
+
+  c, [(step, params)] = run.config, stages.items()
+  log = partial(print, file=sys.stderr, flush=True)
+  try:
+    examples = selection.problems(run.task.splits)
+    about = _completions_record(run, selection, step, arguments.workdir)
+    rates = pass_rates.Rates(pass_rates.rates_of(selection.path), about, selection.samples)
+    with run.matmul_precision(), run.scorer() as scorer:
+
+      def answers(first: int) -> Iterator[Answers]:
+        return answer(
+          run.sampler,
+          run.to_sampling_params(params),
+          run.task,
+          examples,
+          partial(scorer, state=TrainerState(step, c.steps)),
+          selection.samples,
+          run.evaluation_sampling(),
+          c.eval.batch_prompts,
+          jax.random.key(c.seed),
+          first,
+        )
+
+      pass_rates.measure(answers, rates, len(examples), log)
+    log(pass_rates.histogram(selection, rates.right))
+    count = pass_rates.write(selection, rates.right, examples, c.chat.system)
+  except (ValueError, RewardError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"stopped; the same command continues {pass_rates.rates_of(selection.path)}")
+    return 130
+  if arguments.json:
+    print(json.dumps({"problems": len(examples), "kept": count, "missing": rates.missing}))
+  else:
+    print(f"kept {count} of {len(examples)} problems, in {selection.path}")
+    if rates.missing:
+      print(f"{rates.missing} completions could not be judged, and count as wrong")
+  return 0
+
+
+def _completions_record(run: Any, selection: Any, step: int, workdir: Any) -> dict[str, Any]:
+  """Returns everything that the completions of a split and their verdicts depend on."""
+  from grpo_jax import config
+  from grpo_jax.run import identity
+
+  saved = config.to_saved(run.config)
+  groups = {name: saved[name] for name in ("task", "chat", "lora", "episode")}
+  fields = ("prompt_length", "completion_length", "overlong", "stop", "stop_ids")
+  return {
+    "model": run.config.model.source,
+    "dtype": run.config.model.dtype,
+    "workdir": workdir and str(workdir),
+    "step": step,
+    "split": selection.split,
+    "samples": selection.samples,
+    "seed": run.config.seed,
+    "sampling": _sampling_record(run),
+    **groups,
+    "rollout": {name: saved["rollout"][name] for name in fields},
+    "files": identity.digests(run.task.files, {}),
+  }
 
 
 def _stages(arguments: argparse.Namespace, run: Any) -> dict[int, Any]:

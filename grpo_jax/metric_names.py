@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
+from grpo_jax import curriculum as curricula
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.episodes import EPISODE_METRICS
@@ -42,6 +43,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   names = {*ALWAYS, *rollout, *_loss_names(c, algorithm)}
   if c.rollout.max_resamples:
     names.update(_RESAMPLING)
+  if c.data.curriculum != curricula.OFF:
+    names.update(curricula.METRICS)
   if "values" in algorithm.rewards:
     names.update(CRITIC_METRICS)
   if configs.own_teacher(c):

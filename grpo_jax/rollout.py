@@ -139,6 +139,8 @@ class Rollout:
     num_tokens: prompt tokens (each prompt once) plus completion tokens, over all hosts.
     metrics: by name, over all hosts.
     samples: one dict per completion, of all hosts.
+    accuracy: of all completions that were sampled on all hosts, one draw of examples after another;
+      NaN for those that were not judged.
   """
 
   batch: Batch
@@ -146,6 +148,7 @@ class Rollout:
   num_tokens: int
   metrics: dict[str, float]
   samples: list[dict[str, Any]]
+  accuracy: Float[np.ndarray, "D G"]
 
 
 # --- the three stages -----------------------------------------------------------------------------
@@ -328,6 +331,7 @@ def collect(
     num_tokens=int(arrays["prompt_tokens"].sum() + arrays["row_lengths"].sum()),
     metrics=metrics,
     samples=[samples[p * group + g] for p in order for g in range(group)],
+    accuracy=arrays["accuracy"],
   )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from grpo_jax.build import Run, critic_source
+from grpo_jax.config import function_name
 from grpo_jax.models.io.weights import Weights
 
 # Share of the FLOP/s of one large matmul that a whole step reaches, and share of the groups that
@@ -53,6 +54,7 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       ),
       f"task       {run.task.name}: {train} training problems, {held_out} held out",
       *([f"           {run.task.note}"] if run.task.note else []),
+      *([f"curriculum {_curriculum(c)}"] if run.curriculum else []),
       f"algorithm  {c.algorithm.name}: {run.algorithm.source}",
       f"each step  {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions, "
       f"prompts of {run.sampler.prompt_length} and {rows} {c.rollout.completion_length} tokens",
@@ -61,6 +63,13 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       *([f"epochs     {_epochs(c, train)}"] if c.epochs else []),
     ]
   )
+
+
+def _curriculum(c: ConfigDict) -> str:
+  """Says how problems are drawn."""
+  choice = c.data.curriculum
+  name = choice if isinstance(choice, str) else function_name(choice)
+  return f"{name}: problems are drawn by their pass rates, not in passes"
 
 
 def _epochs(c: ConfigDict, problems: int) -> str:

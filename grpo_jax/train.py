@@ -165,14 +165,17 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
         if ending.reached(out.latest):
           break
         out.start_step()
-        params, examples = run.to_sampling_params(state.params), run.examples(step)
+        params = run.to_sampling_params(state.params)
+        examples = run.examples(step, state.counts)
         rollout = collect(run.sampler, params, examples, score, run.key(step), run.rollout)
       if step == start:
         _check_scored(run, rollout)
       with jax.transfer_guard("disallow"):  # the batch is on the device already
         state, values = update(state, rollout.batch, step)
+      state, of_problems = run.counted(state, step, rollout.accuracy)
+      values = rollout.metrics | values | of_problems
       watch.report(out.print)
-      out.write_step(step, rollout.metrics | values, rollout.samples, rollout.num_tokens)
+      out.write_step(step, values, rollout.samples, rollout.num_tokens)
       stop = signals.of_any_host()
       if stop or update.trouble or run.saves_at(step + 1):
         out.save(step + 1, state)

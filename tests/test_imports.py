@@ -67,6 +67,7 @@ ALLOWED = {
     f"{HELPERS} transformers tokenizers numpy jaxtyping"
   ),
   "grpo_jax.data": f"grpo_jax.tasks {HELPERS} grain numpy",
+  "grpo_jax.curriculum": f"grpo_jax.tasks {HELPERS} numpy jaxtyping",
   "grpo_jax.reward_model": "grpo_jax.reward_model.scoring",
   "grpo_jax.reward_model.scoring": (
     f"grpo_jax.models grpo_jax.tokens grpo_jax.distributed grpo_jax.core {HELPERS} {ARRAYS}"

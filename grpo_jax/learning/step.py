@@ -54,6 +54,8 @@ class TrainState:
     history: statistics of past updates; None if they are not recorded.
     critic: the same of a critic, which has an optimizer of its own; None without one.
     entropy: coefficient of an adaptive entropy bonus; None without one.
+    counts: completions and right ones of each training problem, [n, 2], in NumPy; no update reads
+      them. None without a curriculum.
   """
 
   step: jax.Array
@@ -63,6 +65,7 @@ class TrainState:
   history: History | None = None
   critic: "TrainState | None" = None
   entropy: EntropyControl | None = None
+  counts: Any = None
 
   @classmethod
   def create(

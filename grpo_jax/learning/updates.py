@@ -303,7 +303,8 @@ class Learner:
         reference.
     """
     config = self._config
-    critic, state = state.critic, dataclasses.replace(state, critic=None)
+    critic, counts = state.critic, state.counts
+    state = dataclasses.replace(state, critic=None, counts=None)
     batch = self._scored(state, batch)
     batch, about_critic = self._assessed(critic, batch)
     seed = (config.seed, step)
@@ -334,7 +335,7 @@ class Learner:
         "parameters are those of the last accepted update"
       )
     found = reduction.average(metrics) if metrics else {}
-    return dataclasses.replace(state, critic=critic), found | about_critic
+    return dataclasses.replace(state, critic=critic, counts=counts), found | about_critic
 
   def _assessed(self, critic: TrainState | None, batch: Batch) -> tuple[Batch, dict[str, Any]]:
     """Returns the batch with the advantages that the critic gives, and metrics of its values."""

@@ -1,7 +1,8 @@
 """Saves and restores checkpoints: parameters, optimizer state, moving reference, update count.
 
-Nothing else is needed: data order and random streams are functions of (seed, step). A checkpoint is
-written to a folder with a temporary name; the digests of its files come last, then the folder is
+Nothing else is needed: random streams are functions of (seed, step), and so is the order of the
+data, except that a curriculum also needs the counts of its problems, which are saved. A checkpoint
+is written to a folder with a temporary name; the digests of its files come last, then the folder is
 renamed. A kill leaves a complete checkpoint or none, and later damage is found before it is read.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.distributed import hosts
@@ -127,21 +129,30 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
   def restore(self, step: int, like: TrainState) -> TrainState:
-    """Reads the state after `step` steps, with the shapes, dtypes and shardings of `like`."""
-    tree = like.to_dict()
-    if not self._has_field(step, "history"):  # saved by a version without skipped updates
+    """Reads the state after `step` steps, with the shapes, dtypes and shardings of `like`.
+
+    The counts of a curriculum are those of `like` if the checkpoint holds none, or those of another
+    number of problems.
+    """
+    tree, saved = like.to_dict(), self._fields(step)
+    if "history" not in saved:  # saved by a version without skipped updates
       tree.pop("history", None)
+    tree.pop("counts", None)
+    if "counts" in saved:
+      tree["counts"] = np.zeros(saved["counts"].shape, saved["counts"].dtype)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
     tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
     state = TrainState.from_dict(tree)
     if state.history is None:
       state = dataclasses.replace(state, history=like.history)
+    if np.shape(state.counts) != np.shape(like.counts):
+      state = dataclasses.replace(state, counts=like.counts)
     return state
 
-  def _has_field(self, step: int, name: str) -> bool:
+  def _fields(self, step: int) -> dict[str, Any]:
+    """Returns the fields of the state in a checkpoint, with the metadata of their arrays."""
     with ocp.StandardCheckpointer() as reader:
-      metadata = reader.metadata(self._manager.directory / str(step) / "default").item_metadata
-    return name in metadata
+      return reader.metadata(self._manager.directory / str(step) / "default").item_metadata
 
   def resume(self, like: TrainState, log: Callable[[str], object]) -> tuple[int, TrainState]:
     """Restores the newest checkpoint without damage.

@@ -179,5 +179,5 @@ def complete(workdir: str | Path) -> list[Path]:
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
-  """Returns what an update of the policy depends on: all but a reference and a critic."""
-  return dataclasses.replace(state, reference=None, critic=None).to_dict()
+  """Returns what an update of the policy depends on."""
+  return dataclasses.replace(state, reference=None, critic=None, counts=None).to_dict()

@@ -22,7 +22,7 @@ from collections.abc import (
   Mapping,
   Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -52,11 +52,14 @@ class Example:
     columns: what the reward functions need to know, such as the right answer, by name.
     key: identifies the problem, independent of its wording (`"3 + 4"` for a sum). No key is in both
       the training and the evaluation split.
+    row: the row of a data file that it is made of, from which its task makes it again; None for a
+      problem that is not from a file. It does not count in comparisons.
   """
 
   prompt: Prompt
   columns: Mapping[str, Any]
   key: str
+  row: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ class _Rows:
     prompt = checked_prompt(row, self.prompt, where)
     tests = self.make_tests(row, prompt, where)
     text = self._render(prompt, row, where)
-    return Example(text, {"tests": tests}, key_of(row, self.key, prompt, where))
+    return Example(text, {"tests": tests}, key_of(row, self.key, prompt, where), row)
 
   def _render(self, prompt: Prompt, row: Row, where: str) -> Prompt:
     if not isinstance(prompt, str):

@@ -274,7 +274,7 @@ class _Rows:
     row, where = self.source[i], self.source.where(i)
     prompt = checked_prompt(row, self.prompt, where)
     columns = self._columns({n: v for n, v in row.items() if n != self.prompt}, where)
-    return Example(prompt, columns, key_of(row, self.key, prompt, where))
+    return Example(prompt, columns, key_of(row, self.key, prompt, where), row)
 
   def _columns(self, row: Row, where: str) -> Row:
     columns = {name: value for name, value in row.items() if name not in self.rename}

@@ -143,6 +143,11 @@ RUNS = {
     "--config.train.micro_batches=2", "--config.rollout.max_resamples=2",
     "--config.rollout.completion_length=2",
   ],
+  # Counts of problems that are drawn by both hosts, some of them by a second draw of the step.
+  "curriculum": [
+    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.settings.eval_size=5",
+    "--config.data.curriculum=failure", "--config.rollout.max_resamples=1",
+  ],
 }  # fmt: skip
 
 
@@ -184,6 +189,9 @@ def test_two_hosts_of_four_devices_compute_what_one_of_eight_does(tmp_path, name
       states.append(checkpoints.restore(3, build(config).initial_state()))
   for a, b in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
+  if name == "curriculum":
+    assert np.array_equal(states[0].counts, states[1].counts)
+    assert (states[0].counts[:, 0] > 0).sum() >= 3 * 16
 
 
 REWARD = """

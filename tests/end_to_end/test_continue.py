@@ -265,6 +265,7 @@ def test_a_condition_on_what_the_run_does_not_write_is_refused(tmp_path, text, m
     ("algorithm.entropy_target=9.0", "algorithm.entropy_delta=0.01", "algorithm.nll_weight=0.1",
      "algorithm.anchor=sampler", "algorithm.correction=geometric_mask+off_policy_mask",
      "algorithm.geometric_min=0.9", "algorithm.geometric_max=1.1", "algorithm.off_policy_max=0.5"),
+    ("data.curriculum=learnability",),
   ],
 )  # fmt: skip
 def test_all_metrics_of_a_run_are_known_before(tmp_path, changes):

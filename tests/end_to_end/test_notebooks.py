@@ -67,4 +67,4 @@ def test_outputs_are_of_one_run(path):
 
 
 def test_there_are_notebooks():
-  assert "01_grpo_from_reinforce" in [path.stem for path in NOTEBOOKS]
+  assert {"01_grpo_from_reinforce", "02_one_family"} <= {path.stem for path in NOTEBOOKS}
