@@ -24,7 +24,6 @@ from grpo_jax.reward_model import training
 from grpo_jax.reward_model.training import Settings
 from grpo_jax.run import checkpoint, compilation, console, metrics
 from grpo_jax.run import workdir as workdirs
-from grpo_jax.run.signals import Stopped
 
 # Flags that are settings of the data, as the task `table` has them.
 SOURCE = ("eval_path", "eval_fraction", "split", "eval_split", "subset", "revision")
@@ -87,9 +86,12 @@ def main(argv: list[str] | None = None) -> int:
   except (SkippedError, checkpoint.NotFiniteError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 3
-  except Stopped as error:
-    print(f"{error}; the same command continues {arguments.workdir}")
-    return error.exit_code
+  except KeyboardInterrupt as error:
+    print(f"{str(error) or 'stopped'}; the same command continues {arguments.workdir}")
+    return getattr(error, "exit_code", 130)
+  except checkpoint.SaveError as error:
+    print(f"error: {error}. Make room; then the same command continues", file=sys.stderr)
+    return 74
   if first:
     if results:
       before = metrics.at(workdir, 0, "eval/")

@@ -7,7 +7,9 @@ import pytest
 from grpo_jax.reward_model import __main__ as command
 from grpo_jax.reward_model import training
 from grpo_jax.reward_model.training import Settings
+from grpo_jax.run.checkpoint import NotFiniteError, SaveError
 from grpo_jax.run.signals import Signals
+from grpo_jax.run.workdir import WorkdirError
 from tests.helpers import preferences
 
 FAST = ["--pairs-per-step", "16", "--config.compilation_cache=off"]
@@ -69,10 +71,23 @@ def test_a_signal_and_a_bad_path_have_their_exit_codes(data, tmp_path, capsys, m
   monkeypatch.setattr(Signals, "of_any_host", lambda self: 15)
   assert command.main([*arguments, "--workdir", str(tmp_path / "run")]) == 143
   assert "stopped after step 1, which is saved; the same command" in capsys.readouterr().out
-  monkeypatch.undo()
 
-  def skip(*_):
-    raise training.SkippedError("2 updates in a row were skipped")
 
-  monkeypatch.setattr(training, "train", skip)
-  assert command.main([*arguments, "--workdir", str(tmp_path / "run")]) == 3
+@pytest.mark.parametrize(
+  ("error", "code"),
+  [
+    (training.SkippedError("2 updates in a row were skipped"), 3),
+    (NotFiniteError("the state holds NaN"), 3),
+    (SaveError("the checkpoint of step 1 could not be saved"), 74),
+    (WorkdirError("it is in use"), 2),
+    (KeyboardInterrupt(), 130),
+  ],
+)
+def test_what_ends_a_run_has_an_exit_code(data, tmp_path, monkeypatch, capsys, error, code):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(training, "train", fail)
+  arguments = ["--model", "random:tiny", "--data", data, "--workdir", str(tmp_path / "run"), *FAST]
+  assert command.main(arguments) == code
+  assert (str(error) or "stopped; the same command continues") in "".join(capsys.readouterr())
