@@ -24,8 +24,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
       answers = [True] * correct + [False] * (n - correct)
       for k in range(1, n + 1):
         subsets = list(itertools.combinations(answers, k))
-        want = sum(any(subset) for subset in subsets) / len(subsets)
-        assert pass_at_k(n, correct, k) == pytest.approx(want, abs=1e-12)
+        expected = sum(any(subset) for subset in subsets) / len(subsets)
+        assert pass_at_k(n, correct, k) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("bad", [(4, 1, 0), (4, 1, 5), (4, 5, 1), (4, -1, 1)])
@@ -51,13 +51,13 @@ def test_maj_at_k_is_unbiased(k):
       for votes in itertools.product(chances, repeat=length)
     )
 
-  want = mean(k, lambda votes: float(plurality(votes) == "right"))
-  got = mean(4, lambda votes: maj_at_k(votes, [vote == "right" for vote in votes], k))
-  assert got == pytest.approx(want, abs=1e-12)
+  expected = mean(k, lambda votes: float(plurality(votes) == "right"))
+  actual = mean(4, lambda votes: maj_at_k(votes, [vote == "right" for vote in votes], k))
+  assert actual == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-  ("votes", "right", "k", "want"),
+  ("votes", "right", "k", "expected"),
   [
     ("abb", [1, 0, 0], 3, 0.0),
     ("abb", [0, 1, 1], 3, 1.0),
@@ -70,8 +70,8 @@ def test_maj_at_k_is_unbiased(k):
     ("ab", [0.5, 0], 1, 0.25),
   ],
 )
-def test_maj_at_k_by_hand(votes, right, k, want):
-  assert maj_at_k(list(votes), right, k) == want
+def test_maj_at_k_by_hand(votes, right, k, expected):
+  assert maj_at_k(list(votes), right, k) == expected
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -159,12 +159,12 @@ class Parrot:
 @pytest.mark.parametrize("batch_prompts", [2, 5])
 def test_every_number_by_hand(batch_prompts):
   """n = 5 problems. Right greedy: 0, 1; lengths 1 to 5, the last one cut off; samples above."""
-  got = evaluate(
+  actual = evaluate(
     Parrot(), None, TASK, TASK.splits["eval"], samples=5, temperature=0.7,
     batch_prompts=batch_prompts,
   )  # fmt: skip
   correct = [5, 3, 2, 1, 2]
-  want = {
+  expected = {
     "eval/n": 5,
     "eval/samples": 5,
     "eval/missing": 0,
@@ -186,10 +186,14 @@ def test_every_number_by_hand(batch_prompts):
     "eval/maj@5": 0.4,
     "eval/maj@5_se": math.sqrt(0.3 / 5),
   }
-  assert {name: got.metrics[name] for name in want} == pytest.approx(want)
-  assert set(got.metrics) - set(want) == {"eval/pass@1_se", "eval/pass@2_se", "eval/pass@4_se"}
-  assert len(got.samples) == 5 * 6
-  assert got.samples[5 + 5 * 1 + 4] == {
+  assert {name: actual.metrics[name] for name in expected} == pytest.approx(expected)
+  assert set(actual.metrics) - set(expected) == {
+    "eval/pass@1_se",
+    "eval/pass@2_se",
+    "eval/pass@4_se",
+  }
+  assert len(actual.samples) == 5 * 6
+  assert actual.samples[5 + 5 * 1 + 4] == {
     "prompt": "1", "key": "1", "columns": {"answer": 1}, "answer": 1, "completion": "one 1",
     "accuracy": 1.0, "length": 2, "ended": True,
   }  # fmt: skip
@@ -211,9 +215,9 @@ def test_votes_of_any_text_are_normalized():
     return SimpleNamespace(texts=[texts[:group]], lengths=ones, ended=ones > 0)
 
   example = Example("Where?", {"answer": "New York"}, "where")
-  got = evaluate(sampler, None, task, [example], samples=5, batch_prompts=1)
-  assert got.metrics["eval/maj@5"] == 1.0
-  assert got.metrics["eval/accuracy"] == 0.0
+  actual = evaluate(sampler, None, task, [example], samples=5, batch_prompts=1)
+  assert actual.metrics["eval/maj@5"] == 1.0
+  assert actual.metrics["eval/accuracy"] == 0.0
 
 
 def test_what_was_not_judged_counts_as_wrong_and_is_counted():
@@ -222,9 +226,9 @@ def test_what_was_not_judged_counts_as_wrong_and_is_counted():
     accuracy = np.where(np.array([[prompt == "0"] for prompt in batch[0]]), np.nan, scores.accuracy)
     return Scores(scores.total, scores.per_name, accuracy, int(np.isnan(accuracy).sum()))
 
-  got = evaluate(Parrot(), None, TASK, TASK.splits["eval"], batch_prompts=5, scorer=scorer)
-  assert got.metrics["eval/accuracy"] == pytest.approx(0.2)
-  assert got.metrics["eval/missing"] == 1
+  actual = evaluate(Parrot(), None, TASK, TASK.splits["eval"], batch_prompts=5, scorer=scorer)
+  assert actual.metrics["eval/accuracy"] == pytest.approx(0.2)
+  assert actual.metrics["eval/missing"] == 1
   with pytest.raises(ValueError, match="no problems to evaluate on"):
     evaluate(Parrot(), None, TASK, [])
 

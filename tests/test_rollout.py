@@ -59,9 +59,9 @@ def test_rewards_belong_to_their_completions(params):
   for row, sample in enumerate(out.samples):
     p, g = divmod(row, 4)
     assert sample["prompt"] == f"{p}:"
-    want = vowels([sample["prompt"]], [sample["completion"]], [p])[0]
-    assert out.scored.scores.total[p, g] == pytest.approx(want)
-    assert sample["reward"] == pytest.approx(want)
+    expected = vowels([sample["prompt"]], [sample["completion"]], [p])[0]
+    assert out.scored.scores.total[p, g] == pytest.approx(expected)
+    assert sample["reward"] == pytest.approx(expected)
   assert out.metrics["frac_reward_zero_std"] >= 0.5
 
 
@@ -208,8 +208,8 @@ def test_truncated_completions_count_in_their_group_and_not_in_the_loss(params):
   np.testing.assert_array_equal(masked.batch.advantages, whole.batch.advantages)
   np.testing.assert_array_equal(masked.batch.mask, whole.batch.mask & ended[..., None])
   lengths = np.asarray(whole.batch.mask).sum(-1)
-  want = np.where(ended, 1 / (ended.size * lengths), 0)  # an emptied sequence is still one of n
-  np.testing.assert_allclose(masked.batch.weights[..., 0], want, rtol=1e-6)
+  expected = np.where(ended, 1 / (ended.size * lengths), 0)  # an emptied sequence is still one of n
+  np.testing.assert_allclose(masked.batch.weights[..., 0], expected, rtol=1e-6)
 
 
 def test_prompts_without_a_signal_are_replaced(params):
@@ -341,13 +341,13 @@ def test_steps_are_rewarded_on_their_tokens(params):
     rewards = np.array([reward for found in steps for _, reward in found])
     for g in range(4):
       tokens = out.scored.out.tokens[p, g][out.scored.out.mask[p, g]]
-      want = np.zeros(6)
+      expected = np.zeros(6)
       for end, reward in steps[g]:
         texts = [tokenizer.decode(tokens[: t + 1]) for t in range(len(tokens))]
         last = next((t for t, text in enumerate(texts) if len(text) >= end), len(tokens) - 1)
-        want[: last + 1] += (reward - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
-      want[len(tokens) :] = 0
-      np.testing.assert_allclose(out.batch.advantages[p, g], want, atol=1e-4)
+        expected[: last + 1] += (reward - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+      expected[len(tokens) :] = 0
+      np.testing.assert_allclose(out.batch.advantages[p, g], expected, atol=1e-4)
 
 
 def test_several_rewards_are_normalized_apart(params):
@@ -362,9 +362,9 @@ def test_several_rewards_are_normalized_apart(params):
     r = out.scored.scores.per_name[name]
     spread = r.std(-1, ddof=1, keepdims=True)
     total += weight * (r - r.mean(-1, keepdims=True)) / (spread + 1e-4)
-  want = (total - total.mean()) / (total.std(ddof=1) + 1e-4)
-  want = want[(np.abs(want) > 1e-3).any(-1)]
-  np.testing.assert_allclose(out.batch.advantages[: len(want)], want, atol=1e-3)
+  expected = (total - total.mean()) / (total.std(ddof=1) + 1e-4)
+  expected = expected[(np.abs(expected) > 1e-3).any(-1)]
+  np.testing.assert_allclose(out.batch.advantages[: len(expected)], expected, atol=1e-3)
 
 
 # --- padding --------------------------------------------------------------------------------------
@@ -398,9 +398,11 @@ def test_shared_padding_is_cut_off_and_changes_no_update(params):
   assert short.advantages.shape == short.sampler_logp.shape == (4, 3, 20)
   assert padded == pytest.approx(1 - (3 + 9 + 4 + 6 + lengths.sum()) / (4 * (20 + 3 * 20)))
   np.testing.assert_array_equal(short.prompts, batch.prompts[:, 20:])
-  (got, metrics), (want, whole) = (update(params, b, ALGORITHMS["dapo"]) for b in (short, batch))
-  assert optax.tree.norm(want) > 1e-3
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+  (actual, metrics), (expected, whole) = (
+    update(params, b, ALGORITHMS["dapo"]) for b in (short, batch)
+  )
+  assert optax.tree.norm(expected) > 1e-3
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
   for name, value in whole.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -424,8 +426,8 @@ def test_the_padded_share_is_measured(params):
   lengths, spread = out.scored.out.lengths, has_variance(out.scored.scores.total)
   assert spread.sum() == 4
   # in the update: four prompts of two tokens, in a batch of six with room for 4 + 4 * 6 tokens
-  want = 1 - (4 * 2 + lengths[spread].sum()) / (6 * (4 + 4 * 6))
-  assert out.metrics["update/padded"] == pytest.approx(want)
+  expected = 1 - (4 * 2 + lengths[spread].sum()) / (6 * (4 + 4 * 6))
+  assert out.metrics["update/padded"] == pytest.approx(expected)
 
 
 def test_examples_are_a_list_unless_they_are_drawn_again(params):

@@ -149,9 +149,11 @@ def test_a_kernel_matches_the_definition_and_the_gradients_of_blocks(name, case,
   attend = partial(IN_PLACE[name], window=case.window, **case.options)
   mixed, *gradients = values_and_gradients(case, attend, arrays)
   np.testing.assert_allclose(mixed, one_query_after_another(case, *arrays), atol=1e-5)
-  for got, want in zip(gradients, values_and_gradients(case, plain(case), arrays)[1:], strict=True):
-    assert jnp.abs(want).max() > 0.1
-    np.testing.assert_allclose(got, want, atol=1e-5)
+  for actual, expected in zip(
+    gradients, values_and_gradients(case, plain(case), arrays)[1:], strict=True
+  ):
+    assert jnp.abs(expected).max() > 0.1
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*IN_PLACE, "tiled"])
@@ -164,8 +166,8 @@ def test_padding_is_not_seen(name):
     IN_PLACE[name], window=case.window, **case.options
   )  # fmt: skip
   clean, dirty = (values_and_gradients(case, attend, a) for a in (arrays, poisoned))
-  for got, want in zip(dirty, clean, strict=True):
-    np.testing.assert_allclose(got, want, atol=1e-5)
+  for actual, expected in zip(dirty, clean, strict=True):
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
   for gradient in dirty[1:]:
     assert not np.asarray(gradient)[~case.real].any()
 
@@ -255,8 +257,8 @@ def test_a_model_with_a_kernel_is_the_same_model(name, remat):
 
     return jax.jit(everything, compiler_options=QUICK)(params)
 
-  got, want = compute(attention=by_layer(IN_PLACE[name])), compute()
-  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+  actual, expected = compute(attention=by_layer(IN_PLACE[name])), compute()
+  for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
@@ -288,11 +290,11 @@ def test_each_device_computes_its_own_prompts_and_heads(name, tensor):
   attend = partial(meshes.over_mesh(mesh, IN_PLACE[name]), window=case.window, **case.options)
   arrays = case.arrays()
   split = jax.device_put(arrays, meshes.batch_sharding(mesh))
-  got, want = (
+  actual, expected = (
     values_and_gradients(case, attend, split),
     values_and_gradients(case, plain(case), arrays),
   )
-  for one, other in zip(got, want, strict=True):
+  for one, other in zip(actual, expected, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5)
   traced = jax.jit(partial(attend, prompt_mask=jnp.asarray(case.mask))).trace(*split)
   compiled = traced.lower().compile().as_text()
@@ -449,6 +451,6 @@ def test_the_costlier_of_two_branches_counts():
 def test_cudnn_itself(name):
   case = dataclasses.replace(CASES[name], dim=64)
   arrays = [a.astype(jnp.bfloat16) for a in case.arrays()]
-  got = values_and_gradients(case, partial(cudnn, window=case.window, **case.options), arrays)
-  for one, other in zip(got, values_and_gradients(case, plain(case), arrays), strict=True):
+  actual = values_and_gradients(case, partial(cudnn, window=case.window, **case.options), arrays)
+  for one, other in zip(actual, values_and_gradients(case, plain(case), arrays), strict=True):
     np.testing.assert_allclose(np.float32(one), np.float32(other), atol=0.1, rtol=0.05)
