@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.core.corrections import CORRECTIONS
 from grpo_jax.core.kl import KLS
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.core.masks import AVERAGES, token_weights
@@ -127,17 +128,33 @@ PER_TOKEN = noise(8, 1.0).astype(np.float32)
 
 
 def recorded(logp):
-  """Returns old, sampler and reference log-probs, all different from `logp`."""
+  """Returns old, sampler, reference and teacher log-probs, all different from `logp`."""
   old = logp + noise(2)
-  return {"old": old, "sampler": old + noise(3), "ref": logp + noise(4)}
+  others = {"ref": logp + noise(4), "teacher": logp + noise(5)}
+  return {"old": old, "sampler": old + noise(3), **others}
 
 
-def paper_loss(a, logp, advantages, old, sampler, ref):
+def later_penalties(penalty):
+  """Returns the sum from each slot on, minus the mean of that of the others of its group there."""
+  slots = np.asarray(with_gaps(penalty, fill=0))
+  total = np.cumsum(slots[..., ::-1], -1)[..., ::-1]
+  others = (total.sum(1, keepdims=True) - total) / (G - 1)
+  return without_gaps(total - others)
+
+
+def paper_loss(a, logp, advantages, old, sampler, ref, teacher):
   """Returns the loss of an algorithm over rows without gaps, from the formulas of the papers."""
   lengths = REAL.sum(1, keepdims=True)
   constant = jax.lax.stop_gradient
-  ratio = jnp.exp(logp - old)
-  log_mean = jnp.where(REAL, logp - old, 0).sum(1, keepdims=True) / np.maximum(lengths, 1)
+
+  def mean(x):
+    return jnp.where(REAL, x, 0).sum(1, keepdims=True) / np.maximum(lengths, 1)
+
+  if a.kl_in == "reward":  # RLOO, eq. 3
+    advantages = advantages - a.beta * later_penalties(old - ref)
+  advantages = advantages + a.teacher_weight * (teacher - old)
+  anchor = sampler if a.anchor == "sampler" else old
+  ratio, log_mean = jnp.exp(logp - anchor), mean(logp - anchor)
   if a.ratio == "sequence":  # GSPO, eq. 7
     ratio = jnp.exp(log_mean) + jnp.zeros_like(logp)
   if a.ratio == "sequence_token":  # GSPO, eq. 14
@@ -156,13 +173,20 @@ def paper_loss(a, logp, advantages, old, sampler, ref):
     tau = jnp.where(advantages > 0, a.tau_positive, a.tau_negative)
     objective = 4 / tau / (1 + jnp.exp(-tau * (ratio - 1))) * advantages
   elif a.trust_region == "dppo_tv":
-    change = jnp.exp(constant(logp)) - jnp.exp(old)
+    change = jnp.exp(constant(logp)) - jnp.exp(anchor)
     moved = jnp.where(advantages > 0, change > a.divergence, change < -a.divergence)
     weight = jnp.where(moved, 0.0, jnp.minimum(constant(ratio), a.ratio_max))
     objective = weight * advantages * logp
   between = jnp.exp(old - sampler)
   if a.correction == "token_truncate":
     objective = objective * jnp.minimum(between, a.correction_max)
+  elif a.correction == "geometric_mask":
+    between = jnp.exp(mean(old - sampler))
+    inside = (between >= a.geometric_min) & (between <= a.geometric_max)
+    objective = jnp.where(inside, objective, 0)
+  elif a.correction == "off_policy_mask":
+    far = mean(sampler - constant(logp)) > a.off_policy_max
+    objective = jnp.where(far & (advantages < 0), 0, objective)
   elif a.correction != "none":
     if a.correction == "sequence_mask":
       between = jnp.prod(jnp.where(REAL, between, 1), 1, keepdims=True)
@@ -173,13 +197,18 @@ def paper_loss(a, logp, advantages, old, sampler, ref):
   kl = {
     "none": 0.0, "k1": d, "k2": d**2 / 2, "k3": k3,
     "k3_k2_gradient": constant(k3) + d**2 / 2 - constant(d**2 / 2),
-    "k3_ratio": k3 * jnp.exp(logp - old),
+    "k3_ratio": k3 * jnp.exp(logp - anchor),
   }[a.kl]  # fmt: skip
+  penalty = a.sampler_penalty * (logp - sampler) ** 2
+  if a.kl_in == "loss":
+    penalty = penalty + a.beta * kl
+  of_group = np.repeat(lengths.reshape(P, G).sum(1), G)[:, None]
   weights = {
     "sequence": 1 / (ROWS * np.maximum(lengths, 1)), "token": 1 / REAL.sum(),
     "constant": 1 / (ROWS * BUDGET),
+    "prompt": 1 / (P * of_group),
   }[a.average]  # fmt: skip
-  return -jnp.where(REAL, weights * (objective - a.beta * kl), 0).sum()
+  return -jnp.where(REAL, weights * (objective - penalty), 0).sum()
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -197,6 +226,12 @@ CASES = {
     name: dataclasses.replace(ALGORITHMS["dapo"], correction=name, **BOUNDS)
     for name in ("token_mask", "sequence_mask")
   },
+  "geometric_mask": dataclasses.replace(
+    ALGORITHMS["dapo"], correction="geometric_mask", geometric_min=0.9, geometric_max=1.1
+  ),
+  "off_policy_mask": dataclasses.replace(
+    ALGORITHMS["dapo"], correction="off_policy_mask", off_policy_max=0.1
+  ),
   "token_truncate": dataclasses.replace(
     ALGORITHMS["cispo"], correction="token_truncate", correction_max=1.2
   ),
@@ -251,11 +286,35 @@ def test_metrics_count_the_policys_tokens_alone(name, logp):
     np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-7, err_msg=key)
 
 
+def test_every_choice_has_a_case():
+  for kind, table in {"kl": KLS, "correction": CORRECTIONS, "average": AVERAGES}.items():
+    assert {getattr(row, kind) for row in CASES.values()} == {*table}
+
+
+def test_terms_with_arrays_of_their_own_leave_observations_out(logp):
+  """The entropy bonus and the likelihood of right answers, whose first gradient is by hand."""
+  row = dataclasses.replace(ALGORITHMS["dapo"], entropy_bonus=0.5, nll_weight=2.0, right_above=0.5)
+  right = np.arange(ROWS) % 2 == 0
+  count = REAL[right].sum()
+  of_right = np.where(right[:, None] & REAL, 1 / count, 0)
+
+  def loss(x, entropy):
+    arrays = poisoned(row, logp) | {"nll_weights": with_gaps(of_right)}
+    return policy_loss(row, x, jnp.zeros((P, G)), OWN, entropy=entropy, **arrays)[0]
+
+  of_logp, of_entropy = jax.grad(loss, (0, 1))(with_gaps(logp), with_gaps(jnp.abs(noise(6))))
+  np.testing.assert_allclose(without_gaps(of_entropy)[REAL], -0.5 / REAL.sum(), rtol=1e-5)
+  np.testing.assert_allclose(without_gaps(of_logp)[REAL], -2.0 * of_right[REAL], rtol=1e-5)
+  assert (np.asarray(of_logp)[~OWN] == 0).all()
+  assert (np.asarray(of_entropy)[~OWN] == 0).all()
+
+
 def test_averages_by_hand():
   """Two rows of 2 and 3 tokens of the policy, with 2 observation tokens between them each."""
   mask = jnp.array([[[1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 1, 0]]], bool)
   for average, (first, second) in {
     "sequence": (1 / 4, 1 / 6), "token": (1 / 5, 1 / 5), "constant": (1 / 20, 1 / 20),
+    "prompt": (1 / 5, 1 / 5),
   }.items():  # fmt: skip
     weights = token_weights(mask, average, max_length=10)
     rows = [[first, 0, 0, first, 0, 0], [second, second, 0, 0, second, 0]]
