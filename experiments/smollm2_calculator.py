@@ -14,10 +14,10 @@ It has to choose the operation and to copy both numbers. A tenth of the problems
 share no pair of numbers with the others. The file was written by `calculator/make_problems.py`.
 
 Hardware  2 CPU cores, float32
-Time      18 minutes, most of it waiting for cores that other work had: 8 minutes of CPU time
+Time      5 minutes
 Result    greedy accuracy on the 100 held-out problems: 0.490 before (standard error 0.050), 1.000
-          after 16 steps with seed 0; of sampled answers, 0.19 are right in the first step and 1.00
-          in the sixth. Products 0.60 -> 1.00, differences 0.40 -> 1.00
+          after 16 steps with seeds 0 and 1; of sampled answers, 0.19 and 0.22 are right in the
+          first step, 0.92 and 0.98 in the seventh. Products 0.60 -> 1.00, differences 0.40 -> 1.00
 Command   python -m grpo_jax.train --config experiments/smollm2_calculator.py --workdir runs/calc
           (other seeds with --config.seed=1)
 

@@ -14,15 +14,17 @@ is 1 if it passes all of them. The constants of held-out problems are never trai
 was written by `functions/make_problems.py`.
 
 Hardware  2 CPU cores, float32; Linux, for the sandbox
-Time      10 minutes, most of it waiting for cores that other work had
+Time      5 minutes
 Result    greedy accuracy on the 116 held-out problems: 0.276 before (standard error 0.042), 1.000
-          after 20 steps with seed 0; of sampled answers, 0.20 are right in the first step and 0.95
+          after 20 steps with seed 0; of sampled answers, 0.10 are right in the first step and 0.98
           in the fifth
 Command   python -m grpo_jax.train --config experiments/smollm2_functions.py --workdir runs/code
           (other seeds with --config.seed=1)
 
-The untrained model mostly multiplies: `x * 168` for "166, 167, 168". The two tests beyond the shown
-values are there for programs that would only list the three.
+The untrained model mostly multiplies: `x * 168` for "166, 167, 168". With 8 prompts per step,
+temperature 1.0 and a learning rate of 6e-5, seed 0 learned both kinds as well, and seed 1 only
+products: it wrote `x * c` for all problems after four steps, and no group had both right and wrong
+answers.
 """
 
 from pathlib import Path
@@ -45,12 +47,12 @@ def get_config():
       eval_fraction=0.3,
     )
   c.eval.batch_prompts = 60
-  c.rollout.prompts_per_step = 8
+  c.rollout.prompts_per_step = 16
   c.rollout.group_size = 8
   c.rollout.completion_length = 8
-  c.rollout.temperature = 1.0
+  c.rollout.temperature = 1.2
   c.algorithm.name = "dapo"
-  c.optimizer.learning_rate = 6e-5
+  c.optimizer.learning_rate = 4e-5
   c.optimizer.schedule = "linear"
   c.optimizer.warmup_steps = 2
   return c

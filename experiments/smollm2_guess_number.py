@@ -21,9 +21,14 @@ Result    not finished: see docs/results.md for what has been run
 Command   python -m grpo_jax.train --config experiments/smollm2_guess_number.py --workdir runs/guess
           (other seeds with --config.seed=1)
 
-With the reward 1 for a number that is found, one advantage per game and a learning rate of 6e-5,
-the entropy fell from 1.05 to 0.17 nats in seven steps. From the third on nearly every first guess
-was the lowest number, after which at most 4 of 9 numbers can be found in three turns.
+Settings that were tried with seed 0, 8 games per step:
+
+- Reward 1 for a number that is found, one advantage per game, a learning rate of 6e-5: the entropy
+  fell from 1.05 to 0.17 nats in seven steps. From the third on nearly every first guess was the
+  lowest number, after which at most 4 of 9 numbers can be found.
+- Turn rewards, 4e-5, temperature 1.0, and a shown game that begins with the lowest number: 0.323
+  -> 0.455 (standard error 0.050) in 30 steps. The model used the answers, but nearly always began
+  with the second lowest number.
 """
 
 from grpo_jax.config import default_config
@@ -35,17 +40,17 @@ def get_config():
   c.steps = 30
   c.task.name = "guess_number"
   with c.unlocked():
-    c.task.settings.update(ranges=90, eval_fraction=0.12, games=1, reward="turns")
+    c.task.settings.update(ranges=90, eval_fraction=0.12, games=1, seed=58, reward="turns")
   c.eval.batch_prompts = 50
-  c.rollout.prompts_per_step = 8
+  c.rollout.prompts_per_step = 12
   c.rollout.group_size = 8
   c.rollout.completion_length = 24
-  c.rollout.temperature = 1.0
+  c.rollout.temperature = 1.1
   c.episode.turns = 3
   c.episode.turn_length = 5
   c.algorithm.name = "dapo"
   c.algorithm.advantage = "turn_advantages"
-  c.optimizer.learning_rate = 4e-5
+  c.optimizer.learning_rate = 3e-5
   c.optimizer.schedule = "linear"
   c.optimizer.warmup_steps = 3
   return c

@@ -165,17 +165,14 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
         if ending.reached(out.latest):
           break
         out.start_step()
-        params = run.to_sampling_params(state.params)
-        examples = run.examples(step, state.counts)
+        params, examples = run.to_sampling_params(state.params), run.examples(step, state.counts)
         rollout = collect(run.sampler, params, examples, score, run.key(step), run.rollout)
-      if step == start:
-        _check_scored(run, rollout)
+      _check_scored(run, rollout, is_first=step == start)
       with jax.transfer_guard("disallow"):  # the batch is on the device already
         state, values = update(state, rollout.batch, step)
-      state, of_problems = run.counted(state, step, rollout.accuracy)
-      values = rollout.metrics | values | of_problems
+      state, counts = run.counted(state, step, rollout.accuracy)
       watch.report(out.print)
-      out.write_step(step, values, rollout.samples, rollout.num_tokens)
+      out.write_step(step, rollout.metrics | values | counts, rollout.samples, rollout.num_tokens)
       stop = signals.of_any_host()
       if stop or update.trouble or run.saves_at(step + 1):
         out.save(step + 1, state)
@@ -235,9 +232,10 @@ def _log_settings(c: ConfigDict) -> dict[str, int]:
   }
 
 
-def _check_scored(run: Run, rollout: Rollout) -> None:
+def _check_scored(run: Run, rollout: Rollout, is_first: bool) -> None:
   """Ends a run that cannot learn: its first step has no scored completion on any host."""
-  if rollout.metrics["frac_unscored"] == 1 and not run.config.rewards.allow_unscored:
+  unscored = is_first and rollout.metrics["frac_unscored"] == 1
+  if unscored and not run.config.rewards.allow_unscored:
     if rollout.metrics.get("episode/failed") == 1:
       raise UnscoredError(
         "none of the episodes of the first step was scored: the environment failed in all of them. "

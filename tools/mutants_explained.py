@@ -14,17 +14,17 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "mean = rewards.sum(-1, keepdims=True) / jnp.maximum(scored.sum(-1, keepdims=True), 1) #3": {
     "1 -> 2": "divides, in the end, the centered reward of a group with fewer than two: 0",
   },
-  "logprobs.py: TILE_ELEMENTS = 2**22": {
+  "tiles.py: TILE_ELEMENTS = 2**22": {
     "2 -> -2": "the same number",
   },
   "logprobs.py: "
   "entropy = -jnp.sum(jnp.exp(logps) * jnp.where(jnp.isneginf(logps), 0.0, logps), axis=-1)": {
     "0.0 -> 1": "multiplied by a probability of 0",
   },
-  "logprobs.py: flat = jnp.where(rows[:, None], flat, 0.0)": {
+  "tiles.py: flat = jnp.where(rows[:, None], flat, 0.0)": {
     "0.0 -> 1": "results of these rows are replaced, their cotangents are 0; it has to be finite",
   },
-  "logprobs.py: return jnp.where(jnp.isneginf(top), 0.0, top)": {
+  "tiles.py: return jnp.where(jnp.isneginf(top), 0.0, top)": {
     "0.0 -> 1": "subtracted from -inf only; it has to be finite",
   },
   "logprobs.py: shift = jnp.where(total > 0, top - base, 0.0)": {

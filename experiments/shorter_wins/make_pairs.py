@@ -7,24 +7,17 @@ two correct ones.
 Command   python experiments/shorter_wins/make_pairs.py
 """
 
-import importlib.util
 import json
 import random
 from pathlib import Path
+
+from reward import value  # reward.py in the folder of this program
 
 PAIRS, QUESTIONS = 1000, 400
 # The solved examples show that answers differ in length.
 EXAMPLES = "Q: 21 + 34\nA: 55\nQ: 40 + 17\nA: 40 plus 17 is 57.\n"
 STYLES = (" {c}", " {a} + {b} = {c}", " {a} plus {b} is {c}.", " The sum of {a} and {b} is {c}.")
 HERE = Path(__file__).parent
-
-
-def load_rule():
-  """Returns the function `value` of reward.py."""
-  spec = importlib.util.spec_from_file_location("reward", HERE / "reward.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.value
 
 
 def prompt_of(a, b):
@@ -40,22 +33,22 @@ def answer_of(rng, a, b):
   return rng.choice(STYLES).format(a=a, b=b, c=c)
 
 
-def make_pair(rng, rule, a, b):
+def make_pair(rng, a, b):
   """Returns a pair whose answers have different rewards."""
   while True:
     answers = [answer_of(rng, a, b) for _ in range(2)]
-    low, high = sorted(answers, key=lambda text: rule(text, a + b))
-    if rule(low, a + b) < rule(high, a + b):
+    low, high = sorted(answers, key=lambda text: value(text, a + b))
+    if value(low, a + b) < value(high, a + b):
       return {"prompt": prompt_of(a, b), "chosen": high, "rejected": low}
 
 
 def make_rows():
   """Returns the pairs and the questions."""
-  rng, rule = random.Random(0), load_rule()
+  rng = random.Random(0)
   numbers = range(10, 100)
   sums = rng.sample([(a, b) for a in numbers for b in numbers if a <= b], PAIRS + QUESTIONS)
   sums = [pair if rng.random() < 0.5 else pair[::-1] for pair in sums]
-  pairs = [make_pair(rng, rule, a, b) for a, b in sums[:PAIRS]]
+  pairs = [make_pair(rng, a, b) for a, b in sums[:PAIRS]]
   questions = [{"prompt": prompt_of(a, b), "answer": a + b} for a, b in sums[PAIRS:]]
   return pairs, questions
 

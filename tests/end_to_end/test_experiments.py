@@ -97,6 +97,8 @@ def test_an_experiment_takes_a_step(path, tmp_path, data_dir, reward_model, mode
     sizes.append(f"--config.task.settings.data_dir={data_dir}")
   if task.settings.get("tool_settings", {}).get("format") == "hermes":
     sizes.append(f"--config.model.source={model_with_tools}")
+  if experiment.episode.turn_length:
+    sizes += ["--config.episode.turn_length=0", "--config.episode.observation_length=0"]
   if experiment.reward_model.source:
     sizes.append(f"--config.reward_model.source={reward_model}")
   if experiment.teacher.source:
@@ -141,8 +143,9 @@ def test_a_learned_reward_stands_beside_the_true_one(tmp_path, reward_model):
   assert math.isfinite(row["critic/loss"])
 
 
-def test_the_pairs_of_the_learned_reward_are_decided_by_its_rule():
+def test_the_pairs_of_the_learned_reward_are_decided_by_its_rule(monkeypatch):
   folder = Path("experiments/shorter_wins")
+  monkeypatch.syspath_prepend(folder)
   scope = runpy.run_path(str(folder / "make_pairs.py"))
   pairs, questions = scope["make_rows"]()
   for name, rows in (("pairs", pairs), ("questions", questions)):
@@ -165,9 +168,9 @@ def test_the_pairs_of_the_learned_reward_are_decided_by_its_rule():
 
 @pytest.mark.parametrize("program", sorted(Path("experiments").glob("*/make_*.py")), ids=str)
 def test_a_file_of_problems_is_what_its_program_writes(program, tmp_path):
-  copy = tmp_path / program.name
-  shutil.copy(program, copy)
-  subprocess.run([sys.executable, str(copy)], check=True)
+  for file in program.parent.glob("*.py"):
+    shutil.copy(file, tmp_path)
+  subprocess.run([sys.executable, str(tmp_path / program.name)], check=True)
   written = sorted(tmp_path.glob("*.jsonl"))
   assert written
   for file in written:
