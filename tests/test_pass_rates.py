@@ -139,7 +139,8 @@ def test_measuring_begins_where_the_counts_end(tmp_path):
 
   def answers(first):
     for i in range(first, 4):
-      yield evaluate.Answers(np.array([[i % 2, 1.0]]), None, None, None, [], i, [])
+      right = np.array([[i % 2, 1.0]])
+      yield evaluate.Answers(right, None, None, None, votes=[], missing=i, samples=[])
 
   rates.add([0], 0)
   measure(answers, rates, 4, lines.append)

@@ -1,8 +1,7 @@
 """Reads preference pairs from files, folders or data sets of the hub, and checks every row.
 
     {"prompt": "12 + 34 =", "chosen": "46", "rejected": "It is 46.", "margin": 2}
-    {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-     "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "What?"}]}
+    {"chosen": [{"role": "user", "content": "Hi"}, ...], "rejected": [...]}
 
 Texts are encoded as rewards are computed later, by `Tokenizer.encode_exchange`.
 """
