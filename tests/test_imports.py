@@ -93,8 +93,8 @@ ALLOWED = {
   "grpo_jax.run*": f"{ENGINE} grpo_jax.run grpo_jax.learning {HELPERS} {ARRAYS} {RUN}",
   # Settings.
   "grpo_jax.config": f"{HELPERS} ml_collections",
-  "experiments*": "grpo_jax.config ml_collections",
   "experiments.shorter_wins.make_pairs": "reward",  # the file beside it
+  "experiments*": "grpo_jax.config ml_collections",
   # Programs over public functions: no config and no work directory.
   "examples*": (
     "grpo_jax grpo_jax.core grpo_jax.models grpo_jax.tasks grpo_jax.environments grpo_jax.sampling "
