@@ -17,7 +17,7 @@ Each turn is rewarded with the part of the remaining numbers that its answer rul
 
 Hardware  2 CPU cores, float32
 Time      not measured
-Result    not finished: see docs/results.md for what has been run
+Result    none yet: no run with these settings has ended
 Command   python -m grpo_jax.train --config experiments/smollm2_guess_number.py --workdir runs/guess
           (other seeds with --config.seed=1)
 
