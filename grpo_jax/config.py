@@ -519,6 +519,11 @@ def resolve_auto(
   return _set(config.copy_and_resolve_references(), values).lock()
 
 
+def critic_source(config: ConfigDict) -> str:
+  """Returns the source of the critic: its own, or that of the policy."""
+  return config.critic.source or config.model.source
+
+
 def teacher_sources(config: ConfigDict) -> tuple[str, ...]:
   """Returns the names of the teachers that are models of their own."""
   sources = config.teacher.source

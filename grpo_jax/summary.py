@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from grpo_jax.build import Run, critic_source
+from grpo_jax import config as configs
+from grpo_jax.build import Run
 from grpo_jax.config import function_name
 from grpo_jax.models.io.weights import Weights
 
@@ -42,8 +43,8 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       f"{m.layers} layers",
       *(
         [
-          f"critic     {critic_source(c)}: {count_parameters(run.critic_weights) / 1e6:.1f} M "
-          "parameters, with an optimizer of its own"
+          f"critic     {configs.critic_source(c)}: "
+          f"{count_parameters(run.critic_weights) / 1e6:.1f} M parameters and an optimizer"
         ]
         if run.critic
         else []

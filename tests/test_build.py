@@ -190,30 +190,6 @@ def test_a_folder_that_is_not_the_models_adapters_is_one_problem(change, words):
 PPO = ["--config.algorithm.name=ppo"]
 
 
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    (
-      ["--config.critic.clip=0.2"],
-      "critic.clip is 0.2, but algorithm.advantage 'group_centered' ha",
-    ),
-    ([*PPO, "--config.critic.source=nowhere"], "nowhere"),
-    (
-      [*PPO, "--config.critic.source=tests/fixtures/tiny_llama"],
-      r"tiny_llama' has \d+ tokens, and",
-    ),
-    ([*PPO, "--config.algorithm.gamma=2.0"], "algorithm.gamma is 2.0, it must be between 0 and 1"),
-    (
-      ["--config.rollout.group_size=1"],
-      "group_size is 1, it must be at least 2: a group of one has",
-    ),
-  ],
-)
-def test_settings_of_a_critic_that_do_not_fit(options, message):
-  with pytest.raises(ConfigError, match=message):
-    build(load("experiments/tiny.py", options))
-
-
 def test_a_critic_is_a_copy_of_the_policy_whose_values_are_0():
   run = build(load("experiments/tiny.py", [*PPO, "--config.rollout.group_size=1"]))
   state = run.initial_state()
@@ -227,34 +203,6 @@ def test_a_critic_is_a_copy_of_the_policy_whose_values_are_0():
 # --- teachers ------------------------------------------------------------------------------------
 
 TEACHER, OWN = "teacher.source=random:tiny", "teacher.source=policy"
-
-
-@pytest.mark.parametrize(
-  ("changes", "words"),
-  [
-    (["algorithm.name=opd"], "there is no teacher: set teacher.source"),
-    (["algorithm.teacher_weight=0.5"], "there is no teacher: set teacher.source"),
-    ([TEACHER], "algorithm.teacher_weight is 0, so the teacher has no effect"),
-    (["algorithm.advantage=zero_advantages"], "nothing is learned"),
-    (["algorithm.name=opd", TEACHER, "rollout.max_resamples=1"], "no group would ever do"),
-    (["algorithm.name=opd", "teacher.source=nowhere/at-all"], "nowhere/at-all"),
-    (["algorithm.name=opd", "teacher.source=tests/fixtures/tiny_llama"], "another tokenizer"),
-    (["algorithm.name=opd", "teacher.source=[1]"], "the name of a model, or a list of names"),
-    (["algorithm.name=opd", TEACHER, "algorithm.teacher_weight=-1.0"], "at least 0"),
-    (["algorithm.name=opd", TEACHER, "algorithm.teacher_discount=1.5"], "between 0 and 1"),
-    (["algorithm.name=opd", "teacher.source=reference"], "reference.sync_every is 0"),
-    (["algorithm.name=opd", OWN, "algorithm.teacher_divergence=1"], "a model of its own"),
-    (["algorithm.name=opd", OWN, "teacher.template={prompt}"], "has no {solution}"),
-    (["algorithm.name=opd", OWN, "teacher.shows=answer"], "have no column of that name"),
-    (["algorithm.name=opd", OWN, "teacher.shows=both"], "'sibling' or 'answer'"),
-    (["algorithm.name=opd", OWN, "teacher.prompt_length=99999"], "exceeds the context"),
-    (["algorithm.kl_in=rewards"], "unknown kl_in 'rewards'; known: loss, reward"),
-  ],
-)
-def test_a_teacher_that_does_not_fit_is_named(changes, words):
-  with pytest.raises(ConfigError) as caught:
-    make_run(*changes)
-  assert any(words in problem for problem in caught.value.problems)
 
 
 def test_teachers_are_opened_and_laid_out_like_the_policy():

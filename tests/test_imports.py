@@ -80,7 +80,9 @@ ALLOWED = {
   "grpo_jax.episodes": (
     f"{ENGINE} grpo_jax.sampling grpo_jax.tokens grpo_jax.observations {TASKS} {HELPERS} {ARRAYS}"
   ),
-  "grpo_jax.demonstrations": "grpo_jax.tasks.base grpo_jax.tokens numpy jaxtyping",
+  "grpo_jax.demonstrations": (
+    "grpo_jax.tasks.base grpo_jax.tasks.messages grpo_jax.tokens numpy jaxtyping"
+  ),
   "grpo_jax.rollout": (
     f"{ENGINE} grpo_jax.learning grpo_jax.sampling grpo_jax.tokens grpo_jax.episodes "
     f"grpo_jax.demonstrations {TASKS} {HELPERS} {ARRAYS}"

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from grpo_jax import build, rollout, tasks
+from grpo_jax import build, misfits, rollout, tasks
 from grpo_jax import config as configs
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
@@ -242,7 +242,7 @@ class Programs:
     r = self.config.rollout
     rows = (prompts, r.group_size, r.completion_length)
     by_token = self.critic is not None or self.algorithm.entropy_share is not None
-    per_token = build.rewards_steps(self.algorithm) or by_token
+    per_token = "steps" in self.algorithm.rewards or by_token
     of_critic = self._rows(*rows) if self.critic else None
     logp = self._rows(*rows) if scored else None
     return Batch(
@@ -369,10 +369,10 @@ def open_programs(
   adapters = attempt(lambda: build.new_adapters_of(c.lora, weights)) if shape else None
   values = None
   if algorithm and "values" in algorithm.rewards:
-    values = attempt(lambda: config_of(build.critic_source(c)))
+    values = attempt(lambda: config_of(configs.critic_source(c)))
   teachers = [attempt(lambda source=s: config_of(source)) for s in configs.teacher_sources(c)]
   if algorithm:
-    problems += build.teacher_misfits(c, algorithm)
+    problems += misfits.teacher_misfits(c, algorithm)
   prompts = prompts or attempt(lambda: read_prompts(c))
   if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:
     problems.append(
