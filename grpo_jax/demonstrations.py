@@ -6,12 +6,12 @@ wrote without the solution are those of a teacher.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
 from grpo_jax.tasks.base import Example, Prompt
+from grpo_jax.tasks.messages import plain_messages
 from grpo_jax.tokens import AnyTokenizer, encode_prompt
 
 
@@ -105,12 +105,5 @@ class Demonstrations:
 
     if isinstance(prompt, str):
       return fill(prompt)
-    *turns, last = prompt
-    return [*turns, {**last, "content": fill(_text(last["content"]))}]
-
-
-def _text(content: Any) -> str:
-  """Returns the text of a message, whose content may be a list of parts."""
-  if isinstance(content, str):
-    return content
-  return "".join(part.get("text", "") for part in content or [])
+    *turns, last = plain_messages([*prompt])
+    return [*turns, {**last, "content": fill(last["content"])}]

@@ -22,14 +22,13 @@ from grpo_jax.core.advantages import (
   lookup_advantage,
   right_only,
 )
-from grpo_jax.core.checks import Array, lookup
+from grpo_jax.core.checks import Array, check_share, lookup
 from grpo_jax.core.corrections import CORRECTIONS, WEIGHING, lookup_correction
 from grpo_jax.core.kl import KLS
 from grpo_jax.core.log_ratios import BASELINES
 from grpo_jax.core.masks import AVERAGES, high_entropy, token_weights
 from grpo_jax.core.ratios import ANCHORS, RATIOS
 from grpo_jax.core.trust_regions import TRUST_REGIONS
-from grpo_jax.core.values import check_share
 
 _CHOICES = {
   "advantage": ADVANTAGES,

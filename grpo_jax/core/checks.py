@@ -102,6 +102,12 @@ def check_positive(name: str, value: float) -> None:
     raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
+def check_share(name: str, value: float) -> None:
+  """Raises ValueError for a number outside [0, 1]. Traced values pass."""
+  if isinstance(value, int | float | np.number) and not 0 <= value <= 1:
+    raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
 def lookup(kind: str, table: dict, choice: object) -> object:
   """Returns `table[choice]`; a callable stands for itself, so that it needs no table entry.
 

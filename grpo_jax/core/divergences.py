@@ -9,15 +9,14 @@ from jaxtyping import Bool, Float
 
 from grpo_jax.core.checks import Array
 from grpo_jax.core.tiles import (
-  as_bits,
   broadcastable,
   check_head,
   finite_top,
   fold_head,
   fold_rows,
+  gradients_of_tiles,
   over_tiles,
   row_shards_of,
-  shard_axes,
   tile_logits,
 )
 
@@ -177,12 +176,10 @@ def _kl(logp, other):
 
 def _backward(beta, temperature, softcaps, saved, cotangent):
   hidden, head, teacher_hidden, teacher_head, normalizer, of_policy = saved
-  s, b = shard_axes(hidden, head)
   dtype = of_policy.dtype
   of_policy, cotangent = broadcastable(of_policy, head), broadcastable(cotangent, head)
 
-  def body(carry, start, width):
-    d_hidden, d_head = carry
+  def slopes(start, width):
     z, slope, tile = tile_logits(hidden, head, start, width, temperature, softcaps[0], dtype)
     teacher_z, _, _ = tile_logits(
       teacher_hidden, teacher_head, start, width, temperature, softcaps[1], dtype
@@ -195,20 +192,9 @@ def _backward(beta, temperature, softcaps, saved, cotangent):
       _, mixed = _targets(logp, teacher_logp, beta)
       weight = 1.0 if beta == 1 else 1.0 - beta
       d_z = weight * jnp.where(p > 0, p * (logp - mixed - of_policy), 0.0)
-    d_raw = (cotangent * d_z * slope).astype(hidden.dtype)
-    d_hidden += jnp.einsum(f"{s}r{b}w,{b}wd->{b}{s}rd", d_raw, tile, preferred_element_type=dtype)
-    d_tile = jnp.einsum(f"{s}r{b}w,{s}rd->{s}{b}wd", d_raw, hidden, preferred_element_type=dtype)
-    d_tile = as_bits(d_tile.astype(head.dtype))
-    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=-2)
+    return cotangent * d_z * slope, tile
 
-  carry = (
-    jnp.zeros((*head.shape[:-2], *hidden.shape), dtype),
-    as_bits(jnp.empty((*hidden.shape[:-2], *head.shape), head.dtype)),
-  )
-  d_hidden, d_head = over_tiles(body, carry, hidden, head)
-  d_head = d_head.view(head.dtype)
-  d_hidden, d_head = d_hidden.sum(0) if b else d_hidden, d_head.sum(0) if s else d_head
-  return d_hidden.astype(hidden.dtype), d_head, None, None
+  return *gradients_of_tiles(slopes, hidden, head, dtype), None, None
 
 
 _tiled.defvjp(_forward, _backward)

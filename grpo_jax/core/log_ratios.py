@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from grpo_jax.core.checks import Array, as_float, as_mask, check_shape, lookup
+from grpo_jax.core.values import discounted_sum
 
 
 def log_ratio_advantages(
@@ -100,12 +101,7 @@ def sum_later(
     raise ValueError(f"discount must be between 0 and 1, got {discount}")
   total = values
   if discount > 0:  # a discount of 0 must not multiply an infinite value
-
-    def join(later: tuple, earlier: tuple) -> tuple:
-      return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
-
-    factors = jnp.where(mask, discount, 1.0).astype(values.dtype)
-    _, total = jax.lax.associative_scan(join, (factors, values), reverse=True, axis=values.ndim - 1)
+    total = discounted_sum(values, mask, discount)
   return jax.lax.stop_gradient(jnp.where(mask, coefficient * subtract(total), 0.0))
 
 

@@ -9,15 +9,14 @@ from jaxtyping import Bool, Float, Int
 
 from grpo_jax.core.checks import Array, as_float, as_tokens, check_positive
 from grpo_jax.core.tiles import (
-  as_bits,
   broadcastable,
   check_head,
   finite_top,
   fold_head,
   fold_rows,
+  gradients_of_tiles,
   over_tiles,
   row_shards_of,
-  shard_axes,
   soft_cap_and_slope,
   tile_logits,
 )
@@ -209,32 +208,19 @@ def _tiled_forward(hidden, head, tokens, temperature, softcap):
 
 def _tiled_backward(temperature, softcap, saved, cotangents):
   hidden, head, tokens, logsumexp, entropy = saved
-  s, b = shard_axes(hidden, head)
   dtype = logsumexp.dtype
   per_row = (logsumexp, entropy, *cotangents)
   logsumexp, entropy, d_logp, d_entropy = (broadcastable(each, head) for each in per_row)
 
-  def body(carry, start, width):
-    d_hidden, d_head = carry
+  def slopes(start, width):
     z, slope, tile = tile_logits(hidden, head, start, width, temperature, softcap, dtype)
     logps = z - logsumexp
     p = jnp.exp(logps)
     surprise = jnp.where(p > 0, p * (logps + entropy), 0.0)
     d_z = d_logp * (_is_token(tokens, head, start, width) - p) - d_entropy * surprise
-    d_raw = (d_z * slope).astype(hidden.dtype)
-    d_hidden += jnp.einsum(f"{s}r{b}w,{b}wd->{b}{s}rd", d_raw, tile, preferred_element_type=dtype)
-    d_tile = jnp.einsum(f"{s}r{b}w,{s}rd->{s}{b}wd", d_raw, hidden, preferred_element_type=dtype)
-    d_tile = as_bits(d_tile.astype(head.dtype))
-    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=-2)
+    return d_z * slope, tile
 
-  carry = (
-    jnp.zeros((*head.shape[:-2], *hidden.shape), dtype),
-    as_bits(jnp.empty((*hidden.shape[:-2], *head.shape), head.dtype)),
-  )
-  d_hidden, d_head = over_tiles(body, carry, hidden, head)
-  d_head = d_head.view(head.dtype)
-  d_hidden, d_head = d_hidden.sum(0) if b else d_hidden, d_head.sum(0) if s else d_head
-  return d_hidden.astype(hidden.dtype), d_head, None
+  return *gradients_of_tiles(slopes, hidden, head, dtype), None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)

@@ -126,3 +126,38 @@ def tile_logits(hidden, head, start, width, temperature, softcap, dtype):
 def finite_top(top: jax.Array) -> jax.Array:
   """Returns the largest logits, `top`, with 0 for -inf, so that they can be subtracted."""
   return jnp.where(jnp.isneginf(top), 0.0, top)
+
+
+def gradients_of_tiles(
+  slopes: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]],
+  hidden: jax.Array,
+  head: jax.Array,
+  dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradients with respect to hidden states and head, from those of the raw logits.
+
+  Args:
+    slopes: maps (start, width) of a tile to the gradient of `hidden @ head` there, float32 or
+      wider, and the tile of the head.
+    hidden, head: as `fold_rows` and `fold_head` return them.
+    dtype: of the sums.
+  """
+  s, b = shard_axes(hidden, head)
+
+  def body(carry: tuple, start: jax.Array, width: int) -> tuple:
+    d_hidden, d_head = carry
+    d_raw, tile = slopes(start, width)
+    d_raw = d_raw.astype(hidden.dtype)
+    d_hidden += jnp.einsum(f"{s}r{b}w,{b}wd->{b}{s}rd", d_raw, tile, preferred_element_type=dtype)
+    d_tile = jnp.einsum(f"{s}r{b}w,{s}rd->{s}{b}wd", d_raw, hidden, preferred_element_type=dtype)
+    d_tile = as_bits(d_tile.astype(head.dtype))
+    return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_tile, start, axis=-2)
+
+  carry = (
+    jnp.zeros((*head.shape[:-2], *hidden.shape), dtype),
+    as_bits(jnp.empty((*hidden.shape[:-2], *head.shape), head.dtype)),
+  )
+  d_hidden, d_head = over_tiles(body, carry, hidden, head)
+  d_head = d_head.view(head.dtype)
+  d_hidden, d_head = d_hidden.sum(0) if b else d_hidden, d_head.sum(0) if s else d_head
+  return d_hidden.astype(hidden.dtype), d_head

@@ -6,10 +6,16 @@ function of the prompt and of the tokens before it. Everything is `[..., T]`, us
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float
 
-from grpo_jax.core.checks import Array, as_float, as_mask, check_positive, check_shape
+from grpo_jax.core.checks import (
+  Array,
+  as_float,
+  as_mask,
+  check_positive,
+  check_shape,
+  check_share,
+)
 from grpo_jax.core.masks import count_tokens, masked_mean, token_weights
 
 
@@ -71,17 +77,37 @@ def gae(
   values = jax.lax.stop_gradient(jnp.where(mask, values, 0.0))
   delta = jnp.where(own, rewards + gamma * _next_own(values, mask) - values, 0.0)
 
-  # A_t = delta_t + step_t A_(t+1): affine maps, whose composition is associative. A masked slot
-  # hands on what comes after it.
-  def compose(later: tuple, earlier: tuple) -> tuple:
-    (step, delta), (step_before, delta_before) = later, earlier
-    return step * step_before, delta_before + step_before * delta
-
-  steps = jnp.where(own, jnp.asarray(gamma * lam, delta.dtype), 1.0)
-  axis = delta.ndim - 1
-  _, advantages = jax.lax.associative_scan(compose, (steps, delta), reverse=True, axis=axis)
+  advantages = discounted_sum(delta, own, gamma * lam)
   advantages = jnp.where(own, advantages, 0.0)
   return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def discounted_sum(
+  values: Float[Array, "... T"], mask: Bool[Array, "... T"], discount: float
+) -> Float[Array, "... T"]:
+  """Returns `S_t = values_t + discount S_t+`, where t+ is the next slot; a masked one is free.
+
+  A masked slot hands on what comes after it, undiscounted, and its own value must be 0.
+
+  Args:
+    values: a number of each slot, 0 where masked.
+    mask: true on the policy's own tokens.
+    discount: per own token.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> mask = jnp.array([True, False, True])
+    >>> discounted_sum(jnp.array([1.0, 0.0, 2.0]), mask, 0.5).tolist()
+    [2.0, 2.0, 2.0]
+  """
+
+  # Each slot is an affine map of what comes after it, and composing such maps is associative.
+  def compose(later: tuple, earlier: tuple) -> tuple:
+    return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
+
+  factors = jnp.where(mask, jnp.asarray(discount, values.dtype), 1.0)
+  pair = (factors, values)
+  return jax.lax.associative_scan(compose, pair, reverse=True, axis=values.ndim - 1)[1]
 
 
 def gae_advantages(
@@ -218,12 +244,6 @@ def value_loss(
     "critic/clip_ratio": masked_mean(clipped, mask),
   }
   return loss, metrics
-
-
-def check_share(name: str, value: float) -> None:
-  """Raises ValueError for a number outside [0, 1]. Traced values pass."""
-  if isinstance(value, int | float | np.number) and not 0 <= value <= 1:
-    raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def _scored(rewards: jax.Array, mask: jax.Array) -> jax.Array:

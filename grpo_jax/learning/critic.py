@@ -20,13 +20,12 @@ from jaxtyping import Array, Float
 from grpo_jax.core.algorithms import Algorithm, advantages
 from grpo_jax.core.masks import masked_mean
 from grpo_jax.core.values import gae, value_loss
-from grpo_jax.distributed.mesh import Jitted, Sharding, layout_of
+from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import Batch, laid_out
 from grpo_jax.learning.deterministic import Chunks
-from grpo_jax.learning.reduction import split
-from grpo_jax.learning.step import TrainState, make_step
-from grpo_jax.models.protocol import Model, Params
+from grpo_jax.learning.step import TrainState, make_per_token, make_step
+from grpo_jax.models.protocol import Model, Params, score_of
 
 PREFIX = "critic/"
 # Of every run with a critic: of its updates, of its values before them, and of their targets.
@@ -63,9 +62,7 @@ def token_values(model: Model, params: Params, batch: Batch) -> Float[Array, "P 
     params: parameters of the trunk, and `score` [1, D], the value head.
   """
   hidden = model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
-  head = params["score"][0].astype(jnp.float32)
-  values = jnp.matmul(hidden.astype(jnp.float32), head, precision="highest")
-  return jnp.where(batch.mask, values, 0.0)
+  return jnp.where(batch.mask, score_of(params, hidden), 0.0)
 
 
 def make_values(
@@ -77,19 +74,10 @@ def make_values(
     micro_batches, chunks: as in `make_score`.
   """
 
-  def whole(params: Params, batch: Batch, base_params: Params = None):
+  def values(params: Params, batch: Batch, base_params: Params):
     return token_values(critic.model, params, batch)
 
-  if chunks:
-    return deterministic.make_score(whole, chunks)
-
-  def values(params: Params, batch: Batch, base_params: Params = None):
-    if micro_batches == 1:
-      return whole(params, batch)
-    parts = jax.lax.map(partial(whole, params), split(batch, micro_batches))
-    return parts.swapaxes(0, 1).reshape(batch.mask.shape)
-
-  return Jitted(values, lambda params, batch, base_params=None: layout_of(batch.mask))
+  return make_per_token(values, micro_batches=micro_batches, chunks=chunks)
 
 
 def make_critic_step(
@@ -135,9 +123,7 @@ def assess(
 
   def compute(rewards: jax.Array, values: jax.Array, mask: jax.Array) -> Any:
     found = advantages(algorithm, token_rewards=rewards, values=values, mask=mask)
-    settings = {name: getattr(algorithm, name) for name in ("gamma", "lam")}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    _, returns = gae(rewards, values, mask, **settings)
+    _, returns = gae(rewards, values, mask, **algorithm.settings("advantage"))
     return found, returns, _metrics(values, returns, mask)
 
   if mesh is not None:

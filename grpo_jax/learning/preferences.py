@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.core.preferences import preference_loss
 from grpo_jax.distributed.mesh import Jitted, Sharding
 from grpo_jax.learning.step import TrainState, make_step
-from grpo_jax.models.protocol import Model, Params
+from grpo_jax.models.protocol import Model, Params, score_of
 
 CHOSEN, REJECTED = 0, 1  # of the axis of the two texts
 
@@ -59,8 +59,7 @@ def pair_rewards(model: Model, params: Params, pairs: Pairs) -> Float[Array, "P 
   hidden = model.score(params, pairs.prompts, pairs.prompt_mask, pairs.completions)
   # hidden[p, g, t] has seen the tokens before slot t: at the length of a text, all of them.
   last = jnp.take_along_axis(hidden, pairs.lengths[..., None, None], axis=2)[:, :, 0]
-  head = params["score"][0].astype(jnp.float32)
-  return jnp.matmul(last.astype(jnp.float32), head, precision="highest")
+  return score_of(params, last)
 
 
 def make_rewards(

@@ -252,19 +252,36 @@ def make_score(
     chunks: computes in these instead; see `deterministic`.
   """
 
-  def whole(params: Params, batch: Batch, base_params: Params):
+  def logp(params: Params, batch: Batch, base_params: Params):
     return score_batch(model, with_adapters(base_params, params), batch, temperature)[0]
 
+  return make_per_token(logp, micro_batches=micro_batches, chunks=chunks)
+
+
+def make_per_token(
+  function: Callable[..., Float[Array, "P G T"]],
+  *,
+  micro_batches: int = 1,
+  chunks: Chunks | None = None,
+) -> Callable[..., Float[Array, "P G T"]]:
+  """Returns `(params, batch, base_params=None) -> function(...)`, jitted, part by part.
+
+  Args:
+    function: `(params, batch, base_params)` -> a number per token; each prompt depends on itself
+      alone.
+    micro_batches, chunks: as in `make_score`.
+  """
   if chunks:
-    return deterministic.make_score(whole, chunks)
+    return deterministic.make_score(function, chunks)
 
-  def score(params: Params, batch: Batch, base_params: Params = None):
+  def call(params: Params, batch: Batch, base_params: Params = None):
     if micro_batches == 1:
-      return whole(params, batch, base_params)
-    logp = jax.lax.map(lambda part: whole(params, part, base_params), split(batch, micro_batches))
-    return logp.swapaxes(0, 1).reshape(batch.mask.shape)
+      return function(params, batch, base_params)
+    parts = split(batch, micro_batches)
+    numbers = jax.lax.map(lambda part: function(params, part, base_params), parts)
+    return numbers.swapaxes(0, 1).reshape(batch.mask.shape)
 
-  return Jitted(score, lambda params, batch, base_params=None: layout_of(batch.mask))
+  return Jitted(call, lambda params, batch, base_params=None: layout_of(batch.mask))
 
 
 @partial(jax.jit, static_argnums=1, donate_argnums=0)
@@ -297,8 +314,6 @@ def make_loss(
   Args:
     temperature, with_adapters, teachers: as in `make_train_step`.
   """
-  row = lookup_algorithm(algorithm)
-
   row = lookup_algorithm(algorithm)
 
   def loss(params: Params, batch: Batch, base_params: Params):

@@ -6,6 +6,7 @@ Nothing here knows Flax: parameters are a tree of arrays, and a model is a few f
 
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.core.checks import Array
@@ -103,3 +104,18 @@ class EpisodeModel(Model, Protocol):
         are never seen.
       prefix, prompt_mask, cache: as in `decode`.
     """
+
+
+def score_of(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+  """Returns the output of a classifier with one label at hidden states, float32.
+
+  Args:
+    params: the row `score` [1, D] is read.
+    hidden: after the final norm.
+
+  Example:
+    >>> score_of({"score": jnp.array([[1.0, 2.0]])}, jnp.array([[3.0, 0.5]])).tolist()
+    [4.0]
+  """
+  head = params["score"][0].astype(jnp.float32)
+  return jnp.matmul(hidden.astype(jnp.float32), head, precision="highest")

@@ -24,7 +24,7 @@ from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.load import open_weights
-from grpo_jax.models.protocol import Params
+from grpo_jax.models.protocol import Params, score_of
 from grpo_jax.tokens import (
   AnyTokenizer,
   Messages,
@@ -199,5 +199,4 @@ def _score_rows(
 ) -> Float[Array, "B"]:
   """Returns the output of the classifier at the last token of each left-padded row, float32."""
   hidden, _ = decoder.prefill(params, tokens, mask)
-  hidden, score = hidden.astype(jnp.float32), params["score"][0].astype(jnp.float32)
-  return jnp.matmul(hidden, score, precision="highest")
+  return score_of(params, hidden)
