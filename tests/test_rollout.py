@@ -126,7 +126,7 @@ def test_a_teacher_gives_every_group_a_gradient(params):
 
 
 def test_the_policy_is_shown_a_sibling_of_its_completions(params):
-  """Of each group, the first completion with a share of 2/8 at least; by hand from the texts."""
+  """Shows the first completion of each group with a share of 2/8 at least, by hand from texts."""
   show = Demonstrations("{prompt}|{solution}", 24, solved_from=2 / 8)
   row = dataclasses.replace(ALGORITHMS["opd"], teacher_discount=1.0)
   for resamples in (0, 1):

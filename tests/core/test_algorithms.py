@@ -228,7 +228,7 @@ def test_weights_of_right_answers():
 
 
 def test_only_tokens_of_high_entropy_get_an_advantage():
-  """Of 1, 2, 3, 4 the quantile of 0.5 is 2.5; of three tokens the third is padding."""
+  """Takes 2.5, the quantile of 0.5 of 1, 2, 3, 4; of three tokens the third is padding."""
   mask = jnp.array([[[1, 1, 0], [1, 1, 0]]], bool)
   entropy = jnp.array([[[1.0, 4.0, 9.0], [3.0, 2.0, 9.0]]])
   row = Algorithm(advantage="group_centered", entropy_share=0.5)

@@ -162,7 +162,7 @@ INSIDE = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
 
 
 def test_high_entropy():
-  """Of 0.5, 1, 2, 3, 4 the quantiles of 0.6, 0.5 and 0 are 2.4, 2 and 0.5."""
+  """Takes the quantiles of 0.6, 0.5 and 0 of 0.5, 1, 2, 3, 4, which are 2.4, 2 and 0.5."""
   for share, lowest in ((0.4, 2.4), (0.5, 2.0), (1.0, 0.0), (0.01, 3.9)):
     actual = np.asarray(high_entropy(ENTROPY, INSIDE, share))
     assert (actual == (INSIDE & (lowest <= ENTROPY))).all(), share

@@ -475,7 +475,7 @@ def test_only_k1_is_unbiased_in_the_reward(kl):
 
 
 def test_rloo_with_the_kl_in_the_reward_is_the_gradient_of_the_regularized_reward():
-  """Of mean reward minus beta times the KL of whole completions, differentiated numerically."""
+  """Differentiates numerically mean reward minus beta times the KL of whole completions."""
   row = ALGORITHMS["rloo_kl"]
 
   def loss(logp, drawn_logp, ids):

@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax import gae, value_loss
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
+from grpo_jax.learning.batch import mini_batches
 from grpo_jax.learning.critic import (
   Critic,
   assess,
@@ -18,7 +19,7 @@ from grpo_jax.learning.critic import (
   named,
   token_values,
 )
-from grpo_jax.learning.step import TrainState, make_train_step
+from grpo_jax.learning.step import TrainState, make_score, make_train_step
 from grpo_jax.learning.updates import Learner, UpdateConfig
 from grpo_jax.models.decoder import Decoder
 from tests.helpers.learning import CONFIG, MODEL, assert_trees_close, bits, make_batch
@@ -160,10 +161,22 @@ def test_a_rollout_updates_both_from_the_values_before(params, values_params):
 
 
 def test_several_updates_use_the_returns_of_the_first(params, values_params):
+  """Written out: values, advantages and old log-probs once, then the updates in their order."""
   config = UpdateConfig(epochs=2, mini_batches=2)
   state, metrics = learner(config)(state_of(params, values_params), batch(), 0)
   assert int(state.step) == int(state.critic.step) == 4
   assert np.isfinite(float(metrics["loss"]))
+  b = dataclasses.replace(batch(), values=token_values(TRUNK, values_params, batch()))
+  b, _ = assess(b, ALGORITHMS["ppo"])
+  b = dataclasses.replace(b, old_logp=make_score(MODEL)(params, b))
+  expected = state_of(params, values_params)
+  critic, policy = expected.critic, dataclasses.replace(expected, critic=None)
+  step, critic_step = make_train_step(MODEL, "ppo", OPTIMIZER), make_critic_step(CRITIC)
+  for part in mini_batches(b, 2, 2, (0, 0)):
+    critic, _ = critic_step(critic, part)
+    policy, _ = step(policy, part)
+  assert_trees_close(state.params, policy.params, 1e-6)
+  assert_trees_close(state.critic.params, critic.params, 1e-6)
 
 
 def test_while_the_critic_warms_up_the_policy_stays(params, values_params):

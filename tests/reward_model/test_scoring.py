@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_an_error(folder):
 
 
 def test_the_padding_token_of_a_larger_model_is_that_of_its_language_model(tmp_path):
-  """As in transformers; a config that does not name it has the default of the family, 0."""
+  """Reads what transformers would; a config that does not name it has the family's default, 0."""
   path = tmp_path / "config.json"
   for raw, expected in (
     ({"architectures": ["Gemma3ForSequenceClassification"], "text_config": {"pad_token_id": 7}}, 7),

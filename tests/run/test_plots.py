@@ -162,7 +162,7 @@ def test_the_mean_does_not_tell_the_start_or_the_end_wrong():
 
 
 def test_the_mean_of_a_step_by_hand():
-  """Of 41 steps the window is two before, one, and two after; less at the start."""
+  """Averages 41 steps over two before, one, and two after; over fewer at the start."""
   values = np.array([3.0, 6.0, 0.0, 9.0] + [0.0] * 37)
   means = centered_mean(np.arange(41.0), values)
   np.testing.assert_allclose(means[:5], [3, (3 + 6 + 0) / 3, 18 / 5, 15 / 5, 9 / 5])
@@ -200,7 +200,7 @@ def test_steps_are_whole_numbers():
 
 
 def test_every_figure_of_the_project_has_the_style():
-  """Whatever draws takes its look from `run/style.py`; nothing else names a color."""
+  """Finds no color named outside `run/style.py`, which gives everything that draws its look."""
   files = [
     path
     for folder in (
