@@ -132,6 +132,7 @@ def saved_counts(workdir, step, c):
     return checkpoints.restore(step, build(c).initial_state()).counts
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_and_counts_as_the_uninterrupted_one(tmp_path):
   settings = ("data.curriculum=learnability", "data.memory=0.75", "rollout.max_resamples=1")
   whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -98,10 +98,10 @@ def epoch(number, seed, **options):
 
 def test_no_epoch_of_a_seed_is_one_of_another_seed():
   """With seed + epoch, epoch 1 of seed 0 was epoch 0 of seed 1."""
-  orders = {(seed, e): epoch(e, seed) for seed in range(12) for e in range(12)}
-  assert len(set(orders.values())) == 144
-  streams = {(seed, s): epoch(0, seed, stream=s) for seed in range(6) for s in range(6)}
-  assert len(set(streams.values())) == 36
+  orders = {(seed, e): epoch(e, seed) for seed in range(6) for e in range(6)}
+  assert len(set(orders.values())) == 36
+  streams = {(seed, s): epoch(0, seed, stream=s) for seed in range(4) for s in range(4)}
+  assert len(set(streams.values())) == 16
 
 
 def test_the_order_of_runs_begun_by_version_0_1_0():

@@ -133,6 +133,7 @@ def test_the_fields_are_checked(tmp_path):
   assert "train.max_skipped is 0, it must be at least 1" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_update_beside_a_critic_is_replayed(tmp_path):
   """The critic is not part of the dump: the batch holds the advantages it gave."""
   collect = train.collect

@@ -81,25 +81,29 @@ def test_true_gradients_by_central_differences():
 
 
 ADVANTAGES = [*cases.ADVANTAGES, "multi_objective"]
+# There are 14,400 batches of two pairs and 462,400 of two groups of three, those of the page.
+SIZES = [2, pytest.param(cases.GROUP, marks=pytest.mark.slow)]
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("average", cases.AVERAGES)
 @pytest.mark.parametrize("advantage", ADVANTAGES)
-def test_scale_cosine_and_bias_of_every_advantage_and_average(advantage, average):
-  actual = cases.reward_case(advantage, average)
+def test_scale_cosine_and_bias_of_every_advantage_and_average(advantage, average, size):
+  actual = cases.reward_case(advantage, average, size)
   assert_comparison(
-    actual, compare(plain.gradient(advantage, average, 3), plain.reward_gradient()), 1e-8
+    actual, compare(plain.gradient(advantage, average, size), plain.reward_gradient()), 1e-8
   )
 
 
-def test_only_baselines_with_constant_weights_are_unbiased_on_policy():
+@pytest.mark.parametrize("size", SIZES)
+def test_only_baselines_with_constant_weights_are_unbiased_on_policy(size):
   for advantage in ADVANTAGES:
     for average in cases.AVERAGES:
-      case = cases.reward_case(advantage, average)
+      case = cases.reward_case(advantage, average, size)
       if average == "constant" and advantage in ("leave_one_out", "group_centered"):
         assert case.bias < 1e-12
         assert case.scale == pytest.approx(
-          1.0 if advantage == "leave_one_out" else 2 / 3, abs=1e-12
+          1.0 if advantage == "leave_one_out" else (size - 1) / size, abs=1e-12
         )
       else:
         assert case.bias > 0.02, (advantage, average)
@@ -129,10 +133,14 @@ RECORDED_REGION = {  # at the larger distance
 }
 
 
-def test_biases_match_the_recorded_values():
+@pytest.mark.slow
+def test_biases_of_advantages_match_the_recorded_values():
   for (advantage, average), expected in RECORDED_REWARD.items():
     case = cases.reward_case(advantage, average)
     assert_comparison((case.cosine, case.bias), expected, 6e-5)
+
+
+def test_biases_of_trust_regions_match_the_recorded_values():
   for region, expected in RECORDED_REGION.items():
     case, _ = cases.region_case(region, 1.0)
     assert_comparison((case.cosine, case.bias), expected, 6e-5)
@@ -595,6 +603,7 @@ def test_token_ratio_is_exact_for_single_tokens_only_without_clip():
 # --- the page ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_in_docs_is_the_output_of_the_command():
   committed = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text()
   assert committed == estimators_page.page(), (

@@ -62,6 +62,7 @@ def test_step(run):
   assert row["seconds_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_sampling(run):
   shape = ("--kind", "two-shot", "--prompts", "2", "--group", "2", "--tokens", "5")
   (row,) = run("sampling", *shape, *TINY)
@@ -86,6 +87,7 @@ def test_matmuls_of_unstacked_and_stacked_layers():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tails(run):
   small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --max-compactions 0 1"
   plain, compacted = run("tails", "--model", "random:tiny", *small.split())
@@ -102,6 +104,7 @@ def test_memory(run):
   assert 0 < process["start_gib"] <= process["peak_gib"]
 
 
+@pytest.mark.slow
 def test_cost(run, tmp_path):
   small = ("--points", "1", "--rounds", "1", "--width", "64", "--layers", "1", "--V", "256")
   (row,) = run("cost", "--axis", "G", *small, "--P", "1", "--N", "8", "--T", "4")

@@ -24,6 +24,8 @@ from grpo_jax.tasks import make_task
 from tests.helpers.model_files import UNTIED
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
+# One of each kind; a step of each of the others is a slow test.
+QUICK = ("gsm8k_qwen3_0_6b", "my_task_jsonl", "smollm2_addition", "smollm2_calculator")
 TINY = "random:tiny"
 # Overrides that make a run small; all other fields are those of the experiment.
 SMALL = [
@@ -89,7 +91,11 @@ def model_with_tools(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path",
+  [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in EXPERIMENTS],
+  ids=lambda path: path.stem,
+)
 def test_an_experiment_takes_a_step(path, tmp_path, data_dir, reward_model, model_with_tools):
   experiment = load(str(path))
   task, sizes = experiment.task, [*SIZES[experiment.task.name]]
@@ -130,6 +136,7 @@ def test_a_batch_divides_over_the_hardware_of_the_docstring(path):
     assert configs.check(load(str(path), options), chips) == []
 
 
+@pytest.mark.slow
 def test_a_learned_reward_stands_beside_the_true_one(tmp_path, reward_model):
   """PPO, as the docstring says, with a critic that starts from the reward model."""
   config = load("experiments/smollm2_learned_reward.py", [

@@ -43,6 +43,7 @@ def plain_session():
       jax.config.update("jax_enable_x64", x64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_prints_the_stored_text(path):
   with plain_session() as namespace:

@@ -71,7 +71,7 @@ def assert_rows_agree(rows, expected):
         assert row[name] == pytest.approx(expected_row[name], rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.parametrize("names", ["old", "today"])
+@pytest.mark.parametrize("names", ["old", pytest.param("today", marks=pytest.mark.slow)])
 def test_a_run_continues_as_if_it_had_not_been_interrupted(workdir, tmp_path, names):
   experiment = DATA / "experiment.py"
   if names == "today":

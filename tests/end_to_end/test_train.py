@@ -132,6 +132,7 @@ def test_reward_rises(tmp_path):
   assert results["eval/n"] == 20
 
 
+@pytest.mark.slow
 def test_a_teacher_passes_on_what_it_learned_without_rewards(tmp_path):
   """Another random model learns from the trained one what `letters` rewards, by the row opd."""
   short = ["--config.log.samples=0", "--config.eval.batch_prompts=8", "--config.steps=25"]
@@ -166,6 +167,9 @@ OPTIONS = [
   "--config.algorithm.name=grpo",
   "--config.algorithm.beta=0.05",
   "--config.algorithm.clip_high=0.28",
+  "--config.algorithm.entropy_target=9.0",
+  "--config.algorithm.entropy_delta=0.005",
+  "--config.data.curriculum=learnability",
   "--config.teacher.source=random:tiny",
   "--config.algorithm.teacher_weight=0.2",
   "--config.algorithm.teacher_discount=0.9",

@@ -67,20 +67,20 @@ def advantages(name: str, ids) -> jax.Array:
 
 
 @functools.cache
-def _reward_expectation(average: str) -> Callable:
+def _reward_expectation(average: str, size: int) -> Callable:
   def loss(logp, drawn_logp, ids, advantages):
     row = Algorithm(average=average)
     return policy_loss(row, logp, advantages, mask(ids), max_length=world.MAX_LENGTH)
 
-  return world.expectation(loss, world.list_groups(world.PROMPTS, GROUP))
+  return world.expectation(loss, world.list_groups(world.PROMPTS, size))
 
 
 @functools.cache
-def reward_case(advantage: str, average: str) -> Comparison:
+def reward_case(advantage: str, average: str, size: int = GROUP) -> Comparison:
   """Compares an advantage and an average on-policy, without trust region and KL."""
-  ids = jnp.asarray(world.list_groups(world.PROMPTS, GROUP).ids)
+  ids = jnp.asarray(world.list_groups(world.PROMPTS, size).ids)
   batch_advantages = jax.vmap(functools.partial(advantages, advantage))(ids)
-  expected = _reward_expectation(average)(world.POLICY, None, batch_advantages)
+  expected = _reward_expectation(average, size)(world.POLICY, None, batch_advantages)
   return world.compare(ascent(expected), reward_gradient())
 
 

@@ -177,6 +177,7 @@ def trained(workdir, *steps):
   return state, [row for row in read_metrics(workdir) if "entropy_coef" in row]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_coefficient_of_the_whole_one(tmp_path):
   whole, rows = trained(tmp_path / "whole", 4)
   resumed, again = trained(tmp_path / "resumed", 2, 4)

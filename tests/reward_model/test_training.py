@@ -102,6 +102,7 @@ def test_the_saved_folder_is_a_classifier_of_transformers(trained):
   }
 
 
+@pytest.mark.slow
 def test_grpo_and_ppo_learn_against_it(trained, tmp_path):
   """A critic may start from it too."""
   folder = trained[1] / "model"

@@ -55,6 +55,7 @@ def test_a_watch_counts_until_its_first_report():
   assert f": {watch.programs} programs" in lines[0]  # the last `jit` came after the report
 
 
+@pytest.mark.slow
 def test_a_continued_run_compiles_nothing(tmp_path):
   """Runs four steps, removes two of the checkpoints, and runs these steps in another process."""
   environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
