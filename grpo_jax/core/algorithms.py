@@ -93,7 +93,9 @@ class Algorithm:
     kl_in: `loss` adds the estimator to the loss. `reward` subtracts it, without its gradient, from
       the reward of each token: the advantage of a token falls by `beta` times the estimates of this
       token and all later ones. With k1 the expected update is the gradient of mean reward minus
-      beta times the KL of whole completions; other estimators are biased there.
+      beta times the KL of whole completions; other estimators are biased there. If the advantage
+      comes from a critic, the estimates are subtracted before, in `penalized_rewards`, so that the
+      critic predicts them too.
     teacher_weight: coefficient of the teacher, at least 0: of its log-ratios as advantages, or of
       the divergence to it.
     teacher_discount: discount of the teacher's log-ratios; see `log_ratio_advantages`.
@@ -308,8 +310,18 @@ class Algorithm:
   @property
   def needs_old(self) -> bool:
     """True if several updates on one batch need the log-probs from before the first of them."""
-    in_reward = self.beta > 0 and self.kl_in == "reward"
-    return self.anchor != "sampler" or in_reward or self.teacher_weight > 0
+    return self.anchor != "sampler" or bool(self.penalizes) or self.teacher_weight > 0
+
+  @property
+  def penalizes(self) -> str:
+    """What the KL term of `kl_in="reward"` is subtracted from, if there is one.
+
+    It is "advantages", in `policy_loss`, or "token_rewards", from which a critic's advantages are
+    computed.
+    """
+    if self.beta == 0 or self.kl_in != "reward":
+      return ""
+    return "token_rewards" if "values" in self.rewards else "advantages"
 
   @property
   def needs_entropy(self) -> bool:

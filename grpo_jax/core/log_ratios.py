@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from grpo_jax.core.checks import Array, as_float, as_mask, check_shape, lookup
+from grpo_jax.core.kl import KLS
 from grpo_jax.core.values import discounted_sum
 
 
@@ -103,6 +104,56 @@ def sum_later(
   if discount > 0:  # a discount of 0 must not multiply an infinite value
     total = discounted_sum(values, mask, discount)
   return jax.lax.stop_gradient(jnp.where(mask, coefficient * subtract(total), 0.0))
+
+
+def penalized_rewards(
+  token_rewards: Float[Array, "... T"],
+  old_logp: Float[Array, "... T"],
+  ref_logp: Float[Array, "... T"],
+  mask: Bool[Array, "... T"],
+  *,
+  beta: float,
+  kl: str = "k1",
+) -> Float[Array, "... T"]:
+  """Returns `token_rewards - beta * kl(old_logp, ref_logp)`: the KL term in a critic's rewards.
+
+  The critic then predicts reward and penalty together. Without a critic, `kl_in="reward"` of a row
+  subtracts the penalties of later tokens from the advantage; with exact arithmetic, `gae` of these
+  rewards with `lam=1` gives the same advantages.
+
+  No gradient flows through the result. Masked slots of the log-probabilities may hold anything.
+
+  Args:
+    token_rewards: the reward of each token.
+    old_logp: log-probabilities of the drawn tokens under the policy before this update, in nats.
+    ref_logp: log-probabilities under the reference, in nats.
+    mask: true on the tokens of the policy; the others get 0.
+    beta: coefficient of the penalty, at least 0.
+    kl: estimator, a key of `KLS`.
+
+  References:
+    arXiv 1909.08593, eq. 2; InstructGPT, arXiv 2203.02155, eq. 2.
+
+  Raises:
+    ValueError: a shape, a dtype or a name does not fit, or beta is negative.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> rewards, old, ref = jnp.array([0.0, 1.0]), jnp.array([-1.0, -2.0]), jnp.array([-3.0, -2.0])
+    >>> penalized_rewards(rewards, old, ref, jnp.ones(2, bool), beta=0.5).tolist()
+    [-1.0, 1.0]
+  """
+  token_rewards = as_float("token_rewards", token_rewards)
+  if not beta >= 0:
+    raise ValueError(f"beta must be at least 0, got {beta}")
+  estimate = lookup("kl", KLS, kl)
+  mask = as_mask("mask", mask, token_rewards.shape)
+  both = {"old_logp": old_logp, "ref_logp": ref_logp}
+  for name, value in both.items():
+    check_shape(name, value := as_float(name, value), token_rewards.shape)
+    both[name] = jnp.where(mask, value, 0.0)
+  penalty = estimate(both["old_logp"], both["ref_logp"], jnp.ones_like(token_rewards))
+  return jax.lax.stop_gradient(jnp.where(mask, token_rewards - beta * penalty, 0.0))
 
 
 def _leave_one_out(values: Float[Array, "... G T"]) -> Float[Array, "... G T"]:

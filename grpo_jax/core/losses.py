@@ -192,7 +192,7 @@ def policy_loss(
   teacher, metrics = clean("teacher_logp", teacher_logp), {}
   advantages = _per_token(advantages, mask)
   later = {"baseline": algorithm.log_ratio_baseline}
-  if ref is not None and algorithm.beta > 0 and algorithm.kl_in == "reward":
+  if ref is not None and algorithm.penalizes == "advantages":
     penalty = lookup("kl", KLS, algorithm.kl)(old, ref, jnp.ones_like(old))
     advantages += sum_later(penalty, mask, coefficient=-algorithm.beta, **later)
   if teacher is not None:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from grpo_jax.core.algorithms import Algorithm, advantages
+from grpo_jax.core.log_ratios import penalized_rewards
 from grpo_jax.core.masks import masked_mean
 from grpo_jax.core.values import gae, value_loss
 from grpo_jax.distributed.mesh import Sharding
@@ -114,21 +115,26 @@ def assess(
   says that the critic is no better than one number), and `critic/returns_mean`.
 
   Args:
-    batch: with `token_rewards` and `values`, of a whole rollout.
+    batch: with `token_rewards` and `values`, of a whole rollout. A row with a KL term in the reward
+      needs `old_logp` and `ref_logp` as well.
     algorithm: its advantage needs values.
     mesh: computes the same bits on any number of its devices; None leaves the order to the
       compiler.
     layout: sharding of the batch.
   """
 
-  def compute(rewards: jax.Array, values: jax.Array, mask: jax.Array) -> Any:
+  def compute(rewards: jax.Array, values: jax.Array, mask: jax.Array, *logps: jax.Array) -> Any:
+    if logps:
+      rewards = penalized_rewards(rewards, *logps, mask, beta=algorithm.beta, kl=algorithm.kl)
     found = advantages(algorithm, token_rewards=rewards, values=values, mask=mask)
     _, returns = gae(rewards, values, mask, **algorithm.settings("advantage"))
     return found, returns, _metrics(values, returns, mask)
 
   if mesh is not None:
     compute = deterministic.replicated(compute, mesh)
-  found, returns, metrics = compute(batch.token_rewards, batch.values, batch.mask)
+  penalized = algorithm.penalizes == "token_rewards"
+  logps = (batch.old_logp, batch.ref_logp) if penalized else ()
+  found, returns, metrics = compute(batch.token_rewards, batch.values, batch.mask, *logps)
   batch = dataclasses.replace(batch, advantages=found, returns=returns)
   return laid_out(batch, layout), laid_out(metrics, layout, P())
 

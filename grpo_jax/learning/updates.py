@@ -277,7 +277,8 @@ class Learner:
     )
     self._score = make_scoring(model, config, **options)
     self._algorithm, self._reference, self._chunks = lookup_algorithm(algorithm), reference, chunks
-    self._needs_old = config.epochs * config.mini_batches > 1 and self._algorithm.needs_old
+    several = config.epochs * config.mini_batches > 1 and self._algorithm.needs_old
+    self._needs_old = several or self._algorithm.penalizes == "token_rewards"
     self._critic = critic
     if critic is not None:
       self._update_critic = make_critic_update(critic, config, chunks=chunks)

@@ -220,7 +220,8 @@ class Programs:
   @property
   def keeps_old(self) -> bool:
     """True if the old log-probs are scored before the first update."""
-    return (self.updates > 1 and self.algorithm.needs_old) or self.teaches_itself
+    several = self.updates > 1 and self.algorithm.needs_old
+    return several or self.teaches_itself or self.algorithm.penalizes == "token_rewards"
 
   @property
   def updates(self) -> int:

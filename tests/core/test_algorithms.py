@@ -203,6 +203,11 @@ def test_what_the_loss_of_a_row_needs():
   assert Algorithm(anchor="sampler", teacher_weight=1.0).needs_old
   assert Algorithm(anchor="sampler", kl="k1", kl_in="reward", beta=0.1).needs_old
   assert not Algorithm(anchor="sampler", kl="k1", beta=0.1).needs_old
+  in_reward = {"kl": "k1", "kl_in": "reward"}
+  assert Algorithm(**in_reward, beta=0.1).penalizes == "advantages"
+  assert Algorithm(**in_reward, beta=0.1, advantage="gae").penalizes == "token_rewards"
+  assert Algorithm(**in_reward, advantage="gae").penalizes == ""
+  assert Algorithm(kl="k1", beta=0.1, advantage="gae").penalizes == ""
   for terms in (
     {"beta": 0.1, "kl": "k2"},
     {"sampler_penalty": 1e-3},

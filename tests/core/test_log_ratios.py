@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import log_ratio_advantages, policy_loss
+from grpo_jax import Algorithm, gae, log_ratio_advantages, penalized_rewards, policy_loss
 from grpo_jax.core.log_ratios import sum_later
 from tests.helpers.arrays import assert_close
 
@@ -129,3 +129,53 @@ def test_errors():
     log_ratio_advantages(OLD, OLD, MASK, baseline="mean")
   with pytest.raises(ValueError, match=r"^baseline='leave_one_out' needs an axis of completions"):
     log_ratio_advantages(OLD[0, 0], OLD[0, 0], MASK[0, 0], baseline="leave_one_out")
+
+
+# --- the KL term in a critic's rewards ------------------------------------------------------------
+
+REWARDS = RNG.normal(size=(P, G, T)).astype(np.float32)
+# Of d = ref_logp - old_logp, by hand: Schulman's estimators.
+ESTIMATES = {"k1": lambda d: -d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.exp(d) - d - 1}
+
+
+@pytest.mark.parametrize("kl", ESTIMATES)
+def test_penalized_rewards_by_hand(kl):
+  actual = penalized_rewards(REWARDS, OLD, TARGET, MASK, beta=0.3, kl=kl)
+  expected = np.where(MASK, REWARDS - 0.3 * ESTIMATES[kl](TARGET - OLD), 0.0)
+  assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_penalized_rewards_of_masked_slots_and_without_a_gradient():
+  expected = penalized_rewards(REWARDS, OLD, TARGET, MASK, beta=0.3)
+  for poison in (np.nan, np.inf, -np.inf):
+    arrays = [np.where(MASK, a, poison) for a in (REWARDS, OLD, TARGET)]
+    np.testing.assert_array_equal(penalized_rewards(*arrays, MASK, beta=0.3), expected)
+  slopes = jax.grad(lambda *a: penalized_rewards(*a, MASK, beta=0.3).sum(), (0, 1, 2))(
+    REWARDS, OLD, TARGET
+  )
+  assert not any(np.asarray(slope).any() for slope in slopes)
+
+
+def test_a_critic_and_a_sum_of_later_penalties_agree():
+  """With gamma and lambda 1, as the critic's values cancel: A = sum of later rewards - V."""
+  values = np.where(MASK, RNG.normal(size=(P, G, T)), 0.0).astype(np.float32)
+  row = Algorithm(advantage="group_centered", kl="k1", kl_in="reward", beta=0.3)
+  inside = penalized_rewards(REWARDS, OLD, TARGET, MASK, beta=0.3)
+  with_critic, _ = gae(inside, values, MASK, lam=1.0)
+  without, _ = gae(np.where(MASK, REWARDS, 0.0), values, MASK, lam=1.0)
+
+  def slope(row, advantages):
+    return jax.grad(lambda logp: policy_loss(row, logp, advantages, MASK, ref_logp=TARGET)[0])(OLD)
+
+  critic = Algorithm(advantage="gae", kl="k1", kl_in="reward", beta=0.3)
+  assert_close(slope(critic, with_critic), slope(row, without), rtol=1e-4, atol=1e-6)
+  assert np.abs(slope(critic, with_critic) - slope(critic, without)).max() > 1e-2
+
+
+def test_errors_of_penalized_rewards():
+  with pytest.raises(ValueError, match=r"^beta must be at least 0, got -1"):
+    penalized_rewards(REWARDS, OLD, TARGET, MASK, beta=-1)
+  with pytest.raises(ValueError, match=r"^ref_logp has shape \(2,\), expected \(3,\)"):
+    penalized_rewards(np.zeros(3), np.zeros(3), np.zeros(2), np.ones(3, bool), beta=0.1)
+  with pytest.raises(ValueError, match=r"^unknown kl 'k9'"):
+    penalized_rewards(REWARDS, OLD, TARGET, MASK, beta=0.1, kl="k9")

@@ -93,7 +93,10 @@ def model_with_tools(tmp_path_factory):
 
 @pytest.mark.parametrize(
   "path",
-  [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in EXPERIMENTS],
+  [
+    path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow)
+    for path in EXPERIMENTS
+  ],
   ids=lambda path: path.stem,
 )
 def test_an_experiment_takes_a_step(path, tmp_path, data_dir, reward_model, model_with_tools):

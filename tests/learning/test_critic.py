@@ -179,6 +179,29 @@ def test_several_updates_use_the_returns_of_the_first(params, values_params):
   assert_trees_close(state.critic.params, critic.params, 1e-6)
 
 
+def test_a_kl_term_in_the_reward_is_part_of_what_the_critic_predicts(params, values_params):
+  """Written out: both log-probs, the rewards of the tokens minus beta times k1, then as before."""
+  row = dataclasses.replace(ALGORITHMS["ppo"], kl="k1", kl_in="reward", beta=0.3)
+  reference = jax.tree.map(lambda x: x * 1.1, params)
+  state, metrics = learner(algorithm=row, reference=reference)(
+    state_of(params, values_params), batch(), 0
+  )
+  score, b = make_score(MODEL), batch()
+  b = dataclasses.replace(b, old_logp=score(params, b), ref_logp=score(reference, b))
+  b = dataclasses.replace(b, values=token_values(TRUNK, values_params, b))
+  rewards = np.where(b.mask, b.token_rewards - 0.3 * (b.old_logp - b.ref_logp), 0.0)
+  _, returns = gae(rewards, b.values, b.mask, lam=0.95)
+  assessed, _ = assess(b, row)
+  np.testing.assert_allclose(assessed.returns, returns, atol=1e-5)
+  critic, _ = make_critic_step(CRITIC)(TrainState.create(values_params, OPTIMIZER), assessed)
+  policy, _ = make_train_step(MODEL, row, OPTIMIZER)(TrainState.create(params, OPTIMIZER), assessed)
+  assert_trees_close(state.params, policy.params, 1e-6)
+  assert_trees_close(state.critic.params, critic.params, 1e-6)
+  assert float(metrics["kl"]) > 0
+  plain, _ = learner()(state_of(params, values_params), batch(), 0)
+  assert np.abs(plain.params["embed"] - state.params["embed"]).max() > 1e-6
+
+
 def test_while_the_critic_warms_up_the_policy_stays(params, values_params):
   update = learner(critic=dataclasses.replace(CRITIC, warmup_steps=2))
   state, metrics = update(state_of(params, values_params), batch(), 1)
