@@ -34,7 +34,7 @@ from grpo_jax.learning import deterministic
 from grpo_jax.learning import optimizer as optimizers
 from grpo_jax.learning.critic import Critic
 from grpo_jax.learning.deterministic import Chunks
-from grpo_jax.learning.step import TrainState, WithAdapters, only_trained
+from grpo_jax.learning.step import TrainState, ValueHead, WithAdapters, only_trained
 from grpo_jax.learning.updates import Learner, SkippedUpdate, Teacher, UpdateConfig
 from grpo_jax.metric_names import check_condition, metric_names
 from grpo_jax.models import lora
@@ -74,7 +74,8 @@ class Run:
       weights.
     loaded_adapters: the adapters of `lora.source`, which take the place of new ones.
     critic: gives the advantages of an algorithm that needs values; None for all others.
-    critic_weights: the critic before training, read when asked for.
+    critic_weights: the critic before training, read when asked for; None for a value head on the
+      policy's trunk, which is part of `weights`.
     teachers: models that the policy learns from; read when the learner is made.
     chunks: parts of a batch for the deterministic reduction; None leaves the order to the compiler.
     curriculum: weighs the training problems by their counts; None draws them in passes.
@@ -93,7 +94,7 @@ class Run:
   updates: UpdateConfig
   new_adapters: Callable[[jax.Array], Params] | None = None
   loaded_adapters: Params | None = None
-  critic: Critic | None = None
+  critic: Critic | ValueHead | None = None
   critic_weights: Weights | None = None
   teachers: tuple[TeacherWeights, ...] = ()
   chunks: Chunks | None = None
@@ -137,7 +138,7 @@ class Run:
     """Returns the trained parameters and a new optimizer state, laid out by the sharding table."""
     params = self._adapters() if self.new_adapters else self.loaded_params()
     reference, critic = params if self.updates.sync_every else None, None
-    if self.critic is not None:
+    if self.critic_weights is not None:
       source = configs.critic_source(self.config)
       values = self._read(self.critic_weights, f"critic.source {source!r}")
       critic = TrainState.create(values, self.critic.optimizer, copy=False)
@@ -331,7 +332,10 @@ def build(config: ConfigDict) -> Run:
   adapters = attempt(lambda: new_adapters_of(c.lora, weights)) if weights else None
   critic_weights = None
   if weights and algorithm and "values" in algorithm.rewards:
-    critic_weights = attempt(lambda: open_critic(c, weights.config), "the critic")
+    if c.critic.trunk == "policy":
+      weights = weights.with_value_head()
+    else:
+      critic_weights = attempt(lambda: open_critic(c, weights.config), "the critic")
   if problems and (task is None or tokenizer is None):
     raise configs.ConfigError(problems)
 
@@ -412,7 +416,7 @@ def build(config: ConfigDict) -> Run:
     updates=update_config(c),
     new_adapters=adapters,
     loaded_adapters=loaded,
-    critic=critic_weights and make_critic(c, critic_weights.config, mesh),
+    critic=critic_of(c, algorithm, critic_weights and critic_weights.config, mesh),
     critic_weights=critic_weights,
     teachers=tuple(teachers),
     chunks=chunks,
@@ -493,8 +497,18 @@ def open_critic(c: ConfigDict, policy: ModelConfig) -> Weights:
   return weights
 
 
-def make_critic(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Critic:
-  """Returns the critic of a config; `shape` is that of its model."""
+def critic_of(
+  c: ConfigDict, algorithm: Algorithm, shape: ModelConfig | None, mesh: Mesh
+) -> Critic | ValueHead | None:
+  """Returns the critic of a config, None if its algorithm needs none.
+
+  Args:
+    shape: of the critic's own model, if it has one.
+  """
+  if "values" not in algorithm.rewards:
+    return None
+  if c.critic.trunk == "policy":
+    return ValueHead(weight=c.critic.weight, clip=c.critic.clip)
   schedule, optimizer = optimizer_of(c, c.critic.learning_rate)
   return Critic(
     model=dataclasses.replace(make_model(c, shape, mesh), lora_scale=1.0),

@@ -36,6 +36,7 @@ VALUES = {
   "rewards.on_error": ("raise", "skip"),
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
+  "critic.trunk": ("own", "policy"),
 }
 # Groups whose fields are free names: arguments of a task, variables of a chat template.
 OPEN_GROUPS = ("task.settings", "chat.arguments")
@@ -79,6 +80,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "algorithm.lam": (0, 1, "between 0 and 1"),
   "critic.learning_rate": (0, LARGEST, "above 0"),
   "critic.clip": (0, LARGEST, "above 0"),
+  "critic.weight": (0, LARGEST, "above 0"),
   "critic.warmup_steps": (0, LARGEST, "at least 0"),
   "optimizer.learning_rate": (0, LARGEST, "above 0"),
   "optimizer.schedule_steps": (0, LARGEST, "at least 0"),
@@ -353,6 +355,8 @@ def default_config() -> ConfigDict:
   c.critic.learning_rate = 1e-5  # the peak; the rest of its optimizer is as in `optimizer`
   c.critic.clip = placeholder(float)  # largest change of a value that counts in an update
   c.critic.warmup_steps = 0  # steps from which only the critic learns, at the beginning
+  c.critic.trunk = "own"  # own: a model of its own. policy: a value head on the policy's trunk
+  c.critic.weight = 0.5  # of the value loss in the policy's loss, with the policy's trunk
 
   c.optimizer = Section()
   c.optimizer.learning_rate = 1e-6  # the peak

@@ -249,9 +249,12 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   generation = None if trained is None else generation_settings(settings, weights.config.vocab_size)
   if settings.lora.source and trained is None:
     trained, rank, alpha = lora.load_peft(settings.lora.source, weights.config)
-  params = trained if trained is not None and not rank else weights.read()
-  if trained is not None and rank:
-    params = lora.merge(params, trained, lora.scale(rank, alpha))
+  if trained is None:
+    params = weights.read()
+  elif rank:
+    params = lora.merge(weights.read(), trained, lora.scale(rank, alpha))
+  else:
+    params = {name: trained[name] for name in weights.shapes}  # without a critic's value head
   return export_model(
     weights.config, params, source, arguments.out, arguments.dtype, generation=generation
   )

@@ -13,7 +13,7 @@ from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.episodes import EPISODE_METRICS
 from grpo_jax.evaluate import metric_names as evaluation_names
-from grpo_jax.learning.critic import CRITIC_METRICS
+from grpo_jax.learning.critic import CRITIC_METRICS, VALUE_METRICS
 from grpo_jax.learning.skipping import SKIPPED
 from grpo_jax.run.ending import Condition
 from grpo_jax.statistics import rollout_metrics
@@ -46,7 +46,7 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   if c.data.curriculum != curricula.OFF:
     names.update(curricula.METRICS)
   if "values" in algorithm.rewards:
-    names.update(CRITIC_METRICS)
+    names.update(CRITIC_METRICS if c.critic.trunk == "own" else VALUE_METRICS)
   if configs.own_teacher(c):
     names.add("teacher/taught")
   if task.environment is not None:

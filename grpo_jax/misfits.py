@@ -116,6 +116,19 @@ def critic_misfits(
       f"critic.{changed[0]} is {c.critic[changed[0]]!r}, but algorithm.advantage "
       f"{algorithm.advantage!r} has no critic; choose algorithm.name=ppo, or leave it out"
     )
+  shared = c.critic.trunk == "policy"
+  others = ("source", "learning_rate", "warmup_steps") if shared else ("weight",)
+  problems += [
+    f"critic.{name} is {c.critic[name]!r}, but critic.trunk is {c.critic.trunk!r}, which does not "
+    "use it; leave it out"
+    for name in others
+    if name in changed and has_critic
+  ]
+  if shared and has_critic and c.lora.rank:
+    problems.append(
+      f"critic.trunk is 'policy', but lora.rank is {c.lora.rank}: only adapters are trained, and a "
+      "value head is none; set critic.trunk to 'own', or lora.rank to 0"
+    )
   budget = prompt_length + c.rollout.completion_length
   if critic is not None and budget > critic.config.context:
     problems.append(

@@ -24,7 +24,7 @@ from grpo_jax.build import Run, build, update_config
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.batch import Batch
-from grpo_jax.learning.step import TrainState, with_entropy_coef
+from grpo_jax.learning.step import TrainState, ValueHead, with_entropy_coef
 from grpo_jax.learning.updates import in_the_loss, make_gradients, make_scoring, make_update
 from grpo_jax.run import compilation, console
 from grpo_jax.run import skipped as dumps
@@ -98,6 +98,7 @@ def replay(dump: dumps.Dump, run: Run | None = None) -> Replayed:
   score = make_scoring(r.model, config, **options)
   # Log-ratios to teachers are in the batch already.
   teachers = [] if r.algorithm.teacher_divergence is None else r.loaded_teachers()
+  options["value_head"] = r.critic if isinstance(r.critic, ValueHead) else None
   options["teachers"], frozen = in_the_loss(r.algorithm, base_params, teachers)
   gradients = make_gradients(r.model, r.algorithm, config, **options)
   update = make_update(r.model, r.algorithm, r.optimizer, r.schedule, config, **options)

@@ -46,6 +46,8 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
           f"critic     {configs.critic_source(c)}: "
           f"{count_parameters(run.critic_weights) / 1e6:.1f} M parameters and an optimizer"
         ]
+        if run.critic_weights
+        else ["critic     a value head on the trunk of the policy"]
         if run.critic
         else []
       ),
@@ -98,8 +100,10 @@ def step_flops(config: ConfigDict, run: Run) -> float:
   share = 1.0 if run.algorithm.every_group_learns or run.critic else NONZERO_VARIANCE
   learn = (8 if config.model.remat == "layers" else 6) * share
   score = 2 if run.algorithm.beta > 0 else 0
-  if run.critic:  # as large as the policy, or taken to be
-    learn, score = 2 * learn, score + 2
+  if run.critic:
+    score += 2
+  if run.critic_weights:  # as large as the policy, or taken to be
+    learn *= 2
   completions = c.prompts_per_step * c.group_size
   uses = _weight_uses(run, c.prompts_per_step, completions, c.completion_length)
   sizes = [count_parameters(teacher.weights) for teacher in run.teachers]

@@ -21,6 +21,19 @@ TEACHER, OWN = "teacher.source=random:tiny", "teacher.source=policy"
     ),
     ([*PPO, "--config.critic.source=nowhere"], "nowhere"),
     (
+      [*PPO, "--config.critic.trunk=policy", "--config.critic.warmup_steps=2"],
+      "critic.warmup_steps is 2, but critic.trunk is 'policy', which does not use it",
+    ),
+    (
+      [*PPO, "--config.critic.weight=2"],
+      "critic.weight is 2.0, but critic.trunk is 'own', which does not use it",
+    ),
+    (
+      [*PPO, "--config.critic.trunk=policy", "--config.lora.rank=2"],
+      "critic.trunk is 'policy', but lora.rank is 2: only adapters are trained",
+    ),
+    ([*PPO, "--config.critic.trunk=shared"], "critic.trunk is 'shared', it must be 'own' or 'po"),
+    (
       [*PPO, "--config.critic.source=tests/fixtures/tiny_llama"],
       r"tiny_llama' has \d+ tokens, and",
     ),

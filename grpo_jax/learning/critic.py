@@ -20,22 +20,30 @@ from jaxtyping import Array, Float
 from grpo_jax.core.algorithms import Algorithm, advantages
 from grpo_jax.core.log_ratios import penalized_rewards
 from grpo_jax.core.masks import masked_mean
-from grpo_jax.core.values import gae, value_loss
+from grpo_jax.core.values import gae
 from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import Batch, laid_out
 from grpo_jax.learning.deterministic import Chunks
-from grpo_jax.learning.step import TrainState, make_per_token, make_step
-from grpo_jax.models.protocol import Model, Params, score_of
+from grpo_jax.learning.step import (
+  TrainState,
+  clipped_value_loss,
+  make_per_token,
+  make_step,
+  values_of,
+)
+from grpo_jax.models.protocol import Model, Params
 
 PREFIX = "critic/"
-# Of every run with a critic: of its updates, of its values before them, and of their targets.
-CRITIC_METRICS = tuple(
-  f"{PREFIX}{name}" for name in (
-    "loss", "grad_norm", "skipped", "learning_rate", "values_mean", "error", "clip_ratio",
-    "explained_variance", "returns_mean",
-  )
-)  # fmt: skip
+# Of every run with values, and of those whose critic has updates of its own.
+VALUE_METRICS = tuple(
+  f"{PREFIX}{name}"
+  for name in ("values_mean", "error", "clip_ratio", "explained_variance", "returns_mean")
+)
+CRITIC_METRICS = (
+  *VALUE_METRICS,
+  *(f"{PREFIX}{name}" for name in ("loss", "grad_norm", "skipped", "learning_rate")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +71,21 @@ def token_values(model: Model, params: Params, batch: Batch) -> Float[Array, "P 
     params: parameters of the trunk, and `score` [1, D], the value head.
   """
   hidden = model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
-  return jnp.where(batch.mask, score_of(params, hidden), 0.0)
+  return values_of(params, hidden, batch)
 
 
 def make_values(
-  critic: Critic, *, micro_batches: int = 1, chunks: Chunks | None = None
+  model: Model, *, micro_batches: int = 1, chunks: Chunks | None = None
 ) -> Callable[..., Float[Array, "P G T"]]:
   """Returns the jitted values `(params, batch, base_params=None) -> values` of a rollout.
 
   Args:
+    model: the critic's, or the policy's if it has a value head.
     micro_batches, chunks: as in `make_score`.
   """
 
   def values(params: Params, batch: Batch, base_params: Params):
-    return token_values(critic.model, params, batch)
+    return token_values(model, params, batch)
 
   return make_per_token(values, micro_batches=micro_batches, chunks=chunks)
 
@@ -93,11 +102,7 @@ def make_critic_step(
   """
 
   def loss(params: Params, batch: Batch, base_params: Params = None):
-    values = token_values(critic.model, params, batch)
-    old = batch.values if critic.clip is not None else None
-    return value_loss(
-      values, batch.returns, batch.mask, old_values=old, clip=critic.clip, weights=batch.weights
-    )
+    return clipped_value_loss(token_values(critic.model, params, batch), batch, critic.clip)
 
   return make_step(
     loss, critic.optimizer, critic.schedule,

@@ -22,6 +22,7 @@ from grpo_jax.core.algorithms import Algorithm, lookup_algorithm
 from grpo_jax.core.divergences import head_divergence
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
+from grpo_jax.core.values import value_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import Batch
@@ -29,7 +30,7 @@ from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.entropy import EntropyControl
 from grpo_jax.learning.reduction import combine, make_gradient, split
 from grpo_jax.learning.skipping import SKIPPED, History, accept_update
-from grpo_jax.models.protocol import Model, Params
+from grpo_jax.models.protocol import Model, Params, score_of
 
 # (base parameters, trained parameters) -> all parameters of the model
 WithAdapters = Callable[[Params, Params], Params]
@@ -183,6 +184,53 @@ def _laid_out_like(params: Params, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+@dataclasses.dataclass(frozen=True)
+class ValueHead:
+  """Describes a critic that shares the policy's trunk: `params["score"]`, beside the policy's head.
+
+  It learns in the loss of the policy, whose gradient with respect to the trunk it changes.
+
+  Attributes:
+    weight: coefficient of its loss in the policy's, c1 of arXiv 1707.06347, eq. 9.
+    clip: largest change of a value that counts in an update, in reward units; None disables it.
+  """
+
+  weight: float = 0.5
+  clip: float | None = None
+
+  def add(
+    self,
+    loss: jax.Array,
+    metrics: dict[str, jax.Array],
+    batch: Batch,
+    values: Float[Array, "P G T"],
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the loss and the metrics of the policy with those of its values."""
+    own, more = clipped_value_loss(values, batch, self.clip)
+    return loss + self.weight * own, metrics | more
+
+
+def clipped_value_loss(
+  values: Float[Array, "P G T"], batch: Batch, clip: float | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the loss of values with the weights of the policy's tokens; `clip` as in `Critic`."""
+  old = batch.values if clip is not None else None
+  return value_loss(
+    values, batch.returns, batch.mask, old_values=old, clip=clip, weights=batch.weights
+  )
+
+
+def values_of(
+  params: Params, hidden: Float[Array, "P G T D"], batch: Batch
+) -> Float[Array, "P G T"]:
+  """Returns the values at hidden states, in reward units; 0 where `batch.mask` is false.
+
+  Args:
+    params: `score` [1, D], the value head, is read.
+  """
+  return jnp.where(batch.mask, score_of(params, hidden), 0.0)
+
+
 def score_batch(
   model: Model, params: Params, batch: Batch, temperature: float | None = None
 ) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
@@ -306,13 +354,14 @@ def make_loss(
   temperature: float | None = None,
   with_adapters: WithAdapters = only_trained,
   teachers: Sequence[Model] = (),
+  value_head: ValueHead | None = None,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Returns the loss `(params, batch, base_params) -> (loss, metrics)`.
 
   The losses of the micro-batches of a batch add up to its loss.
 
   Args:
-    temperature, with_adapters, teachers: as in `make_train_step`.
+    temperature, with_adapters, teachers, value_head: as in `make_train_step`.
   """
   row = lookup_algorithm(algorithm)
 
@@ -339,7 +388,7 @@ def make_loss(
     if divergences:
       divergence = sum(divergences) / len(divergences)
     coef = batch.entropy_coef
-    return policy_loss(
+    found = policy_loss(
       row,
       logp,
       batch.advantages,
@@ -354,6 +403,9 @@ def make_loss(
       weights=batch.weights,
       nll_weights=batch.nll_weights,
     )
+    if value_head is not None:
+      return value_head.add(*found, batch, values_of(params, hidden, batch))
+    return found
 
   return loss
 
@@ -369,6 +421,7 @@ def make_train_step(
   spike: float = 0.0,
   with_adapters: WithAdapters = only_trained,
   teachers: Sequence[Model] = (),
+  value_head: ValueHead | None = None,
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step `(state, batch, base_params=None) -> (state, metrics)`.
@@ -394,10 +447,11 @@ def make_train_step(
     with_adapters: combines base and trained parameters into the model's.
     teachers: models of the teachers of a row with a `teacher_divergence`, whose mean enters the
       loss. The third argument is then `(base_params, [parameters of each teacher])`.
+    value_head: a critic on the policy's trunk, whose `values` and `returns` the batch holds.
     chunks: computes the gradient in these instead of in micro-batches, so that the new state has
       the same bits on any number of devices; see `deterministic`.
   """
-  options = {"with_adapters": with_adapters, "teachers": teachers}
+  options = {"with_adapters": with_adapters, "teachers": teachers, "value_head": value_head}
   loss = make_loss(model, algorithm, temperature=temperature, **options)
   return make_step(
     loss,

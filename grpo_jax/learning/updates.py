@@ -18,6 +18,7 @@ from grpo_jax.learning.critic import Critic, assess, make_critic_step, make_valu
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.step import (
   TrainState,
+  ValueHead,
   WithAdapters,
   make_loss,
   make_score,
@@ -73,6 +74,7 @@ def make_update(
   *,
   with_adapters: WithAdapters = only_trained,
   teachers: Sequence[Model] = (),
+  value_head: ValueHead | None = None,
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted update `(state, batch, base_params=None) -> (state, metrics)`.
@@ -91,6 +93,7 @@ def make_update(
       spike=config.spike,
       with_adapters=with_adapters,
       teachers=teachers,
+      value_head=value_head,
       chunks=chunks,
     )
 
@@ -104,10 +107,11 @@ def make_gradients(
   *,
   with_adapters: WithAdapters = only_trained,
   teachers: Sequence[Model] = (),
+  value_head: ValueHead | None = None,
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple]:
   """Returns the jitted gradient of an update, `(params, batch, base_params) -> (gradient, ...)`."""
-  options = {"with_adapters": with_adapters, "teachers": teachers}
+  options = {"with_adapters": with_adapters, "teachers": teachers, "value_head": value_head}
   loss = make_loss(model, algorithm, temperature=config.temperature, **options)
   if chunks:
     return deterministic.make_gradient(loss, chunks)
@@ -150,14 +154,14 @@ def make_critic_update(
 
 
 def make_valuation(
-  critic: Critic, config: UpdateConfig, *, chunks: Chunks | None = None
+  model: Model, config: UpdateConfig, *, chunks: Chunks | None = None
 ) -> Callable[..., jax.Array]:
   """Returns the jitted values of a rollout, which take no more memory than an update."""
 
   def make(micro_batches: int) -> Callable:
-    return make_values(critic, micro_batches=micro_batches, chunks=chunks)
+    return make_values(model, micro_batches=micro_batches, chunks=chunks)
 
-  return make(1) if chunks else _within_budget(critic.model, config, make, config.mini_batches)
+  return make(1) if chunks else _within_budget(model, config, make, config.mini_batches)
 
 
 def _within_budget(
@@ -239,8 +243,9 @@ class Learner:
     base_params: parameters that are not trained, for `with_adapters`.
     reference: parameters of a fixed reference, combined with `base_params` as the trained ones
       are. None uses `TrainState.reference`.
-    critic: gives the advantages and learns beside the policy; needs `TrainState.critic`, and an
-      algorithm whose advantage takes values.
+    critic: gives the advantages of an algorithm whose advantage takes values. A `Critic` learns
+      beside the policy and needs `TrainState.critic`. A `ValueHead` learns in the policy's loss and
+      needs `score` among the policy's parameters.
     teachers: models that a row with a `teacher_weight` learns from. Their log-probs of the rollout
       are averaged, or with a `teacher_divergence` their divergences, computed in each update.
     on_skip: called with each update that is skipped.
@@ -266,23 +271,33 @@ class Learner:
     reference: Params = None,
     teachers: Sequence[Teacher] = (),
     chunks: Chunks | None = None,
-    critic: Critic | None = None,
+    critic: Critic | ValueHead | None = None,
     on_skip: Callable[[SkippedUpdate], object] | None = None,
   ) -> None:
     options: dict[str, Any] = {"with_adapters": with_adapters, "chunks": chunks}
     self._config, self._base_params, self._on_skip = config, base_params, on_skip
     models, self._frozen = in_the_loss(algorithm, base_params, teachers)
+    value_head = critic if isinstance(critic, ValueHead) else None
     self._update = make_update(
-      model, algorithm, optimizer, schedule, config, teachers=models, **options
+      model,
+      algorithm,
+      optimizer,
+      schedule,
+      config,
+      teachers=models,
+      value_head=value_head,
+      **options,
     )
     self._score = make_scoring(model, config, **options)
     self._algorithm, self._reference, self._chunks = lookup_algorithm(algorithm), reference, chunks
     several = config.epochs * config.mini_batches > 1 and self._algorithm.needs_old
     self._needs_old = several or self._algorithm.penalizes == "token_rewards"
-    self._critic = critic
-    if critic is not None:
+    self._critic, self._values = (critic if value_head is None else None), None
+    if self._critic is not None:
       self._update_critic = make_critic_update(critic, config, chunks=chunks)
-      self._values = make_valuation(critic, config, chunks=chunks)
+    if critic is not None:
+      trunk = model if value_head else critic.model
+      self._values = make_valuation(trunk, config, chunks=chunks)
     elif "values" in self._algorithm.rewards:
       raise ValueError(
         f"advantage {self._algorithm.advantage!r} is computed from values: give Learner a critic"
@@ -307,7 +322,7 @@ class Learner:
     critic, counts = state.critic, state.counts
     state = dataclasses.replace(state, critic=None, counts=None)
     batch = self._scored(state, batch)
-    batch, about_critic = self._assessed(critic, batch)
+    batch, about_critic = self._assessed(state, critic, batch)
     seed = (config.seed, step)
     learns = self._critic is None or step >= self._critic.warmup_steps
     metrics, of_critic, in_a_row = [], [], 0
@@ -338,10 +353,16 @@ class Learner:
     found = reduction.average(metrics) if metrics else {}
     return dataclasses.replace(state, critic=critic, counts=counts), found | about_critic
 
-  def _assessed(self, critic: TrainState | None, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+  def _assessed(
+    self, policy: TrainState, critic: TrainState | None, batch: Batch
+  ) -> tuple[Batch, dict[str, Any]]:
     """Returns the batch with the advantages that the critic gives, and metrics of its values."""
-    if self._critic is None:
+    if self._values is None:
       return batch, {}
+    if self._critic is None:
+      critic = policy
+      if "score" not in policy.params:
+        raise ValueError("Learner has a ValueHead, and the policy's parameters have no 'score'")
     if critic is None:
       raise ValueError("Learner has a critic, and the state has none: TrainState.create(critic=)")
     batch = dataclasses.replace(batch, values=self._values(critic.params, batch))

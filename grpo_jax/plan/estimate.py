@@ -259,7 +259,7 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
     "reference": bytes_of((state.reference, programs.reference)),
     "teachers": bytes_of([teacher.params for teacher in programs.taught_by]),
   }
-  if programs.critic is not None:
+  if programs.critic_state is not None:
     by_purpose["critic"] = bytes_of(programs.critic_state)
   r = programs.config.rollout
   if name in ("to_sampling_params", "sample"):

@@ -24,7 +24,7 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.critic import Critic
 from grpo_jax.learning.entropy import EntropyControl
 from grpo_jax.learning.skipping import History
-from grpo_jax.learning.step import Batch, TrainState, WithAdapters, only_trained
+from grpo_jax.learning.step import Batch, TrainState, ValueHead, WithAdapters, only_trained
 from grpo_jax.learning.updates import (
   Teacher,
   in_the_loss,
@@ -36,7 +36,7 @@ from grpo_jax.learning.updates import (
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
-from grpo_jax.models.io.weights import Weights, shapes_of
+from grpo_jax.models.io.weights import Weights, shapes_of, with_value_head
 from grpo_jax.models.protocol import Cache, Model, Params
 from grpo_jax.plan.hardware import Topology
 from grpo_jax.sampling.sampler import make_generate
@@ -119,15 +119,16 @@ class Programs:
   optimizer: optax.GradientTransformation
   new_adapters: Callable[[jax.Array], Params] | None
   prompts: Prompts
-  critic: Critic | None = None
+  critic: Critic | ValueHead | None = None
   teachers: tuple[Decoder, ...] = ()
 
   @property
   def names(self) -> tuple[str, ...]:
     """Programs to compile: the methods of these names."""
     scores = [name for name in ("score", "teach") if self.runs_per_step(name)]
-    critic = ("update_critic", "values") if self.critic else ()
-    return ("update", *scores, *critic, "to_sampling_params", "sample")
+    values = ("values",) if self.critic else ()
+    critic = ("update_critic",) if self.critic_state else ()
+    return ("update", *scores, *critic, *values, "to_sampling_params", "sample")
 
   def runs_per_step(self, part: str) -> int:
     """Returns how often a step runs a part: a program, or `prefill` or `decode` of `sample`."""
@@ -149,7 +150,13 @@ class Programs:
   @cached_property
   def weights(self) -> Params:
     """All parameters of the model."""
-    return self._params(shapes_of(self.model.config))
+    shapes = shapes_of(self.model.config)
+    return self._params(with_value_head(shapes) if self.value_head else shapes)
+
+  @property
+  def value_head(self) -> ValueHead | None:
+    """The critic, if it stands on the policy's trunk."""
+    return self.critic if isinstance(self.critic, ValueHead) else None
 
   @cached_property
   def base_params(self) -> Params | None:
@@ -178,8 +185,8 @@ class Programs:
 
   @cached_property
   def critic_state(self) -> TrainState | None:
-    """Everything that training changes of the critic; None without one."""
-    if self.critic is None:
+    """Everything that training changes of the critic alone; None without one."""
+    if self.critic is None or self.value_head:
       return None
     params, whole = self._params(shapes_of(self.critic.model.config)), meshes.replicated(self.mesh)
     return TrainState(
@@ -294,6 +301,7 @@ class Programs:
       build.update_config(c),
       with_adapters=self.with_adapters,
       teachers=models,
+      value_head=self.value_head,
     )
     batch = self.batch(c.rollout.prompts_per_step // c.train.mini_batches)
     return Program(update, (self.state, batch, frozen))
@@ -315,8 +323,11 @@ class Programs:
   def values(self) -> Program:
     """Returns the values of a rollout under the critic."""
     batch = self.batch(self.config.rollout.prompts_per_step, scored=False)
-    values = make_valuation(self.critic, build.update_config(self.config))
-    return Program(values, (self.critic_state.params, batch))
+    model, state = self.model, self.state
+    if self.critic_state:
+      model, state = self.critic.model, self.critic_state
+    values = make_valuation(model, build.update_config(self.config))
+    return Program(values, (state.params, batch))
 
   def teach(self) -> Program:
     """Returns the log-probs of a rollout under the largest teacher."""
@@ -369,7 +380,7 @@ def open_programs(
   weights = Weights(shape, shapes_of(shape), None) if shape else None
   adapters = attempt(lambda: build.new_adapters_of(c.lora, weights)) if shape else None
   values = None
-  if algorithm and "values" in algorithm.rewards:
+  if algorithm and "values" in algorithm.rewards and c.critic.trunk == "own":
     values = attempt(lambda: config_of(configs.critic_source(c)))
   teachers = [attempt(lambda source=s: config_of(source)) for s in configs.teacher_sources(c)]
   if algorithm:
@@ -393,7 +404,7 @@ def open_programs(
   if problems:
     raise configs.ConfigError(problems)
   schedule, optimizer = build.optimizer_of(c, c.optimizer.learning_rate)
-  critic = values and build.make_critic(c, dataclasses.replace(values, labels=1), mesh)
+  values = values and dataclasses.replace(values, labels=1)
   return Programs(
     config=c,
     topology=topology,
@@ -404,7 +415,7 @@ def open_programs(
     optimizer=optimizer,
     new_adapters=adapters,
     prompts=prompts,
-    critic=critic,
+    critic=build.critic_of(c, algorithm, values, mesh),
     teachers=tuple(sorted(teachers, key=_size, reverse=True)),
   )
 

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import gae, value_loss
+from grpo_jax import export, gae, policy_loss, value_loss
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm
 from grpo_jax.learning.batch import mini_batches
 from grpo_jax.learning.critic import (
+  CRITIC_METRICS,
+  VALUE_METRICS,
   Critic,
   assess,
   make_critic_step,
@@ -19,9 +21,16 @@ from grpo_jax.learning.critic import (
   named,
   token_values,
 )
-from grpo_jax.learning.step import TrainState, make_score, make_train_step
+from grpo_jax.learning.step import (
+  TrainState,
+  ValueHead,
+  make_score,
+  make_train_step,
+  score_batch,
+)
 from grpo_jax.learning.updates import Learner, UpdateConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.load import load
 from tests.helpers.learning import CONFIG, MODEL, assert_trees_close, bits, make_batch
 from tests.helpers.runs import train_on
 
@@ -85,8 +94,8 @@ def test_a_value_is_the_head_on_the_state_before_its_token(values_params):
 
 
 def test_values_in_micro_batches(values_params):
-  whole = make_values(CRITIC)(values_params, batch())
-  parts = make_values(CRITIC, micro_batches=2)(values_params, batch())
+  whole = make_values(TRUNK)(values_params, batch())
+  parts = make_values(TRUNK, micro_batches=2)(values_params, batch())
   np.testing.assert_allclose(parts, whole, atol=1e-6)
 
 
@@ -263,6 +272,53 @@ def test_names_of_the_critics_metrics():
   assert metrics == {"critic/loss": 1.0, "critic/skipped": 0.0, "critic/error": 2.0}
 
 
+# --- on the trunk of the policy -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_params(params):
+  """Returns a policy with a value head."""
+  return {**params, "score": jax.random.normal(jax.random.key(5), (1, CONFIG.width))}
+
+
+def test_a_value_head_adds_its_loss_to_the_policys(shared_params):
+  """Written out: values and advantages before the update, then one gradient of both losses."""
+  head = ValueHead(weight=0.25, clip=0.1)
+  b = dataclasses.replace(batch(), values=token_values(MODEL, shared_params, batch()))
+  b, _ = assess(b, ALGORITHMS["ppo"])
+
+  def loss(p):
+    logp, _ = score_batch(MODEL, p, b)
+    policy, _ = policy_loss("ppo", logp, b.advantages, b.mask, weights=b.weights)
+    hidden = MODEL.score(p, b.prompts, b.prompt_mask, b.completions)
+    values = jnp.where(b.mask, (hidden * p["score"][0]).sum(-1), 0.0)
+    own, _ = value_loss(values, b.returns, b.mask, old_values=b.values, clip=0.1, weights=b.weights)
+    return policy + 0.25 * own
+
+  slopes = jax.grad(loss)(shared_params)
+  expected = jax.tree.map(lambda p, slope: p - RATE * slope, shared_params, slopes)
+  for config in (UpdateConfig(), UpdateConfig(micro_batches=2)):
+    state, metrics = learner(config, critic=head)(
+      TrainState.create(shared_params, OPTIMIZER), batch(), 0
+    )
+    assert_trees_close(state.params, expected, 2e-6)
+    assert float(metrics["loss"]) == pytest.approx(float(loss(shared_params)), abs=1e-6)
+  assert state.critic is None
+  assert set(VALUE_METRICS) <= set(metrics)
+  assert not (set(CRITIC_METRICS) - set(VALUE_METRICS)) & set(metrics)
+  assert np.abs(slopes["score"]).max() > 1e-3
+
+
+def test_the_values_of_a_head_reach_the_trunk(shared_params, params):
+  def moved(weight):
+    state = TrainState.create(shared_params, OPTIMIZER)
+    return learner(critic=ValueHead(weight=weight))(state, batch(), 0)[0].params["embed"]
+
+  assert np.abs(moved(0.5) - moved(1e-9)).max() > 1e-6
+  with pytest.raises(ValueError, match="Learner has a ValueHead, and the policy's parameters have"):
+    learner(critic=ValueHead())(TrainState.create(params, OPTIMIZER), batch(), 0)
+
+
 # --- whole runs ----------------------------------------------------------------------------------
 
 PPO = [
@@ -284,3 +340,16 @@ def test_a_run_with_a_critic_is_resumed_bit_for_bit(tmp_path):
   learned = [row for row in rows if "critic/loss" in row]
   assert len(learned) == 3
   assert ["loss" in row for row in learned] == [False, True, True]
+
+
+def test_a_run_with_a_value_head_on_eight_devices_is_exported_without_it(tmp_path):
+  shared = ["algorithm.name=ppo", "critic.trunk=policy", "steps=2", "rollout.prompts_per_step=16"]
+  own = [f"--config.{line}" for line in shared]
+  options = [o for o in PPO if not o.startswith(("--config.critic", "--config.steps"))] + own
+  _, rows, _ = train_on(8, tmp_path / "run", options)
+  losses = [row for row in rows if "loss" in row]
+  assert len(losses) == 2
+  assert losses[0]["critic/values_mean"] != 0  # of the second mini-batch: the head was 0 before
+  export.main(["--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
+  _, params = load(str(tmp_path / "model"))
+  assert "score" not in params

@@ -129,6 +129,19 @@ def test_the_state_of_the_critic_is_that_of_the_run_and_each_program_is_traced()
   for name in programs.names:
     getattr(programs, name)().trace()
   assert programs_of().critic_state is None
+
+
+def test_a_value_head_is_a_parameter_of_the_policy():
+  c = load(
+    "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "algorithm.name=ppo", "critic.trunk=policy"
+  )
+  run, programs = build(c), open_programs(c, open_topology("cpu:8"))
+  assert described(programs.state) == described(run.initial_state())
+  assert programs.critic_state is None
+  assert {"values", "update"} <= set(programs.names)
+  assert "update_critic" not in programs.names
+  for name in programs.names:
+    getattr(programs, name)().trace()
   assert "values" not in programs_of().names
 
 

@@ -149,10 +149,29 @@ class Weights:
     if self.config.labels:
       return self
     config = replace(self.config, labels=1)
-    shapes = shapes_of(config)
-    parts = {name: part for name, part in self.parts.items() if name in shapes}
-    score = np.zeros(shapes["score"].shape, np.float32)
-    return Weights(config, shapes, {**parts, "score": lambda index: score[index]}, self.where)
+    beside = self.with_value_head()
+    shapes = {name: shape for name, shape in beside.shapes.items() if name in shapes_of(config)}
+    parts = {name: beside.parts[name] for name in shapes}
+    return Weights(config, shapes, parts, self.where)
+
+  def with_value_head(self) -> Weights:
+    """Returns a language model with a `score` of zeros beside its head.
+
+    Example:
+      >>> from grpo_jax.models.load import open_weights
+      >>> weights = open_weights("random:tiny").with_value_head()
+      >>> weights.shapes["score"].shape, "embed" in weights.shapes, weights.config.labels
+      ((1, 64), True, 0)
+    """
+    score = np.zeros((1, self.config.width), np.float32)
+    parts = {**self.parts, "score": lambda index: score[index]}
+    return replace(self, shapes=with_value_head(self.shapes), parts=parts)
+
+
+def with_value_head(shapes: Params) -> Params:
+  """Returns the shapes of a language model with those of a value head on its trunk."""
+  score = jax.ShapeDtypeStruct((1, shapes["final_norm"].shape[0]), np.float32)
+  return dict(sorted({**shapes, "score": score}.items()))
 
 
 def _finite(where: str, path: tuple[Any, ...], part: Part) -> Part:
