@@ -27,6 +27,7 @@ from grpo_jax.core.advantages import (
   zero_advantages,
 )
 from grpo_jax.core.algorithms import ALGORITHMS, Algorithm, advantages
+from grpo_jax.core.diagnosis import Finding, diagnose
 from grpo_jax.core.divergences import head_divergence
 from grpo_jax.core.kl import kl_k1, kl_k2, kl_k3
 from grpo_jax.core.log_ratios import log_ratio_advantages, penalized_rewards
@@ -41,11 +42,13 @@ __all__ = [
   "ALGORITHMS",
   "Advantage",
   "Algorithm",
+  "Finding",
   "advantages",
   "batch_normalized",
   "batch_whitened",
   "centered_token_whitened",
   "completion_mask",
+  "diagnose",
   "gae",
   "group_centered",
   "group_normalized",

@@ -28,6 +28,7 @@ CALLS = {
   "centered_token_whitened": lambda f: f(REWARDS, MASK),
   "right_only": lambda f: f(REWARDS, right_above=1.0),
   "multi_objective": lambda f: f(jnp.stack([REWARDS] * R), jnp.ones(R)),
+  "diagnose": lambda f: f(REWARDS, REWARDS, MASK, logp=LOGP, sampler_logp=LOGP, tokens=TOKENS),
   "penalized_rewards": lambda f: f(LOGP, LOGP, LOGP, MASK, beta=0.1),
   "log_ratio_advantages": lambda f: f(LOGP, LOGP, MASK, discount=0.5, baseline="leave_one_out"),
   "process_advantages": lambda f: f(jnp.ones((P, G, S)), jnp.zeros((P, G, S), jnp.int32), MASK),
@@ -126,5 +127,5 @@ def test_signatures_of_helpers():
 
 def test_every_public_function_is_here():
   functions = {name for name in grpo_jax.__all__ if callable(getattr(grpo_jax, name))}
-  functions -= {"Algorithm", "Advantage"}
+  functions -= {"Algorithm", "Advantage", "Finding"}
   assert functions == set(CALLS)
