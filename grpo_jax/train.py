@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 import grpo_jax
 from grpo_jax import config as configs
+from grpo_jax import doctor
 from grpo_jax.build import Run, build, schedule_steps
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.environments.base import EnvironmentFault
@@ -120,7 +121,8 @@ def run(
         session = stack.enter_context(record.session(workdir, grpo_jax.__version__, code))
     hosts.same("the config", json.dumps(saved, sort_keys=True))
     ending = Ending(config.stop.after_hours, config.stop.when, begun)
-    results = _train(run, Output(workdir, **_log_settings(config)), watch, ending)
+    remark = doctor.Watcher(config, workdir)
+    results = _train(run, Output(workdir, **_log_settings(config), remark=remark), watch, ending)
     if ending.reason:
       session.update(reason="stopped", message=ending.reason)
     return results
@@ -155,6 +157,8 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
   with out, run.matmul_precision(), run.scorer() as scorer, Signals() as signals:
     start, state = out.resume(run.initial_state(), run.evaluates_at)
     out.print(describe(run.config, run, start))
+    for finding in doctor.before(run):
+      out.print(f"doctor     {finding.seen}: {finding.reason}")
     recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)
     update = run.learner(on_skip=recorder)
     for step in range(start, run.steps):

@@ -178,7 +178,7 @@ def _arrays(given: dict) -> _Arrays:
   return _Arrays(rewards=rewards, mask=mask, beta=float(beta), **arrays)
 
 
-def _level(value: float, limits: tuple[float, float]) -> Confidence | None:
+def level_of(value: float, limits: tuple[float, float]) -> Confidence | None:
   """Returns how sure a number makes a finding; None while it is healthy."""
   if not value > limits[0]:
     return None
@@ -218,7 +218,7 @@ def too_hard(a: _Arrays) -> Finding | None:
   """Finds groups in which nothing is right."""
   constant, wrong = a.constant, a.constant & ~a.right
   share = float(wrong.mean())
-  if not (level := _level(share, NO_VARIANCE)):
+  if not (level := level_of(share, NO_VARIANCE)):
     return None
   return Finding(
     "too_hard",
@@ -257,7 +257,7 @@ def too_easy(a: _Arrays) -> Finding | None:
 def all_equal(a: _Arrays) -> Finding | None:
   """Finds a batch in which the groups are neither all right nor all wrong, but have no variance."""
   share = float(a.constant.mean())
-  if too_hard(a) or too_easy(a) or not (level := _level(share, (0.8, NO_VARIANCE[1]))):
+  if too_hard(a) or too_easy(a) or not (level := level_of(share, (0.8, NO_VARIANCE[1]))):
     return None
   return Finding(
     "all_equal",
@@ -321,7 +321,7 @@ def large_advantages(a: _Arrays) -> Finding | None:
   if a.advantages is None:
     return None
   largest = float(np.abs(a.advantages).max())
-  if not (level := _level(largest, LARGE_ADVANTAGE)):
+  if not (level := level_of(largest, LARGE_ADVANTAGE)):
     return None
   return Finding(
     "large_advantages",
@@ -340,7 +340,7 @@ def one_prompt(a: _Arrays) -> Finding | None:
     return None
   size = np.abs(a.advantages).sum((1, 2))
   share = float(size.max() / size.sum()) if size.sum() else 0.0
-  if not (level := _level(share, DOMINANT)):
+  if not (level := level_of(share, DOMINANT)):
     return None
   prompt = int(size.argmax())
   return Finding(
@@ -362,7 +362,7 @@ def truncated(a: _Arrays) -> Finding | None:
   if a.ended is None:
     return None
   share = float((~a.ended).mean())
-  if not (level := _level(share, TRUNCATED)):
+  if not (level := level_of(share, TRUNCATED)):
     return None
   evidence = {"truncated": share}
   if share == 1:
@@ -403,7 +403,7 @@ def duplicates(a: _Arrays) -> Finding | None:
   rows = np.where(a.mask, a.tokens, -1)
   same = (rows == rows[:, :1]).all((1, 2)) & ~a.right
   share = float(same.mean())
-  if not (level := _level(share, DUPLICATES)):
+  if not (level := level_of(share, DUPLICATES)):
     return None
   return Finding(
     "duplicates",
@@ -451,7 +451,7 @@ def mismatch(a: _Arrays) -> Finding | None:
     return None
   gap = np.abs(pair[1] - a.sampler_logp)
   mean = _per_token(a, gap)
-  if not (level := _level(mean, MISMATCH)):
+  if not (level := level_of(mean, MISMATCH)):
     return None
   position = np.cumsum(a.mask, -1) / np.maximum(a.mask.sum(-1, keepdims=True), 1)
   thirds = [a.mask & (position > low) & (position <= low + 1 / 3) for low in (0, 1 / 3, 2 / 3)]
@@ -479,7 +479,7 @@ def ratio(a: _Arrays) -> Finding | None:
     return None
   change = np.abs(a.logp - a.old_logp)
   share = _per_token(a, change > np.log(2))
-  if not (level := _level(share, RATIO)):
+  if not (level := level_of(share, RATIO)):
     return None
   return Finding(
     "ratio",
@@ -500,7 +500,7 @@ def kl(a: _Arrays) -> Finding | None:
   log_ratio = a.ref_logp - a.logp
   k3 = np.where(a.mask, np.exp(np.minimum(log_ratio, 700)) - log_ratio - 1, 0.0)
   mean = _per_token(a, k3)
-  if not (level := _level(mean, KL)):
+  if not (level := level_of(mean, KL)):
     return None
   return Finding(
     "kl",

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Output(contextlib.AbstractContextManager):
     keep: number of checkpoints to keep, the newest ones.
     samples: number of completions to print at a time.
     samples_every: number of steps between printed completions; 0 prints none.
+    remark: called with each record, its step included; returns lines to show.
 
   Attributes:
     finished: number of finished steps.
@@ -45,9 +46,11 @@ class Output(contextlib.AbstractContextManager):
     keep: int = 2,
     samples: int = 3,
     samples_every: int = 10,
+    remark: Callable[[dict[str, Any]], Iterable[str]] = lambda row: (),
   ) -> None:
     self.workdir = Path(workdir)
     self._steps, self._samples, self._samples_every = steps, samples, samples_every
+    self._remark = remark
     self._checkpoints = checkpoint.Checkpoints(workdir, keep)
     self._open = contextlib.ExitStack()
     self._open.enter_context(self._checkpoints)
@@ -198,6 +201,8 @@ class Output(contextlib.AbstractContextManager):
   def _write(self, step: int, values: Mapping[str, float | None]) -> None:
     self.latest.update({name: (step, value) for name, value in values.items()})
     self._writer.write(step, values)
+    for line in self._remark({"step": step, **values}) if hosts.is_first() else ():
+      self.print(line)
 
   def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
     try:
