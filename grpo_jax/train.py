@@ -157,6 +157,7 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
   with out, run.matmul_precision(), run.scorer() as scorer, Signals() as signals:
     start, state = out.resume(run.initial_state(), run.evaluates_at)
     out.print(describe(run.config, run, start))
+    out.print("compiling  sampling, evaluation and update, once each; later steps are faster")
     for finding in doctor.before(run):
       out.print(f"doctor     {finding.seen}: {finding.reason}")
     recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)

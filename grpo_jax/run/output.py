@@ -14,6 +14,7 @@ from grpo_jax.distributed import hosts
 from grpo_jax.evaluate import Evaluation
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import checkpoint, metrics, plots
+from grpo_jax.run.progress import choose_samples
 from grpo_jax.run.workdir import WorkdirError
 
 
@@ -28,7 +29,7 @@ class Output(contextlib.AbstractContextManager):
     workdir: the work directory.
     steps: number of steps of the whole run.
     keep: number of checkpoints to keep, the newest ones.
-    samples: number of completions to print at a time.
+    samples: number of completions to print at a time, right and wrong ones of one prompt.
     samples_every: number of steps between printed completions; 0 prints none.
     remark: called with each record, its step included; returns lines to show.
 
@@ -131,7 +132,7 @@ class Output(contextlib.AbstractContextManager):
     if samples:
       self._writer.write_samples(step, samples)
     if self._samples_every and step % self._samples_every == 0:
-      self._writer.print_samples(samples[: self._samples])
+      self._writer.print_samples(choose_samples(samples, self._samples))
 
   def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
     """Writes the metrics and samples of an evaluation, if it has metrics."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class Progress:
 
   def __init__(self, total_steps: int, start_step: int = 0) -> None:
     self.total_steps = total_steps
-    self._start_step, self._start_time = start_step, time.monotonic()
+    self._seconds: list[float] = []  # of each step
     self._bar = None
     if not sys.stdout.isatty():
       return
@@ -36,14 +37,12 @@ class Progress:
       MofNCompleteColumn,
       Progress,
       TextColumn,
-      TimeRemainingColumn,
     )
 
     self._bar = Progress(
       TextColumn("step"),
       MofNCompleteColumn(),
       BarColumn(bar_width=24),
-      TimeRemainingColumn(compact=True),
       TextColumn("{task.fields[columns]}", markup=False),
     )
     self._bar.start()
@@ -66,12 +65,18 @@ class Progress:
     columns = "  ".join(
       f"{label} {form.format(metrics[name])}" for name, label, form in COLUMNS if name in metrics
     )
+    if "step_time" in metrics:
+      self._seconds.append(metrics["step_time"])
+    columns += self._left(self.total_steps - step - 1)
     if self._bar:
       self._bar.update(self._task, completed=step + 1, columns=columns)
-      return
-    done, remaining = step + 1 - self._start_step, self.total_steps - step - 1
-    left = (time.monotonic() - self._start_time) / max(done, 1) * remaining
-    print(f"step {step + 1:>4}/{self.total_steps}  {columns}  {_minutes(left)} left", flush=True)
+    else:
+      print(f"step {step + 1:>4}/{self.total_steps}  {columns}", flush=True)
+
+  def _left(self, steps: int) -> str:
+    """Returns the time of the steps that are left; the first one of this process compiled."""
+    usual = self._seconds[1:]
+    return f"  {_minutes(statistics.median(usual) * steps)} left" if usual else ""
 
   def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
     """Prints one line per sample: its reward, the end of its prompt, and the completion."""
@@ -94,6 +99,34 @@ class Progress:
     """Ends the progress bar. A second call does nothing."""
     if self._bar:
       self._bar.stop()
+
+
+def choose_samples(samples: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+  """Returns completions of one prompt to show: a right and a wrong one, then more of its group.
+
+  The prompt is the first one whose completions have different rewards, else the first one.
+
+  Args:
+    samples: of one step, the completions of a prompt side by side; `reward` may be missing or NaN.
+    count: number of completions, at most.
+
+  Example:
+    >>> rewards = (0.0, 0.0, 0.0, 1.0)
+    >>> samples = [{"prompt": "ab"[i // 2], "reward": r} for i, r in enumerate(rewards)]
+    >>> choose_samples(samples, 3)
+    [{'prompt': 'b', 'reward': 1.0}, {'prompt': 'b', 'reward': 0.0}]
+  """
+
+  def reward(sample: Mapping[str, Any]) -> float:
+    value = sample.get("reward")
+    return -math.inf if value is None or math.isnan(value) else value
+
+  by_prompt = itertools.groupby(samples, key=lambda s: (s.get("key"), s["prompt"]))
+  groups = [list(group) for _, group in by_prompt]
+  mixed = (g for g in groups if len({reward(sample) for sample in g}) > 1)
+  group = next(mixed, groups[0] if groups else [])
+  ranked = sorted(group, key=reward, reverse=True)
+  return (ranked[:1] + ranked[-1:] + ranked[1:-1])[: min(count, len(group))]
 
 
 def _minutes(seconds: float) -> str:

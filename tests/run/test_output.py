@@ -16,7 +16,7 @@ from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Stopped
 from grpo_jax.run.workdir import WorkdirError
 
-SAMPLES = [{"prompt": f"{n}:", "completion": "c", "reward": 1.0} for n in range(5)]
+SAMPLES = [{"prompt": f"{n // 3}:", "completion": "c", "reward": 1.0} for n in range(5)]
 
 
 def state_after(step):
