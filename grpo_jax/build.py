@@ -47,6 +47,7 @@ from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.rollout import RolloutConfig
+from grpo_jax.run import trackers
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.sampling.turns import Budget
@@ -327,6 +328,7 @@ def build(config: ConfigDict) -> Run:
     if task and learned:
       rewards = {**task.rewards, LEARNED: (learned, c.reward_model.weight)}
       task = dataclasses.replace(task, rewards=rewards)
+  attempt(lambda: trackers.check(c.log.trackers))
   weigh = attempt(lambda: curricula.lookup_curriculum(c.data.curriculum), "data.curriculum")
   c, loaded = (weights and attempt(lambda: with_lora_source(c, weights.config))) or (c, None)
   adapters = attempt(lambda: new_adapters_of(c.lora, weights)) if weights else None

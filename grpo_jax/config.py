@@ -410,6 +410,7 @@ def default_config() -> ConfigDict:
   c.log = Section()
   c.log.samples = 3  # completions shown at a time
   c.log.samples_every = 10  # steps; 0 = never
+  c.log.trackers = ("tensorboard",)  # and wandb, trackio: each is an extra
   return c.lock()
 
 

@@ -13,6 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_jax import extras
+
+if __name__ == "__main__":  # the imports below need the extra
+  extras.require_for_command("train", "grpo_jax.doctor")
+
 import numpy as np
 from ml_collections import ConfigDict
 

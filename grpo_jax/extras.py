@@ -26,6 +26,8 @@ MODULES = {
   "gguf": ("gguf",),
   "openenv": ("websockets",),
   "textarena": ("textarena",),
+  "wandb": ("wandb",),
+  "trackio": ("trackio",),
 }  # fmt: skip
 
 

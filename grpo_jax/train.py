@@ -98,7 +98,8 @@ def run(
     SkippedError: after too many skipped updates, with the finished steps saved.
     NotFiniteError: the parameters became NaN or infinite; the checkpoint before that stays.
   """
-  workdir, begun, session = workdirs.path_of(workdir), time.monotonic(), {}
+  workdir, begun = workdirs.path_of(workdir), time.monotonic()
+  session, files = {}, {}
   with contextlib.ExitStack() as stack:
     stack.enter_context(console.guarded())
     compilation.use_cache(config.compilation_cache, workdir)
@@ -121,8 +122,13 @@ def run(
         session = stack.enter_context(record.session(workdir, grpo_jax.__version__, code))
     hosts.same("the config", json.dumps(saved, sort_keys=True))
     ending = Ending(config.stop.after_hours, config.stop.when, begun)
-    remark = doctor.Watcher(config, workdir)
-    results = _train(run, Output(workdir, **_log_settings(config), remark=remark), watch, ending)
+    out = Output(
+      workdir,
+      **_log_settings(config),
+      remark=doctor.Watcher(config, workdir),
+      about={"config": saved, "files": files, "session": dict(session)},
+    )
+    results = _train(run, out, watch, ending)
     if ending.reason:
       session.update(reason="stopped", message=ending.reason)
     return results
@@ -227,13 +233,14 @@ def _evaluate(run: Run, params: Any, scorer: Scorer) -> Evaluation:
   )
 
 
-def _log_settings(c: ConfigDict) -> dict[str, int]:
+def _log_settings(c: ConfigDict) -> dict[str, Any]:
   """Returns the arguments of `Output` that a config holds."""
   return {
     "steps": c.steps,
     "keep": c.checkpoint.keep,
     "samples": c.log.samples,
     "samples_every": c.log.samples_every,
+    "trackers": c.log.trackers,
   }
 
 

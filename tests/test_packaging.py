@@ -28,8 +28,8 @@ from grpo_jax import extras
 ROOT = Path(__file__).parents[1]
 BASE = {"jax", "numpy", "jaxtyping"}
 EXTRAS = {
-  "train", "tasks", "gguf", "tensorboard", "openenv", "textarena", "cuda", "tpu", "plan", "all",
-  "docs", "test",
+  "train", "tasks", "gguf", "tensorboard", "wandb", "trackio", "openenv", "textarena", "cuda",
+  "tpu", "plan", "all", "docs", "test",
 }  # fmt: skip
 DESCRIPTION = (
   "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md",
@@ -37,6 +37,7 @@ DESCRIPTION = (
 )  # fmt: skip
 COMMANDS = {
   "grpo_jax.train": "train",
+  "grpo_jax.doctor": "train",
   "grpo_jax.evaluate": "train",
   "grpo_jax.export": "train",
   "grpo_jax.replay": "train",

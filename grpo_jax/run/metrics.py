@@ -1,4 +1,4 @@
-"""Writes and reads what a run leaves to look at: metrics.jsonl, TensorBoard events, samples.
+"""Writes and reads what a run leaves to look at: metrics.jsonl and samples.
 
 Device values become Python numbers here and nowhere else (`OneStepLate`).
 """
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from grpo_jax.run.progress import Progress
-from grpo_jax.run.tensorboard import TensorBoardWriter
+from grpo_jax.run.trackers import Guarded, Session
 from grpo_jax.run.workdir import write_whole
 
 METRICS = "metrics.jsonl"
@@ -81,13 +81,15 @@ class MetricsWriter:
   Use it as a context manager, or call `close`.
 
   Args:
-    workdir: gets `metrics.jsonl` (one line per call of `write`), `samples/step_000012.jsonl` and
-      `tensorboard/`. Made if it is missing.
+    workdir: gets `metrics.jsonl` (one line per call of `write`) and `samples/step_000012.jsonl`.
+      Made if it is missing.
     total_steps: number of steps of the whole run, for the progress bar.
     resume_step: first step to run; None is 0. Lines and samples of this and later steps are
       removed, as is a line that a kill cut short: no step appears twice.
     keep_evaluation: keep the evaluation before `resume_step`, which will not be done again.
     show: draw the progress bar and print lines.
+    trackers: where the metrics go as well, keys of `trackers.TRACKERS`.
+    about: what trackers are told about the run.
   """
 
   def __init__(
@@ -98,13 +100,16 @@ class MetricsWriter:
     *,
     keep_evaluation: bool = False,
     show: bool = True,
+    trackers: Sequence[str] = ("tensorboard",),
+    about: Mapping[str, Any] | None = None,
   ) -> None:
     self.workdir = Path(workdir)
     self.workdir.mkdir(parents=True, exist_ok=True)
     start = resume_step or 0
     _drop_from(self.workdir, start, keep_evaluation)
     self._file = (self.workdir / METRICS).open("a", encoding="utf-8")
-    self._tensorboard = TensorBoardWriter(self.workdir / "tensorboard", start)
+    session = Session(self.workdir, start, about or {})
+    self._trackers = [Guarded(name, session) for name in trackers]
     self._progress = Progress(total_steps, start) if show else None
 
   def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -123,7 +128,8 @@ class MetricsWriter:
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
     numbers = {name: v for name, v in row.items() if v is not None and name != "step"}
-    self._tensorboard.write(step, numbers)
+    for tracker in self._trackers:
+      tracker.write(step, numbers)
     if self._progress:
       shown = {name: math.nan if value is None else value for name, value in row.items()}
       self._progress.update(step, shown)
@@ -149,6 +155,11 @@ class MetricsWriter:
     write_whole(path, "".join(json.dumps(_to_json(sample)) + "\n" for sample in samples))
     return path
 
+  def track_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Hands samples on to the trackers."""
+    for tracker in self._trackers:
+      tracker.write_samples(step, [_to_json(sample) for sample in samples])
+
   def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
     """Prints samples (their `prompt`, `completion` and `reward`) above the progress bar."""
     if self._progress:
@@ -162,7 +173,8 @@ class MetricsWriter:
   def close(self) -> None:
     """Closes the progress bar and the files. A second call does nothing."""
     with contextlib.ExitStack() as stack:  # closes each of them even if another one fails
-      stack.callback(self._tensorboard.close)
+      for tracker in self._trackers:
+        stack.callback(tracker.close)
       stack.callback(self._file.close)
       if self._progress:
         stack.callback(self._progress.close)
@@ -187,6 +199,9 @@ class NoWriter:
     """Does nothing."""
 
   def write_samples(self, *arguments: Any, **options: Any) -> None:
+    """Does nothing."""
+
+  def track_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
     """Does nothing."""
 
   def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:

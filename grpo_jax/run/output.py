@@ -31,6 +31,7 @@ class Output(contextlib.AbstractContextManager):
     keep: number of checkpoints to keep, the newest ones.
     samples: number of completions to print at a time, right and wrong ones of one prompt.
     samples_every: number of steps between printed completions; 0 prints none.
+    trackers, about: as in `MetricsWriter`.
     remark: called with each record, its step included; returns lines to show.
 
   Attributes:
@@ -48,10 +49,12 @@ class Output(contextlib.AbstractContextManager):
     samples: int = 3,
     samples_every: int = 10,
     remark: Callable[[dict[str, Any]], Iterable[str]] = lambda row: (),
+    trackers: Sequence[str] = ("tensorboard",),
+    about: Mapping[str, Any] | None = None,
   ) -> None:
     self.workdir = Path(workdir)
     self._steps, self._samples, self._samples_every = steps, samples, samples_every
-    self._remark = remark
+    self._remark, self._trackers, self._about = remark, trackers, about
     self._checkpoints = checkpoint.Checkpoints(workdir, keep)
     self._open = contextlib.ExitStack()
     self._open.enter_context(self._checkpoints)
@@ -86,7 +89,14 @@ class Output(contextlib.AbstractContextManager):
       )
     again = start == self._steps or evaluates_at(start)
     make = metrics.MetricsWriter if hosts.is_first() else metrics.NoWriter
-    writer = make(self.workdir, self._steps, resume_step=start, keep_evaluation=not again)
+    writer = make(
+      self.workdir,
+      self._steps,
+      resume_step=start,
+      keep_evaluation=not again,
+      trackers=self._trackers,
+      about=self._about,
+    )
     self._writer = self._open.enter_context(writer)
     self._late = metrics.OneStepLate(self._write)
     self._saved = self.finished = start
@@ -131,7 +141,8 @@ class Output(contextlib.AbstractContextManager):
     self._late.push(step, {**values, **timing})
     if samples:
       self._writer.write_samples(step, samples)
-    if self._samples_every and step % self._samples_every == 0:
+    if samples and self._samples_every and step % self._samples_every == 0:
+      self._writer.track_samples(step, samples)
       self._writer.print_samples(choose_samples(samples, self._samples))
 
   def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
