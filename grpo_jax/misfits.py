@@ -93,6 +93,11 @@ def _episode_misfits(c: ConfigDict, task: Task) -> list[str]:
     for name in ("turn_length", "observation_length")
     if c.episode[name] > c.rollout.completion_length
   ]
+  if task.turns > c.episode.turns:
+    problems.append(
+      f"episode.turns is {c.episode.turns}, and an episode of task {task.name!r} takes up to "
+      f"{task.turns} turns: the others would be cut off; set --config.episode.turns={task.turns}"
+    )
   if isinstance(task.environment, ToolEpisodes) and c.episode.turns == 1:
     problems.append(
       f"episode.turns is 1, it must be at least 2 for the tools of task {task.name!r}: the model "

@@ -75,3 +75,9 @@ def test_a_teacher_that_does_not_fit_is_named(changes, words):
   with pytest.raises(ConfigError) as caught:
     build(load("experiments/tiny.py", [f"--config.{change}" for change in changes]))
   assert any(words in problem for problem in caught.value.problems)
+
+
+def test_a_game_of_more_turns_than_an_episode_may_have():
+  options = ["task.name=guess_number", "task.settings.turns=6", "rollout.completion_length=40"]
+  with pytest.raises(ConfigError, match=r"up to 6 turns: the others would be cut off; set --conf"):
+    build(load("experiments/tiny.py", [f"--config.{option}" for option in options]))

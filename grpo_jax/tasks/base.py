@@ -79,6 +79,7 @@ class Task:
     canary: a wrong answer that is scored after each batch; its rewards must never change.
     foreign: the rewards are other people's code, which runs in worker processes only.
     environment: makes the environment of one episode; None: a completion is a single turn.
+    turns: that an episode may take; 0 if the task does not limit it.
     tools: JSON schemas of the tools that the chat template shows the model.
     note: shown at the start of a run, such as how code is isolated.
   """
@@ -94,6 +95,7 @@ class Task:
   canary: str = ""
   foreign: bool = False
   environment: Callable[[], Environment] | None = None
+  turns: int = 0
   tools: tuple[dict[str, Any], ...] = ()
   note: str = ""
 

@@ -116,6 +116,7 @@ def guess_number_task(
     accuracy=found,
     stop=() if chat else ("\n",),
     environment=partial(GuessNumber, turns, reward, chat),
+    turns=turns,
   )
 
 

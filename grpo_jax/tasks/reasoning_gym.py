@@ -134,6 +134,7 @@ def reasoning_gym_task(
   )
   if tries > 1:
     task = with_environment(task, _retries(functions[reward], tries, format == "chat"))
+    task = dataclasses.replace(task, turns=tries)
   return with_tools(task, tools, tool_settings)
 
 
