@@ -2,6 +2,7 @@
 
 python -m grpo_jax.export --workdir DIR --out HF_DIR                # the newest checkpoint of a run
 python -m grpo_jax.export --config experiments/X.py --out HF_DIR    # its model, untrained
+python -m grpo_jax.export ... --push OWNER/NAME                     # and upload it to the hub
 """
 
 import argparse
@@ -19,7 +20,7 @@ if __name__ == "__main__":  # the imports below need the extra
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
-from grpo_jax import tasks
+from grpo_jax import model_card, tasks
 from grpo_jax.errors import first_line
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
@@ -210,6 +211,10 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--dtype", default="float32", choices=list(DTYPES), help="dtype of the weights"
   )
+  parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository of the hub")
+  parser.add_argument(
+    "--public", action="store_true", help="with --push: a new repository is public, not private"
+  )
   parser.add_argument(
     "--adapter",
     action="store_true",
@@ -222,12 +227,20 @@ def main(argv: list[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   print(f"wrote {arguments.out}: {', '.join(files)}")
+  if arguments.push:
+    try:
+      print(f"uploaded: {model_card.push(arguments.out, arguments.push, public=arguments.public)}")
+    except ValueError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 2
   return 0
 
 
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if (arguments.workdir is None) == (arguments.config is None):
     raise ValueError("give either --workdir (a run) or --config (an experiment)")
+  if arguments.push:
+    model_card.check_repository(arguments.push)
   if arguments.config:
     settings, trained = configs.load(arguments.config, overrides), None
   else:
@@ -244,6 +257,7 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
     if trained is None or not rank:
       raise ValueError("--adapter is for the --workdir of a run with LoRA (lora.rank above 0)")
     lora.save_peft(trained, arguments.out, alpha=settings.lora.alpha, base_name=source)
+    model_card.write_card(arguments.out, arguments.workdir, settings, step)
     return sorted(file.name for file in Path(arguments.out).iterdir())
   weights = open_weights(source, seed=settings.seed)
   generation = None if trained is None else generation_settings(settings, weights.config.vocab_size)
@@ -255,9 +269,12 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
     params = lora.merge(weights.read(), trained, lora.scale(rank, alpha))
   else:
     params = {name: trained[name] for name in weights.shapes}  # without a critic's value head
-  return export_model(
+  files = export_model(
     weights.config, params, source, arguments.out, arguments.dtype, generation=generation
   )
+  if arguments.workdir:
+    files += model_card.write_card(arguments.out, arguments.workdir, settings, step)
+  return sorted(files)
 
 
 if __name__ == "__main__":

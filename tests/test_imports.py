@@ -93,6 +93,9 @@ ALLOWED = {
     f"{HELPERS} {ARRAYS} {RUN}"
   ),
   "grpo_jax.run*": f"{ENGINE} grpo_jax.run grpo_jax.learning {HELPERS} {ARRAYS} {RUN}",
+  "grpo_jax.model_card": (
+    f"grpo_jax.config grpo_jax.core grpo_jax.run {HELPERS} ml_collections huggingface_hub"
+  ),
   # Settings.
   "grpo_jax.config": f"{HELPERS} ml_collections",
   "experiments.shorter_wins.make_pairs": "reward",  # the file beside it
