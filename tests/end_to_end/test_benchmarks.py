@@ -122,6 +122,21 @@ def test_cost(run, tmp_path):
   assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_critic(run, tmp_path):
+  small = [
+    "steps=2", "model.source=random:tiny", "rollout.prompts_per_step=4", "rollout.group_size=2",
+    "rollout.completion_length=4", "task.settings.eval_size=4", "rewards.workers=0",
+  ]  # fmt: skip
+  options = ["--seeds", "0", "--every", "1", "--folder", str(tmp_path)]
+  arguments = (*options, *(f"--config.{line}" for line in small))
+  grpo, ppo = run("critic", *arguments)
+  assert (grpo["algorithm"], ppo["algorithm"]) == ("GRPO", "PPO")
+  assert 1.9 < ppo["optimizer_bytes"] / grpo["optimizer_bytes"] < 2.1
+  assert ppo["parameters"] == 2 * grpo["parameters"] + 64  # and a value head
+  assert run("critic", *arguments) == [grpo, ppo]  # nothing is trained again
+
+
 def test_logprobs(run):
   small = ("--batch", "1", "--tokens", "4", "--width", "8", "--vocab", "64", "--repeats", "1")
   assert [row["way"] for row in run("logprobs", *small)] == ["head_logprobs", "plain logits"]
