@@ -1,27 +1,29 @@
-"""SmolLM2-135M learns to guess a number in three turns, from the answers "Higher" and "Lower".
+"""SmolLM2-135M learns to guess a number from the answers "Higher" and "Lower".
 
-A game has nine numbers, such as 33 to 41, and its prompt shows one finished game. There are 90
-ranges; eleven of them, with all nine numbers, are held out. Bisection finds 7 numbers of 9 (0.78);
-guessing without repeats finds 3 of 9. All games of a range have the same prompt, so that nothing
-but the answers tells what the number is.
+A game has seven numbers, such as 9 to 15, and up to four turns. Its prompt shows two finished games
+of the range. There are 90 ranges; eleven of them, with all seven numbers, are held out. All games
+of a range have the same prompt, so that nothing but the answers tells what the number is. Bisection
+finds every number in three turns, 2.43 on average.
 
-    Guess a number from 33 to 41.
-    Guess: 37
+    Guess a number from 9 to 15.
+    Guess: 12
     Higher
-    Guess: 39
+    Guess: 14
     Lower
-    Guess: 38
+    Guess: 13
 
-Each turn is rewarded with the part of the remaining numbers that its answer rules out, and
-`turn_advantages` credits it with its own and later rewards.
+Each turn is rewarded with the part of the remaining numbers that its answer rules out, finding the
+number with 1 and 1 more for every turn that is left. `turn_advantages` credits a turn with its own
+and later rewards.
 
 Hardware  2 CPU cores, float32
-Time      not measured
-Result    none yet: no run with these settings has ended
+Time      11 to 13 minutes on a machine that did other work as well
+Result    greedy, on the 77 held-out games: found 0.636 (standard error 0.055) -> 1.000, 0.935 and
+          0.922 with seeds 0, 1 and 2; turns of a game 2.99 -> 2.57, 2.61 and 2.66
 Command   python -m grpo_jax.train --config experiments/smollm2_guess_number.py --workdir runs/guess
           (other seeds with --config.seed=1)
 
-Settings that were tried with seed 0, 8 games per step:
+What was tried before, with nine numbers, three turns, one shown game and seed 0:
 
 - Reward 1 for a number that is found, one advantage per game, a learning rate of 6e-5: the entropy
   fell from 1.05 to 0.17 nats in seven steps. From the third on nearly every first guess was the
