@@ -23,8 +23,9 @@ check: lint
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/python -m pytest -n 2 $(CHECK)
 
+# Three processes keep two cores busy: some tests wait for others.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 # The core on the oldest and the newest jax, then all tests on the newest Python and jax.
 test-matrix: .venv/ready

@@ -608,6 +608,8 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   need(not 0 < c.train.spike <= 1, "train.spike", "0 (off) or above 1")
   need(all(map(_is_stop, c.rollout.stop)), "rollout.stop", f"strings of 1 to {STOP_LENGTH} "
        "characters of Unicode")  # fmt: skip
+  names = all(isinstance(name, str) for name in c.log.trackers)
+  need(names, "log.trackers", "names of trackers: tensorboard, wandb or trackio")
   ids = all(type(number) is int and number >= 0 for number in c.rollout.stop_ids)
   need(ids, "rollout.stop_ids", "token ids: integers of at least 0")
   need(_is_day(c.chat.date), "chat.date", "a day as YYYY-MM-DD, or empty")

@@ -15,9 +15,10 @@ import pytest
 
 from grpo_jax import train
 from grpo_jax.build import build
-from grpo_jax.config import default_config, load
+from grpo_jax.config import default_config, load, to_saved
 from grpo_jax.core.diagnosis import ORDER
 from grpo_jax.doctor import CHECKS, Watcher, before, examine, main, mann_kendall, of_run
+from grpo_jax.run import workdir as workdirs
 from tests.helpers.model_files import UNTIED
 
 HEALTHY = sorted(Path("tests/data/healthy_runs").glob("*.jsonl"))
@@ -203,11 +204,11 @@ def test_chat_templates(tmp_path, template, name):
 
 
 def test_the_command_on_runs(tmp_path, capsys):
-  c = load(TINY, ["--config.steps=2", "--config.rewards.workers=0", "--config.log.samples=0"])
-  train.run(c, tmp_path / "run")
-  capsys.readouterr()
+  (tmp_path / "run").mkdir()
+  workdirs.write_config(tmp_path / "run", to_saved(load(TINY)))
+  (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
   assert main([str(tmp_path / "run")]) == 0
-  assert capsys.readouterr().out.endswith("run, 2 steps\nnothing found\n")
+  assert capsys.readouterr().out.endswith("run, 1 steps\nnothing found\n")
   rows = [
     {"step": i, "reward": 0.0, "accuracy": 0.0, "frac_reward_zero_std": 1.0} for i in range(20)
   ]

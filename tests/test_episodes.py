@@ -196,7 +196,7 @@ def _empty():
   return Episodes(none, none, none, none, none, none, none, [], 1.0)
 
 
-ADVANTAGES = ["group_normalized", "turn_advantages"]
+ADVANTAGES = [pytest.param("group_normalized", marks=pytest.mark.slow), "turn_advantages"]
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)

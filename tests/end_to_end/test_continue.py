@@ -251,6 +251,19 @@ def test_a_condition_on_what_the_run_does_not_write_is_refused(tmp_path, text, m
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+# Of other options; the quick tests have those of the evaluation and of critics.
+OTHERS = [
+  ("algorithm.name=rloo_kl", "teacher.source=random:tiny", "algorithm.teacher_weight=0.5",
+   "data.curriculum=learnability"),
+  ("algorithm.name=opd", "teacher.source=random:tiny", "algorithm.teacher_divergence=0.5"),
+  ("algorithm.name=opd", "teacher.source=reference", "reference.sync_every=1",
+   "reference.sync_share=0.05", "teacher.solved_from=0.1"),
+  ("algorithm.entropy_target=9.0", "algorithm.entropy_delta=0.01", "algorithm.nll_weight=0.1",
+   "algorithm.anchor=sampler", "algorithm.correction=geometric_mask+off_policy_mask",
+   "algorithm.geometric_min=0.9", "algorithm.geometric_max=1.1", "algorithm.off_policy_max=0.5"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
   "changes",
   [
@@ -259,14 +272,7 @@ def test_a_condition_on_what_the_run_does_not_write_is_refused(tmp_path, text, m
      "train.epochs=2", "rollout.max_resamples=1", "eval.temperature=0.7", "eval.top_p=0.9"),
     ("algorithm.name=ppo", "critic.clip=0.2"),
     ("algorithm.name=ppo", "critic.trunk=policy"),
-    ("algorithm.name=rloo_kl", "teacher.source=random:tiny", "algorithm.teacher_weight=0.5",
-     "data.curriculum=learnability"),
-    ("algorithm.name=opd", "teacher.source=random:tiny", "algorithm.teacher_divergence=0.5"),
-    ("algorithm.name=opd", "teacher.source=reference", "reference.sync_every=1",
-     "reference.sync_share=0.05", "teacher.solved_from=0.1"),
-    ("algorithm.entropy_target=9.0", "algorithm.entropy_delta=0.01", "algorithm.nll_weight=0.1",
-     "algorithm.anchor=sampler", "algorithm.correction=geometric_mask+off_policy_mask",
-     "algorithm.geometric_min=0.9", "algorithm.geometric_max=1.1", "algorithm.off_policy_max=0.5"),
+    *(pytest.param(changes, marks=pytest.mark.slow) for changes in OTHERS),
   ],
 )  # fmt: skip
 def test_all_metrics_of_a_run_are_known_before(tmp_path, changes):

@@ -20,6 +20,7 @@ def problems(count, seed, *kinds):
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_clearly_or_give_the_same_result():
   assert problems(12, 0, *KINDS) == []
 

@@ -103,6 +103,7 @@ def test_a_run_continues_as_if_it_had_not_been_interrupted(workdir, tmp_path, na
   assert not {"slots", "max_refills"} & {*config["train"], *config["rollout"]}
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_with_its_own_numbers(workdir, tmp_path):
   """Against the evaluation that the run itself made after step 2."""
   run("evaluate", "--workdir", workdir, "--samples", 0, "--out", tmp_path / "eval")

@@ -147,6 +147,7 @@ def test_a_teacher_passes_on_what_it_learned_without_rewards(tmp_path):
   assert results["eval/n"] == 20
 
 
+@pytest.mark.slow
 def test_a_kl_term_holds_the_policy_at_the_reference(tmp_path):
   """With a very large beta the same run cannot leave the reference; kl is measured."""
   rows = {}

@@ -331,6 +331,7 @@ PPO = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_with_a_critic_is_resumed_bit_for_bit(tmp_path):
   state, rows, _ = train_on(1, tmp_path / "one", PPO)
   train_on(1, tmp_path / "parts", [*PPO, "--config.steps=2"])

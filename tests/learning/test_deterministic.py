@@ -67,6 +67,7 @@ def on_one_device():
   return two_steps((1, 1, 1))
 
 
+@pytest.mark.slow
 def test_a_step_has_the_same_bits_on_one_and_eight_devices():
   """Runs in a process of its own, whose programs are compiled as for a user."""
   compare = (

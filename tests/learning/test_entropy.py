@@ -96,7 +96,7 @@ def mean_entropy(params, batch):
   return jnp.sum(jnp.where(batch.mask, batch.weights * entropies(params, batch), 0.0))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_bonus_raises_the_entropy_along_its_gradient(params, micro_batches):
   """Without advantages the update is `rate * c * d mean entropy / d params`."""
   batch = make_batch(average="token")
@@ -112,7 +112,9 @@ def test_the_bonus_raises_the_entropy_along_its_gradient(params, micro_batches):
   np.testing.assert_allclose(metrics["entropy_coef"], 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["fast", "micro", "chunks"])
+@pytest.mark.parametrize(
+  "mode", ["micro", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fast", "chunks"))]
+)
 def test_the_coefficient_of_an_update_is_that_of_the_state(params, mode):
   """Two updates: the first has no bonus, the second 0.375 (0.25 + 0.125), by one step of SGD."""
   batch = dataclasses.replace(make_batch(average="token"), advantages=jnp.zeros((4, 3)))

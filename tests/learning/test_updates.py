@@ -150,7 +150,9 @@ def test_on_policy_distillation_brings_the_policy_to_its_teacher(params):
   assert np.mean(gaps[-20:]) < 0.4 * np.mean(gaps[:5])
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+  "mix", [0.5, *(pytest.param(m, marks=pytest.mark.slow) for m in (0.0, 1.0))]
+)
 def test_a_divergence_to_teachers_is_a_term_of_the_loss(params, mix):
   """Compares with a loss through the whole vocabulary, without tiles and micro-batches."""
   row = dataclasses.replace(ALGORITHMS["dapo"], teacher_weight=0.5, teacher_divergence=mix)

@@ -231,7 +231,8 @@ MODEL = ModelConfig(
 
 
 @pytest.mark.parametrize(
-  ("name", "remat"), [("splash", "layers"), pytest.param("cudnn", "none", marks=SLOW)]
+  ("name", "remat"),
+  [pytest.param(*case, marks=SLOW) for case in (("splash", "layers"), ("cudnn", "none"))],
 )
 def test_a_model_with_a_kernel_is_the_same_model(name, remat):
   """Compares hidden states, gradients and prefill, with windows in some layers and left padding."""

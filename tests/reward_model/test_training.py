@@ -145,6 +145,7 @@ def test_parameters_and_batches_lie_on_the_mesh(data):
   assert batch.completions.sharding == meshes.batch_sharding(run.mesh)
 
 
+@pytest.mark.slow
 def test_the_mesh_changes_nothing(data, tmp_path):
   losses = []
   for name, mesh in (("data", (8, 1, 1)), ("all", (2, 2, 2))):

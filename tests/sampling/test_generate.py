@@ -121,7 +121,7 @@ def test_draw_gives_rare_tokens_of_a_large_vocabulary_their_probability():
   assert abs(rest.mean() / vocab - 0.5) < 4.5 * np.sqrt(1 / 12 / len(rest))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.7, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_recorded_logprobs_are_the_trainers(params, temperature):
   out = run(params, PROMPTS, MASK, keys(0), STOP, temperature=temperature)
   hidden = MODEL.score(params, PROMPTS, MASK, out.tokens)
