@@ -194,6 +194,7 @@ def test_more_problems_than_there_are(tmp_path):
   assert data.examples(range(5), 0, 8, 0, order=order) == [int(key) for key in drawn]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_counts_or_with_others_starts_them_again(tmp_path):
   plain = config(tmp_path, "steps=1")
   train.run(plain, tmp_path / "run")

@@ -436,6 +436,7 @@ def game(tmp_path):
   return [*OPTIONS, f"--config.task.settings.path={path}"]
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_bit_for_bit_and_eight_devices_play_the_same_games(tmp_path, game):
   state, rows, texts = train_on(1, tmp_path / "one", game)
   train_on(1, tmp_path / "parts", [*game, "--config.steps=1"])

@@ -53,6 +53,7 @@ def _run(environment: dict[str, str], module: str, *arguments: str) -> list[dict
   return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_step(run):
   (row,) = run("step", "--setting", "smallest", *TINY)
   assert row["engine"] == "grpo_jax"

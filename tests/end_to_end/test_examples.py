@@ -25,6 +25,7 @@ def test_the_loop_learns():
   assert gain(load("loop").train()) > 0.3
 
 
+@pytest.mark.slow
 def test_the_loop_with_a_kl_term_and_two_updates_learns():
   rewards, kl = load("loop_kl").train()
   assert gain(rewards) > 0.2
@@ -38,7 +39,7 @@ def test_the_bandit_learns(name):
   assert gain(bandit.learn(*bandit.POLICIES[name](), steps=60)) > 0.5
 
 
-@pytest.mark.parametrize("name", ["linen", "nnx"])
+@pytest.mark.parametrize("name", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_a_model_of_ones_own_learns(name):
   own = load("bring_your_model")
   assert gain(own.train(own.MODELS[name])) > 0.2

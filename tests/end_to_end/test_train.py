@@ -121,6 +121,7 @@ def test_steps_draw_different_completions(runs):
   assert len(set(completions[0])) > 32  # of 64
 
 
+@pytest.mark.slow
 def test_reward_rises(tmp_path):
   """`train.run` on eight devices, data-parallel: from one letter in ten to mostly letters."""
   c = load(TINY, ["--config.steps=25", "--config.log.samples=0", "--config.eval.batch_prompts=8"])
@@ -288,6 +289,7 @@ def test_signals_save_and_exit_the_run_goes_on_and_a_second_one_is_refused(tmp_p
     (tmp_path / "curve.png").unlink()  # it is drawn each time
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_is_the_same(runs, tmp_path):
   """Flips one bit in the newer of two checkpoints, of steps 4 and 8."""
   whole, *_ = runs

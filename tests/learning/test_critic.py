@@ -343,6 +343,7 @@ def test_a_run_with_a_critic_is_resumed_bit_for_bit(tmp_path):
   assert ["loss" in row for row in learned] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_value_head_on_eight_devices_is_exported_without_it(tmp_path):
   shared = ["algorithm.name=ppo", "critic.trunk=policy", "steps=2", "rollout.prompts_per_step=16"]
   own = [f"--config.{line}" for line in shared]

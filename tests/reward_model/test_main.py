@@ -31,6 +31,7 @@ def test_flags_become_settings():
   assert overrides == ["--config.seed=3"]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does_and_where_the_model_is(data, tmp_path, capsys):
   workdir = tmp_path / "run"
   arguments = ["--model", "random:tiny", "--data", data, "--workdir", str(workdir), *FAST]
