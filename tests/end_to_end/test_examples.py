@@ -39,7 +39,8 @@ def test_the_bandit_learns(name):
   assert gain(bandit.learn(*bandit.POLICIES[name](), steps=60)) > 0.5
 
 
-@pytest.mark.parametrize("name", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_a_model_of_ones_own_learns(name):
   own = load("bring_your_model")
   assert gain(own.train(own.MODELS[name])) > 0.2

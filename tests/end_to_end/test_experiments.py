@@ -25,7 +25,7 @@ from tests.helpers.model_files import UNTIED
 
 EXPERIMENTS = sorted(Path("experiments").glob("*.py"))
 # One of each kind; a step of each of the others is a slow test.
-QUICK = ("my_task_jsonl", "smollm2_addition", "smollm2_calculator")
+QUICK = ("my_task_jsonl", "smollm2_calculator")
 TINY = "random:tiny"
 # Overrides that make a run small; all other fields are those of the experiment.
 SMALL = [

@@ -169,6 +169,7 @@ def test_a_rollout_updates_both_from_the_values_before(params, values_params):
   assert bits(state.params) != bits(params)
 
 
+@pytest.mark.slow
 def test_several_updates_use_the_returns_of_the_first(params, values_params):
   """Written out: values, advantages and old log-probs once, then the updates in their order."""
   config = UpdateConfig(epochs=2, mini_batches=2)

@@ -56,6 +56,7 @@ def plain_rewards(params):
   return rewards
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_each_text_alone(params):
   rewards = pair_rewards(MODEL, params, make_pairs())
   np.testing.assert_allclose(rewards, plain_rewards(params), atol=1e-5)

@@ -232,7 +232,9 @@ def test_a_single_token_budget(params):
   np.testing.assert_array_equal(out.tokens[..., 0], longer.tokens[..., 0])
 
 
-@pytest.mark.parametrize(("max_compactions", "prompt_shards"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize(
+  ("max_compactions", "prompt_shards"), [(1, 3), pytest.param(3, 1, marks=pytest.mark.slow)]
+)
 def test_compaction_changes_nothing(params, max_compactions, prompt_shards):
   """Compares with the plain loop, for rows that end one by one, all at once, and never."""
   for stop in (stop_at(2, 5, 6), stop_at(*range(23)), stop_at(22)):

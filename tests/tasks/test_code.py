@@ -275,7 +275,8 @@ def get_config():
 """
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 0])
 def test_a_run_of_the_tiny_model(workers, tmp_path):
   data, experiment = tmp_path / "rows.jsonl", tmp_path / "experiment.py"
   data.write_text(json.dumps(TWICE) + "\n" + json.dumps({**TWICE, "prompt": "def twice(y):"}))
