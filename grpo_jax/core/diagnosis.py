@@ -5,13 +5,14 @@ for one illness and answers with a `Finding`, or with None.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.core.checks import Array
+from grpo_jax.core.kl import kl_k3
 
 Confidence = Literal["sure", "likely", "possible"]
 ORDER: tuple[Confidence, ...] = ("sure", "likely", "possible")
@@ -53,7 +54,8 @@ class Finding:
   places: tuple[tuple[int, ...], ...] = ()
 
   def __str__(self) -> str:
-    return f"{self.confidence}: {self.seen}\n  why: {self.reason}\n  next: {self.advice}"
+    head = f"{self.name} ({self.confidence}): {self.seen}"
+    return f"{head}\n  why:  {self.reason}\n  next: {self.advice}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,11 @@ def diagnose(
         name: np.nan_to_num(getattr(arrays, name), posinf=0, neginf=0) for name in broken.evidence
       },
     )
-  found = [broken, *(check(arrays) for check in CHECKS.values())]
+  return by_confidence([broken, *(check(arrays) for check in CHECKS.values())])
+
+
+def by_confidence(found: Iterable[Finding | None]) -> list[Finding]:
+  """Returns the findings, the surest first; None is left out."""
   return sorted((f for f in found if f), key=lambda f: ORDER.index(f.confidence))
 
 
@@ -438,18 +444,13 @@ def low_entropy(a: _Arrays) -> Finding | None:
 # --- log-probabilities ----------------------------------------------------------------------------
 
 
-def _differences(a: _Arrays) -> Iterator[tuple[str, np.ndarray]]:
-  for name in ("old_logp", "logp"):
-    if (value := getattr(a, name)) is not None:
-      yield name, value
-
-
 def mismatch(a: _Arrays) -> Finding | None:
   """Finds a sampler and a trainer that give the same tokens other log-probabilities."""
-  pair = next(_differences(a), None)
-  if a.sampler_logp is None or pair is None:
+  name = "logp" if a.old_logp is None else "old_logp"
+  trainer = getattr(a, name)
+  if a.sampler_logp is None or trainer is None:
     return None
-  gap = np.abs(pair[1] - a.sampler_logp)
+  gap = np.abs(trainer - a.sampler_logp)
   mean = _per_token(a, gap)
   if not (level := level_of(mean, MISMATCH)):
     return None
@@ -459,7 +460,7 @@ def mismatch(a: _Arrays) -> Finding | None:
   grows = depth[2] > 2 * max(depth[0], 1e-12)
   return Finding(
     "mismatch",
-    f"{pair[0]} and sampler_logp differ by {mean:.2g} nats on average "
+    f"{name} and sampler_logp differ by {mean:.2g} nats on average "
     f"({', '.join(f'{d:.2g}' for d in depth)} in the first, second and last third)",
     "the difference grows with the depth: other positions, cache or attention"
     if grows
@@ -497,8 +498,7 @@ def kl(a: _Arrays) -> Finding | None:
   """Finds a policy that is far from its reference."""
   if a.logp is None or a.ref_logp is None:
     return None
-  log_ratio = a.ref_logp - a.logp
-  k3 = np.where(a.mask, np.exp(np.minimum(log_ratio, 700)) - log_ratio - 1, 0.0)
+  k3 = np.asarray(kl_k3(a.logp, a.ref_logp))
   mean = _per_token(a, k3)
   if not (level := level_of(mean, KL)):
     return None

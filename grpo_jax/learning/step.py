@@ -198,17 +198,6 @@ class ValueHead:
   weight: float = 0.5
   clip: float | None = None
 
-  def add(
-    self,
-    loss: jax.Array,
-    metrics: dict[str, jax.Array],
-    batch: Batch,
-    values: Float[Array, "P G T"],
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the loss and the metrics of the policy with those of its values."""
-    own, more = clipped_value_loss(values, batch, self.clip)
-    return loss + self.weight * own, metrics | more
-
 
 def clipped_value_loss(
   values: Float[Array, "P G T"], batch: Batch, clip: float | None
@@ -388,7 +377,7 @@ def make_loss(
     if divergences:
       divergence = sum(divergences) / len(divergences)
     coef = batch.entropy_coef
-    found = policy_loss(
+    total, metrics = policy_loss(
       row,
       logp,
       batch.advantages,
@@ -404,8 +393,10 @@ def make_loss(
       nll_weights=batch.nll_weights,
     )
     if value_head is not None:
-      return value_head.add(*found, batch, values_of(params, hidden, batch))
-    return found
+      values = values_of(params, hidden, batch)
+      own, more = clipped_value_loss(values, batch, value_head.clip)
+      total, metrics = total + value_head.weight * own, metrics | more
+    return total, metrics
 
   return loss
 

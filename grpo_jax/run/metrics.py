@@ -157,8 +157,9 @@ class MetricsWriter:
 
   def track_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
     """Hands samples on to the trackers."""
+    plain = [_to_json(sample) for sample in samples]
     for tracker in self._trackers:
-      tracker.write_samples(step, [_to_json(sample) for sample in samples])
+      tracker.write_samples(step, plain)
 
   def print_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
     """Prints samples (their `prompt`, `completion` and `reward`) above the progress bar."""

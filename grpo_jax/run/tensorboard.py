@@ -6,8 +6,9 @@ ends at the first error, a full disk for instance; `close` would then wait for i
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 FLUSH_SECONDS = 30.0  # how far TensorBoard may lag behind the run
 
@@ -45,6 +46,9 @@ class TensorBoardWriter:
     self._file.write_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
     if now > self._last_flush + FLUSH_SECONDS:
       self.flush()
+
+  def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Does nothing: event files have no tables."""
 
   def flush(self) -> None:
     """Writes all buffered events to the file."""

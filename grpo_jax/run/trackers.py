@@ -27,7 +27,7 @@ MOST = 256  # completions of a table
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-  """What a tracker is told about a run.
+  """Holds what a tracker is told about a run.
 
   Attributes:
     workdir: of the run; its name is the name of the run.
@@ -62,24 +62,6 @@ class Tracker(Protocol):
 
   def close(self) -> None:
     """Ends the run at the tracker."""
-
-
-class TensorBoard:
-  """Writes event files to `WORKDIR/tensorboard`, without samples, which it has no table for."""
-
-  def __init__(self, session: Session) -> None:
-    self._writer = TensorBoardWriter(session.workdir / "tensorboard", session.start_step)
-
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Appends the metrics of a step."""
-    self._writer.write(step, metrics)
-
-  def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Does nothing."""
-
-  def close(self) -> None:
-    """Flushes and closes the file."""
-    self._writer.close()
 
 
 class Wandb:
@@ -148,7 +130,9 @@ class Trackio:
 
 
 TRACKERS: dict[str, Callable[[Session], Tracker]] = {
-  "tensorboard": TensorBoard,
+  "tensorboard": lambda session: TensorBoardWriter(
+    session.workdir / "tensorboard", session.start_step
+  ),
   "wandb": Wandb,
   "trackio": Trackio,
 }

@@ -115,7 +115,7 @@ def test_a_planted_illness_is_found_and_no_other(name):
   assert all(np.isfinite(list(found[name].evidence.values())))
   for text in (found[name].seen, found[name].reason, found[name].advice):
     assert len(text) > 20
-  assert str(found[name]).startswith(f"{confidence}: {found[name].seen}\n  why: ")
+  assert str(found[name]).startswith(f"{name} ({confidence}): {found[name].seen}\n  why:  ")
 
 
 def test_nothing_ends_by_itself():
