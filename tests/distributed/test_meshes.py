@@ -4,6 +4,7 @@ The compiled programs are read as well: their all-gathers, and the sizes of thei
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -32,7 +33,6 @@ from grpo_jax.tokens import ByteTokenizer
 CONFIG = ModelConfig(
   vocab_size=272, width=24, layers=2, heads=8, kv_heads=8, head_dim=2, mlp=56, tied=False
 )
-PARAMS = jax.tree.map(np.asarray, Decoder(CONFIG).init(jax.random.key(0)))
 PROMPTS, GROUP, LENGTH, MICRO = 16, 2, 4, 2
 MATRICES = 7  # of a layer: query, key, value, output; gate, up, down
 TILES = 3  # plus a remainder, for 272 tokens and for a half, a fourth and an eighth of them
@@ -40,6 +40,11 @@ SHAPES = [
   shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) in (1, 2, 4, 8)
 ]
 FAST = [(2, 2, 2)]
+
+
+@functools.cache
+def init():
+  return jax.tree.map(np.asarray, Decoder(CONFIG).init(jax.random.key(0)))
 
 
 def make_batch():
@@ -59,7 +64,7 @@ def make_batch():
 def on_mesh(shape):
   """Returns (mesh, model, parameters with the shardings of the table)."""
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
-  params = jax.device_put(PARAMS, meshes.param_shardings(mesh, PARAMS))
+  params = jax.device_put(init(), meshes.param_shardings(mesh, init()))
   return mesh, model_on(mesh, CONFIG), params
 
 
@@ -86,16 +91,16 @@ def step_on(shape):
   compiled = step.lower(state, batch).compile()
   with jax.transfer_guard("disallow"):
     state, metrics = compiled(state, batch)
-  table = jax.tree.leaves(meshes.param_shardings(mesh, PARAMS))
+  table = jax.tree.leaves(meshes.param_shardings(mesh, init()))
   for leaf, layout in zip(jax.tree.leaves(state.params), table, strict=True):
     assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
-  return jax.tree.map(lambda old, new: old - new, PARAMS, state.params), metrics, compiled
+  return jax.tree.map(lambda old, new: old - new, init(), state.params), metrics, compiled
 
 
 def sample_on(shape):
   mesh, model, _ = on_mesh(shape)
   sampler = Sampler(model, ByteTokenizer(), 4, LENGTH, prompt_sharding=meshes.batch_sharding(mesh))
-  apart = unstack(PARAMS)
+  apart = unstack(init())
   params = jax.device_put(apart, meshes.param_shardings(mesh, apart, sampling=True))
   prompts = [f"{i}:" for i in range(PROMPTS)]
   return sampler(params, prompts, jax.random.key(3), group=GROUP, temperature=1.0)
@@ -130,7 +135,7 @@ def runs(compiled):
 def one_layer(mesh_shape):
   """Returns the shapes of a layer's matrices and of the tables, gathered over `fsdp` alone."""
   tensor, shapes = mesh_shape[2], set()
-  for rule_path, matrix in jax.tree_util.tree_leaves_with_path(PARAMS):
+  for rule_path, matrix in jax.tree_util.tree_leaves_with_path(init()):
     name = jax.tree_util.keystr(rule_path, simple=True, separator="/")
     spec = next(spec for pattern, spec in meshes.RULES if re.search(pattern, name))
     spec = tuple(spec) + (None,) * (matrix.ndim - len(spec))
@@ -159,14 +164,14 @@ def check(shape, one_device):
   assert runs(compiled).get("all-gather", 0) <= (most if fsdp > 1 else 0)
   # The arguments have the sizes that the table gives, to the byte (XLA rounds buffers up to 64).
   mesh = meshes.make_mesh(shape, jax.devices()[: math.prod(shape)])
-  layouts = meshes.param_shardings(mesh, PARAMS)
+  layouts = meshes.param_shardings(mesh, init())
   params_bytes = sum(
     math.prod(layout.shard_shape(leaf.shape)) * 4
-    for leaf, layout in zip(jax.tree.leaves(PARAMS), jax.tree.leaves(layouts))
+    for leaf, layout in zip(jax.tree.leaves(init()), jax.tree.leaves(layouts))
   )
   rows = sum(leaf.nbytes for leaf in jax.tree.leaves(make_batch())) // (data * fsdp)
   memory = compiled.memory_analysis()
-  buffers = len(jax.tree.leaves(PARAMS)) + len(jax.tree.leaves(make_batch())) + 1
+  buffers = len(jax.tree.leaves(init())) + len(jax.tree.leaves(make_batch())) + 1
   assert 0 <= memory.argument_size_in_bytes - params_bytes - rows <= 64 * buffers
   # Temporaries shrink with the prompts of a device; gathered activations would not.
   if tensor == 1 and data * fsdp > 1:

@@ -251,8 +251,9 @@ def test_a_condition_on_what_the_run_does_not_write_is_refused(tmp_path, text, m
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-# Of other options; the quick tests have those of the evaluation and of critics.
+# Of other options; the quick tests have those of the evaluation and of a critic.
 OTHERS = [
+  ("algorithm.name=ppo", "critic.clip=0.2"),
   ("algorithm.name=rloo_kl", "teacher.source=random:tiny", "algorithm.teacher_weight=0.5",
    "data.curriculum=learnability"),
   ("algorithm.name=opd", "teacher.source=random:tiny", "algorithm.teacher_divergence=0.5"),
@@ -270,7 +271,6 @@ OTHERS = [
     (),
     ("eval.samples=4", "algorithm.name=grpo", "algorithm.beta=0.1", "train.mini_batches=1",
      "train.epochs=2", "rollout.max_resamples=1", "eval.temperature=0.7", "eval.top_p=0.9"),
-    ("algorithm.name=ppo", "critic.clip=0.2"),
     ("algorithm.name=ppo", "critic.trunk=policy"),
     *(pytest.param(changes, marks=pytest.mark.slow) for changes in OTHERS),
   ],

@@ -191,6 +191,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_all_options_at_once_and_resumed(tmp_path):
   """Several updates a rollout, a reference that moves, resamples, adapters: and nothing is lost."""
   for workdir, steps in (("whole", 4), ("parts", 2), ("parts", 4)):

@@ -205,9 +205,10 @@ def _exact_values() -> np.ndarray:
   return out
 
 
+EXACT_VALUES = _exact_values()
 VALUES = {
-  "exact": _exact_values(),
-  "wrong": _exact_values() + 0.4 * np.sin(1.3 * world.CONTEXT + 0.5),
+  "exact": EXACT_VALUES,
+  "wrong": EXACT_VALUES + 0.4 * np.sin(1.3 * world.CONTEXT + 0.5),
   "0": np.zeros((world.PROMPTS, *world.MASK.shape)),
 }
 TOKEN_REWARDS = np.where(

@@ -1,6 +1,7 @@
 """Tests prompts of any length: few programs, padding that changes nothing, one temperature."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,16 @@ class Counting(Decoder):
 
 
 MODEL = Counting(CONFIG)
-PARAMS = unstack(MODEL.init(jax.random.key(0)))
 SAMPLER = Sampler(MODEL, ByteTokenizer(), prompt_length=100, completion_length=3)
 
 
+@functools.cache
+def init():
+  return unstack(MODEL.init(jax.random.key(0)))
+
+
 def sample(prompts, sampler=SAMPLER, seed=0):
-  return sampler(PARAMS, prompts, jax.random.key(seed), group=2, temperature=1.0)
+  return sampler(init(), prompts, jax.random.key(seed), group=2, temperature=1.0)
 
 
 def test_batches_are_padded_to_quarters_of_the_prompt_length():
@@ -95,12 +100,12 @@ def test_the_temperature_is_given_once_and_recorded():
   cold = dataclasses.replace(SAMPLER, temperature=0.01)
   key = jax.random.key(0)
   at_hundredth, greedy, hot = (
-    cold(PARAMS, ["12+"], key, group=4, temperature=temperature) for temperature in (None, 0.0, 1.0)
+    cold(init(), ["12+"], key, group=4, temperature=temperature) for temperature in (None, 0.0, 1.0)
   )
   assert [out.temperature for out in (at_hundredth, greedy, hot)] == [0.01, 0.0, 1.0]
   assert sample(["a"]).temperature == 1.0
   assert at_hundredth.entropy[:, :, 0].max() < hot.entropy[:, :, 0].min()
-  np.testing.assert_array_equal(hot.tokens, SAMPLER(PARAMS, ["12+"], key, group=4).tokens)
+  np.testing.assert_array_equal(hot.tokens, SAMPLER(init(), ["12+"], key, group=4).tokens)
   assert (greedy.tokens == greedy.tokens[:, :1]).all()
 
 
@@ -110,7 +115,7 @@ def test_an_invalid_temperature_is_refused(temperature):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(SAMPLER, temperature=temperature)
   with pytest.raises(ValueError, match=message):
-    SAMPLER(PARAMS, ["a"], jax.random.key(0), group=1, temperature=temperature)
+    SAMPLER(init(), ["a"], jax.random.key(0), group=1, temperature=temperature)
 
 
 # --- the layout for decoding ----------------------------------------------------------------------
@@ -128,7 +133,7 @@ def test_stacked_parameters_are_unstacked_by_the_sampler():
   sampler = dataclasses.replace(SAMPLER, model=Recording(CONFIG))
   stacked = sampler(MODEL.init(jax.random.key(0)), ["12+"], jax.random.key(0), group=2)
   assert set(layouts) == {tuple}
-  unstacked = sampler(PARAMS, ["12+"], jax.random.key(0), group=2)
+  unstacked = sampler(init(), ["12+"], jax.random.key(0), group=2)
   np.testing.assert_array_equal(stacked.tokens, unstacked.tokens)
 
 
@@ -142,7 +147,7 @@ def test_a_model_without_a_layout_for_decoding_is_sampled_as_it_is():
   sampler = dataclasses.replace(SAMPLER, model=Minimal())
   out = sampler(MODEL.init(jax.random.key(0)), ["12+"], jax.random.key(0), group=2)
   np.testing.assert_array_equal(
-    out.tokens, SAMPLER(PARAMS, ["12+"], jax.random.key(0), group=2).tokens
+    out.tokens, SAMPLER(init(), ["12+"], jax.random.key(0), group=2).tokens
   )
 
 
@@ -151,8 +156,8 @@ def test_a_model_without_a_layout_for_decoding_is_sampled_as_it_is():
 
 def test_a_filter_of_one_token_is_greedy():
   arguments = {"group": 2, "temperature": 1.3}
-  one = SAMPLER(PARAMS, ["12+"], jax.random.key(0), token_filter=TokenFilter(top_k=1), **arguments)
-  greedy = SAMPLER(PARAMS, ["12+"], jax.random.key(0), group=2, temperature=0.0)
+  one = SAMPLER(init(), ["12+"], jax.random.key(0), token_filter=TokenFilter(top_k=1), **arguments)
+  greedy = SAMPLER(init(), ["12+"], jax.random.key(0), group=2, temperature=0.0)
   np.testing.assert_array_equal(one.tokens, greedy.tokens)
   np.testing.assert_allclose(one.logp, 0.0, atol=1e-6)
 
@@ -160,7 +165,7 @@ def test_a_filter_of_one_token_is_greedy():
 def test_a_filter_that_is_off_changes_nothing():
   plain = sample(["12+", "7"])
   key = jax.random.key(0)
-  off = SAMPLER(PARAMS, ["12+", "7"], key, group=2, temperature=1.0, token_filter=TokenFilter())
+  off = SAMPLER(init(), ["12+", "7"], key, group=2, temperature=1.0, token_filter=TokenFilter())
   np.testing.assert_array_equal(plain.tokens, off.tokens)
   np.testing.assert_array_equal(plain.logp, off.logp)
 
