@@ -22,7 +22,7 @@ demo: .venv/model
 # first run in a checkout takes two to three times as long.
 check: lint
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/python -m pytest -n 2 $(CHECK)
+	  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 $(BIN)/python -m pytest -n 2 --dist loadfile $(CHECK)
 
 # Three processes keep two cores busy: some tests wait for others.
 test: .venv/ready
