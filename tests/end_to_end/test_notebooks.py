@@ -68,4 +68,4 @@ def test_outputs_are_of_one_run(path):
 
 
 def test_there_are_notebooks():
-  assert {"01_grpo_from_reinforce", "02_one_family"} <= {path.stem for path in NOTEBOOKS}
+  assert {"01_grpo_from_reinforce", "08_one_family"} <= {path.stem for path in NOTEBOOKS}
