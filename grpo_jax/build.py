@@ -252,6 +252,11 @@ class Run:
     """Returns whether the state after so many steps is saved."""
     return steps % self.config.checkpoint.every == 0 or steps == self.steps
 
+  def rollout_at(self, step: int) -> RolloutConfig:
+    """Returns the settings of the rollout of a step: some hold tokens in their samples."""
+    every = self.config.log.tokens_every
+    return dataclasses.replace(self.rollout, tokens=every > 0 and step % every == 0)
+
   @contextlib.contextmanager
   def scorer(self) -> Iterator[Scorer]:
     """Starts the rewards: the task's in worker processes, the learned one in this process.

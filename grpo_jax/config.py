@@ -111,6 +111,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "checkpoint.keep": (1, LARGEST, "at least 1"),
   "log.samples": (0, LARGEST, "at least 0"),
   "log.samples_every": (0, LARGEST, "at least 0"),
+  "log.tokens_every": (0, LARGEST, "at least 0"),
 }
 # Fields that are a name or a function: `algorithm.advantage` and its siblings.
 CHOICES = ("advantage", "ratio", "anchor", "trust_region", "kl", "correction", "average")
@@ -410,6 +411,7 @@ def default_config() -> ConfigDict:
   c.log = Section()
   c.log.samples = 3  # completions shown at a time
   c.log.samples_every = 10  # steps; 0 = never
+  c.log.tokens_every = 10  # steps whose samples hold each token with its numbers; 0 = never
   c.log.trackers = ("tensorboard",)  # and wandb, trackio: each is an extra
   return c.lock()
 

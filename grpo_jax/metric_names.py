@@ -23,6 +23,7 @@ from grpo_jax.tasks.base import Task, unknown_name
 ALWAYS = (
   "accuracy", "entropy", "rewards/missing", "rewards/raised", "update/padded", SKIPPED, "loss",
   "grad_norm", "learning_rate", "step_time", "tokens_per_second", "num_tokens",
+  "time/sampling", "time/rewards",
 )  # fmt: skip
 _RESAMPLING = ("dynamic_sampling/kept", "dynamic_sampling/resamples")
 

@@ -6,6 +6,7 @@ their composition.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.logs import as_json, mean_metrics
 from grpo_jax.tasks.rewards.steps import step_arrays
 from grpo_jax.tasks.rewards.workers import Scorer, Scores
+from grpo_jax.token_records import rounded, token_records
 from grpo_jax.tokens import AnyTokenizer, encode_prompt, encode_prompts
 
 # Examples, or a function of the number of the draw (0, 1, ...) for dynamic sampling.
@@ -59,6 +61,8 @@ class RolloutConfig:
     demonstrations: builds the prompts of a policy that is its own teacher; None without one.
     pad_prompts_to_multiple: the batch holds a multiple of this many prompts; fewer sizes mean fewer
       compilations of the update.
+    tokens: whether the samples hold the tokens of each completion (`token_records`), with their
+      advantages where these differ between the tokens of a completion.
 
   Raises:
     ValueError: the group size is below 1, or 1 with a built-in advantage, which would be 0.
@@ -72,6 +76,7 @@ class RolloutConfig:
   mask_truncated: bool = False
   demonstrations: Demonstrations | None = None
   pad_prompts_to_multiple: int = 1
+  tokens: bool = False
 
   def __post_init__(self) -> None:
     check_group_size(self.row, self.group_size)
@@ -291,7 +296,8 @@ def collect(
       f"max_resamples is {config.max_resamples}, but examples is a list; pass a function of the "
       "number of the draw that returns a list, or set max_resamples to 0"
     )
-  sample = partial(_generate_and_score, sampler, params, draw, scorer, key, config)
+  seconds = {"time/sampling": 0.0, "time/rewards": 0.0}
+  sample = partial(_generate_and_score, sampler, params, draw, scorer, key, config, seconds)
   scored, draws = sample(0), 1
   arrays, order = _gather_all_hosts(scored, draws)
   batch, has_gradient = make_batch(scored, sampler, config, order)
@@ -300,7 +306,7 @@ def collect(
     scored, draws = _concatenate(scored, sample(draws)), draws + 1
     arrays, order = _gather_all_hosts(scored, draws)
     batch, has_gradient = make_batch(scored, sampler, config, order)
-  metrics = _metrics(arrays)
+  metrics = _metrics(arrays) | seconds
   if isinstance(scored.out, Episodes):
     metrics |= scored.out.metrics()
   if config.demonstrations is not None:
@@ -315,16 +321,24 @@ def collect(
     rows = np.sort(np.argsort(~has_gradient, kind="stable")[:count])
     batch, has_gradient = make_batch(scored, sampler, config, order[rows])
   advantage[rows] = np.asarray(_of_completions(batch, sampler.prompt_sharding))
+  chosen, by_token = rows, _of_tokens(batch, sampler.prompt_sharding) if config.tokens else None
   if not config.row.every_group_learns:
     rows = rows[has_gradient]
     batch = select(batch, np.flatnonzero(has_gradient), config.pad_prompts_to_multiple)
   batch, metrics["update/padded"] = trim(
     batch, arrays["prompt_tokens"][rows], arrays["row_lengths"][rows]
   )
-  group, samples = config.group_size, hosts.gathered_json(_samples(scored))
+  known = token_records(scored.out, sampler.tokenizer) if config.tokens else None
+  group, samples = config.group_size, hosts.gathered_json(_samples(scored, known))
   for i, p in enumerate(order):
     for g in range(group):
       samples[p * group + g]["advantage"] = advantage[i, g].item()
+  if by_token is not None:
+    for i, row in enumerate(chosen):
+      for g in range(group):
+        record = samples[order[row] * group + g]["tokens"]
+        own = np.array([logp is not None for logp in record["logp"]])
+        record["advantage"] = rounded(by_token[i, g, : len(own)], own)
   return Rollout(
     batch=batch,
     scored=scored,
@@ -345,17 +359,27 @@ def _generate_and_score(
   scorer: Scorer,
   key: jax.Array,
   config: RolloutConfig,
+  seconds: dict[str, float],
   number: int,
 ) -> Scored:
-  """Runs the first two stages on one draw of examples; all hosts fail together."""
+  """Runs the first two stages on one draw of examples, and adds up the time they take.
+
+  All hosts fail together.
+  """
   with hosts.together("reading the examples"):
     examples = list(draw(number))
   first = number * len(examples) * hosts.own_shard()[1]
+  jax.block_until_ready(params)  # or the update before would count as sampling
+  start = time.monotonic()
   out = generate(sampler, params, examples, key, group_size=config.group_size, first_prompt=first)
+  sampled = time.monotonic()
   with hosts.together("scoring the completions"):
-    return score(
+    scored = score(
       scorer, examples, out, step_rewards=config.step_rewards, tokenizer=sampler.tokenizer
     )
+  seconds["time/sampling"] += sampled - start
+  seconds["time/rewards"] += time.monotonic() - sampled
+  return scored
 
 
 def _gather_all_hosts(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[np.ndarray, "P"]]:
@@ -525,6 +549,18 @@ def _of_completions(batch: Batch, layout: Any) -> Float[jax.Array, "P G"]:
   return laid_out(values, layout, P())
 
 
+def _of_tokens(batch: Batch, layout: Any) -> Float[np.ndarray, "P G T"] | None:
+  """Returns the advantages of tokens, if each has its own and no critic gives them."""
+  if batch.advantages.ndim != 3 or batch.token_rewards is not None:
+    return None
+  return np.asarray(_everywhere(batch.advantages, layout))
+
+
+@partial(jax.jit, static_argnames="layout")
+def _everywhere(values: jax.Array, layout: Any) -> jax.Array:
+  return laid_out(values, layout, P())
+
+
 @partial(jax.jit, static_argnames="layout")
 def _share_taught(batch: Batch, layout: Any) -> Float[jax.Array, ""]:
   """Returns the share of the tokens that have a teacher."""
@@ -532,7 +568,7 @@ def _share_taught(batch: Batch, layout: Any) -> Float[jax.Array, ""]:
   return share if layout is None else laid_out(share, layout, P())
 
 
-def _samples(scored: Scored) -> list[dict[str, Any]]:
+def _samples(scored: Scored, tokens: list[list[dict[str, Any]]] | None) -> list[dict[str, Any]]:
   """Returns the record of each completion, without its advantage."""
   scores, out = scored.scores, scored.out
   rows = records(
@@ -544,6 +580,8 @@ def _samples(scored: Scored) -> list[dict[str, Any]]:
     row |= scores.extras[p][g] if scores.extras else {}
     if isinstance(out, Episodes):
       row["turns"] = out.transcripts[p][g]
+    if tokens:
+      row["tokens"] = tokens[p][g]
   return rows
 
 

@@ -298,6 +298,10 @@ class ByteTokenizer:
     """Returns the text of `ids`; invalid UTF-8 becomes U+FFFD."""
     return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
+  def token(self, i: int) -> str:
+    """Returns the token with an id, for messages."""
+    return f"<0x{i:02X}>" if i < 256 else "<|endoftext|>"
+
   def vocabulary(self) -> dict[str, int]:
     """Returns the id of each token, as `save` names them."""
     return {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<|endoftext|>": self.pad_id}

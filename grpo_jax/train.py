@@ -178,7 +178,7 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
           break
         out.start_step()
         params, examples = run.to_sampling_params(state.params), run.examples(step, state.counts)
-        rollout = collect(run.sampler, params, examples, score, run.key(step), run.rollout)
+        rollout = collect(run.sampler, params, examples, score, run.key(step), run.rollout_at(step))
       _check_scored(run, rollout, is_first=step == start)
       with jax.transfer_guard("disallow"):  # the batch is on the device already
         state, values = update(state, rollout.batch, step)

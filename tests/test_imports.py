@@ -83,9 +83,10 @@ ALLOWED = {
   "grpo_jax.demonstrations": (
     "grpo_jax.tasks.base grpo_jax.tasks.messages grpo_jax.tokens numpy jaxtyping"
   ),
+  "grpo_jax.token_records": "grpo_jax.episodes grpo_jax.sampling grpo_jax.tokens numpy",
   "grpo_jax.rollout": (
     f"{ENGINE} grpo_jax.learning grpo_jax.sampling grpo_jax.tokens grpo_jax.episodes "
-    f"grpo_jax.demonstrations {TASKS} {HELPERS} {ARRAYS}"
+    f"grpo_jax.demonstrations grpo_jax.token_records {TASKS} {HELPERS} {ARRAYS}"
   ),
   # What keeps a run. It does not know how a run is built.
   "grpo_jax.run.output": (
@@ -94,6 +95,9 @@ ALLOWED = {
   ),
   "grpo_jax.run.health": "grpo_jax.core numpy ml_collections",
   "grpo_jax.run*": f"{ENGINE} grpo_jax.run grpo_jax.learning {HELPERS} {ARRAYS} {RUN}",
+  "grpo_jax.report*": (
+    f"grpo_jax.report grpo_jax.config grpo_jax.core grpo_jax.run {HELPERS} ml_collections"
+  ),
   "grpo_jax.model_card": (
     f"grpo_jax.config grpo_jax.core grpo_jax.run {HELPERS} ml_collections huggingface_hub"
   ),

@@ -36,6 +36,7 @@ DESCRIPTION = (
   "CITATION.cff",
 )  # fmt: skip
 COMMANDS = {
+  "grpo_jax.report": "train",
   "grpo_jax.train": "train",
   "grpo_jax.doctor": "train",
   "grpo_jax.evaluate": "train",
@@ -141,7 +142,10 @@ def test_the_wheel_holds_every_module_and_no_other(wheel):
   with zipfile.ZipFile(wheel) as archive:
     files = archive.namelist()
   modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grpo_jax").rglob("*.py")}
-  assert {name for name in files if ".dist-info/" not in name} == modules | {"grpo_jax/py.typed"}
+  assets = {p.relative_to(ROOT).as_posix() for p in (ROOT / "grpo_jax/report/assets").iterdir()}
+  assert len(assets) == 6
+  others = {"grpo_jax/py.typed", *assets}
+  assert {name for name in files if ".dist-info/" not in name} == modules | others
   assert any(re.fullmatch(r"grpo_jax-[^/]*\.dist-info/(licenses/)?LICENSE", name) for name in files)
 
 

@@ -367,6 +367,39 @@ def test_several_rewards_are_normalized_apart(params):
   np.testing.assert_allclose(out.batch.advantages[: len(expected)], expected, atol=1e-3)
 
 
+def test_samples_hold_their_tokens_when_asked_to(params):
+  """In the order of the samples, with a resample in between, whose groups stand behind."""
+  assert "tokens" not in collect(params).samples[0]
+  out = collect(params, "grpo", tokens=True, max_resamples=1)
+  assert len(out.samples) == 2 * 8 * 4  # groups of even prompts are constant
+  generated = out.scored.out
+  cells = [(p, g) for p in range(len(generated.texts)) for g in range(4)]
+  for sample, cell in zip(out.samples, cells, strict=True):
+    own = generated.mask[cell]
+    logp, entropy = generated.logp[cell][own], generated.entropy[cell][own]
+    assert sample["completion"] == generated.texts[cell[0]][cell[1]]
+    record = sample["tokens"]
+    np.testing.assert_allclose(record["logp"], logp, atol=5.1e-5)
+    np.testing.assert_allclose(record["entropy"], entropy, atol=5.1e-5)
+    assert len(record["text"]) == sample["length"]
+    assert "advantage" not in record  # all tokens have that of the completion
+
+
+def test_tokens_have_advantages_of_their_own(params):
+  """Those of the batch, which leaves out the groups without a gradient."""
+  task = dataclasses.replace(TASK, step_rewards=halves)
+  row = dataclasses.replace(ALGORITHMS["grpo"], advantage="process_advantages")
+  out = collect(params, row, task=task, tokens=True)
+  every = dataclasses.replace(row, beta=0.1)  # its batch holds every group
+  whole = collect(params, every, task=task).batch
+  assert whole.advantages.shape == (8, 4, 6)
+  for i, sample in enumerate(out.samples):
+    p, g = divmod(i, 4)
+    expected = np.asarray(whole.advantages[p, g])[np.asarray(whole.mask[p, g])]
+    np.testing.assert_allclose(sample["tokens"]["advantage"], expected, atol=5.1e-5)
+  assert len({tuple(sample["tokens"]["advantage"]) for sample in out.samples}) > 8
+
+
 # --- padding --------------------------------------------------------------------------------------
 
 

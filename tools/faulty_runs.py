@@ -24,7 +24,7 @@ from grpo_jax.run.metrics import METRICS, SAMPLES, read_metrics
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "faults.md"
 TINY = "experiments/tiny.py"
-TIMES = ("step_time", "tokens_per_second")
+TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards")
 
 
 class Run:

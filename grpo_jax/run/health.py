@@ -32,6 +32,7 @@ SURE = 40  # steps after which it is a sure one
 LEARNED = 0.9  # accuracy from which a policy need not get better
 MOST = 400  # values of a series that a trend is computed from
 RISING = 2.0  # standard deviations of Mann and Kendall's statistic
+NOTICED = 1.0  # seconds of rewards in a step, below which nobody minds
 FAR_CLIPPED = 10.0  # gradient norms in units of the norm that they are clipped to
 
 
@@ -475,10 +476,45 @@ def no_movement(h: History) -> Finding | None:
   )
 
 
+def slow_rewards(h: History) -> Finding | None:
+  """Finds steps that spend most of their time waiting for rewards."""
+  rewards, step = h.now("time/rewards"), h.now("step_time")
+  if h.steps < FEWEST or not rewards > 0.5 * step or rewards < NOTICED:
+    return None
+  workers = h.config.rewards.workers
+  return Finding(
+    "slow_rewards",
+    f"rewards take {rewards:.1f} s of the {step:.1f} s of a step ({rewards / step:.0%})",
+    "the devices wait while the host scores",
+    f"more rewards.workers ({workers} now), or a cheaper reward",
+    "sure" if rewards > 0.7 * step else "likely",
+    {"rewards": rewards, "step": step},
+  )
+
+
 CHECKS: dict[str, Callable[[History], Finding | None]] = {
   check.__name__: check
   for check in (
     no_signal, solved, flat_reward, fallen_reward, hacked, not_general, lost_rewards, truncated,
-    longer_not_better, low_entropy, no_gradient, far_clipped, skipped, no_movement,
+    longer_not_better, low_entropy, no_gradient, far_clipped, skipped, no_movement, slow_rewards,
   )
 } | {name: partial(_beyond, name) for name in LIMITS}  # fmt: skip
+
+# The metric on whose curve a finding is seen.
+CURVES: dict[str, str] = {
+  "no_signal": "frac_reward_zero_std",
+  "solved": "accuracy",
+  "flat_reward": "reward",
+  "fallen_reward": "reward",
+  "hacked": "accuracy",
+  "not_general": "eval/accuracy",
+  "lost_rewards": "rewards/missing",
+  "truncated": "completions/clipped_ratio",
+  "longer_not_better": "completions/mean_length",
+  "low_entropy": "entropy",
+  "no_gradient": "grad_norm",
+  "far_clipped": "grad_norm",
+  "skipped": "update/skipped",
+  "no_movement": "reward",
+  "slow_rewards": "time/rewards",
+} | {name: limit.metric for name, limit in LIMITS.items()}

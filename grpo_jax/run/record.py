@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import signal
 import socket
 import subprocess
@@ -38,7 +39,8 @@ def session(
 
   The reason is `finished`; `signal` for Ctrl-C and SIGTERM, with the signal's name; or `error`,
   with the type and the first line of the error. The body may set another, such as `stopped`. A
-  session that never came to its end is `killed` in the record of the next one.
+  session that never came to its end is `killed` in the record of the next one. The peak memory is
+  written at the end as well.
 
   Args:
     workdir: the work directory.
@@ -72,7 +74,7 @@ def session(
     error = raised
     raise
   finally:
-    now["end"] = _now()
+    now["end"], now["peak_memory"] = _now(), peak_memory()
     now.update({"reason": now["reason"] or "finished"} if error is None else _reason(error))
     with contextlib.suppress(OSError):  # a full device must not hide the error that is raised
       _write(workdir, sessions)
@@ -113,6 +115,18 @@ def git_commit(folder: str | Path) -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(ask("status", "--porcelain", "-uno").strip())}
   except (OSError, ValueError, subprocess.SubprocessError):
     return None
+
+
+def peak_memory() -> dict[str, int]:
+  """Returns the most memory that was in use so far, in bytes: of this process, and of a device.
+
+  A device that does not say, such as a CPU, is left out.
+  """
+  unit = 1 if sys.platform == "darwin" else 1024
+  peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+  known = [device.memory_stats() or {} for device in jax.local_devices()]
+  devices = [stats["peak_bytes_in_use"] for stats in known if "peak_bytes_in_use" in stats]
+  return peaks | ({"device": max(devices)} if devices else {})
 
 
 def _reason(error: BaseException) -> dict[str, str]:

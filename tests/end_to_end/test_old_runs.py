@@ -21,7 +21,7 @@ from grpo_jax.run.metrics import read_metrics
 
 DATA = Path("tests/data/run_0_1_0")
 NEWER = {"rewards/raised"}  # metrics that version 0.1.0 did not write
-TIMES = ("step_time", "tokens_per_second")
+TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards")
 # Names of fields and values then, and the names of today.
 RENAMED = {
   "rollout.max_refills": "rollout.max_resamples",

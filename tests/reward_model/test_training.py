@@ -29,7 +29,7 @@ FAST = [
   "--config.optimizer.learning_rate=3e-3", "--config.compilation_cache=off",
   "--config.chat.date=2026-01-01",
 ]  # fmt: skip
-TIMES = ("step_time", "tokens_per_second")
+TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards")
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,7 @@ PLANTED = {
   "far_clipped": ({"grad_norm": 50 + NOISE}, "possible"),
   "skipped": ({"update/skipped": (np.arange(N) % 9 == 0) * 1.0}, "sure"),
   "no_movement": ({**WITHOUT, "entropy": 1.0 + NOISE / 10}, "likely"),
+  "slow_rewards": ({"time/rewards": 6.0 + NOISE, "step_time": 10.0 + NOISE}, "likely"),
 }  # fmt: skip
 # A reward that does not rise belongs to these.
 WITH = {
