@@ -68,4 +68,11 @@ def test_outputs_are_of_one_run(path):
 
 
 def test_there_are_notebooks():
-  assert {"01_grpo_from_reinforce", "08_one_family"} <= {path.stem for path in NOTEBOOKS}
+  expected = {
+    "01_grpo_from_reinforce",
+    "02_your_own_loop",
+    "03_your_loss_under_the_microscope",
+    "05_invent_an_algorithm",
+    "08_one_family",
+  }
+  assert expected <= {path.stem for path in NOTEBOOKS}
