@@ -8,8 +8,10 @@ for example) has the tag `varies`.
 import contextlib
 import io
 import json
+import os
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import jax
 import matplotlib as mpl
@@ -31,9 +33,9 @@ def stored_text(cell):
 
 @contextlib.contextmanager
 def plain_session():
-  """Yields a namespace, and undoes settings of jax and matplotlib that a notebook changes."""
+  """Yields a namespace, and undoes what a notebook sets in jax, matplotlib and the environment."""
   x64 = jax.config.jax_enable_x64
-  with warnings.catch_warnings(), mpl.rc_context():
+  with warnings.catch_warnings(), mpl.rc_context(), mock.patch.dict(os.environ):
     warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
     mpl.use("Agg")
     try:
@@ -72,7 +74,10 @@ def test_there_are_notebooks():
     "01_grpo_from_reinforce",
     "02_your_own_loop",
     "03_your_loss_under_the_microscope",
+    "04_looking_into_rollouts",
     "05_invent_an_algorithm",
+    "06_from_laptop_to_pod",
+    "07_an_environment_and_a_tool",
     "08_one_family",
   }
   assert expected <= {path.stem for path in NOTEBOOKS}
