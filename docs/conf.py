@@ -75,7 +75,8 @@ def _write_inputs(app) -> None:
     raise ExtensionError(f"{len(missing)} public symbols without a docstring: {', '.join(missing)}")
   api_pages.write_pages(DOCS / "api")
   target = DOCS / "notebooks"
-  target.mkdir(exist_ok=True)
+  shutil.rmtree(target, ignore_errors=True)  # none that was renamed
+  target.mkdir()
   for notebook in (ROOT / "notebooks").glob("*.ipynb"):
     shutil.copyfile(notebook, target / notebook.name)
 

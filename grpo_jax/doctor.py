@@ -20,7 +20,7 @@ if __name__ == "__main__":  # the imports below need the extra
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build
 from grpo_jax.core.diagnosis import Finding, by_confidence
-from grpo_jax.run import console
+from grpo_jax.run import completions, console
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.health import History, examine
 from grpo_jax.run.metrics import read_metrics
@@ -123,7 +123,8 @@ def of_run(workdir: str | Path) -> tuple[list[Finding], int]:
     rows = read_metrics(path)
   except FileNotFoundError:
     rows = []
-  return examine(rows, config), History(rows, config).steps
+  found = [*examine(rows, config), *completions.examine(path)]
+  return by_confidence(found), History(rows, config).steps
 
 
 @console.guarded()

@@ -248,6 +248,9 @@ def check_on_policy_gradient(
       if expected is not None and not _close(weight, expected):
         shown = {"expected weight": expected, **inputs}
         raise Counterexample(check_on_policy_gradient, case, shown)
+    if not weight.any():
+      case = "the gradient is 0 for all tokens: does it flow through old_logp as well?"
+      raise Counterexample(check_on_policy_gradient, case, inputs)
     if not ((weight > 0) == batch["mask"]).all():
       raise Counterexample(check_on_policy_gradient, "a weight has the wrong sign", inputs)
     previous = weight

@@ -94,6 +94,7 @@ ALLOWED = {
     f"{HELPERS} {ARRAYS} {RUN}"
   ),
   "grpo_jax.run.health": "grpo_jax.core numpy ml_collections",
+  "grpo_jax.run.completions": "grpo_jax.core grpo_jax.run numpy",
   "grpo_jax.run*": f"{ENGINE} grpo_jax.run grpo_jax.learning {HELPERS} {ARRAYS} {RUN}",
   "grpo_jax.report*": (
     f"grpo_jax.report grpo_jax.config grpo_jax.core grpo_jax.run {HELPERS} ml_collections"

@@ -544,7 +544,10 @@ def not_finite(a: _Arrays) -> Finding | None:
   first = next(iter(counts))
   return Finding(
     "not_finite",
-    "; ".join(f"{name} has {int(n)} numbers that are not finite" for name, n in counts.items()),
+    "; ".join(
+      f"{name} has {int(n)} number{'s that are' if n > 1 else ' that is'} not finite"
+      for name, n in counts.items()
+    ),
     "the loss and every parameter become NaN with the next update",
     f"look at the tokens shown: {first} is the first array with them",
     "sure",

@@ -121,7 +121,14 @@ def _decoded(text: str, start: int) -> tuple[Any, int, str | None]:
   try:
     return *_DECODER.raw_decode(text, start), None
   except json.JSONDecodeError as error:
-    return None, start, f"not JSON: {error.msg} at character {max(error.pos - start, 0) + 1}"
+    return (
+      None,
+      start,
+      (
+        f"not JSON: {error.msg.removesuffix(' starting at')} at character "
+        f"{max(error.pos - start, 0) + 1}"
+      ),
+    )
   except (ValueError, RecursionError):  # a number of too many digits; brackets nested too deeply
     return None, start, "not JSON that can be read: nested too deeply, or a number is too long"
 

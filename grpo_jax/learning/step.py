@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -108,9 +108,8 @@ class TrainState:
     rest = (shapes.step, shapes.opt_state, shapes.history, shapes.entropy)
     step, opt_state, history, entropy = jax.jit(fresh, out_shardings=layout_of(rest))(params)
     reference = None if reference is None else own(reference)
-    return cls(
-      step, own(params) if copy else params, opt_state, reference, history, critic, entropy
-    )
+    params = own(params) if copy else params
+    return _committed(cls(step, params, opt_state, reference, history, critic, entropy))
 
   @classmethod
   def shapes(
@@ -162,6 +161,17 @@ def _fresh(
   opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
   entropy = None if algorithm is None else EntropyControl.new(lookup_algorithm(algorithm))
   return jnp.int32(0), opt_state, History.new(), entropy
+
+
+def _committed(state: TrainState) -> TrainState:
+  """Commits a state on one device to it, as a step does: its programs compile once, not twice."""
+  devices = {
+    device
+    for leaf in jax.tree.leaves(state)
+    if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding)
+    for device in leaf.sharding.device_set
+  }
+  return jax.device_put(state, devices.pop()) if len(devices) == 1 else state
 
 
 def _laid_out_like(params: Params, tree: Any) -> Any:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
 from grpo_jax.core.diagnosis import Finding
-from grpo_jax.run import record, workdir
+from grpo_jax.run import completions, record, workdir
 from grpo_jax.run.health import CURVES, examine
 from grpo_jax.run.metrics import METRICS, SAMPLES, read_metrics
 
@@ -81,6 +81,11 @@ class RunData:
       self.problems.append(str(error))
       return otherwise
 
+  def _of_completions(self) -> list[dict[str, Any]]:
+    """Returns what the newest completions show; it is so in the last steps."""
+    found = self._read(lambda: completions.examine(self.folder), [])
+    return [as_plain(finding, _last_step(self.rows)) for finding in found]
+
   def samples(self) -> list[Samples]:
     """Returns the files of samples by step, an evaluation before the step that follows it."""
     folder = self.folder / SAMPLES
@@ -101,7 +106,7 @@ class RunData:
       "seedless": json.dumps({k: v for k, v in self.fields.items() if k != "seed"}, sort_keys=True),
       "metrics": series(self.rows),
       "steps": self.fields.get("steps"),
-      "findings": findings(self.rows, self._loaded),
+      "findings": [*findings(self.rows, self._loaded), *self._of_completions()],
       "provenance": {
         **{name: last.get(name) for name in ("start", "end", "reason", "devices")},
         **{f"memory_{where}": n for where, n in (last.get("peak_memory") or {}).items()},
@@ -111,6 +116,11 @@ class RunData:
       },
       "problems": self.problems,
     }
+
+
+def _last_step(rows: Sequence[Mapping[str, Any]]) -> int:
+  """Returns the number of the last training step of some rows."""
+  return max((row["step"] for row in rows if "reward" in row), default=0)
 
 
 def named(folders: Sequence[str]) -> list[RunData]:

@@ -254,7 +254,7 @@ def not_general(h: History) -> Finding | None:
     return None
   gain, rise = float(held_out[-1] - held_out[0]), float(last.mean() - first.mean())
   error = float(np.hypot(errors[-1], errors[0])) if len(errors) == len(held_out) else 0.0
-  if not (rise > 0.2 and gain < 2 * error and held_out[-1] < LEARNED):
+  if not (rise > 0.2 and gain < max(2 * error, 0.02) and held_out[-1] < LEARNED):
     return None
   return Finding(
     "not_general",
@@ -269,16 +269,19 @@ def not_general(h: History) -> Finding | None:
 
 def lost_rewards(h: History) -> Finding | None:
   """Finds completions whose rewards failed."""
-  share, raised = h.now("rewards/missing"), h.now("rewards/raised")
+  share, failed, raised = (
+    h.now(name) for name in ("frac_unscored", "rewards/missing", "rewards/raised")
+  )
   if not share > 0.05:
     return None
   return Finding(
     "lost_rewards",
-    f"{share:.0%} of the completions have no reward; in {raised:.0%} a reward function raised",
+    f"{share:.0%} of the completions have no reward; in a step, {failed:.1f} failed, and for "
+    f"{raised:.1f} a reward function raised",
     "what is not scored teaches nothing, and failures are seldom spread evenly",
     "console.log names the errors; raise rewards.timeout if it is the time",
     "sure",
-    {"missing": share, "raised": raised},
+    {"unscored": share, "missing": failed, "raised": raised},
   )
 
 
@@ -508,7 +511,7 @@ CURVES: dict[str, str] = {
   "fallen_reward": "reward",
   "hacked": "accuracy",
   "not_general": "eval/accuracy",
-  "lost_rewards": "rewards/missing",
+  "lost_rewards": "frac_unscored",
   "truncated": "completions/clipped_ratio",
   "longer_not_better": "completions/mean_length",
   "low_entropy": "entropy",

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpo_jax.run.compilation import Watch
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -44,3 +46,15 @@ def test_the_bandit_learns(name):
 def test_a_model_of_ones_own_learns(name):
   own = load("bring_your_model")
   assert gain(own.train(own.MODELS[name])) > 0.2
+
+
+@pytest.mark.slow
+def test_nothing_compiles_after_the_first_step_of_the_loop():
+  loop = load("loop")
+  loop.train(steps=1)  # and what belongs to no loop
+  counts = []
+  for steps in (1, 2):
+    with Watch() as watch:
+      loop.train(steps=steps)
+    counts.append(watch.programs)
+  assert counts[0] == counts[1] > 0

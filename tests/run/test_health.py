@@ -77,7 +77,7 @@ PLANTED = {
   ),
   "hacked": ({"accuracy": 0.6 - UP / 2}, "likely"),
   "not_general": ({}, "likely"),
-  "lost_rewards": ({"rewards/missing": UP * 0 + 0.2}, "sure"),
+  "lost_rewards": ({"frac_unscored": UP * 0 + 0.2, "rewards/missing": UP * 0 + 9}, "sure"),
   "truncated": ({**WITHOUT, "completions/clipped_ratio": 0.6 + NOISE}, "sure"),
   "longer_not_better": ({**WITHOUT, "completions/mean_length": 50 + 200 * UP}, "likely"),
   "low_entropy": ({**WITHOUT, "entropy": 0.02 + NOISE / 10}, "likely"),

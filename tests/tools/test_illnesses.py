@@ -1,0 +1,32 @@
+"""Tests that each check of runs has its illness, and plants some of them in real runs."""
+
+import pytest
+
+from grpo_jax.run.health import CHECKS
+from tools import illness_rewards, illnesses
+
+
+def test_each_check_has_its_illness():
+  assert set(illnesses.PLANTED) == set(CHECKS)
+  for _, rewards, _ in illnesses.PLANTED.values():
+    assert all(callable(getattr(illness_rewards, name)) for name in rewards or [])
+
+
+def test_a_line_of_the_table():
+  found = {"hacked": (11, "likely"), "low_entropy": (3, "possible")}
+  assert illnesses.row("hacked", "how", found) == (
+    "| `hacked` | how | step 11, likely | `low_entropy` |"
+  )
+  assert illnesses.row("solved", "how", {}) == "| `solved` | how | **not found** |  |"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["no_signal", "not_general", "lost_rewards", "hacked"])
+def test_an_illness_in_a_real_run_is_found(tmp_path, name):
+  _, rewards, changes = illnesses.PLANTED[name]
+  assert name in illnesses.said(rewards, changes, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_healthy_run_has_no_finding(tmp_path):
+  assert illnesses.said(["letters"], (), tmp_path) == {}

@@ -1,0 +1,133 @@
+"""Plants illnesses in real small runs and prints what the doctor says, as a table in Markdown.
+
+    python -m tools.illnesses > docs/illnesses.md
+    python -m tools.illnesses hacked solved   # these only
+
+Each run is `experiments/tiny.py`, 40 steps of a small random model, with one thing made wrong. What
+the doctor says is looked for after every step, as a run does itself. In the healthy runs, whatever
+it says is a false alarm.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from grpo_jax import train
+from grpo_jax.config import load
+from grpo_jax.run.health import CHECKS, examine
+from grpo_jax.run.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "experiments/tiny.py")
+REWARDS = ROOT / "tools/illness_rewards.py"
+HEAD = """\
+# Illnesses that were planted
+
+`python -m tools.illnesses` wrote this page. Each run is `experiments/tiny.py` for 40 steps, with
+one thing made wrong; the doctor looks at its metrics after every step. A finding comes with the
+step at which it was said first. In healthy runs, whatever the doctor says is a false alarm.
+"""
+STEPS = 40
+SMALL = ("rewards.workers=0", "log.samples=0", "eval.every=10", f"steps={STEPS}")
+
+# What is made wrong, by the finding that should name it: in words, rewards of the file (the first
+# one says what is right) or None for the letters of the task, and changes of the config.
+PLANTED = {
+  "no_signal": ("no completion is ever right", ["nothing"], ()),
+  "flat_reward": ("a KL term that holds the policy", None, (
+    "algorithm.name=grpo", "algorithm.beta=50.0")),
+  "no_movement": ("a learning rate of 1e-12", None, ("optimizer.learning_rate=1e-12",)),
+  "fallen_reward": ("what is rewarded changes in the middle", ["letters_until"], ()),
+  "hacked": ("a second reward for what is wrong", ["some_letter", "digits"], (
+    "task.settings.weights=[0.01,1.0]",)),
+  "not_general": ("held-out problems of another kind", ["of_the_split"], (
+    "rollout.completion_length=1",)),
+  "lost_rewards": ("a fifth of the completions has no reward", ["letters_or_none"], ()),
+  "slow_rewards": ("a reward that takes 1.3 s", ["letters_late"], ("steps=8",)),
+  "truncated": ("all are cut off, and rewards are noise", ["noise"], (
+    "rollout.completion_length=2",)),
+  "longer_not_better": ("length is rewarded, and the bar rises", ["longer"], (
+    "rollout.completion_length=24", f"rollout.stop_ids={tuple(range(192, 256))}")),
+  "low_entropy": ("what is rewarded is not what is right", ["nothing", "letters"], (
+    "optimizer.learning_rate=0.02",)),
+  "no_gradient": ("completions that are cut off are masked, and all are", None, (
+    "rollout.mask_truncated=true", "rollout.completion_length=2")),
+  "far_clipped": ("gradients clipped to a norm of 1e-4", None, ("optimizer.clip_norm=1e-4",)),
+  "skipped": ("updates above 1.2 times the usual gradient norm are skipped", None, (
+    "train.spike=1.2", "train.max_skipped=99", "optimizer.learning_rate=0.001")),
+  "solved": ("all is right from the start", ["everything"], ()),
+  "clipped": ("eight epochs on each rollout, at ten times the learning rate", None, (
+    "train.epochs=8", "optimizer.learning_rate=0.03", "algorithm.name=grpo")),
+  "far_from_reference": ("hardly a KL term", None, (
+    "algorithm.name=grpo", "algorithm.beta=0.0001")),
+  "mismatch": ("log-probs in bfloat16", None, (
+    "model.dtype=bfloat16", "optimizer.learning_rate=0.02")),
+}  # fmt: skip
+HEALTHY = {
+  "experiments/tiny.py": (None, ()),
+  "with another algorithm and two updates per rollout": (
+    ["letters"], ("algorithm.name=dapo", "train.mini_batches=2", "algorithm.beta=0.0"),
+  ),
+  "with a critic": (None, ("algorithm.name=ppo",)),
+  "with a KL term": (None, ("algorithm.name=grpo", "algorithm.beta=0.2")),
+}  # fmt: skip
+
+
+def said(rewards: list[str] | None, changes: tuple[str, ...], folder: Path) -> dict[str, tuple]:
+  """Trains, and returns the findings by name: (step of the first time, confidence at the end)."""
+  options = [*SMALL, *changes]
+  if rewards is not None:
+    files = {name: folder / f"{name}.jsonl" for name in ("train", "held out")}
+    for split, path in files.items():
+      rows = [{"prompt": f"{split[0]}{i}:", "split": split} for i in range(40)]
+      path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options += [
+      "task.name=jsonl",
+      f"task.settings.path={files['train']}",
+      f"task.settings.eval_path={files['held out']}",
+      f"task.settings.reward={[f'{REWARDS}:{name}' for name in rewards]}",
+      f"task.settings.accuracy={REWARDS}:{rewards[0]}",
+    ]
+  config = load(TINY, [f"--config.{option}" for option in options])
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    train.run(config, folder / "run")
+  rows, found = read_metrics(folder / "run"), {}
+  for end in range(1, len(rows) + 1):
+    for finding in examine(rows[:end], config):
+      step = found[finding.name][0] if finding.name in found else rows[end - 1]["step"]
+      found[finding.name] = step, finding.confidence
+  return found
+
+
+def row(name: str, how: str, found: dict[str, tuple]) -> str:
+  """Returns a line of the table of planted illnesses."""
+  own = "**not found**"
+  if name in found:
+    own = f"step {found[name][0]}, {found[name][1]}"
+  others = ", ".join(f"`{other}`" for other in found if other != name)
+  return f"| `{name}` | {how} | {own} | {others} |"
+
+
+def main(names: list[str]) -> None:
+  """Prints the page, or the lines of some illnesses."""
+  if not names:
+    print(HEAD)
+  print("| finding | what was made wrong | found | others found |\n|---|---|---|---|")
+  for name in names or CHECKS:
+    how, rewards, changes = PLANTED[name]
+    with tempfile.TemporaryDirectory() as folder:
+      print(row(name, how, said(rewards, changes, Path(folder))), flush=True)
+  if names:
+    return
+  print("\n| healthy run | false alarms |\n|---|---|")
+  for how, (rewards, changes) in HEALTHY.items():
+    with tempfile.TemporaryDirectory() as folder:
+      found = said(rewards, changes, Path(folder))
+    print(f"| {how} | {', '.join(f'`{name}`' for name in found) or 'none'} |", flush=True)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
