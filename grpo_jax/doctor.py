@@ -8,8 +8,10 @@ A finding says how sure it is and shows its numbers. The exit code is 1 if one i
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from grpo_jax import extras
@@ -17,9 +19,14 @@ from grpo_jax import extras
 if __name__ == "__main__":  # the imports below need the extra
   extras.require_for_command("train", "grpo_jax.doctor")
 
+import jax
+
 from grpo_jax import config as configs
+from grpo_jax import testing
 from grpo_jax.build import Run, build
 from grpo_jax.core.diagnosis import Finding, by_confidence
+from grpo_jax.core.losses import policy_loss
+from grpo_jax.core.masks import token_weights
 from grpo_jax.run import completions, console
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.health import History, examine
@@ -97,11 +104,45 @@ def idle_reference(run: Run) -> Finding | None:
   )
 
 
+def changing_loss(run: Run) -> Finding | None:
+  """Finds a loss of the run's own functions that a number of micro-batches or padding changes."""
+  row = dataclasses.replace(run.algorithm, teacher_weight=0.0, nll_weight=0.0)
+  own = [name for name in OF_THE_LOSS if callable(getattr(row, name))]
+  if not own or row.needs_entropy:
+    return None
+  arrays = ["old_logp"]
+  arrays += ["ref_logp"] if row.beta > 0 else []
+  arrays += ["sampler_logp"] if row.correction != "none" or row.anchor == "sampler" else []
+
+  @jax.jit
+  def loss(logp: jax.Array, advantages: jax.Array, mask: jax.Array, **more: jax.Array) -> jax.Array:
+    return policy_loss(row, logp, advantages, mask, max_length=LENGTH, **more)[0]
+
+  try:
+    weights = partial(token_weights, average=row.average, max_length=LENGTH)
+    testing.check_microbatches(loss, arrays=arrays, weights=weights)
+    testing.check_padding(loss, arrays=arrays)
+  except testing.Counterexample as error:
+    return Finding(
+      "changing_loss",
+      f"with the functions of algorithm.{', '.join(own)}, this does not hold: {error.property} "
+      f"({error.found})",
+      "train.micro_batches, which should change only the memory, would change what is learned",
+      "grpo_jax.testing shows the arrays; a sum over the batch inside the function is the usual "
+      "reason",
+      "sure",
+    )
+  return None
+
+
+OF_THE_LOSS = ("ratio", "anchor", "trust_region", "kl", "correction", "average")
+LENGTH = 8  # tokens; any number does
 CHECKS_BEFORE: tuple[Callable[[Run], Finding | None], ...] = (
   doubled_start,
   closed_thought,
   no_groups,
   idle_reference,
+  changing_loss,
 )
 
 

@@ -33,6 +33,29 @@ def test_before_a_run():
   assert names_before("algorithm.name=grpo", "algorithm.beta=1e-7") == ["idle_reference"]
 
 
+REGIONS = """
+import jax.numpy as jnp
+
+def of_the_token(log_ratio, logp, old_logp, advantages):
+  never = jnp.zeros(logp.shape, bool)
+  return jnp.minimum(jnp.exp(log_ratio), 2.0) * advantages, never, never
+
+def of_the_batch(log_ratio, logp, old_logp, advantages):
+  ratio, never = jnp.exp(log_ratio), jnp.zeros(logp.shape, bool)
+  return ratio / ratio.mean() * advantages, never, never
+"""
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"), [("of_the_token", []), ("of_the_batch", ["changing_loss"])]
+)
+def test_a_loss_of_ones_own_is_tried_before_the_run(tmp_path, name, expected):
+  """A ratio that is divided by its mean over the batch depends on the number of micro-batches."""
+  (tmp_path / "regions.py").write_text(REGIONS)
+  region = f"algorithm.trust_region={tmp_path}/regions.py:{name}"
+  assert names_before("algorithm.name=reinforce", region) == expected
+
+
 @pytest.mark.parametrize(
   ("template", "name"),
   [
