@@ -30,6 +30,11 @@ HEAD = """\
 one thing made wrong; the doctor looks at its metrics after every step. A finding comes with the
 step at which it was said first. In healthy runs, whatever the doctor says is a false alarm.
 """
+FOOT = """
+A random model has to go far from itself before it writes anything that is wanted: with a KL term,
+`far_from_reference` is true of it, and no illness. The recorded metrics of the demo, which starts
+from a pretrained model, and of an episode run have no finding at any step: a test holds the doctor
+to it."""
 STEPS = 40
 SMALL = ("rewards.workers=0", "log.samples=0", "eval.every=10", f"steps={STEPS}")
 
@@ -127,6 +132,7 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
       found = said(rewards, changes, Path(folder))
     print(f"| {how} | {', '.join(f'`{name}`' for name in found) or 'none'} |", flush=True)
+  print(FOOT)
 
 
 if __name__ == "__main__":
