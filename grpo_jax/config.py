@@ -412,6 +412,7 @@ def default_config() -> ConfigDict:
   c.log.samples = 3  # completions shown at a time
   c.log.samples_every = 10  # steps; 0 = never
   c.log.tokens_every = 10  # steps whose samples hold each token with its numbers; 0 = never
+  c.log.ratios = False  # with them, how the update changed each token; costs a forward pass
   c.log.trackers = ("tensorboard",)  # and wandb, trackio: each is an extra
   return c.lock()
 

@@ -146,6 +146,8 @@ class Rollout:
     samples: one dict per completion, of all hosts.
     accuracy: of all completions that were sampled on all hosts, one draw of examples after another;
       NaN for those that were not judged.
+    rows: which prompt of the samples each prompt of the batch is. The batch may have empty ones
+      behind.
   """
 
   batch: Batch
@@ -154,6 +156,16 @@ class Rollout:
   metrics: dict[str, float]
   samples: list[dict[str, Any]]
   accuracy: Float[np.ndarray, "D G"]
+  rows: Int[np.ndarray, "R"]
+
+  def add_ratios(self, ratios: Float[np.ndarray, "P G T"]) -> None:
+    """Writes ratios of the tokens of the batch into those samples that hold tokens."""
+    group = ratios.shape[1]
+    for i, row in enumerate(self.rows):
+      for g in range(group):
+        if record := self.samples[row * group + g].get("tokens"):
+          own = np.array([logp is not None for logp in record["logp"]])
+          record["ratio"] = rounded(ratios[i, g, : len(own)], own)
 
 
 # --- the three stages -----------------------------------------------------------------------------
@@ -346,6 +358,7 @@ def collect(
     metrics=metrics,
     samples=[samples[p * group + g] for p in order for g in range(group)],
     accuracy=arrays["accuracy"],
+    rows=rows,
   )
 
 

@@ -33,7 +33,7 @@ from grpo_jax.environments.base import EnvironmentFault
 from grpo_jax.environments.workers import WorkerError
 from grpo_jax.evaluate import Evaluation, evaluate, table
 from grpo_jax.learning.step import TrainState
-from grpo_jax.learning.updates import SkippedError
+from grpo_jax.learning.updates import Learner, SkippedError
 from grpo_jax.rollout import Rollout, collect
 from grpo_jax.run import checkpoint, compilation, console, identity, metrics, record, skipped
 from grpo_jax.run import workdir as workdirs
@@ -184,6 +184,7 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
         state, values = update(state, rollout.batch, step)
       state, counts = run.counted(state, step, rollout.accuracy)
       watch.report(out.print)
+      _add_ratios(run, update, state, rollout)
       out.write_step(step, rollout.metrics | values | counts, rollout.samples, rollout.num_tokens)
       stop = signals.of_any_host()
       if stop or update.trouble or run.saves_at(step + 1):
@@ -196,6 +197,12 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
     results = _finish(run, out, state, score, ending.reason)
     out.draw_curve()
   return results
+
+
+def _add_ratios(run: Run, update: Learner, state: TrainState, rollout: Rollout) -> None:
+  """Adds how the update changed each token to the samples, if they hold tokens and it is wanted."""
+  if run.config.log.ratios and rollout.samples and "tokens" in rollout.samples[0]:
+    rollout.add_ratios(update.ratios(state, rollout.batch))
 
 
 def _finish(

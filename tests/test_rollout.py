@@ -400,6 +400,27 @@ def test_tokens_have_advantages_of_their_own(params):
   assert len({tuple(sample["tokens"]["advantage"]) for sample in out.samples}) > 8
 
 
+def test_ratios_belong_to_the_tokens_of_the_batch(params):
+  """Groups of even prompts are constant and not in the batch: their tokens have none."""
+  out = collect(params, "dapo", tokens=True)
+  assert out.rows.tolist() == [1, 3, 5, 7]
+  numbers = np.arange(out.batch.mask.size, dtype=np.float32).reshape(out.batch.mask.shape)
+  out.add_ratios(numbers)
+  for i, sample in enumerate(out.samples):
+    p, g = divmod(i, 4)
+    assert ("ratio" in sample["tokens"]) == bool(p % 2)
+    if p % 2:
+      expected = numbers[p // 2, g][: sample["length"]].tolist()
+      assert sample["tokens"]["ratio"] == expected
+      np.testing.assert_array_equal(
+        out.batch.completions[p // 2, g][: sample["length"]],
+        out.scored.out.tokens[p, g][: sample["length"]],
+      )
+  without = collect(params, "dapo")
+  without.add_ratios(numbers)  # nothing to write them to
+  assert "tokens" not in without.samples[0]
+
+
 # --- padding --------------------------------------------------------------------------------------
 
 

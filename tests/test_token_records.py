@@ -1,5 +1,6 @@
 """Tests what is written down of tokens: their text, and the numbers of the sampler."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
+from grpo_jax import train
+from grpo_jax.config import load
 from grpo_jax.episodes import Episodes
 from grpo_jax.sampling.sampler import Generated
 from grpo_jax.token_records import Pieces, rounded, token_records
@@ -97,3 +100,17 @@ def test_observations_have_no_numbers():
 def test_what_json_cannot_hold_is_none():
   values = np.array([np.nan, np.inf, -np.inf, 0.25])
   assert rounded(values, np.ones(4, bool)) == [None, None, None, 0.25]
+
+
+@pytest.mark.slow
+def test_a_run_says_how_an_update_changed_each_token(tmp_path):
+  """With a large step, tokens of good completions become more probable than those of bad ones."""
+  options = ("steps=2", "log.ratios=true", "log.tokens_every=1", "optimizer.learning_rate=0.01")
+  small = ("rewards.workers=0", "log.samples=0", "task.settings.eval_size=0")
+  train.run(load("experiments/tiny.py", [f"--config.{o}" for o in (*options, *small)]), tmp_path)
+  lines = (tmp_path / "samples/step_000000.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  change = [(np.sign(row["advantage"]), np.log(row["tokens"]["ratio"]).mean()) for row in rows]
+  good, bad = (np.mean([log for sign, log in change if sign == one]) for one in (1, -1))
+  assert good > 0.01
+  assert good > bad

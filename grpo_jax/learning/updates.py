@@ -2,11 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import lookup_algorithm
@@ -205,6 +209,12 @@ class SkippedError(RuntimeError):
   """Reports that too many updates in a row were skipped."""
 
 
+@partial(jax.jit, static_argnames="layout")
+def _ratios(logp: jax.Array, sampler_logp: jax.Array, layout: Any) -> jax.Array:
+  """Returns the ratios on every device, for the host."""
+  return batches.laid_out(jnp.exp(logp - sampler_logp), layout, P())
+
+
 @dataclasses.dataclass(frozen=True)
 class SkippedUpdate:
   """An update that was skipped, with everything it depends on.
@@ -352,6 +362,19 @@ class Learner:
       )
     found = reduction.average(metrics) if metrics else {}
     return dataclasses.replace(state, critic=critic, counts=counts), found | about_critic
+
+  def ratios(self, state: TrainState, batch: Batch) -> Float[np.ndarray, "P G T"]:
+    """Returns how much more probable each token is under the state than when it was sampled.
+
+    It costs a forward pass, and without a KL term or several updates a program of its own.
+
+    Args:
+      state: after the updates.
+      batch: of the rollout.
+    """
+    logp = self._score(state.params, batch, self._base_params)
+    layout = layout_of(batch.mask)
+    return np.asarray(_ratios(logp, batch.sampler_logp, layout))
 
   def _assessed(
     self, policy: TrainState, critic: TrainState | None, batch: Batch

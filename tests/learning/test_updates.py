@@ -83,6 +83,17 @@ def test_ratios_to_the_sampler_need_no_old_logprobs(params):
   np.testing.assert_allclose(first["clip_ratio/region_mean"], stopped.mean(), rtol=1e-5)
 
 
+def test_ratios_of_a_rollout_after_its_update(params):
+  learn = learner(config=UpdateConfig(micro_batches=2))
+  state, _ = learn(state_of(params), batch(), 0)
+  keep = np.asarray(batch().mask)
+  ratios = learn.ratios(state, batch())
+  logp = make_score(MODEL)(state.params, batch())
+  expected = np.exp(np.asarray(logp) - np.asarray(batch().sampler_logp))
+  np.testing.assert_allclose(ratios[keep], expected[keep], rtol=1e-5)
+  assert np.abs(ratios[keep] - 1).max() > 1e-3
+
+
 def test_micro_batches_follow_the_budget(params):
   """One prompt at a time: the same state within rounding."""
   whole, _ = learner()(state_of(params), batch(), 0)

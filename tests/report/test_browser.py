@@ -144,6 +144,9 @@ def test_a_token_shows_its_numbers_to_mouse_and_keyboard(chromium, url, runs):
       assert f"token {number} of" in page.locator("#tip").inner_text()
     page.get_by_role("button", name="later").click()  # step 1 has no tokens
     page.get_by_text("this step has no tokens").wait_for()
+    page.get_by_role("button", name="earlier").click()
+    page.get_by_label("Shade by").select_option("ratio")
+    page.get_by_text("log.ratios=true records them").wait_for()
 
 
 def test_two_evaluations_are_compared_prompt_by_prompt(chromium, url, runs):
@@ -228,6 +231,7 @@ def test_episodes_are_shown_turn_by_turn(chromium, tmp_path):
     "logp": [-0.1, -0.2, -3.0, None, -0.5],
     "entropy": [0.1, 0.2, 1.0, None, 0.5],
     "advantage": [0.25, 0.25, 0.25, None, -1.0],
+    "ratio": [1.0, 1.2, 1.0, None, 0.5],
   }
   write(path, [row])
   with opened(chromium, written(tmp_path, [run]) + "#completions") as page:
@@ -237,6 +241,15 @@ def test_episodes_are_shown_turn_by_turn(chromium, tmp_path):
     assert "written by the environment" in page.locator("#tip").inner_text()
     page.locator(".token", has_text="6").hover()
     assert "advantage -1" in page.locator("#tip").inner_text()
+    page.get_by_label("Shade by").select_option("ratio")
+    page.locator(".token", has_text=" it").hover()
+    assert "ratio 1.2 (after the update, to the sampler)" in page.locator("#tip").inner_text()
+    colors = page.locator(".token").evaluate_all("x => x.map((y) => y.style.backgroundColor)")
+    # the ratios 1, 1.2, 1, none, 0.5: no color, some green, no color, none, all of the red
+    assert colors[1].startswith("rgba(46, 158, 98, 0.2")
+    assert colors[4] == "rgba(217, 83, 79, 0.75)"
+    assert colors[0].endswith(" 0)")
+    assert colors[3] == ""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

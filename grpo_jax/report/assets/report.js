@@ -400,13 +400,15 @@
     const groups = part.groups.map(filtered).filter((g) => g.completions.length);
     const count = groups.reduce((n, g) => n + g.completions.length, 0);
     const rewards = groups.flatMap((g) => g.completions.map(scoreOf)).filter((r) => r !== null);
-    const anyTokens = part.groups.some((g) => g.completions.some((c) => c.tokens));
+    const shade = $("sample-shade").value;
+    const has = (f) => part.groups.some((g) => g.completions.some((c) => c.tokens && f(c.tokens)));
     $("sample-status").textContent = [
       `${groups.length} prompts, ${count} completions`,
       rewards.length ? `mean ${kind === "eval" ? "accuracy" : "reward"} ${show(mean(rewards))}` : null,
       part.groups.length < part.of ? `the file shows ${part.groups.length} of ${part.of} groups` : null,
       part.damaged ? `${part.damaged} damaged lines left out` : null,
-      $("sample-shade").value && !anyTokens ? "this step has no tokens: log.tokens_every says which have" : null,
+      shade && !has(() => true) ? "this step has no tokens: log.tokens_every says which have"
+        : shade === "ratio" && !has((t) => t.ratio) ? "this run has no ratios: log.ratios=true records them" : null,
     ].filter(Boolean).join(" · ");
     $("groups").replaceChildren(...groups.slice(0, shown).map((g) => groupView(g, kind, run)));
     $("more").hidden = groups.length <= shown;
@@ -512,6 +514,10 @@
   const SHADES = {
     logp: (t, i) => t.logp[i] === null ? null : [Math.min(-t.logp[i] / 5, 1), "217, 83, 79"],
     entropy: (t, i) => t.entropy[i] === null ? null : [Math.min(t.entropy[i] / 3, 1), "138, 99, 210"],
+    ratio: (t, i) => {
+      const log = Math.log(t.ratio?.[i] ?? NaN);
+      return Number.isNaN(log) ? null : [Math.min(Math.abs(log) / 0.5, 1), log > 0 ? "46, 158, 98" : "217, 83, 79"];
+    },
     advantage: (t, i, c, largest) => {
       const a = t.advantage ? t.advantage[i] : t.logp[i] === null ? null : c.advantage;
       return a === null || a === undefined ? null : [Math.min(Math.abs(a) / largest, 1), a > 0 ? "46, 158, 98" : "217, 83, 79"];
@@ -540,6 +546,7 @@
         : `log-prob ${show(tokens.logp[i], 4)} (probability ${show(Math.exp(tokens.logp[i]), 4)})`,
       tokens.entropy[i] === null ? null : `entropy ${show(tokens.entropy[i], 4)} nats`,
       tokens.logp[i] === null ? null : `advantage ${show(tokens.advantage ? tokens.advantage[i] : c.advantage, 4)}`,
+      t(tokens.ratio?.[i], (r) => `ratio ${show(r, 4)} (after the update, to the sampler)`),
     ].filter(Boolean).join("\n");
     let at = -1;
     const mark = (node) => {
@@ -560,6 +567,7 @@
     });
     return box;
   }
+  const t = (value, f) => value === null || value === undefined ? null : f(value);
   function showTip(node, text) {
     const tip = $("tip"), place = node.getBoundingClientRect();
     tip.textContent = text;
