@@ -129,7 +129,7 @@ def run(
       remark=Watcher(config, workdir),
       about={"config": saved, "files": files, "session": dict(session)},
     )
-    results = _train(run, out, watch, ending)
+    results = _train(run, out, watch, ending, session)
     if ending.reason:
       session.update(reason="stopped", message=ending.reason)
     return results
@@ -159,7 +159,9 @@ def identity_of(run: Run, experiment: str | Path | None) -> dict[str, str]:
   return identity.digests(files, texts)
 
 
-def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> dict[str, float]:
+def _train(
+  run: Run, out: Output, watch: compilation.Watch, ending: Ending, session: dict[str, Any]
+) -> dict[str, float]:
   """Runs the loop from the newest checkpoint to the last step, or until `ending` is reached."""
   with out, run.matmul_precision(), run.scorer() as scorer, Signals() as signals:
     start, state = out.resume(run.initial_state(), run.evaluates_at)
@@ -169,6 +171,7 @@ def _train(run: Run, out: Output, watch: compilation.Watch, ending: Ending) -> d
       out.print(f"doctor     {finding.seen}: {finding.reason}")
     recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)
     update = run.learner(on_skip=recorder)
+    session["memory"] = record.memory_of(update.held(state))
     for step in range(start, run.steps):
       score = partial(scorer, state=TrainerState(step, run.steps))
       with out.saved_if_it_raises(step, state):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from grpo_jax import train
 from grpo_jax.config import load
+from grpo_jax.run import completions
 from grpo_jax.run.health import CHECKS, examine
 from grpo_jax.run.metrics import read_metrics
 
@@ -27,8 +28,9 @@ HEAD = """\
 # Illnesses that were planted
 
 `python -m tools.illnesses` wrote this page. Each run is `experiments/tiny.py` for 40 steps, with
-one thing made wrong; the doctor looks at its metrics after every step. A finding comes with the
-step at which it was said first. In healthy runs, whatever the doctor says is a false alarm.
+one thing made wrong; the doctor looks at its metrics after every step, and at its completions at
+the end. A finding comes with the step at which it was said first. In healthy runs, whatever the
+doctor says is a false alarm.
 """
 FOOT = """
 A random model has to go far from itself before it writes anything that is wanted: with a KL term,
@@ -71,6 +73,11 @@ PLANTED = {
   "mismatch": ("log-probs in bfloat16", None, (
     "model.dtype=bfloat16", "optimizer.learning_rate=0.02")),
 }  # fmt: skip
+# The same, to be seen in the completions of the last steps.
+IN_COMPLETIONS = {
+  "same_texts": ("what is rewarded is not what is right", ["nothing", "letters"], (
+    "rollout.completion_length=1", "optimizer.learning_rate=0.02")),
+}  # fmt: skip
 HEALTHY = {
   "experiments/tiny.py": (None, ()),
   "with another algorithm and two updates per rollout": (
@@ -104,7 +111,8 @@ def said(rewards: list[str] | None, changes: tuple[str, ...], folder: Path) -> d
     for finding in examine(rows[:end], config):
       step = found[finding.name][0] if finding.name in found else rows[end - 1]["step"]
       found[finding.name] = step, finding.confidence
-  return found
+  last = {f.name: (rows[-1]["step"], f.confidence) for f in completions.examine(folder / "run")}
+  return found | last
 
 
 def row(name: str, how: str, found: dict[str, tuple]) -> str:
@@ -121,8 +129,8 @@ def main(names: list[str]) -> None:
   if not names:
     print(HEAD)
   print("| finding | what was made wrong | found | others found |\n|---|---|---|---|")
-  for name in names or CHECKS:
-    how, rewards, changes = PLANTED[name]
+  for name in names or (*CHECKS, *IN_COMPLETIONS):
+    how, rewards, changes = (PLANTED | IN_COMPLETIONS)[name]
     with tempfile.TemporaryDirectory() as folder:
       print(row(name, how, said(rewards, changes, Path(folder))), flush=True)
   if names:

@@ -363,6 +363,17 @@ class Learner:
     found = reduction.average(metrics) if metrics else {}
     return dataclasses.replace(state, critic=critic, counts=counts), found | about_critic
 
+  def held(self, state: TrainState) -> dict[str, Params]:
+    """Returns the arrays that stay on the devices between rollouts, by what they are."""
+    return {
+      "parameters": state.params,
+      "optimizer": state.opt_state,
+      "critic": state.critic and (state.critic.params, state.critic.opt_state),
+      "reference": (state.reference, self._reference),
+      "frozen": self._base_params,
+      "teachers": [params for _, params in self._teachers] + [self._frozen],
+    }
+
   def ratios(self, state: TrainState, batch: Batch) -> Float[np.ndarray, "P G T"]:
     """Returns how much more probable each token is under the state than when it was sampled.
 

@@ -110,6 +110,7 @@ class RunData:
       "provenance": {
         **{name: last.get(name) for name in ("start", "end", "reason", "devices")},
         **{f"memory_{where}": n for where, n in (last.get("peak_memory") or {}).items()},
+        **{f"memory/{part}": n for part, n in (last.get("memory") or {}).items()},
         "sessions": len(sessions),
         "commit": (last.get("git") or {}).get("commit"),
         **(last.get("versions") or {}),

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,26 @@ def peak_memory() -> dict[str, int]:
   known = [device.memory_stats() or {} for device in jax.local_devices()]
   devices = [stats["peak_bytes_in_use"] for stats in known if "peak_bytes_in_use" in stats]
   return peaks | ({"device": max(devices)} if devices else {})
+
+
+def memory_of(parts: Mapping[str, Any]) -> dict[str, int]:
+  """Returns the bytes that each part takes on the first device of this process.
+
+  Args:
+    parts: trees of arrays by name. An array that is in two of them counts in the first.
+
+  Example:
+    >>> a, b = jax.numpy.ones(4), jax.numpy.ones(2)
+    >>> memory_of({"parameters": {"a": a}, "optimizer": [a, b], "reference": None})
+    {'parameters': 16, 'optimizer': 8}
+  """
+  sizes, seen = {}, set()
+  for name, tree in parts.items():
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in seen]
+    seen.update(map(id, leaves))
+    if total := sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves):
+      sizes[name] = total
+  return sizes
 
 
 def _reason(error: BaseException) -> dict[str, str]:

@@ -102,6 +102,9 @@ def test_what_a_run_leaves(runs):
     assert word in output
   assert "before             after" in output
   assert "after 8 steps" in output
+  memory = json.loads((whole / "run.json").read_text())["sessions"][-1]["memory"]
+  assert set(memory) == {"parameters", "optimizer"}
+  assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)  # of Adam
   row = next(row for row in read_metrics(whole) if "loss" in row)
   for name in (
     "reward", "reward_std", "rewards/letters/mean", "frac_reward_zero_std", "entropy", "accuracy",

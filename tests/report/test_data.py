@@ -26,6 +26,17 @@ def test_a_run_is_read(tmp_path):
   json.dumps(summary, allow_nan=False)
 
 
+def test_the_record_of_the_last_session(tmp_path):
+  folder = make_run(tmp_path / "run", steps=1)
+  session = {"start": "2026-01-01", "reason": "finished", "memory": {"optimizer": 7}}
+  sessions = [{}, session | {"peak_memory": {"host": 9}, "git": None, "versions": {"jax": "1"}}]
+  (folder / "run.json").write_text(json.dumps({"sessions": sessions}))
+  found = data.RunData(folder, "run").summary()["provenance"]
+  assert (found["memory/optimizer"], found["memory_host"]) == (7, 9)
+  assert (found["sessions"], found["reason"], found["jax"]) == (2, "finished", "1")
+  assert found["commit"] is None
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
   with pytest.raises(ValueError, match="is not a folder: give the work directory of a run"):
     data.named([str(tmp_path / "none")])

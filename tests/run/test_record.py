@@ -35,6 +35,7 @@ def test_each_session_is_added_with_its_start_and_end(tmp_path):
   assert versions["python"] == platform.python_version()
   assert (versions["jax"], versions["numpy"]) == (jax.__version__, np.__version__)
   assert second["command"] == sys.orig_argv
+  assert second["peak_memory"]["host"] > 2**24
   assert second["git"] is None  # a temporary folder is in no repository
 
 

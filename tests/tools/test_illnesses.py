@@ -2,13 +2,15 @@
 
 import pytest
 
+from grpo_jax.run import completions
 from grpo_jax.run.health import CHECKS
 from tools import illness_rewards, illnesses
 
 
 def test_each_check_has_its_illness():
   assert set(illnesses.PLANTED) == set(CHECKS)
-  for _, rewards, _ in illnesses.PLANTED.values():
+  assert set(illnesses.IN_COMPLETIONS) < {check.__name__ for check in completions.CHECKS}
+  for _, rewards, _ in (*illnesses.PLANTED.values(), *illnesses.IN_COMPLETIONS.values()):
     assert all(callable(getattr(illness_rewards, name)) for name in rewards or [])
 
 

@@ -131,6 +131,7 @@
         ["tokens", lastOf(run, "num_tokens")?.toLocaleString("en")],
         ["devices", run.provenance.devices],
         ["peak memory", memoryOf(run)],
+        ["memory of a device", partsOf(run)],
         ["last session", run.provenance.start
           ? `${run.provenance.start}, ${run.provenance.reason ?? "goes on, or was killed"}` : null],
         ["code", run.provenance.commit ? run.provenance.commit.slice(0, 12) : null],
@@ -155,6 +156,8 @@
     return names.filter(([, k]) => run.provenance[k])
       .map(([name, k]) => `${show(run.provenance[k] / 2 ** 30, 1)} GiB (${name})`).join(", ") || null;
   }
+  const partsOf = (run) => Object.entries(run.provenance).filter(([k]) => k.startsWith("memory/"))
+    .map(([k, n]) => `${k.slice(7)} ${show(n / 2 ** 30, 2)} GiB`).join(", ") || null;
   function timeOf(run) {
     // The first step compiles.
     const sum = (name) => (run.metrics[name]?.[1] ?? []).slice(1).reduce((a, b) => a + b, 0);
