@@ -46,6 +46,11 @@ def of_the_batch(log_ratio, logp, old_logp, advantages):
 """
 
 
+def test_a_teacher_in_the_loss_is_no_reason_to_stop():
+  teacher = ("teacher.source=random:tiny", "algorithm.teacher_divergence=0.5")
+  assert names_before("algorithm.name=opd", *teacher) == []
+
+
 @pytest.mark.parametrize(
   ("name", "expected"), [("of_the_token", []), ("of_the_batch", ["changing_loss"])]
 )
