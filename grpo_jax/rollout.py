@@ -25,7 +25,7 @@ from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.distributed import hosts
 from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
 from grpo_jax.learning import deterministic
-from grpo_jax.learning.batch import laid_out, rows_of, select, trim
+from grpo_jax.learning.batch import everywhere, laid_out, rows_of, select, trim
 from grpo_jax.learning.step import Batch
 from grpo_jax.models.protocol import Params
 from grpo_jax.sampling.sampler import Generated, Sampler
@@ -566,12 +566,7 @@ def _of_tokens(batch: Batch, layout: Any) -> Float[np.ndarray, "P G T"] | None:
   """Returns the advantages of tokens, if each has its own and no critic gives them."""
   if batch.advantages.ndim != 3 or batch.token_rewards is not None:
     return None
-  return np.asarray(_everywhere(batch.advantages, layout))
-
-
-@partial(jax.jit, static_argnames="layout")
-def _everywhere(values: jax.Array, layout: Any) -> jax.Array:
-  return laid_out(values, layout, P())
+  return np.asarray(everywhere(batch.advantages, layout))
 
 
 @partial(jax.jit, static_argnames="layout")

@@ -183,11 +183,9 @@ def _train(
         params, examples = run.to_sampling_params(state.params), run.examples(step, state.counts)
         rollout = collect(run.sampler, params, examples, score, run.key(step), run.rollout_at(step))
       _check_scored(run, rollout, is_first=step == start)
-      with jax.transfer_guard("disallow"):  # the batch is on the device already
-        state, values = update(state, rollout.batch, step)
+      state, values = _learn(run, update, state, rollout, step)
       state, counts = run.counted(state, step, rollout.accuracy)
       watch.report(out.print)
-      _add_ratios(run, update, state, rollout)
       out.write_step(step, rollout.metrics | values | counts, rollout.samples, rollout.num_tokens)
       stop = signals.of_any_host()
       if stop or update.trouble or run.saves_at(step + 1):
@@ -202,10 +200,15 @@ def _train(
   return results
 
 
-def _add_ratios(run: Run, update: Learner, state: TrainState, rollout: Rollout) -> None:
-  """Adds how the update changed each token to the samples, if they hold tokens and it is wanted."""
-  if run.config.log.ratios and rollout.samples and "tokens" in rollout.samples[0]:
+def _learn(
+  run: Run, update: Learner, state: TrainState, rollout: Rollout, step: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Updates the state, and writes into samples with tokens how each changed, if that is wanted."""
+  with jax.transfer_guard("disallow"):  # the batch is on the device already
+    state, values = update(state, rollout.batch, step)
+  if run.config.log.ratios and run.rollout_at(step).tokens:
     rollout.add_ratios(update.ratios(state, rollout.batch))
+  return state, values
 
 
 def _finish(

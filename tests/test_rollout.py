@@ -386,7 +386,7 @@ def test_samples_hold_their_tokens_when_asked_to(params):
 
 
 def test_tokens_have_advantages_of_their_own(params):
-  """Those of the batch, which leaves out the groups without a gradient."""
+  """Compares them with the batch, which leaves out the groups without a gradient."""
   task = dataclasses.replace(TASK, step_rewards=halves)
   row = dataclasses.replace(ALGORITHMS["grpo"], advantage="process_advantages")
   out = collect(params, row, task=task, tokens=True)

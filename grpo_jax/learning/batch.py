@@ -193,6 +193,12 @@ def rows_of(tree: Any, rows: jax.Array, layout: Sharding) -> Any:
   return jax.tree.map(lambda a: laid_out(a[rows], layout), tree)
 
 
+@partial(jax.jit, static_argnames="layout")
+def everywhere(values: jax.Array, layout: Sharding) -> jax.Array:
+  """Returns an array on every device, for the hosts; as it is without a mesh."""
+  return laid_out(values, layout, P())
+
+
 def laid_out(tree: Any, layout: Sharding, spec: P | None = None) -> Any:
   """Constrains the sharding of all arrays, inside a jitted function; None leaves it open.
 

@@ -2,14 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from grpo_jax.core.algorithms import Algorithm
@@ -209,12 +207,6 @@ class SkippedError(RuntimeError):
   """Reports that too many updates in a row were skipped."""
 
 
-@partial(jax.jit, static_argnames="layout")
-def _ratios(logp: jax.Array, sampler_logp: jax.Array, layout: Any) -> jax.Array:
-  """Returns the ratios on every device, for the host."""
-  return batches.laid_out(jnp.exp(logp - sampler_logp), layout, P())
-
-
 @dataclasses.dataclass(frozen=True)
 class SkippedUpdate:
   """An update that was skipped, with everything it depends on.
@@ -384,8 +376,8 @@ class Learner:
       batch: of the rollout.
     """
     logp = self._score(state.params, batch, self._base_params)
-    layout = layout_of(batch.mask)
-    return np.asarray(_ratios(logp, batch.sampler_logp, layout))
+    ratios = jnp.exp(logp - batch.sampler_logp)
+    return np.asarray(batches.everywhere(ratios, layout_of(batch.mask)))
 
   def _assessed(
     self, policy: TrainState, critic: TrainState | None, batch: Batch

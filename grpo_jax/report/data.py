@@ -5,6 +5,7 @@ own, which it unpacks when somebody looks.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -86,16 +87,6 @@ class RunData:
     found = self._read(lambda: completions.examine(self.folder), [])
     return [as_plain(finding, _last_step(self.rows)) for finding in found]
 
-  def samples(self) -> list[Samples]:
-    """Returns the files of samples by step, an evaluation before the step that follows it."""
-    folder = self.folder / SAMPLES
-    found = [
-      Samples(match[1], int(match[2]), path)
-      for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-      if (match := SAMPLE_FILE.fullmatch(path.name))
-    ]
-    return sorted(found, key=lambda s: (s.step, s.kind))
-
   def summary(self) -> dict[str, Any]:
     """Returns everything but the samples."""
     sessions = self._read(lambda: record.read(self.folder), [])
@@ -119,6 +110,17 @@ class RunData:
     }
 
 
+def sample_files(folder: str | Path) -> list[Samples]:
+  """Returns the files of samples of a run by step, an evaluation before the step after it."""
+  folder = Path(folder) / SAMPLES
+  found = [
+    Samples(match[1], int(match[2]), path)
+    for path in (folder.iterdir() if folder.is_dir() else [])
+    if (match := SAMPLE_FILE.fullmatch(path.name))
+  ]
+  return sorted(found, key=lambda s: (s.step, s.kind))
+
+
 def _last_step(rows: Sequence[Mapping[str, Any]]) -> int:
   """Returns the number of the last training step of some rows."""
   return max((row["step"] for row in rows if "reward" in row), default=0)
@@ -139,7 +141,7 @@ def named(folders: Sequence[str]) -> list[RunData]:
     if len(set(names)) == len(names):
       break
     names = ["/".join(path.parts[-depth:]) for path in paths]
-  return [RunData(folder, name) for folder, name in zip(folders, names)]
+  return [RunData(Path(folder).expanduser(), name) for folder, name in zip(folders, names)]
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -202,46 +204,28 @@ def as_plain(finding: Finding, since: int) -> dict[str, Any]:
 # --- samples --------------------------------------------------------------------------------------
 
 
-def read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
-  """Returns the completions of a file, and the number of its lines that could not be read."""
-  rows, damaged = [], 0
-  try:
-    text = path.read_text(encoding="utf-8", errors="replace")
-  except OSError:
-    return [], 1
-  for line in text.split("\n"):
-    if not line:
-      continue
-    try:
-      row = json.loads(line)
-      if not isinstance(row, dict) or "prompt" not in row:
-        raise ValueError("not a completion")
-    except (ValueError, RecursionError):
-      damaged += 1
-      continue
-    rows.append(row)
-  return rows, damaged
-
-
 def groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """Returns completions by prompt: what they share once, and the completions in their order.
 
   Example:
-    >>> groups([{"prompt": "1+1=", "key": "a", "completion": c} for c in "23"])
-    [{'prompt': '1+1=', 'key': 'a', 'completions': [{'completion': '2'}, {'completion': '3'}]}]
+    >>> [group] = groups([{"prompt": "1+1=", "key": "a", "completion": c} for c in "23"])
+    >>> group["prompt"], group["completions"]
+    ('1+1=', [{'completion': '2'}, {'completion': '3'}])
   """
   found: dict[str, dict[str, Any]] = {}
   for row in rows:
     shared = {name: row[name] for name in ("prompt", "key", "answer") if name in row}
-    group = found.setdefault(identity(row), {**shared, "completions": []})
+    which = identity(row)
+    group = found.setdefault(which, {"id": which, **shared, "completions": []})
     own = {name: v for name, v in row.items() if name not in (*shared, "columns")}
     group["completions"].append(own)
   return list(found.values())
 
 
 def identity(row: Mapping[str, Any]) -> str:
-  """Returns what tells the prompts of a run apart."""
-  return json.dumps([row.get("key"), row["prompt"]])
+  """Returns a short text that tells the prompts of runs apart."""
+  text = json.dumps([row.get("key"), row["prompt"]], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def label(prompt: Any) -> str:

@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.report.data import RunData, Samples, groups, identity, label, read_samples
+from grpo_jax.report.data import RunData, Samples, groups, label, sample_files
+from grpo_jax.run.metrics import read_samples
 
 MEBIBYTE = 2**20
 LOOKED_AT = 37  # files whose size is measured first; no multiple of what recurs
@@ -112,7 +113,7 @@ class Parts:
 
   def __init__(self, runs: Sequence[RunData], limit: float) -> None:
     self._runs, self.packed = runs, {}
-    self._files = [run.samples() for run in runs]
+    self._files = [sample_files(run.folder) for run in runs]
     self._indices: list[dict[str, Any]] = []
     share = min(limit / max(self._estimate(), 1e-9), 1.0)
     self._fill(share)
@@ -160,7 +161,7 @@ def part_of(path: Path, share: float = 1.0) -> dict[str, Any]:
 
 def contents(part: dict[str, Any]) -> dict[str, Any]:
   """Returns what an index says of a part: its prompts and their number."""
-  prompts = [(identity(group), label(group["prompt"])) for group in part["groups"]]
+  prompts = [(group["id"], label(group["prompt"])) for group in part["groups"]]
   return {"shown": len(prompts), "of": part["of"], "damaged": part["damaged"], "prompts": prompts}
 
 

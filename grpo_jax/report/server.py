@@ -11,9 +11,27 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from grpo_jax.report import page
-from grpo_jax.report.data import Samples, named
+from grpo_jax.report.data import Samples, named, sample_files
+from grpo_jax.run.metrics import METRICS
+from grpo_jax.run.record import RECORD
+from grpo_jax.run.workdir import CONFIG
 
 HOST = "127.0.0.1"
+
+
+def files_of(folder: Path) -> list[Path]:
+  """Returns what a report of a run reads."""
+  names = (CONFIG, METRICS, RECORD)
+  return [folder, *(folder / name for name in names), *(s.path for s in sample_files(folder))]
+
+
+def stamp(path: Path) -> tuple[int, int]:
+  """Returns what changes when a file does; zeros without it."""
+  try:
+    stat = path.stat()
+  except FileNotFoundError:
+    return 0, 0
+  return stat.st_mtime_ns, stat.st_size
 
 
 class Watched:
@@ -24,32 +42,37 @@ class Watched:
   """
 
   def __init__(self, folders: Sequence[str]) -> None:
-    self._folders = folders
+    self._folders = [Path(folder).expanduser() for folder in folders]
     self._known: dict[Path, tuple[tuple[int, int], bytes, dict[str, Any]]] = {}
+    self._version: list[Any] | None = None
+    self._summary = b""
 
   def summary(self) -> bytes:
-    """Returns all but the samples, as compressed JSON.
+    """Returns all but the samples, as compressed JSON; what has not changed is not read again.
 
     Raises:
       ValueError: a folder is no longer a work directory.
     """
-    summaries = []
-    for run in named(self._folders):
-      index = page.Index()
-      for file in run.samples():
-        index.add(file, self._part(file)[1])
-      summaries.append(run.summary() | index.plain())
-    return page.compressed({"live": True, "runs": summaries})
+    version = [stamp(path) for folder in self._folders for path in files_of(folder)]
+    if version != self._version:
+      summaries = []
+      for run in named(self._folders):
+        index = page.Index()
+        for file in sample_files(run.folder):
+          index.add(file, self._part(file)[1])
+        summaries.append(run.summary() | index.plain())
+      self._summary = page.compressed({"live": True, "runs": summaries})
+      self._version = version
+    return self._summary
 
   def samples(self, run: int, name: str) -> bytes | None:
     """Returns a file of samples of a run, as compressed JSON; None if there is no such file."""
-    files = named(self._folders)[run].samples() if 0 <= run < len(self._folders) else []
+    files = sample_files(self._folders[run]) if 0 <= run < len(self._folders) else []
     found = next((file for file in files if file.path.name == name), None)
     return found and self._part(found)[0]
 
   def _part(self, file: Samples) -> tuple[bytes, dict[str, Any]]:
-    stat = file.path.stat()
-    version = (stat.st_mtime_ns, stat.st_size)
+    version = stamp(file.path)
     if file.path not in self._known or self._known[file.path][0] != version:
       part = page.part_of(file.path)
       self._known[file.path] = version, page.compressed(part), page.contents(part)

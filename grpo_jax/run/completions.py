@@ -4,17 +4,16 @@
 the report show what they find, beside what `health` finds in the metrics.
 """
 
-import itertools
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.core.diagnosis import Finding, by_confidence
-from grpo_jax.run.metrics import SAMPLES
+from grpo_jax.run.metrics import SAMPLES, read_samples
+from grpo_jax.run.progress import groups_of
 
 Rows = Sequence[dict[str, Any]]
 
@@ -28,18 +27,8 @@ SHOWN = 60  # characters of a completion in a finding
 def examine(workdir: str | Path) -> list[Finding]:
   """Returns what is wrong with the newest completions of a run, the surest findings first."""
   files = sorted((Path(workdir) / SAMPLES).glob("step_*.jsonl"))[-STEPS:]
-  return by_confidence(check([list(_rows(file)) for file in files]) for check in CHECKS)
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-  """Yields the completions of a file, without lines that a kill cut short."""
-  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError):
-      continue
-    if isinstance(row, dict) and isinstance(row.get("completion"), str) and "prompt" in row:
-      yield row
+  steps = [[row for row in read_samples(file)[0] if "completion" in row] for file in files]
+  return by_confidence(check(steps) for check in CHECKS)
 
 
 def read_leniently(text: str, answer: Any) -> bool:
@@ -98,7 +87,7 @@ def not_extracted(steps: Sequence[Rows]) -> Finding | None:
 
 def same_texts(steps: Sequence[Rows]) -> Finding | None:
   """Finds groups that hold the same wrong text again and again."""
-  groups = [group for rows in steps for group in _groups(rows)]
+  groups = [group for rows in steps for group in groups_of(rows)]
   count = sum(map(len, groups))
   again = sum(len(group) - len({row["completion"] for row in group}) for group in groups)
   share, accuracy = again / max(count - len(groups), 1), _accuracy(steps)
@@ -119,7 +108,7 @@ def one_prompt(steps: Sequence[Rows]) -> Finding | None:
   """Finds steps whose advantages are mostly those of one prompt of many."""
   shares = []
   for rows in steps:
-    sums = [sum(abs(row.get("advantage") or 0.0) for row in group) for group in _groups(rows)]
+    sums = [sum(abs(row.get("advantage") or 0.0) for row in group) for group in groups_of(rows)]
     if len(sums) >= 8 and sum(sums) > 0:
       shares.append(max(sums) / sum(sums))
   if not shares or min(shares) < 0.6 or _accuracy(steps) > LEARNED:
@@ -167,12 +156,6 @@ CHECKS: tuple[Callable[[Sequence[Rows]], Finding | None], ...] = (
   one_prompt,
   long_and_right,
 )
-
-
-def _groups(rows: Rows) -> list[list[dict[str, Any]]]:
-  """Returns the completions of each prompt, which stand side by side."""
-  by_prompt = itertools.groupby(rows, key=lambda row: (row.get("key"), row["prompt"]))
-  return [list(group) for _, group in by_prompt]
 
 
 def _accuracy(steps: Sequence[Rows]) -> float:

@@ -231,6 +231,28 @@ def read_metrics(workdir: str | Path) -> list[dict[str, float | None]]:
   return [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
 
 
+def read_samples(path: str | Path) -> tuple[list[dict[str, Any]], int]:
+  """Returns the completions of a file of samples, and the number of lines that are none.
+
+  A file that cannot be read counts as one such line.
+  """
+  rows, damaged = [], 0
+  try:
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+  except OSError:
+    return [], 1
+  for line in text.split("\n"):
+    try:
+      row = json.loads(line) if line else None
+    except (ValueError, RecursionError):
+      row = line
+    if isinstance(row, dict) and "prompt" in row:
+      rows.append(row)
+    else:
+      damaged += bool(line)
+  return rows, damaged
+
+
 def at(workdir: str | Path, step: int, prefix: str) -> dict[str, float]:
   """Returns the metrics of `step` whose names begin with `prefix`, null as NaN."""
   metrics: dict[str, float] = {}

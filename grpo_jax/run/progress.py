@@ -121,12 +121,17 @@ def choose_samples(samples: Sequence[Mapping[str, Any]], count: int) -> list[Map
     value = sample.get("reward")
     return -math.inf if value is None or math.isnan(value) else value
 
-  by_prompt = itertools.groupby(samples, key=lambda s: (s.get("key"), s["prompt"]))
-  groups = [list(group) for _, group in by_prompt]
+  groups = groups_of(samples)
   mixed = (g for g in groups if len({reward(sample) for sample in g}) > 1)
   group = next(mixed, groups[0] if groups else [])
   ranked = sorted(group, key=reward, reverse=True)
   return (ranked[:1] + ranked[-1:] + ranked[1:-1])[: min(count, len(group))]
+
+
+def groups_of(samples: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+  """Returns the completions of each prompt, which stand side by side."""
+  by_prompt = itertools.groupby(samples, key=lambda s: (s.get("key"), s["prompt"]))
+  return [list(group) for _, group in by_prompt]
 
 
 def _minutes(seconds: float) -> str:

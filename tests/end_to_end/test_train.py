@@ -416,4 +416,4 @@ def test_the_loop_fits_on_a_screen():
   lines = Path(train.__file__).read_text().splitlines()
   start = next(i for i, line in enumerate(lines) if line.strip().startswith("for step in range"))
   end = next(i for i, line in enumerate(lines) if line.strip() == "out.draw_curve()")
-  assert end - start <= 26
+  assert end - start <= 25

@@ -8,6 +8,7 @@ from grpo_jax.config import default_config
 from grpo_jax.core.diagnosis import Finding
 from grpo_jax.report import data
 from grpo_jax.run.health import CHECKS, CURVES
+from grpo_jax.run.metrics import read_samples
 from tests.helpers.work_directories import make_run
 
 
@@ -20,7 +21,7 @@ def test_a_run_is_read(tmp_path):
   assert summary["metrics"]["eval/n"] == [[0, 5, 10], [8, 8, 8]]
   assert "loss" not in summary["metrics"]  # null at each step
   assert summary["problems"] == []
-  files = [(file.kind, file.step) for file in run.samples()]
+  files = [(file.kind, file.step) for file in data.sample_files(run.folder)]
   assert files[:3] == [("eval", 0), ("step", 0), ("step", 1)]
   assert files[-1] == ("eval", 10)
   json.dumps(summary, allow_nan=False)
@@ -62,7 +63,7 @@ def test_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path):
   run = data.RunData(folder, "run")
   assert 0 < len(run.summary()["metrics"]["reward"][0]) < 10
   assert run.problems == []
-  rows, damaged = data.read_samples(samples)
+  rows, damaged = read_samples(samples)
   assert (len(rows), damaged) == (15, 1)
 
 
@@ -121,8 +122,8 @@ def test_every_finding_has_a_curve():
 def test_rows_that_are_no_completions_are_counted(tmp_path):
   path = tmp_path / "step_000000.jsonl"
   path.write_text('{"prompt": "a", "completion": "b"}\n[1]\n{"completion": "c"}\nnull\n\n"x"\n')
-  assert data.read_samples(path) == ([{"prompt": "a", "completion": "b"}], 4)
-  assert data.read_samples(tmp_path / "none.jsonl") == ([], 1)
+  assert read_samples(path) == ([{"prompt": "a", "completion": "b"}], 4)
+  assert read_samples(tmp_path / "none.jsonl") == ([], 1)
 
 
 def test_completions_of_a_prompt_are_one_group():
@@ -130,7 +131,9 @@ def test_completions_of_a_prompt_are_one_group():
     {"prompt": p, "key": k, "completion": c, "columns": {"big": 1}, "answer": 3}
     for p, k, c in (("1+2=", "a", "3"), ("1+2=", "b", "4"), ("1+2=", "a", "5"))
   ]
-  assert data.groups(rows) == [
+  found = data.groups(rows)
+  assert len({group.pop("id") for group in found}) == 2
+  assert found == [
     {"prompt": "1+2=", "key": k, "answer": 3, "completions": [{"completion": c} for c in texts]}
     for k, texts in (("a", "35"), ("b", "4"))
   ]

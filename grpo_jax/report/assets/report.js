@@ -434,7 +434,7 @@
     return { ...group, completions: rows, scores };
   }
   async function follow(mine, run) {
-    const known = data.runs[run].prompts.find(([key]) => key === following);
+    const known = promptOf(run, following);
     const files = known ? known[2] : [];
     $("sample-status").replaceChildren(
       `One prompt in ${files.length} files of ${visible(data.runs[run].name)}: ${visible(known ? known[1] : "it is not in this run")} `,
@@ -443,7 +443,7 @@
     for (const index of files.slice(0, Math.max(shown, FILES))) {
       const part = await load(run, index), file = data.runs[run].files[index];
       if (mine !== ticket) return;
-      const group = part.groups.find((g) => JSON.stringify(identityOf(g)) === JSON.stringify(JSON.parse(following)));
+      const group = part.groups.find((g) => g.id === following);
       if (!group) continue;
       const when = file.kind === "eval" ? `Evaluation after ${file.step} steps` : `Step ${file.step}`;
       nodes.push(el("h3", {}, when), groupView(filtered(group), file.kind, run, true));
@@ -452,26 +452,30 @@
     $("more").hidden = files.length <= Math.max(shown, FILES);
     $("more").textContent = `More (${files.length - Math.max(shown, FILES)} files left)`;
   }
-  const identityOf = (group) => [group.key ?? null, group.prompt];
+  function promptOf(run, id) {
+    const of = data.runs[run];
+    of.byId ??= new Map(of.prompts.map((prompt) => [prompt[0], prompt]));
+    return of.byId.get(id);
+  }
 
   function groupView(group, kind, run, isFollowed = false) {
     const scores = (group.scores ?? []).filter((s) => s !== null);
     const equal = scores.length > 1 && new Set(scores).size === 1;
     const advantages = group.completions.map((c) => Math.abs(c.advantage ?? 0));
     const largest = Math.max(...advantages, 1e-9);
-    const key = data.runs[run].prompts.find(([k]) => JSON.stringify(JSON.parse(k)) === JSON.stringify(identityOf(group)));
+    const files = promptOf(run, group.id)?.[2] ?? [];
     return el("article", { className: "group" },
       isFollowed ? null : promptView(group),
       el("p", { className: "facts" },
         group.answer === undefined ? null : el("span", {}, `answer ${visible(JSON.stringify(group.answer))}`),
         scores.length ? el("span", {}, `mean ${show(mean(scores))} of ${scores.length}`) : null,
         equal && kind === "step" ? el("span", { className: "flag" }, "no variance: no gradient") : null,
-        isFollowed || !key || key[2].length < 2 ? null : el("button", { type: "button", onclick: () => {
-          following = key[0];
+        isFollowed || files.length < 2 ? null : el("button", { type: "button", onclick: () => {
+          following = group.id;
           shown = FILES;
           completions(true);
           $("sample-status").scrollIntoView({ block: "nearest" });
-        } }, `through ${key[2].length} steps`)),
+        } }, `through ${files.length} steps`)),
       ...group.completions.map((c) => completionView(c, largest)));
   }
   function promptView(group) {
@@ -591,7 +595,7 @@
     for (const group of part.groups) {
       const known = group.completions.filter((c) => typeof (c.accuracy ?? c.reward) === "number");
       if (known.length) {
-        found.set(JSON.stringify(identityOf(group)), { group, score: mean(known.map((c) => c.accuracy ?? c.reward)) });
+        found.set(group.id, { group, score: mean(known.map((c) => c.accuracy ?? c.reward)) });
       }
     }
     return found;
