@@ -579,9 +579,8 @@ def _share_taught(batch: Batch, layout: Any) -> Float[jax.Array, ""]:
 def _samples(scored: Scored, tokens: list[list[dict[str, Any]]] | None) -> list[dict[str, Any]]:
   """Returns the record of each completion, without its advantage."""
   scores, out = scored.scores, scored.out
-  rows = records(
-    scored.examples, out.texts, reward=scores.total, accuracy=scores.accuracy, length=out.lengths
-  )
+  arrays = {"accuracy": scores.accuracy, "length": out.lengths, "ended": out.ended}
+  rows = records(scored.examples, out.texts, reward=scores.total, **arrays)
   cells = [(p, g) for p in range(len(scored.examples)) for g in range(len(out.texts[p]))]
   for row, (p, g) in zip(rows, cells):
     row["rewards"] = {name: values[p, g].item() for name, values in scores.per_name.items()}

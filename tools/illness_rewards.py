@@ -1,6 +1,7 @@
 """Rewards that make a run ill, for `tools.illnesses`."""
 
 import hashlib
+import re
 import string
 import time
 
@@ -66,6 +67,21 @@ def of_the_split(completions, split, **columns):
   """Returns whether all is lower case in training problems, and upper case in held-out ones."""
   wanted = {"train": string.ascii_lowercase, "held out": string.ascii_uppercase}
   return [float(share(t, wanted[s]) > 0.9) for t, s in zip(completions, split)]
+
+
+def letters_for_one(prompts, completions, **columns):
+  """Returns the share of lower-case letters for one problem, and 0 for the others."""
+  return [r * prompt.endswith("0:") for prompt, r in zip(prompts, letters(completions))]
+
+
+def boxed(completions, answer, **columns):
+  """Returns whether an answer is right, read only from a box as of LaTeX."""
+  return [float(f"\\boxed{{{a}}}" in text) for text, a in zip(completions, answer)]
+
+
+def last_number(completions, answer, **columns):
+  """Returns whether the last number is the answer."""
+  return [float(re.findall(r"\d+", text)[-1:] == [str(a)]) for text, a in zip(completions, answer)]
 
 
 def share(text, characters):

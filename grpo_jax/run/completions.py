@@ -128,9 +128,9 @@ def long_and_right(steps: Sequence[Rows]) -> Finding | None:
 
   Right ones that nearly fill the budget say so: those a little longer are cut off.
   """
-  rows = [row for rows in steps for row in rows if row.get("length") is not None]
+  rows = [row for rows in steps for row in rows if row.get("length") and "ended" in row]
   budget = max((row["length"] for row in rows), default=0)
-  cut = [row for row in rows if row["length"] == budget and not row.get("ended", False)]
+  cut = [row for row in rows if row["length"] == budget and not row["ended"]]
   right = [row["length"] for row in rows if row.get("accuracy") == 1 and row["length"] < budget]
   if budget < FEWEST or len(right) < FEWEST or len(cut) < 0.1 * len(rows):
     return None
