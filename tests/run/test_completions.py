@@ -95,6 +95,15 @@ def test_a_solved_task_has_no_finding(tmp_path):
   assert names(run_with(tmp_path / "run", make)) == []
 
 
+def test_samples_that_do_not_say_what_was_cut_off_have_no_finding(tmp_path):
+  """Samples of older runs have no `ended`."""
+
+  def make(p, g, rng):
+    return {name: value for name, value in cut(p, g, rng).items() if name != "ended"}
+
+  assert names(run_with(tmp_path / "run", make)) == []
+
+
 def test_few_or_damaged_completions_are_no_finding(tmp_path):
   folder = make_run(tmp_path / "run", steps=1, prompts=1, group=2)
   assert names(folder) == []

@@ -40,10 +40,10 @@ def test_a_healthy_run_has_no_finding(tmp_path):
 @pytest.mark.parametrize("name", illness_batches.PLANTED)
 def test_a_mistake_in_a_loop_is_found(name):
   _, make = illness_batches.PLANTED[name]
-  assert name in [finding.name for finding in illness_batches.found(make)]
+  assert name in illness_batches.said(make)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", illness_batches.HEALTHY)
 def test_a_healthy_loop_has_no_finding(how):
-  assert illness_batches.found(illness_batches.HEALTHY[how]) == []
+  assert illness_batches.said(illness_batches.HEALTHY[how]) == {}
