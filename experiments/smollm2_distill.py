@@ -10,8 +10,9 @@ Result    the teacher had 0.905 on the 200 held-out sums (seed 0 of `smollm2_add
           steps). The student: 0.285 before; 0.650, 0.625 and 0.655 after 30 steps with seeds 0, 1
           and 2, when it has sampled 23,300 tokens. GRPO from scratch has 0.670, 0.500 and
           0.560 after 21,400 tokens (standard errors 0.034). See docs/teachers.md
-Command   make demo
-          python -m grpo_jax.export --workdir runs/addition-0 --out runs/teacher
+Command   python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition
+            --config.steps=40
+          python -m grpo_jax.export --workdir runs/addition --out runs/teacher
           python -m grpo_jax.train --config experiments/smollm2_distill.py --workdir runs/distill
           (another teacher with --config.teacher.source=FOLDER, other seeds with --config.seed=1)
 """
