@@ -34,8 +34,7 @@ from grpo_jax.tokens import (
   load_tokenizer,
 )
 
-# Shortest padded length in tokens. Longer conversations are padded to a power of two, or to the
-# context of the model, so that few programs are compiled.
+# Shortest padded length in tokens.
 MIN_LENGTH = 64
 
 
@@ -148,8 +147,7 @@ class RewardModel:
     self, rows: list[list[int]], count: int
   ) -> tuple[Int[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:
     """Returns left-padded tokens and mask, with empty rows up to `count` rows."""
-    longest = max(map(len, rows))
-    length = min(max(MIN_LENGTH, 1 << (longest - 1).bit_length()), self.decoder.config.context)
+    length = padded_length(max(map(len, rows)), self.decoder.config.context)
     tokens, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
     for row, ids in enumerate(rows):
       tokens[row, length - len(ids) :], mask[row, length - len(ids) :] = ids, True
@@ -162,6 +160,25 @@ class RewardModel:
   @cached_property
   def _mesh(self) -> jax.sharding.Mesh:
     return meshes.make_mesh((1, len(self.devices), 1), list(self.devices))
+
+
+def padded_length(longest: int, context: int) -> int:
+  """Returns the length that rows are padded to, so that few programs are compiled.
+
+  There are four lengths between a power of two and the next one: at most a fifth is padding, except
+  in rows that are shorter than `MIN_LENGTH`.
+
+  Args:
+    longest: number of tokens of the longest row.
+    context: context of the model in tokens, which is the longest length.
+
+  Example:
+    >>> [padded_length(longest, context=1000) for longest in (9, 64, 65, 97, 129, 161, 900)]
+    [64, 64, 80, 112, 160, 192, 1000]
+  """
+  longest = max(longest, MIN_LENGTH)
+  step = 1 << (longest - 1).bit_length() - 3
+  return min(-(-longest // step) * step, context)
 
 
 def scored_ids(
