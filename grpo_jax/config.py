@@ -22,6 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
+from grpo_jax import addresses
 from grpo_jax.errors import first_line, with_frames
 
 # Fields that hold one of a few words.
@@ -616,6 +617,8 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   ids = all(type(number) is int and number >= 0 for number in c.rollout.stop_ids)
   need(ids, "rollout.stop_ids", "token ids: integers of at least 0")
   need(_is_day(c.chat.date), "chat.date", "a day as YYYY-MM-DD, or empty")
+  need(addresses.is_local(c.compilation_cache), "compilation_cache", "auto, off, or a folder of "
+       "this machine")  # fmt: skip
   targets = c.lora.targets
   names = isinstance(targets, str) or (
     isinstance(targets, list | tuple) and all(isinstance(name, str) for name in targets)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo_jax import extras
+from grpo_jax import addresses, extras
 
 if __name__ == "__main__":  # the imports below need the extra
   extras.require_for_command("train", "grpo_jax.evaluate")
@@ -393,6 +393,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
   arguments, overrides = parser.parse_known_args(argv)
   try:
+    if arguments.out:
+      arguments.out = addresses.local(arguments.out, "--out")
     selection = _selection(arguments)
     settings = _settings(arguments, overrides)
     run = build(settings)

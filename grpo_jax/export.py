@@ -19,8 +19,8 @@ if __name__ == "__main__":  # the imports below need the extra
 
 from ml_collections import ConfigDict
 
+from grpo_jax import addresses, model_card, tasks
 from grpo_jax import config as configs
-from grpo_jax import model_card, tasks
 from grpo_jax.errors import first_line
 from grpo_jax.models import lora
 from grpo_jax.models.config import ModelConfig
@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if (arguments.workdir is None) == (arguments.config is None):
     raise ValueError("give either --workdir (a run) or --config (an experiment)")
+  arguments.out = addresses.local(arguments.out, "--out")
   if arguments.push:
     model_card.check_repository(arguments.push)
   if arguments.config:

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # the imports below need the extra
 import jax
 import numpy as np
 
+from grpo_jax import addresses
 from grpo_jax import config as configs
 from grpo_jax.build import Run, build, update_config
 from grpo_jax.core.algorithms import Algorithm
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   arguments = parser.parse_args(argv)
   try:
-    dump = dumps.read(arguments.dump)
+    dump = dumps.read(addresses.local(arguments.dump, "the dump"))
     replayed = replay(dump)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ MODULES = {
 }
 
 ARRAYS = "jax numpy jaxtyping"
-HELPERS = "grpo_jax.errors grpo_jax.extras"  # these two import the standard library only
+HELPERS = "grpo_jax.errors grpo_jax.extras grpo_jax.addresses"  # standard library only
 TASKS = "grpo_jax.tasks grpo_jax.environments"
 RUN = "orbax tensorstore etils fsspec matplotlib rich tensorboardX wandb trackio"
 ENGINE = "grpo_jax.core grpo_jax.models.protocol grpo_jax.distributed grpo_jax.statistics"
@@ -30,6 +30,7 @@ ENGINE = "grpo_jax.core grpo_jax.models.protocol grpo_jax.distributed grpo_jax.s
 # A module may import what the first pattern that fits it lists, beside the standard library.
 ALLOWED = {
   "grpo_jax": "grpo_jax.core grpo_jax.testing",
+  "grpo_jax.addresses": "",
   "grpo_jax.errors": "",
   "grpo_jax.extras": "",
   "grpo_jax.testing": "jax numpy",

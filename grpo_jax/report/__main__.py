@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from grpo_jax import extras
+from grpo_jax import addresses, extras
 
 if __name__ == "__main__":  # the imports below need the extra
   extras.require_for_command("train", "grpo_jax.report")
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("runs", nargs="+", metavar="RUN", help="a work directory")
-  parser.add_argument("--out", type=Path, help="the file; by default report.html in the only run")
+  parser.add_argument("--out", help="the file; by default report.html in the only run")
   parser.add_argument(
     "--limit", type=float, default=30.0, metavar="MIB",
     help="size of the samples in the file; of larger ones each step shows fewer groups (30)",
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
       raise ValueError(f"--port is {arguments.port}, it must be 0 (a free one) to 65535")
     if arguments.serve:
       return serve(arguments.runs, arguments.port)
-    return write(arguments.runs, arguments.out, arguments.limit)
+    out = arguments.out and addresses.local(arguments.out, "--out")
+    return write(arguments.runs, out, arguments.limit)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax import addresses
 from grpo_jax import config as configs
 from grpo_jax.core.diagnosis import Finding
 from grpo_jax.run import completions, record, workdir
@@ -132,7 +133,8 @@ def named(folders: Sequence[str]) -> list[RunData]:
   Raises:
     ValueError: a folder is no work directory, or is given twice.
   """
-  paths = [Path(folder).expanduser().resolve() for folder in folders]
+  folders = [addresses.local(folder, "the run") for folder in folders]
+  paths = [folder.resolve() for folder in folders]
   if len(set(paths)) < len(paths):
     twice = next(folder for folder, path in zip(folders, paths) if paths.count(path) > 1)
     raise ValueError(f"{twice} is given twice: give each run once")
@@ -141,7 +143,7 @@ def named(folders: Sequence[str]) -> list[RunData]:
     if len(set(names)) == len(names):
       break
     names = ["/".join(path.parts[-depth:]) for path in paths]
-  return [RunData(Path(folder).expanduser(), name) for folder, name in zip(folders, names)]
+  return [RunData(folder, name) for folder, name in zip(folders, names)]
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

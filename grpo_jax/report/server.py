@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from grpo_jax import addresses
 from grpo_jax.report import page
 from grpo_jax.report.data import Samples, named, sample_files
 from grpo_jax.run.metrics import METRICS
@@ -42,7 +43,7 @@ class Watched:
   """
 
   def __init__(self, folders: Sequence[str]) -> None:
-    self._folders = [Path(folder).expanduser() for folder in folders]
+    self._folders = [addresses.local(folder, "the run") for folder in folders]
     self._known: dict[Path, tuple[tuple[int, int], bytes, dict[str, Any]]] = {}
     self._version: list[Any] | None = None
     self._summary = b""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from grpo_jax import addresses
+
 FOLDER = "compilation_cache"  # beside the work directory
 
 
@@ -30,7 +32,8 @@ def use_cache(setting: str, workdir: str | Path) -> Path | None:
   configured = jax.config.jax_compilation_cache_dir
   if setting == "auto" and configured:
     return Path(configured)
-  folder = Path(workdir).absolute().parent / FOLDER if setting == "auto" else Path(setting)
+  beside = Path(workdir).absolute().parent / FOLDER
+  folder = beside if setting == "auto" else addresses.local(setting, "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
   # Small programs too: there are many, and without them a continued run still compiles.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from grpo_jax import addresses
+
 CONFIG = "config.json"
 LOCK = "lock"
 # Error numbers of a full file system, an exhausted quota, and a limit on the size of files.
@@ -60,10 +62,11 @@ def lock(workdir: str | Path) -> Iterator[None]:
 
 
 def path_of(workdir: str | Path) -> Path:
-  """Returns the path of a work directory, with `~` as the home of the user.
+  """Returns the path of a work directory on this machine, with `~` as the home of the user.
 
   Raises:
-    WorkdirError: the path is empty, or something else than a directory is there.
+    WorkdirError: the path is empty or the URL of another machine, or something else than a
+      directory is there.
 
   Example:
     >>> path_of("runs/a").as_posix()
@@ -73,7 +76,7 @@ def path_of(workdir: str | Path) -> Path:
   if not text.strip() or "\0" in text:
     raise WorkdirError(f"the work directory is {text!r}: give the path of a directory")
   try:
-    path = Path(workdir).expanduser()
+    path = addresses.local(workdir, "the work directory")
     for part in (path, *path.parents):
       if part.is_symlink() and not part.exists():
         raise WorkdirError(
@@ -84,6 +87,8 @@ def path_of(workdir: str | Path) -> Path:
         raise WorkdirError(
           f"{path} cannot be a work directory: {part} is a file; use another --workdir"
         )
+  except addresses.AddressError as error:
+    raise WorkdirError(str(error)) from None
   except (OSError, RuntimeError) as error:  # too long a name; a home that is not known
     raise WorkdirError(f"{text[:300]!r} cannot be a work directory: {error}") from error
   return path
