@@ -35,7 +35,7 @@ from grpo_jax.core.logprobs import head_logprobs, token_logprobs
 from grpo_jax.core.losses import grpo_loss, policy_loss
 from grpo_jax.core.masks import completion_mask, token_weights
 from grpo_jax.core.preferences import preference_loss
-from grpo_jax.core.values import gae, value_loss
+from grpo_jax.core.values import gae, returns_whitened, value_loss
 
 __all__ = [
   "ADVANTAGES",
@@ -66,6 +66,7 @@ __all__ = [
   "policy_loss",
   "preference_loss",
   "process_advantages",
+  "returns_whitened",
   "right_only",
   "testing",
   "token_logprobs",

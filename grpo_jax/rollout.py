@@ -438,7 +438,7 @@ def _make_batch(
   mask = sampled & arrays["ended"][..., None]
   weights = token_weights(mask, algorithm.average, max_length=max_length)
   token_rewards, of_right = None, None
-  if "values" in algorithm.rewards:  # a critic gives the advantages, before the updates
+  if algorithm.of_token_rewards:  # the learner computes the advantages, before the updates
     token_rewards = _token_rewards(arrays["rewards"], sampled)
     values = jnp.full(mask.shape, jnp.nan)
     learns = jnp.isfinite(arrays["rewards"]["rewards"])[..., None]
@@ -554,7 +554,7 @@ def _pad_to_wider(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def _of_completions(batch: Batch, layout: Any) -> Float[jax.Array, "P G"]:
   """Returns the advantage of each completion; where its tokens have their own, their mean.
 
-  It is NaN where a critic gives the advantages.
+  It is NaN where the learner computes the advantages, from rewards of tokens.
   """
   values = batch.advantages
   if values.ndim == 3:
@@ -563,7 +563,7 @@ def _of_completions(batch: Batch, layout: Any) -> Float[jax.Array, "P G"]:
 
 
 def _of_tokens(batch: Batch, layout: Any) -> Float[np.ndarray, "P G T"] | None:
-  """Returns the advantages of tokens, if each has its own and no critic gives them."""
+  """Returns the advantages of tokens, if each has its own and the learner computes none."""
   if batch.advantages.ndim != 3 or batch.token_rewards is not None:
     return None
   return np.asarray(everywhere(batch.advantages, layout))

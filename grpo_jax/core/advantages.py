@@ -35,7 +35,7 @@ from grpo_jax.core.checks import (
   check_shape,
   lookup,
 )
-from grpo_jax.core.values import gae_advantages, gae_whitened
+from grpo_jax.core.values import gae_advantages, gae_whitened, returns_whitened
 
 
 def _rewards(rewards: Array, allow_groups_of_one: bool) -> tuple[jax.Array, jax.Array]:
@@ -561,6 +561,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
   "mask": ("mask",),
   "each": ("rewards_per_function", "reward_weights"),
   "steps": ("step_rewards", "step_ends", "mask"),
+  "tokens": ("token_rewards", "mask"),
   "values": ("token_rewards", "values", "mask"),
 }
 
@@ -575,6 +576,7 @@ class Advantage:
   | `mask`    | the mask `[P, G, T]`                                                 |
   | `each`    | rewards of each reward function `[R, P, G]`, and their weights `[R]` |
   | `steps`   | step rewards and step ends `[P, G, S]`, and the mask `[P, G, T]`     |
+  | `tokens`  | rewards of tokens, less a KL term in the reward, and the mask        |
   | `values`  | rewards of tokens and values of a critic, and the mask, `[P, G, T]`  |
 
   A plain function needs no `Advantage`: it gets the total.
@@ -630,6 +632,7 @@ ADVANTAGES: dict[str, Advantage] = {
   "multi_objective": Advantage(multi_objective, rewards="each"),
   "process_advantages": Advantage(process_advantages, rewards="steps"),
   "turn_advantages": Advantage(turn_advantages, rewards="steps"),  # a turn is a step
+  "returns_whitened": Advantage(returns_whitened, rewards="tokens", needs_groups=False),
   "gae": Advantage(gae_advantages, rewards="values", needs_groups=False),
   "gae_whitened": Advantage(gae_whitened, rewards="values", needs_groups=False),
 }

@@ -94,8 +94,8 @@ class Algorithm:
       the reward of each token: the advantage of a token falls by `beta` times the estimates of this
       token and all later ones. With k1 the expected update is the gradient of mean reward minus
       beta times the KL of whole completions; other estimators are biased there. If the advantage
-      comes from a critic, the estimates are subtracted before, in `penalized_rewards`, so that the
-      critic predicts them too.
+      is computed from rewards of tokens, the estimates are subtracted before, in
+      `penalized_rewards`, so that a critic predicts them, or a whitening scales them.
     teacher_weight: coefficient of the teacher, at least 0: of its log-ratios as advantages, or of
       the divergence to it.
     teacher_discount: discount of the teacher's log-ratios; see `log_ratio_advantages`.
@@ -303,6 +303,11 @@ class Algorithm:
     return lookup_advantage(self.advantage).rewards
 
   @property
+  def of_token_rewards(self) -> bool:
+    """True if the advantage is computed from rewards of tokens, which a KL term may lower."""
+    return "values" in self.rewards or "tokens" in self.rewards
+
+  @property
   def needs_sampler(self) -> bool:
     """True if the loss cannot do without the log-probs that the sampler recorded."""
     return self.correction != "none" or self.sampler_penalty > 0
@@ -316,12 +321,12 @@ class Algorithm:
   def penalizes(self) -> str:
     """Names what the KL term of `kl_in="reward"` is subtracted from; "" without such a term.
 
-    It is "advantages", in `policy_loss`, or "token_rewards", from which a critic's advantages are
-    computed.
+    It is "advantages", in `policy_loss`, or "token_rewards", if the advantages are computed from
+    them.
     """
     if self.beta == 0 or self.kl_in != "reward":
       return ""
-    return "token_rewards" if "values" in self.rewards else "advantages"
+    return "token_rewards" if self.of_token_rewards else "advantages"
 
   @property
   def needs_entropy(self) -> bool:
@@ -477,6 +482,18 @@ ALGORITHMS: dict[str, Algorithm] = {
     average="token",
     # Without the paper's KL penalty in the reward, which is none of the loss.
     source="REINFORCE++, arXiv 2501.03262v9, section 3.2",
+  ),
+  "reinforce_pp_kl": Algorithm(
+    advantage="returns_whitened",
+    trust_region="clip",
+    clip_low=0.2,
+    clip_high=0.2,
+    kl="k1",
+    kl_in="reward",
+    beta=0.01,
+    average="token",
+    # The paper does not print beta; this is the default of its authors' code, OpenRLHF.
+    source="REINFORCE++ with its KL penalty in the reward, arXiv 2501.03262v9, section 3.2",
   ),
   "reinforce_pp_baseline": Algorithm(
     advantage="centered_token_whitened",

@@ -165,6 +165,32 @@ def gae_whitened(
   return centered / (jnp.sqrt(jnp.where(variance > 0, variance, 1.0)) + eps)
 
 
+def returns_whitened(
+  rewards: Float[Array, "... T"], mask: Bool[Array, "... T"], *, eps: float = 1e-8
+) -> Float[Array, "... T"]:
+  """Returns `(R - mean) / (std + eps)`, R the sum of the rewards from a token on, as REINFORCE++.
+
+  It is `gae_whitened` without a critic, undiscounted: mean and standard deviation are those over
+  the scored tokens of the whole batch. A KL term in the rewards is whitened with them.
+
+  Args:
+    rewards, mask, eps: as in `gae_whitened`.
+
+  References:
+    REINFORCE++, arXiv 2501.03262v9, section 3.2, with the KL penalty in the reward of each token.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> rewards = jnp.array([[0.0, 3.0], [1.0, 0.0]])
+    >>> mask = jnp.array([[True, True], [True, False]])  # returns 3, 3 and 1
+    >>> print(returns_whitened(rewards, mask))
+    [[ 0.57735...  0.57735...]
+     [-1.15470...  0.       ]]
+  """
+  rewards = as_float("rewards", rewards)
+  return gae_whitened(rewards, jnp.zeros_like(rewards), mask, gamma=1.0, lam=1.0, eps=eps)
+
+
 def value_loss(
   values: Float[Array, "... T"],
   returns: Float[Array, "... T"],

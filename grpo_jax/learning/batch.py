@@ -36,8 +36,8 @@ class Batch:
     ref_logp: [P, G, T], nats, under the reference; None without a KL term.
     old_logp: [P, G, T], nats, under the parameters before the first of several updates; None with
       one update per rollout, whose own forward pass gives them.
-    token_rewards: [P, G, T], the reward of each token, for advantages that a critic gives; the
-      `advantages` are NaN until it has. None without a critic.
+    token_rewards: [P, G, T], the reward of each token, for advantages that the learner computes
+      from them, with a critic or without; the `advantages` are NaN until it has. None otherwise.
     values, returns: [P, G, T], values under the critic before the updates, and their targets.
     teacher_logp: [P, G, T], nats, under the teacher, or the mean over several; None without one.
     teacher_prompts, teacher_prompt_mask: [P, M], left-padded: what the policy sees as its own

@@ -114,24 +114,27 @@ def make_critic_step(
 def assess(
   batch: Batch, algorithm: Algorithm, mesh: Mesh | None = None, layout: Sharding = None
 ) -> tuple[Batch, dict[str, jax.Array]]:
-  """Returns a batch whose `values` are known with its advantages and returns, and metrics.
+  """Returns a batch with the advantages of its `token_rewards`, and metrics.
 
-  Metrics: `critic/explained_variance`, 1 - var(R - V) / var(R) over the tokens of the rollout (0
-  says that the critic is no better than one number), and `critic/returns_mean`.
+  Where its `values` are known, it gets their targets, the returns, as well. The metrics are then
+  `critic/explained_variance`, 1 - var(R - V) / var(R) over the tokens of the rollout (0 says that
+  the critic is no better than one number), and `critic/returns_mean`.
 
   Args:
-    batch: with `token_rewards` and `values`, of a whole rollout. A row with a KL term in the reward
-      needs `old_logp` and `ref_logp` as well.
-    algorithm: its advantage needs values.
+    batch: with `token_rewards`, of a whole rollout. A row with a KL term in the reward needs
+      `old_logp` and `ref_logp` as well.
+    algorithm: its advantage is computed from rewards of tokens.
     mesh: computes the same bits on any number of its devices; None leaves the order to the
       compiler.
     layout: sharding of the batch.
   """
 
-  def compute(rewards: jax.Array, values: jax.Array, mask: jax.Array, *logps: jax.Array) -> Any:
+  def compute(rewards: jax.Array, values: Any, mask: jax.Array, *logps: jax.Array) -> Any:
     if logps:
       rewards = penalized_rewards(rewards, *logps, mask, beta=algorithm.beta, kl=algorithm.kl)
     found = advantages(algorithm, token_rewards=rewards, values=values, mask=mask)
+    if values is None:
+      return found, None, {}
     _, returns = gae(rewards, values, mask, **algorithm.settings("advantage"))
     return found, returns, _metrics(values, returns, mask)
 

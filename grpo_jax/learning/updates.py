@@ -382,9 +382,12 @@ class Learner:
   def _assessed(
     self, policy: TrainState, critic: TrainState | None, batch: Batch
   ) -> tuple[Batch, dict[str, Any]]:
-    """Returns the batch with the advantages that the critic gives, and metrics of its values."""
-    if self._values is None:
+    """Returns the batch with advantages from rewards of tokens, and metrics of the critic."""
+    if not self._algorithm.of_token_rewards:
       return batch, {}
+    mesh = None if self._chunks is None else self._chunks.mesh
+    if self._values is None:
+      return assess(batch, self._algorithm, mesh, layout_of(batch.mask))
     if self._critic is None:
       critic = policy
       if "score" not in policy.params:
@@ -392,7 +395,6 @@ class Learner:
     if critic is None:
       raise ValueError("Learner has a critic, and the state has none: TrainState.create(critic=)")
     batch = dataclasses.replace(batch, values=self._values(critic.params, batch))
-    mesh = None if self._chunks is None else self._chunks.mesh
     return assess(batch, self._algorithm, mesh, layout_of(batch.mask))
 
   def _scored(self, state: TrainState, batch: Batch) -> Batch:

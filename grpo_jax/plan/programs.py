@@ -250,6 +250,7 @@ class Programs:
     r = self.config.rollout
     rows = (prompts, r.group_size, r.completion_length)
     by_token = self.critic is not None or self.algorithm.entropy_share is not None
+    by_token |= self.algorithm.of_token_rewards
     per_token = "steps" in self.algorithm.rewards or by_token
     of_critic = self._rows(*rows) if self.critic else None
     logp = self._rows(*rows) if scored else None
@@ -262,7 +263,7 @@ class Programs:
       weights=self._rows(*rows),
       sampler_logp=self._rows(*rows),
       ref_logp=logp if self.has_kl else None,
-      token_rewards=of_critic,
+      token_rewards=self._rows(*rows) if self.algorithm.of_token_rewards else None,
       values=of_critic if scored else None,
       returns=of_critic if scored else None,
       old_logp=logp if self.keeps_old else None,

@@ -587,9 +587,11 @@ def test_kinds_of_rewards():
   assert ADVANTAGES["centered_token_whitened"].rewards == ("total", "mask")
   of_values = {name for name, row in ADVANTAGES.items() if row.rewards == ("values",)}
   assert of_values == {"gae", "gae_whitened"}
+  assert ADVANTAGES["returns_whitened"].rewards == ("tokens",)
   alone = {name for name, row in ADVANTAGES.items() if not row.needs_groups}
-  assert alone == {"token_whitened", "right_only", "zero_advantages", *of_values}
-  assert len(OF_TOTALS) == len(ADVANTAGES) - 9
+  without_groups = {"token_whitened", "returns_whitened", "right_only", "zero_advantages"}
+  assert alone == without_groups | of_values
+  assert len(OF_TOTALS) == len(ADVANTAGES) - 10
   assert Advantage(gdpo).rewards == ("total",)
   assert Advantage(gdpo, rewards=["total", "steps"]).rewards == ("total", "steps")
 

@@ -66,6 +66,9 @@ ROWS = {
   "reinforce_pp": (
     "token_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "none", 0.0, "token"
   ),
+  "reinforce_pp_kl": (
+    "returns_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "k1", 0.01, "token"
+  ),
   "reinforce_pp_baseline": (
     "centered_token_whitened", "token", "clip", {"clip_low": 0.2, "clip_high": 0.2}, "k2", 0.001,
     "token",
@@ -81,6 +84,7 @@ FURTHER = {
   "prime_rl": {"anchor": "sampler", "sampler_penalty": 1e-3},
   "online_rft": {"right_above": 0.5},
   "ppo": {"gamma": 1.0, "lam": 0.95},
+  "reinforce_pp_kl": {"kl_in": "reward"},
   "rloo_kl": {"kl_in": "reward", "log_ratio_baseline": "leave_one_out"},
   "opd": {"teacher_weight": 1.0},
 }
@@ -112,6 +116,7 @@ def test_teachers_and_penalties_of_the_rows():
   }
   changed = {name: values for name, values in actual.items() if values != (0, 0, "loss", "none")}
   assert changed == {
+    "reinforce_pp_kl": (0, 0, "reward", "none"),
     "rloo_kl": (0, 0, "reward", "leave_one_out"),
     "opd": (1, 0, "loss", "none"),
   }
@@ -217,7 +222,7 @@ def test_what_the_loss_of_a_row_needs():
   ):
     assert Algorithm(**terms).every_group_learns
   learn = {name for name, row in ALGORITHMS.items() if row.every_group_learns}
-  assert learn == {"grpo", "prime_rl", "reinforce_pp_baseline", "rloo_kl", "opd"}
+  assert learn == {"grpo", "prime_rl", "reinforce_pp_kl", "reinforce_pp_baseline", "rloo_kl", "opd"}
 
 
 def test_weights_of_right_answers():
@@ -471,6 +476,9 @@ def test_advantages_pass_on_the_rewards_that_are_needed(name):
     expected = getattr(grpo_jax, row.advantage)(REWARDS, e["mask"])
   elif row.advantage == "turn_advantages":
     expected = grpo_jax.turn_advantages(e["step_rewards"], e["step_ends"], e["mask"])
+  elif row.advantage == "returns_whitened":
+    expected = np.cumsum(e["token_rewards"][..., ::-1], -1)[..., ::-1]
+    expected = (expected - expected.mean()) / expected.std(ddof=1)
   elif row.advantage.startswith("gae"):
     expected, _ = grpo_jax.gae(e["token_rewards"], e["values"], e["mask"])
     if row.advantage == "gae_whitened":

@@ -63,6 +63,7 @@ OPTIONS = {
     "algorithm.name=rloo_kl", "teacher.source=random:tiny", "algorithm.teacher_weight=0.5",
     "algorithm.teacher_discount=0.9",
   ],
+  "the KL whitened with the rewards": ["algorithm.name=reinforce_pp_kl", "algorithm.beta=0.1"],
   "a divergence to a teacher": [
     "algorithm.teacher_weight=0.5", "teacher.source=random:tiny", "algorithm.teacher_divergence=0.5"
   ],

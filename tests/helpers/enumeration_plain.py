@@ -99,12 +99,16 @@ def reward(theta, rewards=world.REWARDS):
 # --- advantages and averages, on-policy ----------------------------------------------------------
 
 
-def over_tokens(x, lengths):
-  """Returns values [B, P, G] whitened over the tokens of each batch; 0 for equal ones."""
+def over_tokens(x, lengths, ddof=0):
+  """Returns values [B, P, G] whitened over the tokens of each batch; 0 for equal ones.
+
+  The variance divides by the number of tokens less `ddof`.
+  """
   axes = {"axis": (-2, -1), "keepdims": True}
   share = lengths / lengths.sum(**axes)
   centered = x - (share * x).sum(**axes)
-  std = np.sqrt((share * centered**2).sum(**axes))
+  tokens = lengths.sum(**axes)
+  std = np.sqrt((share * centered**2).sum(**axes) * tokens / (tokens - ddof))
   return np.where(std > 1e-12, centered / (std + 1e-8), 0.0)
 
 
@@ -121,6 +125,7 @@ def advantages(name, r, lengths):
     "batch_whitened": lambda: centered / (centered.std(**over_batch) + 1e-4),
     "max_rl": lambda: centered / r.mean(-1, keepdims=True),
     "token_whitened": lambda: over_tokens(r, lengths),
+    "returns_whitened": lambda: over_tokens(r, lengths, ddof=1),
     "centered_token_whitened": lambda: over_tokens(centered, lengths),
     "right_only": lambda: 1.0 * (r > 0.5),
   }[name]()

@@ -59,7 +59,11 @@ def ascent(expected: Expected) -> np.ndarray:
 
 
 def advantages(name: str, ids) -> jax.Array:
-  """Returns the advantages [..., P, G] of a batch; `name` is the name of their function."""
+  """Returns the advantages [..., P, G] of a batch, or [..., P, G, T]; `name` is their function."""
+  if name == "returns_whitened":
+    last = mask(ids) & ~jnp.pad(mask(ids)[..., 1:], [(0, 0)] * ids.ndim + [(0, 1)])
+    token_rewards = jnp.where(last, rewards_of(ids)[..., None], 0.0)
+    return grpo_jax.advantages(name, token_rewards=token_rewards, mask=mask(ids))
   if name != "multi_objective":
     return grpo_jax.advantages(name, rewards_of(ids), mask=mask(ids))
   both = jnp.stack([jnp.asarray(world.CORRECT), jnp.asarray(world.STYLE)])

@@ -121,6 +121,21 @@ def test_assess_by_the_functions_of_the_core(values_params):
   )
 
 
+def test_the_kl_in_the_reward_is_whitened_with_it():
+  """REINFORCE++: sums of `r - beta (logp - ref_logp)` from each token on, over the whole batch."""
+  b, rng = batch(), np.random.default_rng(5)
+  old, ref = rng.normal(size=(2, *b.mask.shape)).astype(np.float32)
+  row = dataclasses.replace(ALGORITHMS["reinforce_pp_kl"], beta=0.3)
+  found, metrics = assess(dataclasses.replace(b, old_logp=old, ref_logp=ref), row)
+  rewards = np.where(b.mask, np.asarray(b.token_rewards) - 0.3 * (old - ref), 0.0)
+  returns = np.cumsum(rewards[..., ::-1], -1)[..., ::-1]
+  own = returns[b.mask]
+  expected = np.where(b.mask, (returns - own.mean()) / own.std(ddof=1), 0.0)
+  np.testing.assert_allclose(found.advantages, expected, atol=1e-5)
+  assert metrics == {}
+  assert found.returns is None
+
+
 def test_equal_returns_explain_nothing():
   b = dataclasses.replace(batch(), values=jnp.zeros((4, 3, 5)), token_rewards=jnp.zeros((4, 3, 5)))
   _, metrics = assess(b, ALGORITHMS["ppo"])
