@@ -128,6 +128,13 @@ FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 BEFORE = {"data.seeding": "added"}
 # Fields whose "auto" means: as the work directory was begun, else this.
 AUTO = {"data.seeding": "hashed"}
+# Fields that a continued run may change: its length, its output, its layout, its workers.
+FREE = (
+  *("steps", "epochs", "stop.", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
+  *("compilation_cache", "model.remat", "train.micro_batches", "train.micro_batch_tokens"),
+  *("train.max_skipped", "rewards.workers", "rewards.timeout", "rewards.isolate"),
+  *("rewards.on_error", "rewards.allow_unscored", "optimizer.schedule_steps"),
+)
 _notices: set[str] = set()  # lines about renamed fields, each printed once
 
 
@@ -790,6 +797,16 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     elif a != b:
       lines.append(f"{prefix}{name}: {a!r} -> {b!r}")
   return lines
+
+
+def may_change(name: str) -> bool:
+  """Tells whether a continued run may have another value of a field than it was started with.
+
+  Example:
+    >>> may_change("mesh.data"), may_change("seed")
+    (True, False)
+  """
+  return any(name == field or (field[-1] == "." and name.startswith(field)) for field in FREE)
 
 
 def _get(config: ConfigDict, name: str) -> Any:

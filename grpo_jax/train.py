@@ -46,13 +46,6 @@ from grpo_jax.tasks.rewards.logs import TrainerState
 from grpo_jax.tasks.rewards.scoring import RewardError
 from grpo_jax.tasks.rewards.workers import Scorer
 
-# Fields that a continued run may change: its length, its output, its layout, its workers.
-FREE = (
-  *("steps", "epochs", "stop.", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
-  *("compilation_cache", "model.remat", "train.micro_batches", "train.micro_batch_tokens"),
-  *("train.max_skipped", "rewards.workers", "rewards.timeout", "rewards.isolate"),
-  *("rewards.on_error", "rewards.allow_unscored", "optimizer.schedule_steps"),
-)
 # Exit codes, besides 2 for a mistake in the command and those of a signal, 128 + its number.
 INTERRUPTED = 130  # before there was a step to finish, or at once
 NOT_WRITTEN = 74  # a file could not be written, as sysexits.h has it
@@ -295,8 +288,7 @@ def check_workdir(
     name = line.partition(":")[0]
     # A run from before this field had the date of each day.
     free = name == "chat.date" and not before.chat.date
-    free |= any(name == field or (field[-1] == "." and name.startswith(field)) for field in FREE)
-    if not free and name not in accept:
+    if not free and not configs.may_change(name) and name not in accept:
       problems.append(f"use a new --workdir, or put back {line} (or --accept {name})")
   old, new = schedule_steps(before), schedule_steps(config)
   if config.optimizer.schedule != "constant" and old != new and "steps" not in accept:

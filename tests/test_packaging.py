@@ -43,6 +43,7 @@ COMMANDS = {
   "grpo_jax.export": "train",
   "grpo_jax.replay": "train",
   "grpo_jax.reward_model": "train",
+  "grpo_jax.sweep": "train",
   "grpo_jax.plan": "plan",
 }
 

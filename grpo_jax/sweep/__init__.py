@@ -1,0 +1,1 @@
+"""Trains a grid of settings one after another, and compares them over seeds."""
