@@ -35,7 +35,16 @@ from grpo_jax.evaluate import Evaluation, evaluate, table
 from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import Learner, SkippedError
 from grpo_jax.rollout import Rollout, collect
-from grpo_jax.run import checkpoint, compilation, console, identity, metrics, record, skipped
+from grpo_jax.run import (
+  checkpoint,
+  compilation,
+  console,
+  identity,
+  metrics,
+  provenance,
+  record,
+  skipped,
+)  # fmt: skip
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.ending import Ending
 from grpo_jax.run.health import Watcher
@@ -99,6 +108,7 @@ def run(
     compilation.use_cache(config.compilation_cache, workdir)
     watch = stack.enter_context(compilation.Watch())
     config = with_chat_date(config, workdir)
+    machines = provenance.machines()
     with hosts.together("reading the config and what it names"):
       saved = workdirs.read_config(workdir)
       config = configs.resolve_auto(config, saved, workdir / workdirs.CONFIG)
@@ -113,7 +123,8 @@ def run(
         identity.write(workdir, files)
         console.keep(workdir / console.LOG)
         code = Path(experiment).parent if experiment else "."
-        session = stack.enter_context(record.session(workdir, grpo_jax.__version__, code))
+        about = {"data": provenance.data(run.task.splits), "hosts": machines}
+        session = stack.enter_context(record.session(workdir, grpo_jax.__version__, code, about))
     hosts.same("the config", json.dumps(saved, sort_keys=True))
     ending = Ending(config.stop.after_hours, config.stop.when, begun)
     out = Output(

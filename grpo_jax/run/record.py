@@ -12,7 +12,6 @@ import platform
 import resource
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 
 from grpo_jax.errors import first_line
+from grpo_jax.run import provenance
 from grpo_jax.run.workdir import write_whole
 
 RECORD = "run.json"
@@ -28,12 +28,14 @@ PACKAGES = (
   *("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint", "transformers"),
   *("safetensors", "math-verify", "reasoning-gym"),
 )
-GIT_SECONDS = 5  # time limit in seconds for asking git
 
 
 @contextlib.contextmanager
 def session(
-  workdir: str | Path, version: str, folder: str | Path = "."
+  workdir: str | Path,
+  version: str,
+  folder: str | Path = ".",
+  about: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Appends a session to `run.json` when the body starts, and writes why it ended at its end.
 
@@ -45,7 +47,8 @@ def session(
   Args:
     workdir: the work directory.
     version: of this package.
-    folder: a folder of the code of the run, whose git commit is recorded.
+    folder: a folder of the code of the run, whose git commit and changes are recorded.
+    about: more to record from the start, such as the data and the hosts.
 
   Yields:
     The session.
@@ -63,7 +66,8 @@ def session(
     "host": socket.gethostname(),
     "versions": {"python": platform.python_version(), "grpo_jax": version, **_versions()},
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "git": git_commit(folder),
+    **provenance.code(folder, workdir),
+    **(about or {}),
   }
   sessions.append(now)
   _write(workdir, sessions)
@@ -95,26 +99,6 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
     print(f"warning: {path} is damaged ({error}); it is kept as {aside.name}", file=sys.stderr)
     os.replace(path, aside)
     return []
-
-
-def git_commit(folder: str | Path) -> dict[str, Any] | None:
-  """Returns the commit of the git repository around a folder, and whether files have changed since.
-
-  Returns:
-    {"commit": hash, "changed": bool}; None if there is no repository, no commit or no git.
-  """
-
-  def ask(*command: str) -> str:
-    return subprocess.run(
-      ["git", "-C", str(folder), *command],
-      check=True, capture_output=True, text=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL,
-    ).stdout  # fmt: skip
-
-  try:
-    commit = ask("rev-parse", "HEAD").strip()
-    return {"commit": commit, "changed": bool(ask("status", "--porcelain", "-uno").strip())}
-  except (OSError, ValueError, subprocess.SubprocessError):
-    return None
 
 
 def peak_memory() -> dict[str, int]:

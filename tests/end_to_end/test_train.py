@@ -405,6 +405,9 @@ def test_a_reward_that_raises_saves_first_and_the_same_command_continues(tmp_pat
   sessions = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
   assert [session["reason"] for session in sessions] == ["error", "finished"]
   assert sessions[0]["error"] == "RewardError"
+  assert sessions[0]["data"] == sessions[1]["data"]
+  assert sessions[0]["data"]["train"]["problems"] > 0
+  assert [host["process"] for host in sessions[1]["hosts"]] == [0]
   log = (tmp_path / "run" / "console.log").read_text()
   assert log.count("each step  8 prompts x 8 completions") == 2
   assert "raised TimeoutError" in log

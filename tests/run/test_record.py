@@ -4,7 +4,6 @@ import datetime
 import json
 import platform
 import signal
-import subprocess
 import sys
 
 import jax
@@ -76,22 +75,3 @@ def test_a_damaged_record_is_put_aside(tmp_path, text, capsys):
   assert len(sessions(tmp_path)) == 1
   assert (tmp_path / "run.json.damaged").read_text() == text
   assert "run.json is damaged" in capsys.readouterr().err
-
-
-def test_the_commit_of_a_repository(tmp_path):
-  def git(*command):
-    subprocess.run(
-      ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e@e", *command],
-      check=True,
-      capture_output=True,
-    )
-
-  git("init")
-  assert record.git_commit(tmp_path) is None  # there is no commit yet
-  (tmp_path / "file").write_text("1")
-  git("add", "file")
-  git("commit", "-m", "first")
-  head = subprocess.check_output(["git", "-C", tmp_path, "rev-parse", "HEAD"], text=True).strip()
-  assert record.git_commit(tmp_path) == {"commit": head, "changed": False}
-  (tmp_path / "file").write_text("2")
-  assert record.git_commit(tmp_path) == {"commit": head, "changed": True}
