@@ -256,7 +256,7 @@ OTHERS = [
   ("algorithm.name=ppo", "critic.clip=0.2"),
   ("algorithm.name=rloo_kl", "teacher.source=random:tiny", "algorithm.teacher_weight=0.5",
    "data.curriculum=learnability"),
-  ("algorithm.name=reinforce_pp_kl", "algorithm.beta=0.1", "train.mini_batches=2"),
+  ("algorithm.name=reinforce_pp_kl", "algorithm.beta=0.1", "train.epochs=2"),
   ("algorithm.name=opd", "teacher.source=random:tiny", "algorithm.teacher_divergence=0.5"),
   ("algorithm.name=opd", "teacher.source=reference", "reference.sync_every=1",
    "reference.sync_share=0.05", "teacher.solved_from=0.1"),
