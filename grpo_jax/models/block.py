@@ -56,20 +56,35 @@ class Block(nn.Module):
       New hidden states, and the second value of `attend`.
     """
     c = self.config
-    h = self.norm(x, "attn_norm")
-    q, k, v = (
-      self.project(h, name, heads * c.head_dim).reshape(*h.shape[:-1], heads, c.head_dim)
-      for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))
-    )
-    if c.qk_norm:
+    h = self.norm(x, "attn_norm") if c.pre_norm else x
+    q, k, v = (self.heads(h, name) for name in "qkv")
+    if c.qk_norm is True:
       q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
-    mixed, output = attend(rotate(q, rotation), rotate(k, rotation), v)
+    q, k = (rotate(part, rotation, c.interleaved) for part in (q, k))
+    mixed, output = attend(q, k, v)
     h = self.project(mixed.reshape(*h.shape[:-1], c.heads * c.head_dim), "o", c.width)
-    x = x + (self.norm(h, "attn_post_norm") if c.post_norm else h)
-    h = self.norm(x, "mlp_norm")
+    x = self.add(x, h, "attn_post_norm")
+    h = self.norm(x, "mlp_norm") if c.pre_norm else x
     gated = ACTIVATIONS[c.activation](self.project(h, "gate", c.mlp)) * self.project(h, "up", c.mlp)
-    h = self.project(gated, "down", c.width)
-    return x + (self.norm(h, "mlp_post_norm") if c.post_norm else h), output
+    return self.add(x, self.project(gated, "down", c.width), "mlp_post_norm"), output
+
+  def heads(self, h: Float[Array, "P S D"], name: str) -> Float[Array, "P S h d"]:
+    """Returns the queries, keys or values before rotation, and before a norm of each head."""
+    c = self.config
+    count = c.heads if name == "q" else c.kv_heads
+    out = self.project(h, name, count * c.head_dim)
+    if c.qk_norm == "all" and name != "v":
+      out = self.norm(out, f"{name}_norm")
+    return out.reshape(*h.shape[:-1], count, c.head_dim)
+
+  def add(
+    self, x: Float[Array, "P S D"], h: Float[Array, "P S D"], norm: str
+  ) -> Float[Array, "P S D"]:
+    """Adds the output of attention or MLP to the residual stream."""
+    c = self.config
+    if c.post_norm:
+      h = self.norm(h, norm)
+    return x + (h if c.residual_scale == 1 else h * c.residual_scale)
 
   def project(self, h: Float[Array, "... I"], name: str, size: int) -> Float[Array, "... O"]:
     """Multiplies by the weight `name`, and adds its bias and its low-rank pair if it has them."""

@@ -1,7 +1,7 @@
 """Implements a decoder-only transformer in which a prompt is computed once for its whole group.
 
-One decoder serves Llama, Mistral, Qwen 2 and 3, and Gemma 2 and 3: fields of ModelConfig say what
-differs between them. Parameters are a plain dict whose layers are stacked on a leading axis L and
+One decoder serves all families of `io.families`: fields of ModelConfig say what differs between
+them. Parameters are a plain dict whose layers are stacked on a leading axis L and
 scanned. If the layers were unstacked into a tuple (`unstack`), they run as straight-line code
 instead. The layout of the tree decides; there is no flag.
 
@@ -29,7 +29,7 @@ from grpo_jax.models.attention import (
 from grpo_jax.models.block import Block, rms_norm
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.protocol import Cache, Params
-from grpo_jax.models.rope import frequencies, rotation
+from grpo_jax.models.rope import frequencies, query_factor, rotation
 
 LANES = 16  # float32 numbers in the widest vector register of a CPU
 # What the forward pass of a layer saves for its backward pass, which recomputes the rest:
@@ -57,23 +57,25 @@ def unstack(params: Params) -> Params:
   return params | {"layers": tuple(jax.tree.map(lambda a: a[i], layers) for i in range(count))}  # noqa: B023
 
 
-def _run_layers(body: Callable, carry: Any, layers: Params, local: Any, per_layer: Any) -> tuple:
+def _run_layers(body: Callable, carry: Any, layers: Params, flags: Any, per_layer: Any) -> tuple:
   """Runs `lax.scan` over stacked layers, or straight-line code over a tuple of them.
 
   Args:
-    body: maps `carry` and (layer, its entry of `local`, its entry of `per_layer`, layer index) to
+    body: maps `carry` and (layer, its entries of `flags`, its entry of `per_layer`, layer index) to
       (new carry, output of the layer).
+    flags: a tree of arrays with a leading axis of layers.
 
   Returns:
     The last carry, and the outputs of the layers: stacked, or a tuple.
   """
   if not isinstance(layers, tuple):
     indices = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
-    return jax.lax.scan(body, carry, (layers, local, per_layer, indices))
+    return jax.lax.scan(body, carry, (layers, flags, per_layer, indices))
   outputs = []
   for i, layer in enumerate(layers):
-    entries = (each if each is None else each[i] for each in (local, per_layer))
-    carry, output = body(carry, (layer, *entries, i))
+    here = jax.tree.map(lambda flag: flag[i], flags)  # noqa: B023
+    entry = per_layer if per_layer is None else per_layer[i]
+    carry, output = body(carry, (layer, here, entry, i))
     outputs.append(output)
   return carry, tuple(outputs)
 
@@ -126,6 +128,9 @@ class Decoder:
       `mesh.prompt_shards`.
     attention: computes attention over whole rows, with the signature of
       `attention.tiled_attention`; `build.attention_of` chooses it.
+    length: longest sequence in tokens, prompt and completion, that the program computes. A
+      "longrope" scaling chooses its divisors by it, once for all sequences; 0 chooses those for
+      short ones.
 
   Example:
     >>> model = Decoder(ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1,
@@ -145,13 +150,14 @@ class Decoder:
   vocab_shards: int = 1
   prompt_shards: int = 1
   attention: Callable[..., Array] = tiled_attention
+  length: int = 0
 
   def init(self, key: Array) -> Params:
     """Returns random float32 parameters, layers stacked."""
     c = self.config
     block_key, embed_key, head_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, c.width))
-    unrotated = (jnp.zeros((1, 1, c.head_dim // 2)),) * 2
+    unrotated = (jnp.zeros((1, 1, (c.rotary or c.head_dim) // 2)),) * 2
 
     def init_layer(key):
       return Block(c).init(key, x, unrotated, lambda q, k, v: (q, None))["params"]
@@ -197,33 +203,47 @@ class Decoder:
       Final hidden states, the outputs of `attend` for all layers, and the new cache.
     """
     c = self.config
-    scaling = c.rope_scaling
+    scaling, rotary = c.rope_scaling, c.rotary or c.head_dim
     amplitude = scaling.amplitude if scaling else 1.0
-    by = rotation(positions, frequencies(c.head_dim, c.rope_theta, scaling), amplitude)
-    local = np.array(c.local_layers) if c.local_layers else None
+    by_angle = frequencies(rotary, c.rope_theta, scaling, self.length)
+    by = rotation(positions, by_angle, amplitude)
+    local, unrotated = (
+      np.array(flags) if flags else None for flags in (c.local_layers, c.unrotated_layers)
+    )
     if local is not None and c.local_rope_theta is not None:
-      local_by = rotation(positions, frequencies(c.head_dim, c.local_rope_theta))
+      local_by = rotation(positions, frequencies(rotary, c.local_rope_theta))
     else:
       local_by = by
+    factor = None
+    if c.query_growth:
+      factor = query_factor(positions, c.query_growth, scaling.original).astype(self.dtype)
 
     def body(carry, inputs):
-      (x, cache), (layer, is_local, entry, index) = carry, inputs
+      (x, cache), (layer, (is_local, is_unrotated), entry, index) = carry, inputs
       x = self.place("hidden", x)
       layer_by = by
       if is_local is not None:
         layer_by = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_by, by)
+      if is_unrotated is not None:
+        cos, sin = layer_by
+        layer_by = jnp.where(is_unrotated, 1.0, cos), jnp.where(is_unrotated, 0.0, sin)
+
+      def attend_here(q, k, v):
+        q = q if factor is None else q * factor
+        return attend(q, k, v, is_local, entry, cache, index)
+
       block = Block(c, self.lora_scale)
-      x, (cache, output) = block.apply(
-        {"params": layer}, x, layer_by, lambda *qkv: attend(*qkv, is_local, entry, cache, index)
-      )
+      x, (cache, output) = block.apply({"params": layer}, x, layer_by, attend_here)
       return (self.place("hidden", x), cache), output
 
     if policy is not None:
       body = jax.checkpoint(body, policy=policy)
     table = self.place("table", params["embed"])
     x = table[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
-    (x, cache), outputs = _run_layers(body, (x, cache), params["layers"], local, per_layer)
-    return rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset), outputs, cache
+    flags = local, unrotated
+    (x, cache), outputs = _run_layers(body, (x, cache), params["layers"], flags, per_layer)
+    x = rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset)
+    return (x if c.hidden_divisor == 1 else x / c.hidden_divisor), outputs, cache
 
   @property
   def _score_options(self) -> dict[str, float | None]:

@@ -21,14 +21,15 @@ Rotation = tuple[Array, Array]
 
 
 def frequencies(
-  head_dim: int, theta: float, scaling: RopeScaling | None = None
+  head_dim: int, theta: float, scaling: RopeScaling | None = None, length: int = 0
 ) -> Float[np.ndarray, "half"]:
   """Returns the frequency of each pair of dimensions, `theta^(-2i / Dh)`, in radians per token.
 
   Args:
-    head_dim: head size, Dh.
+    head_dim: head size, Dh, or the part of it that rotates.
     theta: base of the frequencies.
     scaling: scaling applied to them.
+    length: longest sequence in tokens, by which "longrope" chooses its divisors.
 
   Example:
     >>> frequencies(4, 100.0).tolist()
@@ -40,6 +41,10 @@ def frequencies(
   unscaled = np.float32(1.0) / np.float32(theta) ** exponent
   if scaling is None:
     return unscaled
+  if scaling.kind == "longrope":
+    divisors = scaling.long if length > scaling.original else scaling.short
+    powers = np.float32(theta) ** exponent
+    return np.float32(1.0) / (np.array(divisors, np.float32) * powers)
   scaled = unscaled / np.float32(scaling.factor)
   if scaling.kind == "linear":
     return scaled
@@ -75,8 +80,27 @@ def rotation(
   return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
-def rotate(x: Float[Array, "P S h d"], rotation: Rotation) -> Float[Array, "P S h d"]:
-  """Rotates pairs of dimensions (i, i + Dh/2) of each head, the layout of Hugging Face files.
+def query_factor(
+  positions: Int[Array, "P S"], growth: float, original: int
+) -> Float[Array, "P S 1 1"]:
+  """Returns the factor on the queries at each position, `1 + growth ln(1 + floor(p / original))`.
+
+  Example:
+    >>> query_factor(jnp.array([[3, 4]]), growth=0.5, original=4).ravel().round(3).tolist()
+    [1.0, 1.3470000028610229]
+  """
+  return (1 + growth * jnp.log1p(jnp.floor(positions / original)))[..., None, None]
+
+
+def rotate(
+  x: Float[Array, "P S h d"], rotation: Rotation, interleaved: bool = False
+) -> Float[Array, "P S h d"]:
+  """Rotates pairs of dimensions (i, i + r/2) of each head, the layout of most Hugging Face files.
+
+  The rotation has r/2 angles a position. Dimensions from r on stay as they are.
+
+  Args:
+    interleaved: the pairs are (2 i, 2 i + 1) instead.
 
   Returns:
     `x` rotated, computed in the dtype of `rotation` and returned in the dtype of `x`.
@@ -85,8 +109,22 @@ def rotate(x: Float[Array, "P S h d"], rotation: Rotation) -> Float[Array, "P S 
     >>> quarter = jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))  # cos and sin of 90 degrees
     >>> rotate(jnp.array([[[[3.0, 4.0]]]]), quarter).tolist()
     [[[[-4.0, 3.0]]]]
+    >>> rotate(jnp.array([[[[3.0, 4.0, 5.0]]]]), quarter).tolist()
+    [[[[-4.0, 3.0, 5.0]]]]
   """
   cos, sin = (part[..., None, :] for part in rotation)
-  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  size = 2 * cos.shape[-1]
+  if size < x.shape[-1]:
+    rotated = rotate(x[..., :size], rotation, interleaved)
+    return jnp.concatenate([rotated, x[..., size:]], axis=-1)
+  wide = x.astype(cos.dtype)
+  if interleaved:
+    first, second = wide[..., ::2], wide[..., 1::2]
+  else:
+    first, second = jnp.split(wide, 2, axis=-1)
+  parts = [first * cos - second * sin, second * cos + first * sin]
+  if interleaved:
+    rotated = jnp.stack(parts, axis=-1).reshape(wide.shape)
+  else:
+    rotated = jnp.concatenate(parts, axis=-1)
   return rotated.astype(x.dtype)

@@ -71,8 +71,9 @@ def logits_of(model, params, hidden):
 def test_a_family_computes_what_transformers_computes(name):
   """Left-padded prompts of two lengths, each computed once for two completions."""
   config, params = load(str(FAMILIES / name))
-  model, fixture = Decoder(config), dict(np.load(FAMILIES / name / "expected.npz"))
+  fixture = dict(np.load(FAMILIES / name / "expected.npz"))
   prompts, mask, completions = (fixture[k] for k in ("prompts", "prompt_mask", "completions"))
+  model = Decoder(config, length=prompts.shape[1] + completions.shape[2])
 
   @jit
   def score(params):

@@ -6,6 +6,7 @@ that a file omits have the defaults of the family's config class in transformers
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from grpo_jax.models.config import MAX_LAYERS, ModelConfig, RopeScaling, check_n
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_ROPES = ("default", "linear", "llama3", "yarn")
+_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,20 @@ class Family:
 
   Attributes:
     language_model: entry of `architectures` for the language model.
-    classifier: entry of `architectures` for the sequence classifier.
+    classifier: entry of `architectures` for the sequence classifier; None if transformers has none.
     overrides: computes the ModelConfig fields that differ from Llama from the fields of the file.
     defaults: values of fields that the file may omit.
     wraps: whether the language model is a part of a larger model, described under `text_config`.
+    describes: computes fields of config.json from a ModelConfig, for those that do not have the
+      names of `writer`.
   """
 
   language_model: str
-  classifier: str
+  classifier: str | None
   overrides: Callable[[Fields], dict[str, Any]]
   defaults: Mapping[str, Any] = field(default_factory=dict)
   wraps: bool = False
+  describes: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
 
 
 class Fields:
@@ -84,6 +88,13 @@ class Fields:
     if (value := self.integer("num_hidden_layers")) > MAX_LAYERS:
       raise self._wrong("num_hidden_layers", value, f"at most {MAX_LAYERS}")
     return value
+
+  def items(self, name: str) -> list[Any] | None:
+    """Returns the value of a list with one entry for each layer, or None if it is missing."""
+    value = self.get(name)
+    if value is not None and (not isinstance(value, list) or len(value) < self.layers):
+      raise self._wrong(name, value, f"a list of {self.layers} entries, one for each layer")
+    return value if value is None else value[: self.layers]
 
   def flag(self, name: str, default: bool = False) -> bool:
     """Returns the value of a true-or-false field; ValueError for any other value."""
@@ -140,6 +151,95 @@ def _qwen_windows(f: Fields) -> dict[str, Any]:
   return _local(f, _layer_types(f) or [i >= first for i in range(layers)])
 
 
+def _smollm3(f: Fields) -> dict[str, Any]:
+  every = f.integer("no_rope_layer_interval", 4)
+  rotated = f.items("no_rope_layers") or [(i + 1) % every for i in range(f.layers)]
+  unrotated = tuple(not each for each in rotated)
+  local = _layer_types(f)
+  if not f.flag("use_sliding_window") or f.get("sliding_window") is None:
+    local = None
+  elif local is None:
+    local = list(unrotated)
+  return {
+    **_llama(f),
+    **(_local(f, local) if local else {}),
+    "unrotated_layers": unrotated if any(unrotated) else (),
+  }
+
+
+def _olmo2(f: Fields) -> dict[str, Any]:
+  f.refuse("clip_qkv", "values of projections are not clipped")
+  return _llama(f) | {"qk_norm": "all", "pre_norm": False, "post_norm": True, "names": "olmo"}
+
+
+def _olmo3(f: Fields) -> dict[str, Any]:
+  layers = _layer_types(f) or [bool((i + 1) % 4) for i in range(f.layers)]
+  return _olmo2(f) | _local(f, layers)
+
+
+def _exaone4(f: Fields) -> dict[str, Any]:
+  """Returns the fields of EXAONE 4: with local layers, only these rotate."""
+  window, pattern = f.get("sliding_window"), f.get("sliding_window_pattern", 4)
+  layers = _layer_types(f)
+  if layers is None and window is not None:
+    # Text such as "LLLG" names the layers of a period.
+    period = [letter != "G" for letter in pattern] if isinstance(pattern, str) else None
+    period = period or [True] * (f.integer("sliding_window_pattern", 4) - 1) + [False]
+    layers = [period[i % len(period)] for i in range(f.layers)]
+  local = _local(f, layers or []) if window is not None else {}
+  unrotated = tuple(not each for each in layers or ()) if window is not None else ()
+  return {
+    **local,
+    "qk_norm": True,
+    "pre_norm": False,
+    "post_norm": True,
+    "unrotated_layers": unrotated if any(unrotated) else (),
+    "names": "olmo",
+  }
+
+
+def _phi3(f: Fields) -> dict[str, Any]:
+  return _mistral(f) | {"rotary": _rotary(f), "names": "phi3"}
+
+
+def _glm4(f: Fields) -> dict[str, Any]:
+  return {
+    "biases": ("q", "k", "v") if f.flag("attention_bias", True) else (),
+    "post_norm": True,
+    "rotary": _rotary(f),
+    "interleaved": True,
+    "names": "glm4",
+  }
+
+
+def _rotary(f: Fields) -> int:
+  """Returns how many dimensions of a head rotate; 0 if all do."""
+  parameters = f.group("rope_scaling") or f.group("rope_parameters")
+  name = "partial_rotary_factor"
+  share = Fields(parameters, {name: f.get(name, 1.0)}, f.where).positive(name)
+  head_dim = f.integer("head_dim", f.integer("hidden_size") // f.integer("num_attention_heads"))
+  return 0 if share == 1 else int(head_dim * share)
+
+
+def _ministral3(f: Fields) -> dict[str, Any]:
+  parameters = Fields(f.group("rope_scaling") or f.group("rope_parameters"), {}, f.where)
+  return _mistral(f) | {"query_growth": parameters.number("llama_4_scaling_beta", 0.0)}
+
+
+def _mistral3(f: Fields) -> dict[str, Any]:
+  return _ministral3(f) if f.get("model_type") == "ministral3" else _mistral(f)
+
+
+def _granite(f: Fields) -> dict[str, Any]:
+  return {
+    **_llama(f),
+    "embed_scale": f.positive("embedding_multiplier", 1.0),
+    "attn_scale": f.positive("attention_multiplier", 1.0),
+    "residual_scale": f.positive("residual_multiplier", 1.0),
+    "hidden_divisor": f.positive("logits_scaling", 1.0),
+  }
+
+
 def _gemma2(f: Fields) -> dict[str, Any]:
   return _gemma(f, pattern=2) | {"attn_softcap": f.cap("attn_logit_softcapping")}
 
@@ -161,6 +261,7 @@ def _gemma(f: Fields, pattern: int) -> dict[str, Any]:
     "embed_scale": f.integer("hidden_size") ** 0.5,
     "attn_scale": f.positive("query_pre_attn_scalar") ** -0.5,
     "softcap": f.cap("final_logit_softcapping"),
+    "names": "gemma",
   }
 
 
@@ -185,6 +286,51 @@ def _local(f: Fields, layers: list[bool]) -> dict[str, Any]:
   return {"local_layers": tuple(layers), "window": f.integer("sliding_window")}
 
 
+# --- fields of config.json that only some families have -------------------------------------------
+
+
+def _describe_smollm3(c: ModelConfig) -> dict[str, Any]:
+  rotated = [int(not each) for each in c.unrotated_layers] or [1] * c.layers
+  return {"no_rope_layers": rotated, "use_sliding_window": bool(c.local_layers)}
+
+
+def _describe_granite(c: ModelConfig) -> dict[str, Any]:
+  return {
+    "embedding_multiplier": c.embed_scale,
+    "attention_multiplier": c.attn_scale,
+    "residual_multiplier": c.residual_scale,
+    "logits_scaling": c.hidden_divisor,
+  }
+
+
+def _describe_phi3(c: ModelConfig) -> dict[str, Any]:
+  raw = {"partial_rotary_factor": c.rotary / c.head_dim if c.rotary else 1.0}
+  if c.rope_scaling is not None:
+    raw["original_max_position_embeddings"] = c.rope_scaling.original
+  return raw
+
+
+def _describe_glm4(c: ModelConfig) -> dict[str, Any]:
+  return _describe_phi3(c) | {"attention_bias": "q" in c.biases}
+
+
+def _describe_olmo3(c: ModelConfig) -> dict[str, Any]:
+  """Returns the angles of local layers, where they are not those that every reader assumes."""
+  if c.local_rope_theta in (None, _OLMO3["rope_theta"]):
+    return {}
+  local = {"rope_type": "default", "rope_theta": c.local_rope_theta}
+  return {"rope_parameters": {GLOBAL: {"rope_type": "default"}, LOCAL: local}}
+
+
+def _describe_exaone4(c: ModelConfig) -> dict[str, Any]:
+  local = c.local_layers or (False,) * c.layers
+  return {"layer_types": [LOCAL if each else GLOBAL for each in local]}
+
+
+def _describe_ministral3(c: ModelConfig) -> dict[str, Any]:
+  return {"rope_scaling": {"llama_4_scaling_beta": c.query_growth}} if c.query_growth else {}
+
+
 _QWEN = {
   "max_position_embeddings": 32768,
   "sliding_window": 4096,
@@ -199,6 +345,28 @@ _GEMMA = {
   "sliding_window": 4096,
   "tie_word_embeddings": True,
   "pad_token_id": 0,
+}
+_MINISTRAL3 = {
+  "num_attention_heads": 32,
+  "num_key_value_heads": 8,
+  "head_dim": 128,
+  "max_position_embeddings": 262144,
+  "rms_norm_eps": 1e-5,
+  "rope_parameters": {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+  },
+}
+_OLMO3 = {
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 5e5,
+  "rope_local_base_freq": 5e5,
+  "sliding_window": 4096,
 }
 _GEMMA3 = _GEMMA | {
   "vocab_size": 262208,
@@ -222,6 +390,28 @@ FAMILIES: dict[str, Family] = {
     _GEMMA3),
   "gemma3": Family("Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification", _gemma3,
     _GEMMA3, wraps=True),
+  "smollm3": Family("SmolLM3ForCausalLM", "SmolLM3ForSequenceClassification", _smollm3,
+    {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6,
+     "tie_word_embeddings": True}, describes=_describe_smollm3),
+  "olmo2": Family("Olmo2ForCausalLM", "Olmo2ForSequenceClassification", _olmo2,
+    {"rms_norm_eps": 1e-5}),
+  "olmo3": Family("Olmo3ForCausalLM", "Olmo3ForSequenceClassification", _olmo3, _OLMO3,
+    describes=_describe_olmo3),
+  "phi3": Family("Phi3ForCausalLM", "Phi3ForSequenceClassification", _phi3,
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+     "original_max_position_embeddings": 4096}, describes=_describe_phi3),
+  "glm4": Family("Glm4ForCausalLM", "Glm4ForSequenceClassification", _glm4,
+    {"num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072,
+     "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": 0.5}, describes=_describe_glm4),
+  "granite": Family("GraniteForCausalLM", None, _granite, describes=_describe_granite),
+  "ministral3": Family("Ministral3ForCausalLM", "Ministral3ForSequenceClassification",
+    _ministral3, _MINISTRAL3, describes=_describe_ministral3),
+  "mistral3": Family("Mistral3ForConditionalGeneration", None, _mistral3,
+    {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+     "max_position_embeddings": 131072, "sliding_window": None, "rope_theta": 1e9,
+     "tie_word_embeddings": True}, wraps=True),
+  "exaone4": Family("Exaone4ForCausalLM", "Exaone4ForSequenceClassification", _exaone4,
+    {"rms_norm_eps": 1e-5, "sliding_window": 4096}, describes=_describe_exaone4),
 }
 # fmt: on
 
@@ -282,7 +472,7 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
     context=f.integer("max_position_embeddings", 2048),
     labels=_labels(top) if is_classifier else 0,
     activation=_ACTIVATIONS[activation],
-    **_rope(f, local=bool(overrides.get("local_layers"))),
+    **_rope(f, local=bool(overrides.get("local_layers")), partial="rotary" in overrides),
     **overrides,
   )
   check_numbers(config, where)
@@ -306,18 +496,30 @@ def find_family(raw: Mapping[str, Any], where: str) -> tuple[str, bool]:
     (name, architecture == family.classifier)
     for name, family in FAMILIES.items()
     for architecture in architectures
-    if architecture in (family.language_model, family.classifier)
+    if architecture and architecture in (family.language_model, family.classifier)
   ]
   if not architectures and isinstance(model_type, str) and model_type in FAMILIES:
     matches = [(model_type, False)]
   if len(matches) != 1:
-    known = ", ".join(f"{row.language_model}, {row.classifier}" for row in FAMILIES.values())
+    known = [
+      name for row in FAMILIES.values() for name in (row.language_model, row.classifier) if name
+    ]
     remote = " The code in its repository (auto_map) is never run." if "auto_map" in raw else ""
+    asked = [*architectures, model_type]
+    near = _nearest(asked, [*known, *FAMILIES]) if not matches else ""
     raise ValueError(
-      f"{where}: architectures is {architectures} and model_type {model_type!r}, known: {known} "
-      f"(exactly one).{remote}"
+      f"{where}: architectures is {architectures} and model_type {model_type!r}, known: "
+      f"{', '.join(known)} (exactly one){near}.{remote}"
     )
   return matches[0]
+
+
+def _nearest(asked: list[Any], known: list[str]) -> str:
+  """Returns the known name that is nearest to one of the names asked for, for an error."""
+  for name in asked:
+    if isinstance(name, str) and (close := difflib.get_close_matches(name, known, n=1)):
+      return f"; the nearest is {close[0]}"
+  return ""
 
 
 def _labels(top: Fields) -> int:
@@ -325,7 +527,7 @@ def _labels(top: Fields) -> int:
   return len(top.group("id2label")) or top.integer("num_labels", 2)
 
 
-def _rope(f: Fields, local: bool) -> dict[str, Any]:
+def _rope(f: Fields, local: bool, partial: bool) -> dict[str, Any]:
   """Returns the rotary fields of ModelConfig.
 
   transformers 5 writes rope_parameters (one set, or one for each kind of layer); older versions
@@ -333,12 +535,18 @@ def _rope(f: Fields, local: bool) -> dict[str, Any]:
 
   Args:
     local: whether the model has local layers.
+    partial: whether a part of a head may rotate alone.
   """
   parameters, scaling = f.group("rope_parameters"), f.group("rope_scaling")
   kinds = Fields(parameters, {}, f.where)
   by_kind = GLOBAL in parameters or LOCAL in parameters
   chosen = kinds.group(GLOBAL) | scaling if by_kind else scaling or parameters
   p = Fields(chosen, {"rope_theta": f.get("rope_theta", 10_000.0)}, f.where)
+  share = p.get("partial_rotary_factor", f.get("partial_rotary_factor", 1.0))
+  if share != 1.0 and not partial:
+    raise ValueError(
+      f"{f.where}: partial_rotary_factor is not supported for this family, only 1.0; got {share!r}"
+    )
   fields = {"rope_theta": p.positive("rope_theta"), "rope_scaling": _scaling(f, p)}
   if not local:
     return fields
@@ -356,13 +564,13 @@ def _rope(f: Fields, local: bool) -> dict[str, Any]:
 def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
   """Returns the scaling in the rotary parameters `p` of a config with the fields `f`."""
   kind = p.get("rope_type", p.get("type", "default"))
+  if p.get("short_factor") is not None:
+    kind = "longrope"  # early files call it "su"
   if not isinstance(kind, str) or kind not in _ROPES:
     reason = " (its frequencies change with the longest sequence)" if kind == "dynamic" else ""
     raise ValueError(
       f"{f.where}: rope scaling {kind!r} is not supported{reason}; known: {', '.join(_ROPES)}"
     )
-  if p.get("partial_rotary_factor", f.get("partial_rotary_factor", 1.0)) != 1.0:
-    raise ValueError(f"{f.where}: partial_rotary_factor is not supported, only 1.0")
   if kind == "default":
     return None
   if kind == "linear":
@@ -370,6 +578,8 @@ def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
   context = f.integer("max_position_embeddings", 2048)
   name = "original_max_position_embeddings"
   original = f.integer(name) if f.get(name) else p.integer(name, context)
+  if kind == "longrope":
+    return _longrope(p, original, context)
   if kind == "llama3":
     low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
     return RopeScaling("llama3", p.positive("factor"), original, low, high)
@@ -390,4 +600,28 @@ def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
     high=p.number("beta_fast", 32.0) or 32.0,
     amplitude=p.positive("attention_factor", default),
     rounded=p.flag("truncate", True),
+  )
+
+
+def _longrope(p: Fields, original: int, context: int) -> RopeScaling:
+  """Returns the scaling of Phi-3: a divisor of each frequency, and an amplitude."""
+
+  def divisors(name: str) -> tuple[float, ...]:
+    value = p.get(name)
+    numbers = isinstance(value, list) and all(
+      isinstance(each, int | float) and not isinstance(each, bool) for each in value
+    )
+    if not numbers:
+      raise ValueError(f"{p.where}: {name} must be a list of numbers, got {repr(value)[:80]}")
+    return tuple(map(float, value))
+
+  factor = p.positive("factor", context / original)
+  default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+  return RopeScaling(
+    "longrope",
+    factor=1.0,
+    original=original,
+    amplitude=p.positive("attention_factor", default),
+    short=divisors("short_factor"),
+    long=divisors("long_factor"),
   )

@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
   "gemma3": {
     "qk_norm": True,
     "post_norm": True,
+    "names": "gemma",
     "norm_offset": 1.0,
     "activation": "gelu_tanh",
   },

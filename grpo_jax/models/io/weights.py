@@ -36,12 +36,17 @@ class Row(NamedTuple):
     dims: shape in the files, one letter per axis: V vocabulary, D hidden size, Q query heads x head
       size, K key-value heads x head size, H head size, F hidden size of the MLP, C labels. Matrices
       of a layer are [out, in] in the files and [in, out] in the tree.
+    fused: first axes of all parameters that one tensor holds, one above the other, where it holds
+      several.
+    place: index of this parameter among them.
   """
 
   path: str
   hf: str
   gguf: str
   dims: str
+  fused: str = ""
+  place: int = 0
 
   @property
   def in_layer(self) -> bool:
@@ -76,15 +81,40 @@ ROWS: tuple[Row, ...] = (
   Row("head", "lm_head.weight", "output.weight", "VD"),
   Row("score", "score.weight", "cls.output.weight", "CD"),
 )
-# Models with `post_norm` have other names for their norms in Hugging Face files.
-POST_NORM_ROWS: tuple[Row, ...] = (
+# Rows in which families differ, by ModelConfig.names. Norms of outputs are called by their place in
+# the block, so one name means different norms in different families.
+_POST_NORMS = (
   Row("layers/attn_post_norm", _LAYER + "post_attention_layernorm.weight",
       "blk.{}.post_attention_norm.weight", "D"),
-  Row("layers/mlp_norm", _LAYER + "pre_feedforward_layernorm.weight",
-      "blk.{}.ffn_norm.weight", "D"),
   Row("layers/mlp_post_norm", _LAYER + "post_feedforward_layernorm.weight",
       "blk.{}.post_ffw_norm.weight", "D"),
 )
+_FUSED_MLP = tuple(
+  Row(f"layers/{name}", _MLP + "gate_up_proj.weight", "blk.{}.ffn_up.weight", "FD", "FF", place)
+  for place, name in enumerate(("gate", "up"))
+)
+_QKV = _ATTENTION + "qkv_proj.weight"
+_FUSED_ATTENTION = tuple(
+  Row(f"layers/{name}", _QKV, "blk.{}.attn_qkv.weight", dims, "QKK", place)
+  for place, (name, dims) in enumerate((("q", "QD"), ("k", "KD"), ("v", "KD")))
+)
+NAMES: dict[str, tuple[Row, ...]] = {
+  "llama": (),
+  "gemma": (
+    *_POST_NORMS,
+    Row("layers/mlp_norm", _LAYER + "pre_feedforward_layernorm.weight", "blk.{}.ffn_norm.weight",
+        "D"),
+  ),
+  "olmo": _POST_NORMS,
+  "phi3": (*_FUSED_ATTENTION, *_FUSED_MLP),
+  "glm4": (
+    Row("layers/attn_post_norm", _LAYER + "post_self_attn_layernorm.weight",
+        "blk.{}.post_attention_norm.weight", "D"),
+    Row("layers/mlp_post_norm", _LAYER + "post_mlp_layernorm.weight",
+        "blk.{}.post_ffw_norm.weight", "D"),
+    *_FUSED_MLP,
+  ),
+}
 # fmt: on
 
 # The float32 values of a parameter at an index, one slice per axis.
@@ -223,13 +253,19 @@ def open_files(source: Source) -> Weights:
 
 def rows_of(config: ModelConfig) -> list[Row]:
   """Returns the rows of the parameters that a decoder of this config has, in the table's order."""
-  post_norm = {row.path: row for row in POST_NORM_ROWS} if config.post_norm else {}
-  table = {row.path: row for row in ROWS} | post_norm
+  table = {row.path: row for row in (*ROWS, *NAMES[config.names])}
+  if config.qk_norm == "all":
+    for path, dims in (("layers/q_norm", "Q"), ("layers/k_norm", "K")):
+      table[path] = table[path]._replace(dims=dims)
   optional = {
     "head": not config.tied and not config.labels,
     "score": config.labels > 0,
-    "layers/q_norm": config.qk_norm,
-    "layers/k_norm": config.qk_norm,
+    "layers/q_norm": bool(config.qk_norm),
+    "layers/k_norm": bool(config.qk_norm),
+    "layers/attn_norm": config.pre_norm,
+    "layers/mlp_norm": config.pre_norm,
+    "layers/attn_post_norm": config.post_norm,
+    "layers/mlp_post_norm": config.post_norm,
   }
   optional |= {
     path: path.removeprefix("layers/").removesuffix("_bias") in config.biases
@@ -260,10 +296,27 @@ def shapes_of(config: ModelConfig) -> Params:
 
 def file_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
   """Returns the shape in the files of one parameter, or of one layer of it."""
-  c = config
-  sizes = {"V": c.vocab_size, "D": c.width, "Q": c.heads * c.head_dim, "K": c.kv_heads * c.head_dim}
-  sizes |= {"H": c.head_dim, "F": c.mlp, "C": c.labels}
+  sizes = _sizes(config)
   return tuple(sizes[letter] for letter in row.dims)
+
+
+def _sizes(c: ModelConfig) -> dict[str, int]:
+  """Returns the sizes that the letters of `Row.dims` stand for."""
+  sizes = {"V": c.vocab_size, "D": c.width, "Q": c.heads * c.head_dim, "K": c.kv_heads * c.head_dim}
+  return sizes | {"H": c.head_dim, "F": c.mlp, "C": c.labels}
+
+
+def fused_rows(row: Row, config: ModelConfig) -> tuple[int, int]:
+  """Returns the first row of a parameter in its tensor, and the number of rows of the tensor.
+
+  Example:
+    >>> config = ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1, head_dim=2,
+    ...                      mlp=6)
+    >>> fused_rows(NAMES["phi3"][1], config)  # k, after the queries
+    (4, 8)
+  """
+  sizes = [_sizes(config)[letter] for letter in row.fused or row.dims[0]]
+  return sum(sizes[: row.place]), sum(sizes)
 
 
 def _parts(
@@ -276,8 +329,9 @@ def _parts(
     shape, name = file_shape(row, config), getattr(row, kind)
     if row.in_layer:
       names = [name.format(layer) for layer in range(config.layers)]
-      expected |= dict.fromkeys(names, shape)
-      parts["layers"][row.path.removeprefix("layers/")] = _layered(names, tensors, shape)
+      first, rows = fused_rows(row, config)
+      expected |= dict.fromkeys(names, (rows, *shape[1:]))
+      parts["layers"][row.path.removeprefix("layers/")] = _layered(names, tensors, shape, first)
     else:
       expected[name] = shape
       parts[row.path] = _single(name, tensors)
@@ -290,15 +344,23 @@ def _single(name: str, tensors: Mapping[str, Tensor]) -> Part:
   return lambda index: np.require(tensors[name].read(index), np.float32, "CW")
 
 
-def _layered(names: list[str], tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Part:
-  """Returns a reader of all layers, stacked on a leading axis, each transposed."""
+def _layered(
+  names: list[str], tensors: Mapping[str, Tensor], shape: tuple[int, ...], first: int = 0
+) -> Part:
+  """Returns a reader of all layers, stacked on a leading axis, each transposed.
+
+  Args:
+    first: first row of the parameter in its tensors.
+  """
   stacked = (len(names), *reversed(shape))
 
   def read(index: Index) -> np.ndarray:
     sizes = [len(range(*part.indices(n))) for part, n in zip(index, stacked)]
     value = np.empty(sizes, np.float32)
+    rows = range(first, first + shape[0])[index[-1]]
+    part = slice(rows.start, rows.stop), *index[-2:0:-1]
     for layer, name in enumerate(names[index[0]]):
-      value[layer] = tensors[name].read(index[:0:-1]).T
+      value[layer] = tensors[name].read(part).T
     return value
 
   return read

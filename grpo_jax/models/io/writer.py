@@ -42,8 +42,12 @@ def describe(config: ModelConfig) -> dict[str, Any]:
   for model_type, family in FAMILIES.items():
     architecture = family.classifier if config.labels else family.language_model
     raw = {"architectures": [architecture], "model_type": model_type}
-    raw |= _fields(config, model_type)
-    if not family.wraps and _reads_back(raw, config):
+    if family.wraps or not architecture:
+      continue
+    extra, raw = family.describes(config), raw | _fields(config, model_type)
+    scaling = raw.get("rope_scaling", {}) | extra.pop("rope_scaling", {})
+    raw |= extra | ({"rope_scaling": scaling} if scaling else {})
+    if _reads_back(raw, config):
       return raw
   raise ValueError(f"no family of {', '.join(FAMILIES)} computes what {config} describes")
 
@@ -80,13 +84,13 @@ def _fields(c: ModelConfig, model_type: str) -> dict[str, Any]:
     raw["hidden_activation"] = "gelu_pytorch_tanh"
   if c.labels:
     raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(c.labels)}
-  if c.local_layers and model_type != "mistral":
+  if c.local_layers and model_type not in ("mistral", "phi3", "ministral3"):
     raw["layer_types"] = [LOCAL if local else GLOBAL for local in c.local_layers]
   if c.local_layers and model_type.startswith("qwen"):
     raw["use_sliding_window"] = True
   if c.local_rope_theta is not None:
     raw["rope_local_base_freq"] = c.local_rope_theta
-  if c.attn_scale is not None:
+  if c.attn_scale is not None and model_type.startswith("gemma"):
     divisor = c.attn_scale**-2
     rounded = round(divisor)
     raw["query_pre_attn_scalar"] = rounded if rounded**-0.5 == c.attn_scale else divisor
@@ -99,6 +103,14 @@ def _fields(c: ModelConfig, model_type: str) -> dict[str, Any]:
 
 def _rope_scaling(c: ModelConfig) -> dict[str, Any]:
   s = c.rope_scaling
+  if s.kind == "longrope":
+    return {
+      "rope_type": s.kind,
+      "short_factor": list(s.short),
+      "long_factor": list(s.long),
+      "original_max_position_embeddings": s.original,
+      "attention_factor": s.amplitude,
+    }
   raw: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
   if s.kind != "linear":
     raw["original_max_position_embeddings"] = s.original
@@ -170,20 +182,21 @@ class _Tensor(NamedTuple):
   Attributes:
     name: Hugging Face name.
     size: number of elements.
-    parameter: the parameter in the tree.
-    layer: index into a stacked parameter; None for the others.
+    parameters: the parameters in the tree that the tensor holds, one above the other.
+    layer: index into stacked parameters; None for the others.
   """
 
   name: str
   size: int
-  parameter: Array
+  parameters: tuple[Array, ...]
   layer: int | None
 
   def cast(self, dtype: np.dtype) -> np.ndarray:
     """Returns the values in `dtype`, transposed as in the files; ValueError if not finite."""
-    value = self.parameter if self.layer is None else self.parameter[self.layer].T
+    parts = [p if self.layer is None else p[self.layer].T for p in self.parameters]
     with np.errstate(over="ignore"):
-      value = np.ascontiguousarray(np.asarray(value).astype(dtype))
+      parts = [np.asarray(part).astype(dtype) for part in parts]
+    value = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
     if not np.isfinite(value).all():
       raise ValueError(f"{self.name} holds NaN or infinity as {dtype}: train on, or use float32")
     return value
@@ -195,14 +208,17 @@ def _tensors(config: ModelConfig, params: Params) -> list[_Tensor]:
   if wrong := [path for path in expected | actual if expected.get(path) != actual.get(path)]:
     shown = [f"{path}: {actual.get(path)}, expected {expected.get(path)}" for path in wrong[:20]]
     raise ValueError("parameters that do not fit the config:\n  " + "\n  ".join(shown))
-  tensors = []
-  for row in rows_of(config):
+  tensors, rows = [], rows_of(config)
+  for row in rows:
     size = math.prod(file_shape(row, config))
     if not row.in_layer:
-      tensors.append(_Tensor(row.hf, size, params[row.path], None))
+      tensors.append(_Tensor(row.hf, size, (params[row.path],), None))
       continue
-    stacked = params["layers"][row.path.removeprefix("layers/")]
-    tensors += [_Tensor(row.hf.format(i), size, stacked, i) for i in range(config.layers)]
+    together = [other for other in rows if other.hf == row.hf]  # in the order of their places
+    if row is together[0]:
+      size = sum(math.prod(file_shape(part, config)) for part in together)
+      stacked = tuple(params["layers"][part.path.removeprefix("layers/")] for part in together)
+      tensors += [_Tensor(row.hf.format(i), size, stacked, i) for i in range(config.layers)]
   return tensors
 
 
