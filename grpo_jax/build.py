@@ -125,7 +125,8 @@ class Run:
     """
     teachers = []
     for source, weights in ((t.source, t.weights) for t in self.teachers):
-      model = make_model(self.config, weights.config, self.mesh)
+      longest = self.sampler.prompt_length + self.sampler.completion_length
+      model = make_model(self.config, weights.config, self.mesh, longest)
       params = self._read(weights, f"teacher.source {source!r}")
       teachers.append(Teacher(model, as_held(model, params)))
     return teachers
@@ -388,7 +389,8 @@ def build(config: ConfigDict) -> Run:
   mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
   attempt(lambda: hosts.check_mesh(mesh))
   chunks = Chunks(c.train.chunks, mesh) if c.train.reduction == "deterministic" else None
-  model = attempt(lambda: make_model(c, weights.config, mesh))
+  longest = prompt_length + c.rollout.completion_length
+  model = attempt(lambda: make_model(c, weights.config, mesh, longest))
   sampler = model and attempt(
     lambda: with_episodes(
       c,
@@ -423,7 +425,7 @@ def build(config: ConfigDict) -> Run:
     updates=update_config(c),
     new_adapters=adapters,
     loaded_adapters=loaded,
-    critic=critic_of(c, algorithm, critic_weights and critic_weights.config, mesh),
+    critic=critic_of(c, algorithm, critic_weights and critic_weights.config, mesh, longest),
     critic_weights=critic_weights,
     teachers=tuple(teachers),
     chunks=chunks,
@@ -468,8 +470,12 @@ def matmul_precision(c: ConfigDict) -> contextlib.AbstractContextManager[object]
   return jax.default_matmul_precision(choice)
 
 
-def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
-  """Returns the functions of a model of this shape with the config's options."""
+def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh, length: int = 0) -> Decoder:
+  """Returns the functions of a model of this shape with the config's options.
+
+  Args:
+    length: longest prompt with its completion, in tokens, by which some models scale their angles.
+  """
   # With the deterministic reduction each device computes alone: there is nothing to place.
   fast = c.train.reduction == "fast"
   batch = meshes.batch_sharding(mesh)
@@ -482,6 +488,7 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Decoder:
     prompt_shards=meshes.prompt_shards(batch) if fast else 1,
     vocab_shards=meshes.vocab_shards(mesh, shape.vocab_size),
     attention=attention_of(c, shape, mesh),
+    length=length if shape.rope_scaling and shape.rope_scaling.kind == "longrope" else 0,
   )
 
 
@@ -505,12 +512,13 @@ def open_critic(c: ConfigDict, policy: ModelConfig) -> Weights:
 
 
 def critic_of(
-  c: ConfigDict, algorithm: Algorithm, shape: ModelConfig | None, mesh: Mesh
+  c: ConfigDict, algorithm: Algorithm, shape: ModelConfig | None, mesh: Mesh, length: int = 0
 ) -> Critic | ValueHead | None:
   """Returns the critic of a config, None if its algorithm needs none.
 
   Args:
     shape: of the critic's own model, if it has one.
+    length: longest prompt with its completion, in tokens.
   """
   if "values" not in algorithm.rewards:
     return None
@@ -518,7 +526,7 @@ def critic_of(
     return ValueHead(weight=c.critic.weight, clip=c.critic.clip)
   schedule, optimizer = optimizer_of(c, c.critic.learning_rate)
   return Critic(
-    model=dataclasses.replace(make_model(c, shape, mesh), lora_scale=1.0),
+    model=dataclasses.replace(make_model(c, shape, mesh, length), lora_scale=1.0),
     optimizer=optimizer,
     schedule=schedule,
     clip=c.critic.clip,

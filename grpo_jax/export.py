@@ -27,6 +27,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.families import FAMILIES, find_family, parse
 from grpo_jax.models.io.folders import new_folder
 from grpo_jax.models.io.json_files import read_json, write_json
+from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.sources import Source, resolve
 from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weights
 from grpo_jax.models.load import open_weights
@@ -114,6 +115,11 @@ def _config_json(config: ModelConfig, origin: Source, ids: dict[str, Any]) -> di
     return describe(config) | {name: merged[name] for name in _TOKEN_IDS if name in merged}
   raw = {name: value for name, value in raw.items() if name not in _DROPPED}
   if config.labels and not is_classifier:
+    if FAMILIES[family].classifier is None:
+      raise ValueError(
+        f"{path}: transformers has no sequence classifier of the family {family}, so this model "
+        "cannot be exported as one"
+      )
     raw["architectures"] = [FAMILIES[family].classifier]
     raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
     raw["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
@@ -257,6 +263,7 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if arguments.adapter:
     if trained is None or not rank:
       raise ValueError("--adapter is for the --workdir of a run with LoRA (lora.rank above 0)")
+    lora.check_modules(config_of(source))
     lora.save_peft(trained, arguments.out, alpha=settings.lora.alpha, base_name=source)
     model_card.write_card(arguments.out, arguments.workdir, settings, step)
     return sorted(file.name for file in Path(arguments.out).iterdir())

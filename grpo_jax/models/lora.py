@@ -28,7 +28,7 @@ from grpo_jax.models.io.folders import new_folder
 from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.safetensors import read_whole
 from grpo_jax.models.io.sources import ADAPTER as _CONFIG
-from grpo_jax.models.io.weights import ROWS, shapes_of
+from grpo_jax.models.io.weights import ROWS, rows_of, shapes_of
 from grpo_jax.models.protocol import Params
 
 Adapters = dict[str, dict[str, Array]]
@@ -224,6 +224,18 @@ def save_peft(adapters: Adapters, out: str | Path, *, alpha: float, base_name: s
     (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def check_modules(config: ModelConfig) -> None:
+  """Raises ValueError if the files of a family hold several matrices in one, as peft sees them."""
+  fused = {row.path.removeprefix("layers/"): row.hf for row in rows_of(config) if row.fused}
+  if fused:
+    raise ValueError(
+      f"files of this family ({config.names}) hold {', '.join(fused)} in fewer matrices "
+      f"({', '.join(sorted({name.split('.')[-2] for name in fused.values()}))}), which peft adapts "
+      "as one: adapters of the parts can be trained and merged, but not exchanged with peft; "
+      "export the merged model (without --adapter), or merge the adapters with peft and load that"
+    )
+
+
 def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, float]:
   """Reads a folder that peft or `save_peft` wrote.
 
@@ -239,6 +251,7 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapters, int, f
     ValueError: a file is damaged, the adapters are not plain LoRA on matrices of all layers, they
       hold NaN or infinity, or their shapes do not fit the base model.
   """
+  check_modules(config)
   folder = Path(folder).expanduser()
   settings = read_json(folder / _CONFIG)
   if settings.get("peft_type") != "LORA":

@@ -86,8 +86,8 @@ def query_factor(
   """Returns the factor on the queries at each position, `1 + growth ln(1 + floor(p / original))`.
 
   Example:
-    >>> query_factor(jnp.array([[3, 4]]), growth=0.5, original=4).ravel().round(3).tolist()
-    [1.0, 1.3470000028610229]
+    >>> query_factor(jnp.array([[3, 4]]), growth=2 / np.log(2), original=4).ravel().tolist()
+    [1.0, 3.0]
   """
   return (1 + growth * jnp.log1p(jnp.floor(positions / original)))[..., None, None]
 

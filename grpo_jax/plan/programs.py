@@ -400,8 +400,11 @@ def open_programs(
   if problems:
     raise configs.ConfigError(problems)
   mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)
-  model = attempt(lambda: build.make_model(c, shape, mesh))
-  teachers = [attempt(lambda shape=shape: build.make_model(c, shape, mesh)) for shape in teachers]
+  longest = prompts.length + c.rollout.completion_length
+  model = attempt(lambda: build.make_model(c, shape, mesh, longest))
+  teachers = [
+    attempt(lambda shape=shape: build.make_model(c, shape, mesh, longest)) for shape in teachers
+  ]
   if problems:
     raise configs.ConfigError(problems)
   schedule, optimizer = build.optimizer_of(c, c.optimizer.learning_rate)
@@ -416,7 +419,7 @@ def open_programs(
     optimizer=optimizer,
     new_adapters=adapters,
     prompts=prompts,
-    critic=build.critic_of(c, algorithm, values, mesh),
+    critic=build.critic_of(c, algorithm, values, mesh, longest),
     teachers=tuple(sorted(teachers, key=_size, reverse=True)),
   )
 

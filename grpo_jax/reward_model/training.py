@@ -32,6 +32,7 @@ from grpo_jax.learning.skipping import SKIPPED
 from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import SkippedError
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.io import writer
 from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.load import open_weights
@@ -285,7 +286,10 @@ def build(settings: Settings, config: ConfigDict) -> RewardRun:
 
 
 def _open_model(source: str, seed: int) -> Weights:
-  return open_weights(source, seed=seed).with_score()
+  """Opens the model; ValueError if the trained classifier could not be written."""
+  weights = open_weights(source, seed=seed).with_score()
+  writer.describe(weights.config)
+  return weights
 
 
 def _reader_of(s: Settings, c: ConfigDict, weights: Weights) -> PairReader:

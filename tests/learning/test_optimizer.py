@@ -10,7 +10,7 @@ import pytest
 
 from grpo_jax.learning.optimizer import learning_rate_schedule, make_optimizer
 from grpo_jax.learning.step import TrainState, make_apply
-from grpo_jax.models.io.weights import POST_NORM_ROWS, ROWS
+from grpo_jax.models.io.weights import NAMES, ROWS
 
 SETTINGS = {"beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
 RATE = 0.5
@@ -130,7 +130,7 @@ def decayed(params):
 def test_only_matrices_decay_in_every_shape_of_the_model():
   """Stacked, norm weights and biases are [L, D] and look like matrices."""
   params = {"layers": {}}
-  for row in (*ROWS, *POST_NORM_ROWS):
+  for row in (*ROWS, *(row for rows in NAMES.values() for row in rows)):
     shape = (2, 3)[: len(row.dims)]
     if row.in_layer:
       params["layers"][row.path.removeprefix("layers/")] = jnp.ones((4, *shape))

@@ -48,6 +48,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
     "intermediate_size": 18944, "tie_word_embeddings": False, "rope_theta": 1_000_000,
     "rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+  "HuggingFaceTB/SmolLM3-3B": {
+    "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
+    "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "intermediate_size": 11008, "tie_word_embeddings": True, "rope_theta": 5_000_000,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 65536},
+  "allenai/OLMo-2-0425-1B-Instruct": {
+    "architectures": ["Olmo2ForCausalLM"], "vocab_size": 100352, "hidden_size": 2048,
+    "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "intermediate_size": 8192, "tie_word_embeddings": False, "rope_theta": 500_000,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
+  "microsoft/phi-4": {
+    "architectures": ["Phi3ForCausalLM"], "vocab_size": 100352, "hidden_size": 5120,
+    "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
+    "intermediate_size": 17920, "tie_word_embeddings": False, "rope_theta": 250_000,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 16384},
+  "zai-org/GLM-4-9B-0414": {
+    "architectures": ["Glm4ForCausalLM"], "vocab_size": 151552, "hidden_size": 4096,
+    "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+    "intermediate_size": 13696, "tie_word_embeddings": False, "attention_bias": True,
+    "partial_rotary_factor": 0.5, "rope_theta": 10_000, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768},
 }
 # fmt: on
 

@@ -17,6 +17,7 @@ LLAMA = {
   "num_hidden_layers": 2,
   "num_attention_heads": 4,
 }
+PHI = {"architectures": ["Phi3ForCausalLM"]}
 GEMMA_LOCAL = (True, True, True, True, True, False)
 
 PUBLISHED = {
@@ -172,6 +173,146 @@ PUBLISHED = {
       window=1024,
       local_layers=(*GEMMA_LOCAL * 5, True, True, True, True),
       local_rope_theta=10000.0,
+      names="gemma",
+    ),
+  ),
+}
+
+
+PUBLISHED |= {
+  "Phi-4-mini-instruct": (  # with made-up factors; the file has 48 different ones
+    {
+      "architectures": ["Phi3ForCausalLM"],
+      "hidden_act": "silu",
+      "hidden_size": 3072,
+      "intermediate_size": 8192,
+      "max_position_embeddings": 131072,
+      "model_type": "phi3",
+      "num_attention_heads": 24,
+      "num_hidden_layers": 32,
+      "num_key_value_heads": 8,
+      "original_max_position_embeddings": 4096,
+      "partial_rotary_factor": 0.75,
+      "rms_norm_eps": 1e-05,
+      "rope_scaling": {
+        "long_factor": [2.0] * 48,
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+      },
+      "rope_theta": 10000.0,
+      "sliding_window": 262144,
+      "tie_word_embeddings": True,
+      "vocab_size": 200064,
+    },
+    ModelConfig(
+      vocab_size=200064,
+      width=3072,
+      layers=32,
+      heads=24,
+      kv_heads=8,
+      head_dim=128,
+      mlp=8192,
+      # sqrt(1 + ln 32 / ln 4096) = sqrt(1 + 5 / 12)
+      rope_scaling=RopeScaling(
+        "longrope",
+        1.0,
+        4096,
+        amplitude=1.1902380714238083,
+        short=(1.0,) * 48,
+        long=(2.0,) * 48,
+      ),
+      norm_eps=1e-5,
+      tied=True,
+      context=131072,
+      window=262144,
+      local_layers=(True,) * 32,
+      rotary=96,
+      names="phi3",
+    ),
+  ),
+  "Olmo-3-7B-Instruct": (
+    {
+      "architectures": ["Olmo3ForCausalLM"],
+      "attention_bias": False,
+      "hidden_act": "silu",
+      "hidden_size": 4096,
+      "intermediate_size": 11008,
+      "max_position_embeddings": 65536,
+      "model_type": "olmo3",
+      "num_attention_heads": 32,
+      "num_hidden_layers": 32,
+      "num_key_value_heads": 32,
+      "rms_norm_eps": 1e-06,
+      "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+      },
+      "rope_theta": 500000,
+      "sliding_window": 4096,
+      "tie_word_embeddings": False,
+      "vocab_size": 100278,
+    },
+    ModelConfig(
+      vocab_size=100278,
+      width=4096,
+      layers=32,
+      heads=32,
+      kv_heads=32,
+      head_dim=128,
+      mlp=11008,
+      rope_theta=500000.0,
+      rope_scaling=RopeScaling("yarn", 8.0, 8192, low=1.0, high=32.0, amplitude=1.2079441541679836),
+      norm_eps=1e-6,
+      tied=False,
+      context=65536,
+      qk_norm="all",
+      pre_norm=False,
+      post_norm=True,
+      window=4096,
+      local_layers=(True, True, True, False) * 8,
+      local_rope_theta=500000.0,  # without the scaling
+      names="olmo",
+    ),
+  ),
+  "GLM-4-9B-0414": (
+    {
+      "architectures": ["Glm4ForCausalLM"],
+      "attention_bias": True,
+      "head_dim": 128,
+      "hidden_act": "silu",
+      "hidden_size": 4096,
+      "intermediate_size": 13696,
+      "max_position_embeddings": 32768,
+      "model_type": "glm4",
+      "num_attention_heads": 32,
+      "num_hidden_layers": 40,
+      "num_key_value_heads": 2,
+      "partial_rotary_factor": 0.5,
+      "rms_norm_eps": 1e-05,
+      "rope_theta": 10000.0,
+      "tie_word_embeddings": False,
+      "vocab_size": 151552,
+    },
+    ModelConfig(
+      vocab_size=151552,
+      width=4096,
+      layers=40,
+      heads=32,
+      kv_heads=2,
+      head_dim=128,
+      mlp=13696,
+      norm_eps=1e-5,
+      tied=False,
+      context=32768,
+      biases=("q", "k", "v"),
+      post_norm=True,
+      rotary=64,
+      interleaved=True,
+      names="glm4",
     ),
   ),
 }
@@ -243,6 +384,33 @@ def test_the_model_type_is_used_without_architectures():
   ("changes", "message"),
   [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*known: LlamaForCausalLM, Llama"),
+    ({"architectures": ["Qwen4ForCausalLM"]}, r"\(exactly one\); the nearest is Qwen\dForCausalLM"),
+    ({"architectures": [], "model_type": "olmo"}, "the nearest is olmo[23]"),
+    (
+      {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
+      "no_rope_layers must be given as a list of 2 entries, one for each layer, got",
+    ),
+    (
+      PHI | {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0] * 4}},
+      "short_factor must be 4 finite numbers above 0, got",
+    ),
+    (
+      PHI | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": "x"}},
+      "long_factor must be a list of numbers, got 'x'",
+    ),
+    (
+      PHI | {"partial_rotary_factor": 1.5},
+      "12 dimensions of each head rotate; it must be an even number of at most the head size, 8",
+    ),
+    (
+      {"architectures": ["Ministral3ForCausalLM"], "head_dim": 8, "num_key_value_heads": 2}
+      | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
+      "queries that grow with their position, by 0.1, need a rope scaling with an original",
+    ),
+    (
+      {"architectures": ["Olmo2ForCausalLM"], "clip_qkv": 8.0},
+      "clip_qkv 8.0 is not supported",
+    ),
     ({"architectures": [], "model_type": "gpt2"}, "model_type 'gpt2', known: LlamaForCausalLM"),
     (
       {"architectures": ["OurModel"], "auto_map": {"AutoModelForCausalLM": "modeling.OurModel"}},
@@ -310,4 +478,5 @@ def test_remote_code_of_a_known_architecture_is_ignored():
 
 def test_the_table_names_everything_once():
   names = [name for row in FAMILIES.values() for name in (row.language_model, row.classifier)]
-  assert len(set(names)) == len(names) == 14
+  names = [name for name in names if name is not None]
+  assert len(set(names)) == len(names) == 30

@@ -42,12 +42,18 @@ COMPLETE = ModelConfig(  # everything that a family can add
   biases=("q", "k", "v", "o", "gate", "up", "down"),
   qk_norm=True,
   post_norm=True,
+  names="gemma",
 )
 CONFIGS = {
   "complete": COMPLETE,
-  "classifier": dataclasses.replace(COMPLETE, labels=3, post_norm=False),
+  "classifier": dataclasses.replace(COMPLETE, labels=3, post_norm=False, names="llama"),
   "tied classifier": dataclasses.replace(COMPLETE, labels=1, tied=True),
-  "plain": dataclasses.replace(COMPLETE, tied=True, biases=(), qk_norm=False, post_norm=False),
+  "plain": dataclasses.replace(
+    COMPLETE, tied=True, biases=(), qk_norm=False, post_norm=False, names="llama"
+  ),
+  "norms after": dataclasses.replace(COMPLETE, qk_norm="all", pre_norm=False, names="olmo"),
+  "fused": dataclasses.replace(COMPLETE, biases=(), post_norm=False, names="phi3"),
+  "fused MLP": dataclasses.replace(COMPLETE, biases=("q", "k", "v"), names="glm4"),
   "some biases": dataclasses.replace(COMPLETE, biases=("q", "down")),
 }
 
