@@ -675,6 +675,7 @@ def optimizer_of(
   )
   optimizer = optimizers.make_optimizer(
     schedule,
+    name=o.name,
     beta1=o.beta1,
     beta2=o.beta2,
     eps=o.eps,

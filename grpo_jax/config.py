@@ -35,6 +35,7 @@ VALUES = {
   "rollout.overlong": ("error", "drop"),
   "teacher.shows": ("sibling", "answer"),
   "rewards.on_error": ("raise", "skip"),
+  "optimizer.name": ("adamw", "adafactor", "muon"),
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
   "critic.trunk": ("own", "policy"),
@@ -368,6 +369,7 @@ def default_config() -> ConfigDict:
   c.critic.weight = 0.5  # of the value loss in the policy's loss, with the policy's trunk
 
   c.optimizer = Section()
+  c.optimizer.name = "adamw"  # adamw, adafactor or muon: two, hardly any, one number a parameter
   c.optimizer.learning_rate = 1e-6  # the peak
   c.optimizer.schedule = "constant"  # constant, linear or cosine, after the warm-up
   c.optimizer.schedule_steps = 0  # steps after which a schedule is at its end; 0 = `steps`
@@ -635,6 +637,10 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   need(all(isinstance(source, str) for source in texts), "teacher.source",
        "the name of a model, or a list of names")  # fmt: skip
   need(names, "lora.targets", "a regular expression, or a list of names of matrices")
+  for name in ("beta1", "beta2", "eps") if c.optimizer.name == "adafactor" else ():
+    default = default_config().optimizer[name]
+    need(c.optimizer[name] == default, f"optimizer.{name}", f"{default} (the default), since "
+         "optimizer.name is 'adafactor', which does not use it")  # fmt: skip
   for name in CHOICES:
     choice = c.algorithm[name]
     need(choice is None or isinstance(choice, str) or callable(choice), f"algorithm.{name}",

@@ -97,6 +97,17 @@ def test_get_on_a_config_is_not_used():
       assert " c.get(" not in line, f"{file}: {line}"
 
 
+def test_adafactor_refuses_what_it_does_not_use():
+  c = override(
+    default_config(), ["--config.optimizer.name=adafactor", "--config.optimizer.eps=1e-3"]
+  )
+  (problem,) = check(c, 1)
+  assert problem == (
+    "optimizer.eps is 0.001, it must be 1e-08 (the default), since optimizer.name is 'adafactor', "
+    "which does not use it"
+  )
+
+
 @pytest.mark.parametrize(
   ("field", "value", "words"),
   [
@@ -110,6 +121,7 @@ def test_get_on_a_config_is_not_used():
     ("optimizer.learning_rate", -1.0, "above 0"),
     ("optimizer.schedule", "sine", "'constant', 'linear' or 'cosine'"),
     ("optimizer.beta1", 1.0, r"in \[0, 1\)"),
+    ("optimizer.name", "adam", "'adamw', 'adafactor' or 'muon'"),
     ("train.micro_batches", 3, "must be a multiple of 24"),
     ("mesh.data", 0, "sizes must be at least 1"),
     ("mesh.data", 3, "does not divide the 8 device"),

@@ -25,6 +25,7 @@ Sharding: TypeAlias = NamedSharding | None
 RULES: tuple[tuple[str, P], ...] = (
   (r"(embed|head)$", P("tensor", "fsdp")),
   (r"score$", P()),
+  (r"ns_coeffs$", P()),  # of optax's Muon
   (r"layers/.*norm$", P()),
   (r"final_norm$", P()),
   (r"layers/(q|k|v|gate|up)$", P(None, "fsdp", "tensor")),

@@ -1,4 +1,7 @@
-"""Builds the optimizer: AdamW behind a global-norm clip, with a warm-up and a decay."""
+"""Builds the optimizer behind a global-norm clip, and its schedule: a warm-up and a decay."""
+
+import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -55,36 +58,118 @@ def learning_rate_schedule(
 def make_optimizer(
   schedule: optax.Schedule,
   *,
-  beta1: float,
-  beta2: float,
-  eps: float,
-  weight_decay: float,
-  clip_norm: float,
+  name: str = "adamw",
+  beta1: float = 0.9,
+  beta2: float = 0.99,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-  """Returns AdamW on gradients whose global norm is clipped.
+  """Returns an optimizer on gradients whose global norm is clipped.
+
+  | `name`      | state per parameter of a matrix [in, out]                              |
+  |-------------|------------------------------------------------------------------------|
+  | `adamw`     | two numbers                                                            |
+  | `muon`      | one number; two in embedding, head and vectors, which Adam updates     |
+  | `adafactor` | 1 / in + 1 / out, if both are 128 or more; one number otherwise        |
+
+  Learning rates of Adam serve all of them: Muon's update is scaled to a root mean square of 0.2
+  times the learning rate, as Adam's often has, Adafactor's to at most 1 times, and the size of a
+  parameter has no influence. Muon updates each of the stacked layers alone; Adafactor limits the
+  size for all layers of a matrix together.
 
   Args:
     schedule: learning rate by step.
+    name: a key of `OPTIMIZERS`.
     beta1, beta2, eps: decay rates of the two moments, and the constant added to the denominator.
+      `adafactor` has none of them: no first moment, and a decay of 1 - t^-0.8. In `muon` they are
+      those of its Adam, which has Nesterov's momentum; the momentum of its matrices is 0.95.
     weight_decay: decoupled weight decay; applies to matrices (embedding, head and adapters
       included), not to norm weights and biases, stacked or not, nor to other vectors.
     clip_norm: largest global norm of the gradient; 0 does not clip.
 
+  Raises:
+    ValueError: there is no optimizer of that name.
+
   References:
-    Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
+    Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2 (AdamW). Liu et al. 2025, arXiv
+    2502.16982, section 2.2 (Muon, and its scale). Shazeer and Stern 2018, arXiv 1804.04235,
+    algorithm 4, without relative step sizes (Adafactor).
 
   Example:
-    >>> optimizer = make_optimizer(optax.constant_schedule(0.1), beta1=0.9, beta2=0.99, eps=0.0,
-    ...                            weight_decay=0.0, clip_norm=1.0)
+    >>> optimizer = make_optimizer(optax.constant_schedule(0.1), eps=0.0)
     >>> params = {"w": jnp.ones(2)}
     >>> updates, _ = optimizer.update({"w": jnp.array([3.0, -4.0])}, optimizer.init(params), params)
     >>> updates["w"].round(3).tolist()  # Adam's first update has the size of the learning rate
     [-0.1..., 0.1...]
   """
-  adamw = optax.adamw(
+  if name not in OPTIMIZERS:
+    raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+  make = OPTIMIZERS[name]
+  settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+  optimizer = make(schedule, **{name: settings[name] for name in settings_of(make)})
+  return optax.chain(_clip(clip_norm), optimizer) if clip_norm > 0 else optimizer
+
+
+def _adamw(
+  schedule: optax.Schedule, *, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> optax.GradientTransformation:
+  return optax.adamw(
     schedule, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=_is_matrix
   )
-  return optax.chain(_clip(clip_norm), adamw) if clip_norm > 0 else adamw
+
+
+def _adafactor(schedule: optax.Schedule, *, weight_decay: float) -> optax.GradientTransformation:
+  # As in `optax.adafactor`, but for the decay, which the learning rate multiplies as in AdamW.
+  return optax.chain(
+    optax.scale_by_factored_rms(),
+    optax.clip_by_block_rms(1.0),
+    optax.add_decayed_weights(weight_decay, mask=_is_matrix),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def _muon(
+  schedule: optax.Schedule, *, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> optax.GradientTransformation:
+  return optax.contrib.muon(
+    schedule,
+    eps=eps,
+    weight_decay=weight_decay,
+    weight_decay_mask=_is_matrix,
+    adam_b1=beta1,
+    adam_b2=beta2,
+    adam_weight_decay=weight_decay,
+    muon_weight_dimension_numbers=_orthogonalized,
+    consistent_rms=0.2,
+  )
+
+
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
+
+
+def settings_of(make: Callable[..., optax.GradientTransformation]) -> list[str]:
+  """Returns the settings that an entry of `OPTIMIZERS` takes.
+
+  Example:
+    >>> settings_of(OPTIMIZERS["adafactor"])
+    ['weight_decay']
+  """
+  return [
+    name
+    for name, parameter in inspect.signature(make).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+  ]
+
+
+def _orthogonalized(params: dict) -> dict:
+  """Returns the axes of the matrices that Muon updates: all but embedding and head."""
+
+  def one(path: tuple, is_matrix: bool) -> optax.contrib.MuonDimensionNumbers | None:
+    table = jax.tree_util.keystr(path, simple=True, separator="/").endswith(("embed", "head"))
+    return optax.contrib.MuonDimensionNumbers(-2, -1) if is_matrix and not table else None
+
+  return jax.tree_util.tree_map_with_path(one, _is_matrix(params))
 
 
 def _clip(limit: float) -> optax.GradientTransformation:

@@ -50,6 +50,8 @@ OPTIONS = {
   "a critic": ["algorithm.name=ppo", "critic.learning_rate=1e-2", "train.mini_batches=2"],
   "one update": [],
   "mini-batches and epochs": ["train.mini_batches=2", "train.epochs=2"],
+  "factors of the second moment": ["optimizer.name=adafactor", "optimizer.eps=1e-8"],
+  "orthogonal updates": ["optimizer.name=muon"],
   "micro-batches": ["train.micro_batches=2"],
   "micro-batches by tokens": ["train.micro_batch_tokens=40"],
   "resampling": ["rollout.max_resamples=2"],

@@ -227,6 +227,20 @@ def test_all_options_at_once_and_resumed(tmp_path):
   assert {"dynamic_sampling/kept", "dynamic_sampling/resamples", "rewards/missing"} <= set(rows[0])
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_optimizers_resume_bit_for_bit(tmp_path, name):
+  changes = [f"--config.optimizer.name={name}", "--config.mesh.data=2", "--config.mesh.fsdp=4"]
+  for workdir, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+    train.run(load(TINY, [*changes, f"--config.steps={steps}"]), tmp_path / workdir)
+  like, states = build(load(TINY, changes)).initial_state(), []
+  for workdir in ("whole", "parts"):
+    with checkpoint.Checkpoints(tmp_path / workdir, keep=2) as checkpoints:
+      states.append(checkpoints.restore(2, like))
+  for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert not np.array_equal(states[0].params["embed"], like.params["embed"])
+
+
 def test_a_reference_that_moves_needs_a_kl_term(tmp_path):
   c = load(TINY, ["--config.reference.sync_every=5", "--config.lora.rank=-1"])
   with pytest.raises(ConfigError) as caught:

@@ -1,5 +1,6 @@
-"""Tests AdamW by hand in float64, its clip, its schedules, and where the new state is written."""
+"""Tests the optimizers by hand in float64, clip and schedules, and where the state is written."""
 
+import collections
 import math
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.learning.optimizer import learning_rate_schedule, make_optimizer
+from grpo_jax.distributed import mesh as meshes
+from grpo_jax.learning.optimizer import OPTIMIZERS, learning_rate_schedule, make_optimizer
 from grpo_jax.learning.step import TrainState, make_apply
 from grpo_jax.models.io.weights import NAMES, ROWS
 
@@ -101,6 +103,115 @@ def test_an_unknown_schedule_is_refused():
     learning_rate_schedule(
       learning_rate=1.0, schedule="cosin", warmup_steps=0, steps=1, final_fraction=0.0
     )
+
+
+def two_updates(name, params, gradients, **settings):
+  """Returns the parameters after two updates, and the optimizer state."""
+  optimizer = make_optimizer(
+    optax.constant_schedule(RATE), name=name, **SETTINGS | settings, clip_norm=0.0
+  )
+  params, state = jax.tree.map(jnp.float32, params), None
+  for grads in gradients:
+    state = optimizer.init(params) if state is None else state
+    updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, params)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+def matrices(seed, *shapes):
+  rng = np.random.default_rng(seed)
+  return [rng.normal(size=shape) for shape in shapes]
+
+
+def test_adafactor_by_hand():
+  """Algorithm 4 of Shazeer and Stern 2018 with steps of the learning rate, and decoupled decay.
+
+  The matrix has one factor per row and one per column of each layer; the vector has no factors.
+  """
+  shapes = (2, 128, 130), (128,)
+  w, b = matrices(0, *shapes)
+  gradients = [dict(zip(("w", "norm"), matrices(seed, *shapes))) for seed in (1, 2)]
+  gradients[1]["w"] *= 4.0  # its update is limited
+  actual, _ = two_updates("adafactor", {"w": w, "norm": b}, gradients)
+  rows = columns = second = 0.0
+  for t, grads in enumerate(gradients, 1):
+    decay, g = 1 - t**-0.8, grads["w"]
+    rows = decay * rows + (1 - decay) * (g**2).sum(-1, keepdims=True)
+    columns = decay * columns + (1 - decay) * (g**2).sum(-2, keepdims=True)
+    second = decay * second + (1 - decay) * grads["norm"] ** 2
+    update = g / np.sqrt(rows * columns / rows.sum(-2, keepdims=True))
+    update /= max(1.0, math.sqrt((update**2).mean()))
+    w = w - RATE * (update + 0.1 * w)
+    update = grads["norm"] / np.sqrt(second)
+    b = b - RATE * update / max(1.0, math.sqrt((update**2).mean()))
+  np.testing.assert_allclose(actual["w"], w, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(actual["norm"], b, rtol=1e-4, atol=1e-4)
+
+
+def orthogonalized(g):
+  """Returns five steps of Newton and Schulz, from a matrix of Frobenius norm 1."""
+  x = g / np.linalg.norm(g)
+  x = x if x.shape[0] <= x.shape[1] else x.T
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+  return x if g.shape[0] <= g.shape[1] else x.T
+
+
+def test_muon_by_hand():
+  """Nesterov momentum of 0.95, each layer made orthogonal alone, with a mean square of 0.2^2."""
+  shape = (2, 6, 4)
+  (w,) = matrices(0, shape)
+  first, second = (matrices(seed, shape)[0] for seed in (1, 2))
+  actual, _ = two_updates(
+    "muon", {"layers": {"q": w}}, [{"layers": {"q": g}} for g in (first, second)]
+  )
+  mean = 0.0
+  for t, g in enumerate((first, second), 1):
+    mean = 0.95 * mean + 0.05 * g
+    ahead = 0.95 * mean / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+    update = 0.2 * math.sqrt(6) * np.stack([orthogonalized(layer) for layer in ahead])
+    w = w - RATE * (update + 0.1 * w)
+  np.testing.assert_allclose(actual["layers"]["q"], w, rtol=1e-4, atol=1e-4)
+
+
+def test_tables_and_vectors_have_two_moments_in_muon():
+  shapes = {"embed": (8, 4), "head": (8, 4), "layers": {"q": (2, 4, 4), "attn_norm": (2, 4)}}
+  params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  _, state = two_updates("muon", params, [params])
+  moments = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if leaf.ndim > 1
+  ]
+  count = collections.Counter(path.rpartition("/")[2] for path in moments)
+  assert count == {"embed": 2, "head": 2, "q": 1, "attn_norm": 2}
+
+
+def test_state_of_each_optimizer():
+  """Numbers per parameter: two, 1 / 128 + 1 / 256, and one."""
+  params = {"layers": {"q": jnp.ones((3, 128, 256))}}
+  sizes = {}
+  for name in OPTIMIZERS:
+    _, state = two_updates(name, params, [params])
+    arrays = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.size > 3)
+    sizes[name] = arrays / (3 * 128 * 256)
+  assert sizes == {"adamw": 2.0, "adafactor": 1 / 128 + 1 / 256, "muon": 1.0}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_leaves_a_state_that_the_table_lays_out(name):
+  mesh = meshes.make_mesh((1, 4, 2))
+  shapes = {"embed": (8, 4), "layers": {"q": (2, 128, 128), "attn_norm": (2, 4)}}
+  params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  state = jax.eval_shape(make_optimizer(optax.constant_schedule(RATE), name=name).init, params)
+  layouts = jax.tree.leaves(meshes.param_shardings(mesh, state))
+  assert len(layouts) == len(jax.tree.leaves(state))
+
+
+def test_an_unknown_optimizer_is_refused():
+  with pytest.raises(ValueError, match="unknown optimizer 'adam'; known: adamw, adafactor, muon"):
+    make_optimizer(optax.constant_schedule(RATE), name="adam")
 
 
 def test_the_new_state_is_written_over_the_old():
