@@ -46,7 +46,7 @@ from grpo_jax.models.kernels import KERNELS, by_layer, for_long_rows
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
 from grpo_jax.reward_model import RewardModel
-from grpo_jax.rollout import RolloutConfig
+from grpo_jax.rollout import Rollout, RolloutConfig
 from grpo_jax.run import trackers
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
@@ -68,6 +68,7 @@ class Run:
   Attributes:
     config: the config itself, for messages and records; `steps` follows from `epochs`, if set.
     weights: the model before training; read when asked for.
+    rollout_mesh: the devices that sample; `mesh` itself unless some devices do nothing else.
     task: without the prompts that exceed the budget, and with the learned reward.
     rollout: settings of a rollout.
     updates: settings of the updates of a rollout.
@@ -100,6 +101,7 @@ class Run:
   teachers: tuple[TeacherWeights, ...] = ()
   chunks: Chunks | None = None
   curriculum: curricula.Curriculum | None = None
+  rollout_mesh: Mesh | None = None
 
   # --- parameters ---------------------------------------------------------------------------------
 
@@ -180,13 +182,20 @@ class Run:
 
   @functools.cached_property
   def _to_sampling_params(self) -> Callable[[Params | None, Params], Params]:
-    return make_to_sampling_params(self.model, self.mesh, self.weights.shapes, self.chunks)
+    return make_to_sampling_params(
+      self.model, self.mesh, self.weights.shapes, self.chunks, self.rollout_mesh
+    )
 
   def matmul_precision(self) -> contextlib.AbstractContextManager[object]:
     """Sets the precision of matmuls for everything that is traced inside; see the config."""
     return matmul_precision(self.config)
 
   # --- the parts of the loop ----------------------------------------------------------------------
+
+  @property
+  def has_rollout_devices(self) -> bool:
+    """True if some devices only sample, and the others only learn."""
+    return self.rollout_mesh not in (None, self.mesh)
 
   @property
   def steps(self) -> int:
@@ -219,18 +228,20 @@ class Run:
     )
 
   def counted(
-    self, state: TrainState, step: int, accuracy: Float[np.ndarray, "D G"]
+    self, state: TrainState, step: int, rollout: Rollout
   ) -> tuple[TrainState, dict[str, float]]:
     """Returns the state with the completions of a step counted, and the curriculum's metrics.
 
     Args:
       state: with the counts before the step; without a curriculum it is returned as it is.
       step: number of the step.
-      accuracy: of its completions, as in `Rollout`.
+      rollout: its completions.
     """
     if self.curriculum is None:
       return state, {}
-    weights = curricula.weigh(self.curriculum, state.counts)
+    accuracy = rollout.accuracy
+    drawn_from = state.counts if rollout.drawn_from is None else rollout.drawn_from
+    weights = curricula.weigh(self.curriculum, drawn_from)
     order = curricula.weighted_order(weights, step)
     problems = data.examples(range(len(weights)), 0, len(accuracy), self.config.seed, order=order)
     counts = curricula.add(state.counts, problems, accuracy, self.config.data.memory)
@@ -386,9 +397,11 @@ def build(config: ConfigDict) -> Run:
   if problems:
     raise configs.ConfigError(problems)
 
-  mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
+  mesh, rollout_mesh = make_meshes(c)
   attempt(lambda: hosts.check_mesh(mesh))
-  chunks = Chunks(c.train.chunks, mesh) if c.train.reduction == "deterministic" else None
+  attempt(lambda: hosts.check_mesh(rollout_mesh))
+  deterministic_reduction = c.train.reduction == "deterministic"
+  chunks = Chunks(c.train.chunks, mesh) if deterministic_reduction else None
   longest = prompt_length + c.rollout.completion_length
   model = attempt(lambda: make_model(c, weights.config, mesh, longest))
   sampler = model and attempt(
@@ -396,15 +409,15 @@ def build(config: ConfigDict) -> Run:
       c,
       task,
       Sampler(
-        model=model,
+        model=model if rollout_mesh is mesh else make_model(c, weights.config, rollout_mesh, longest),
         tokenizer=tokenizer,
         prompt_length=prompt_length,
         completion_length=c.rollout.completion_length,
         temperature=c.rollout.temperature,
         stop=tuple(dict.fromkeys((*task.stop, *c.rollout.stop))),
         stop_ids=tuple(c.rollout.stop_ids),
-        prompt_sharding=meshes.batch_sharding(mesh),
-        chunks=chunks,
+        prompt_sharding=meshes.batch_sharding(rollout_mesh),
+        chunks=Chunks(c.train.chunks, rollout_mesh) if deterministic_reduction else None,
       ),
     )
   )
@@ -430,7 +443,26 @@ def build(config: ConfigDict) -> Run:
     teachers=tuple(teachers),
     chunks=chunks,
     curriculum=weigh,
+    rollout_mesh=rollout_mesh,
   )
+
+
+def make_meshes(c: ConfigDict, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh, Mesh]:
+  """Returns the mesh of the devices that learn and that of those that sample, often the same.
+
+  Args:
+    devices: default: all devices of all hosts.
+
+  Raises:
+    ConfigError: the devices that only sample cannot be shared out between the hosts.
+  """
+  try:
+    learners, samplers = meshes.split_devices(c.mesh.rollout_devices, devices)
+  except ValueError as error:
+    raise configs.ConfigError([str(error)]) from error
+  count = len(learners) + len(samplers)
+  mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, count), learners)
+  return mesh, meshes.make_mesh(configs.rollout_mesh_shape(c.mesh), samplers) if samplers else mesh
 
 
 def task_maker(c: ConfigDict) -> Callable[[], Task]:
@@ -572,20 +604,29 @@ def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str
 
 
 def make_to_sampling_params(
-  model: Decoder, mesh: Mesh, shapes: Params, chunks: Chunks | None = None
+  model: Decoder,
+  mesh: Mesh,
+  shapes: Params,
+  chunks: Chunks | None = None,
+  rollout_mesh: Mesh | None = None,
 ) -> Callable[[Params | None, Params], Params]:
   """Returns the jitted `to_sampling_params`, `(base_params, params) -> params`.
 
   Args:
     model, mesh, chunks: as in `Run`.
     shapes: shapes of all parameters of the model.
+    rollout_mesh: where the result lies, if not on `mesh`: it is copied there, after the program.
   """
   convert = partial(to_sampling_params, model, mesh)
   converted = jax.eval_shape(partial(convert, None), shapes)
   layout = meshes.param_shardings(mesh, converted, sampling=True)
   if chunks:
     convert = deterministic.replicated(convert, mesh)
-  return jax.jit(convert, out_shardings=layout)
+  convert = jax.jit(convert, out_shardings=layout)
+  if rollout_mesh in (None, mesh):
+    return convert
+  there = meshes.param_shardings(rollout_mesh, converted, sampling=True)
+  return lambda base_params, params: meshes.moved(convert(base_params, params), there)
 
 
 def to_sampling_params(
@@ -734,6 +775,7 @@ def rollout_config(
     max_resamples=c.rollout.max_resamples,
     mask_truncated=c.rollout.mask_truncated,
     demonstrations=demonstrations,
+    batch_sharding=meshes.batch_sharding(mesh),
     pad_prompts_to_multiple=smallest * -(-c.rollout.prompts_per_step // (BATCH_SIZES * smallest)),
   )
 

@@ -63,6 +63,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "rollout.completion_length": (1, LARGEST, "at least 1"),
   "rollout.temperature": (0, LARGEST, "above 0 (evaluation is always greedy)"),
   "rollout.max_resamples": (0, LARGEST, "at least 0"),
+  "rollout.ahead": (0, 64, "at least 0 steps"),
   "episode.turns": (1, 1000, "at least 1"),
   "episode.turn_length": (0, LARGEST, "at least 0 tokens"),
   "episode.observation_length": (0, LARGEST, "at least 0 tokens"),
@@ -100,6 +101,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "train.chunks": (1, LARGEST, "at least 1"),
   "train.max_skipped": (1, LARGEST, "at least 1"),
   "train.spike": (0, LARGEST, "0 (off) or above 1"),
+  "mesh.rollout_devices": (0, LARGEST, "at least 0"),
   "hosts.heartbeat": (1, _WEEKS, "at least 1 second"),
   "hosts.wait": (0, _WEEKS, "above 0 seconds"),
   "eval.every": (0, LARGEST, "at least 0"),
@@ -278,6 +280,9 @@ def default_config() -> ConfigDict:
   c.rollout.stop_ids = ()  # token ids that end a completion, besides the tokenizer's
   c.rollout.max_resamples = 0  # dynamic sampling: further draws to replace zero-variance groups
   c.rollout.mask_truncated = False  # leave completions that ran into the budget out of the loss
+  # Steps that sampling is ahead of the updates: the rollout of step n has the parameters after step
+  # n - ahead, and is scored while updates run. 0: one after the other. See docs/scale.md.
+  c.rollout.ahead = 0
 
   c.episode = Section()  # of tasks with tools or an environment; completion_length is its budget
   c.episode.turns = 4  # turns of the policy at most
@@ -397,6 +402,9 @@ def default_config() -> ConfigDict:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+  # With rollout.ahead: the last devices (of each host), this many over all hosts, only sample, and
+  # the axes above are those of the others. 0: all devices do both, in turn.
+  c.mesh.rollout_devices = 0
 
   c.hosts = Section()  # for a run on several hosts; see distributed/hosts.py
   c.hosts.heartbeat = 30  # seconds of silence after which a host counts as dead
@@ -717,6 +725,8 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
     data, fsdp, tensor = mesh_shape(c.mesh, device_count)
   except ValueError as error:
     return [str(error)]
+  if problems := _check_rollout_devices(c):
+    return problems
   if c.train.reduction == "deterministic":
     return _check_chunks(c, data * fsdp, tensor)
   parts = max(c.train.micro_batches, 1) * max(c.train.mini_batches, 1)
@@ -726,6 +736,44 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
       f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
       f"train.mini_batches={c.train.mini_batches} x train.micro_batches={c.train.micro_batches} "
       f"parts over mesh data={data} x fsdp={fsdp}; {_changes_that_divide(c, data * fsdp)}"
+    ]
+  return []
+
+
+def rollout_mesh_shape(mesh: ConfigDict) -> tuple[int, int, int]:
+  """Returns the shape of the mesh of the devices that only sample; see `mesh.rollout_devices`.
+
+  Weights are split over `tensor` as on the devices that learn, and prompts over the rest.
+  """
+  tensor = max(mesh.tensor, 1)
+  return mesh.rollout_devices // tensor, 1, tensor
+
+
+def _check_rollout_devices(c: ConfigDict) -> list[str]:
+  """Checks the devices that only sample against the rest of the config."""
+  count, tensor = c.mesh.rollout_devices, c.mesh.tensor
+  if not count:
+    return []
+  shown = f"mesh.rollout_devices is {count}"
+  if not c.rollout.ahead:
+    return [
+      f"{shown}, but rollout.ahead is 0: sampling and learning would wait for each other; set "
+      "rollout.ahead to 1 or more, or rollout_devices to 0"
+    ]
+  if tensor < 1 or count % tensor:
+    return [
+      f"{shown}, it must be a multiple of mesh.tensor={tensor}, which must be given as a number: "
+      "the sampler's weights are split over as many devices"
+    ]
+  shards = count // tensor
+  if c.rollout.prompts_per_step % shards:
+    return [
+      f"{shown}, which split the prompts {shards} ways, but rollout.prompts_per_step is "
+      f"{c.rollout.prompts_per_step}: make it a multiple of {shards}"
+    ]
+  if c.train.reduction == "deterministic" and c.train.chunks % count:
+    return [
+      f"{shown}, it must divide train.chunks={c.train.chunks} with train.reduction='deterministic'"
     ]
   return []
 
@@ -780,7 +828,16 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
 
 
 def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, int, int]:
-  """Returns (data, fsdp, tensor) with a -1 resolved; ValueError if they leave devices unused."""
+  """Returns (data, fsdp, tensor) with a -1 resolved; ValueError if they leave devices unused.
+
+  The devices that only sample (`mesh.rollout_devices`) are not among them.
+  """
+  if mesh.rollout_devices >= device_count:
+    raise ValueError(
+      f"mesh.rollout_devices is {mesh.rollout_devices} of {device_count} device(s), which leaves "
+      f"none to learn: it must be at most {device_count - 1}; 0 lets all devices do both"
+    )
+  device_count -= mesh.rollout_devices
   sizes = [mesh.data, mesh.fsdp, mesh.tensor]
   shown = f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}"
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):

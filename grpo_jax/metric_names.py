@@ -15,6 +15,7 @@ from grpo_jax.episodes import EPISODE_METRICS
 from grpo_jax.evaluate import metric_names as evaluation_names
 from grpo_jax.learning.critic import CRITIC_METRICS, VALUE_METRICS
 from grpo_jax.learning.skipping import SKIPPED
+from grpo_jax.learning.step import STALENESS
 from grpo_jax.run.ending import Condition
 from grpo_jax.statistics import rollout_metrics
 from grpo_jax.tasks.base import Task, unknown_name
@@ -44,6 +45,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   names = {*ALWAYS, *rollout, *_loss_names(c, algorithm)}
   if c.rollout.max_resamples:
     names.update(_RESAMPLING)
+  if c.rollout.ahead:
+    names.update(STALENESS, ["time/waiting"])
   if c.data.curriculum != curricula.OFF:
     names.update(curricula.METRICS)
   if "values" in algorithm.rewards:

@@ -66,7 +66,7 @@ def run_misfits(
       "data.curriculum to 'off'"
     )
   if algorithm:
-    problems += teacher_misfits(c, algorithm)
+    problems += teacher_misfits(c, algorithm) + ahead_misfits(c, algorithm)
   taught = configs.own_teacher(c) == "reference"
   if algorithm and algorithm.beta == 0 and c.reference.sync_every and not taught:
     problems.append(
@@ -151,6 +151,19 @@ def check_observations(task: Task, tokenizer: tokens.AnyTokenizer) -> None:
     return
   answer = [{"role": "tool", "name": "tool", "content": "?"}] if task.tools else "?"
   ObservationEncoder(tokenizer)(answer, last=-1, chat=True)
+
+
+def ahead_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:
+  """Checks that the loss makes up for rollouts of earlier parameters, or leaves it out by name."""
+  named = c.algorithm.correction == "none"
+  if not c.rollout.ahead or algorithm.compares_with_sampler or named:
+    return []
+  return [
+    f"rollout.ahead is {c.rollout.ahead}, but algorithm {c.algorithm.name!r} takes rollouts to be "
+    "from the policy it updates: set algorithm.anchor='sampler', which compares with the policy "
+    "that sampled; or algorithm.correction='token_truncate' with algorithm.correction_max=2.0; or "
+    "algorithm.correction='none', by name, to learn from them as they are"
+  ]
 
 
 def teacher_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:

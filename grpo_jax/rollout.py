@@ -2,7 +2,7 @@
 
 Three stages, each callable alone: `generate` samples a group of completions for each example,
 `score` calls the rewards, `make_batch` turns rewards into advantages on the device. `collect` is
-their composition.
+their composition. `begin` and `assemble` are its halves, for rollouts that are sampled ahead.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from grpo_jax.core.losses import lookup_algorithm
 from grpo_jax.core.masks import token_weights
 from grpo_jax.demonstrations import Demonstrations
 from grpo_jax.distributed import hosts
+from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
 from grpo_jax.learning import deterministic
 from grpo_jax.learning.batch import everywhere, laid_out, rows_of, select, trim
@@ -63,6 +64,8 @@ class RolloutConfig:
       compilations of the update.
     tokens: whether the samples hold the tokens of each completion (`token_records`), with their
       advantages where these differ between the tokens of a completion.
+    batch_sharding: sharding of the batch; None is that of the sampler's prompts. It differs where
+      some devices sample and others learn.
 
   Raises:
     ValueError: the group size is below 1, or 1 with a built-in advantage, which would be 0.
@@ -77,6 +80,7 @@ class RolloutConfig:
   demonstrations: Demonstrations | None = None
   pad_prompts_to_multiple: int = 1
   tokens: bool = False
+  batch_sharding: Sharding = None
 
   def __post_init__(self) -> None:
     check_group_size(self.row, self.group_size)
@@ -148,6 +152,7 @@ class Rollout:
       NaN for those that were not judged.
     rows: which prompt of the samples each prompt of the batch is. The batch may have empty ones
       behind.
+    drawn_from: counts of a curriculum that the problems were drawn by; None: those of the state.
   """
 
   batch: Batch
@@ -157,6 +162,7 @@ class Rollout:
   samples: list[dict[str, Any]]
   accuracy: Float[np.ndarray, "D G"]
   rows: Int[np.ndarray, "R"]
+  drawn_from: Float[np.ndarray, "n 2"] | None = None
 
   def add_ratios(self, ratios: Float[np.ndarray, "P G T"]) -> None:
     """Writes ratios of the tokens of the batch into those samples that hold tokens."""
@@ -194,6 +200,27 @@ def generate(
     return sampler(params, examples, key, group=group_size, first_prompt=first_prompt, **how)
   prompts = [example.prompt for example in examples]
   return sampler(params, prompts, key, group=group_size, first_prompt=first_prompt, **how)
+
+
+def begin(
+  sampler: Sampler | EpisodeSampler,
+  params: Params,
+  examples: Sequence[Example],
+  key: jax.Array,
+  *,
+  group_size: int,
+  first_prompt: int = 0,
+) -> Callable[[], Generated]:
+  """Starts `generate`, and returns the function that waits for its result.
+
+  The function starts no program and may be called in another thread. Episodes are the exception:
+  the host plays them turn by turn, so that all of it happens when the function is called.
+  """
+  how = {"group_size": group_size, "first_prompt": first_prompt}
+  if isinstance(sampler, EpisodeSampler):
+    return partial(generate, sampler, params, examples, key, **how)
+  prompts = [example.prompt for example in examples]
+  return sampler.begin(params, prompts, key, group=group_size, first_prompt=first_prompt)
 
 
 def score(
@@ -265,7 +292,7 @@ def make_batch(
       host["teacher"] = config.demonstrations(
         sampler.tokenizer, scored.examples, out.texts, scores.total
       )
-  layout = sampler.prompt_sharding
+  layout = _layout(sampler, config)
   weights = np.asarray(config.reward_weights, np.float32)
   arrays = hosts.to_global(host, layout)
   if rows is not None and np.array_equal(rows, np.arange(arrays["ended"].shape[0])):
@@ -310,11 +337,30 @@ def collect(
     )
   seconds = {"time/sampling": 0.0, "time/rewards": 0.0}
   sample = partial(_generate_and_score, sampler, params, draw, scorer, key, config, seconds)
+  return assemble(sample, sampler, config, seconds)
+
+
+def assemble(
+  sample: Callable[[int], Scored],
+  sampler: Sampler | EpisodeSampler,
+  config: RolloutConfig,
+  seconds: dict[str, float],
+  draws: int | None = None,
+) -> Rollout:
+  """Turns scored completions into a batch: `collect` from its third stage on.
+
+  Args:
+    sample: number of the draw -> its scored completions.
+    sampler: the sampler they are from.
+    seconds: metrics of the time of the first two stages, which `sample` may add to.
+    draws: number of draws at most; None is 1 + `config.max_resamples`.
+  """
+  most, layout = config.max_resamples + 1 if draws is None else draws, _layout(sampler, config)
   scored, draws = sample(0), 1
   arrays, order = _gather_all_hosts(scored, draws)
   batch, has_gradient = make_batch(scored, sampler, config, order)
   count = len(order)
-  while draws <= config.max_resamples and has_gradient.sum() < count:
+  while draws < most and has_gradient.sum() < count:
     scored, draws = _concatenate(scored, sample(draws)), draws + 1
     arrays, order = _gather_all_hosts(scored, draws)
     batch, has_gradient = make_batch(scored, sampler, config, order)
@@ -322,7 +368,7 @@ def collect(
   if isinstance(scored.out, Episodes):
     metrics |= scored.out.metrics()
   if config.demonstrations is not None:
-    metrics["teacher/taught"] = float(_share_taught(batch, sampler.prompt_sharding))
+    metrics["teacher/taught"] = float(_share_taught(batch, layout))
   if config.max_resamples:
     metrics |= {
       "dynamic_sampling/kept": has_gradient.mean(),
@@ -332,8 +378,8 @@ def collect(
   if draws > 1:
     rows = np.sort(np.argsort(~has_gradient, kind="stable")[:count])
     batch, has_gradient = make_batch(scored, sampler, config, order[rows])
-  advantage[rows] = np.asarray(_of_completions(batch, sampler.prompt_sharding))
-  chosen, by_token = rows, _of_tokens(batch, sampler.prompt_sharding) if config.tokens else None
+  advantage[rows] = np.asarray(_of_completions(batch, layout))
+  chosen, by_token = rows, _of_tokens(batch, layout) if config.tokens else None
   if not config.row.every_group_learns:
     rows = rows[has_gradient]
     batch = select(batch, np.flatnonzero(has_gradient), config.pad_prompts_to_multiple)
@@ -363,6 +409,11 @@ def collect(
 
 
 # --- parts ----------------------------------------------------------------------------------------
+
+
+def _layout(sampler: Sampler | EpisodeSampler, config: RolloutConfig) -> Sharding:
+  """Returns the sharding of the batch."""
+  return sampler.prompt_sharding if config.batch_sharding is None else config.batch_sharding
 
 
 def _generate_and_score(

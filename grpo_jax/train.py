@@ -12,7 +12,6 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ml_collections import ConfigDict
 import grpo_jax
 from grpo_jax import config as configs
 from grpo_jax import doctor
+from grpo_jax.ahead import Rollouts
 from grpo_jax.build import Run, build, schedule_steps
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.environments.base import EnvironmentFault
@@ -34,7 +34,7 @@ from grpo_jax.environments.workers import WorkerError
 from grpo_jax.evaluate import Evaluation, evaluate, table
 from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import Learner, SkippedError
-from grpo_jax.rollout import Rollout, collect
+from grpo_jax.rollout import Rollout
 from grpo_jax.run import (
   checkpoint,
   compilation,
@@ -51,7 +51,6 @@ from grpo_jax.run.health import Watcher
 from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Signals
 from grpo_jax.summary import describe
-from grpo_jax.tasks.rewards.logs import TrainerState
 from grpo_jax.tasks.rewards.scoring import RewardError
 from grpo_jax.tasks.rewards.workers import Scorer
 
@@ -167,8 +166,15 @@ def _train(
   run: Run, out: Output, watch: compilation.Watch, ending: Ending, session: dict[str, Any]
 ) -> dict[str, float]:
   """Runs the loop from the newest checkpoint to the last step, or until `ending` is reached."""
-  with out, run.matmul_precision(), run.scorer() as scorer, Signals() as signals:
+  with (
+    out,
+    run.matmul_precision(),
+    run.scorer() as scorer,
+    Signals() as signals,
+    Rollouts(run, scorer) as rollouts,
+  ):
     start, state = out.resume(run.initial_state(), run.evaluates_at)
+    rollouts.restore(out.pending)
     out.print(describe(run.config, run, start))
     out.print("compiling  sampling, evaluation and update, once each; later steps are faster")
     for finding in doctor.before(run):
@@ -177,29 +183,26 @@ def _train(
     update = run.learner(on_skip=recorder)
     session["memory"] = record.memory_of(update.held(state))
     for step in range(start, run.steps):
-      score = partial(scorer, state=TrainerState(step, run.steps))
-      with out.saved_if_it_raises(step, state):
+      with out.saved_if_it_raises(step, state, rollouts.saved):
         if run.evaluates_at(step):
-          out.write_evaluation(step, _evaluate(run, state.params, score))
+          out.write_evaluation(step, _evaluate(run, state.params, rollouts.scorer(step)))
         if ending.reached(out.latest):
           break
         out.start_step()
-        params, examples = run.to_sampling_params(state.params), run.examples(step, state.counts)
-        rollout = collect(run.sampler, params, examples, score, run.key(step), run.rollout_at(step))
+        rollout = rollouts.take(step, state)
       _check_scored(run, rollout, is_first=step == start)
       state, values = _learn(run, update, state, rollout, step)
-      state, counts = run.counted(state, step, rollout.accuracy)
+      state, counts = run.counted(state, step, rollout)
       watch.report(out.print)
       out.write_step(step, rollout.metrics | values | counts, rollout.samples, rollout.num_tokens)
       stop = signals.of_any_host()
       if stop or update.trouble or run.saves_at(step + 1):
-        out.save(step + 1, state)
+        out.save(step + 1, state, rollouts.saved)
       out.check()
       if update.trouble:
         raise SkippedError(f"{update.trouble}. {recorder.advice()}; step {step + 1} is saved")
       signals.check(step + 1, stop)
-    score = partial(scorer, state=TrainerState(out.finished, run.steps))
-    results = _finish(run, out, state, score, ending.reason)
+    results = _finish(run, out, state, rollouts, ending.reason)
     out.draw_curve()
   return results
 
@@ -216,7 +219,7 @@ def _learn(
 
 
 def _finish(
-  run: Run, out: Output, state: TrainState, scorer: Scorer, reason: str
+  run: Run, out: Output, state: TrainState, rollouts: Rollouts, reason: str
 ) -> dict[str, float]:
   """Evaluates the last state, if that was not done, and returns its metrics.
 
@@ -225,9 +228,9 @@ def _finish(
   """
   if reason:
     out.print(f"stopped after step {out.finished}: {reason}. Without that setting it goes on")
-    out.save(out.finished, state)
+    out.save(out.finished, state, rollouts.saved)
   if not (results := out.evaluation_at(out.finished)):
-    evaluation = _evaluate(run, state.params, scorer)
+    evaluation = _evaluate(run, state.params, rollouts.scorer(out.finished))
     out.write_evaluation(out.finished, evaluation)
     results = evaluation.metrics
   return results

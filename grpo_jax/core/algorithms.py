@@ -313,6 +313,11 @@ class Algorithm:
     return self.correction != "none" or self.sampler_penalty > 0
 
   @property
+  def compares_with_sampler(self) -> bool:
+    """True if the ratio or a correction makes up for a policy that has moved on since sampling."""
+    return self.anchor != "old" or self.correction != "none"
+
+  @property
   def needs_old(self) -> bool:
     """True if several updates on one batch need the log-probs from before the first of them."""
     return self.anchor != "sampler" or bool(self.penalizes) or self.teacher_weight > 0

@@ -162,6 +162,37 @@ def off_policy_mask(
   return jnp.where(far & (advantages < 0), 0.0, 1.0).astype(log_ratio.dtype)
 
 
+def effective_sample_size(
+  log_ratio: Float[Array, "*B T"], mask: Bool[Array, "*B T"]
+) -> Float[Array, ""]:
+  """Returns `(sum_i w_i)^2 / (n sum_i w_i^2)` with `w_i = exp(sum_t log_ratio)`, a share of n.
+
+  It is 1 where the policy is the sampler, and 1 / n where a single completion has all the weight:
+  an average with these weights is as uncertain as one of that share of the completions. Weights of
+  whole completions grow apart with their length.
+
+  Args:
+    log_ratio: log-probability of each drawn token under the policy minus that under the sampler.
+    mask: true on completion tokens. Completions without one do not count; the share is 1 if none
+      has one.
+
+  References:
+    Kong 1992, "A note on importance sampling using standardized weights".
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> log_ratio, mask = jnp.log(jnp.array([[3.0, 1.0], [0.5, 2.0]])), jnp.ones((2, 2), bool)
+    >>> round(float(effective_sample_size(log_ratio, mask)), 3)  # (3 + 1)^2 / (2 (9 + 1))
+    0.8
+  """
+  counts = mask.any(-1)
+  total = jnp.where(counts, jnp.where(mask, log_ratio, 0.0).sum(-1), -jnp.inf)
+  largest = jnp.max(total, initial=-jnp.inf)
+  weights = jnp.where(counts, finite_exp(total - jnp.where(counts.any(), largest, 0.0)), 0.0)
+  squares = jnp.where(counts.any(), (weights**2).sum() * counts.sum(), 1.0)
+  return jnp.where(counts.any(), weights.sum() ** 2 / squares, 1.0)
+
+
 def _mean(log_ratio: Array, mask: Array) -> Array:
   """Returns the mean over the tokens of each sequence, `[..., 1]`; 0 for an empty one."""
   lengths = jnp.maximum(mask.sum(-1, keepdims=True), 1)

@@ -58,8 +58,61 @@ def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None 
     devices: default: all devices of all hosts.
   """
   if devices is None:
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices, _ = split_devices(0)
   return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def split_devices(
+  rollout: int, devices: Sequence[jax.Device] | None = None
+) -> tuple[list[jax.Device], list[jax.Device]]:
+  """Returns (devices that learn, devices that sample), each in the order of their hosts.
+
+  The last devices of each host sample, so that prompts and weights stay on their host.
+
+  Args:
+    rollout: number of devices that only sample, over all hosts.
+    devices: default: all devices of all hosts.
+
+  Raises:
+    ValueError: they cannot be shared out evenly between the hosts.
+  """
+  devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+  by_host: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    by_host.setdefault(device.process_index, []).append(device)
+  if rollout % len(by_host):
+    raise ValueError(
+      f"mesh.rollout_devices is {rollout}, it must be a multiple of the {len(by_host)} hosts: the "
+      "last devices of each host sample"
+    )
+  share = rollout // len(by_host)
+  parts = [(own[: len(own) - share], own[len(own) - share :]) for own in by_host.values()]
+  return [d for own, _ in parts for d in own], [d for _, own in parts for d in own]
+
+
+def moved(tree: Any, shardings: Any) -> Any:
+  """Returns the arrays of a tree on the devices of another mesh.
+
+  On several hosts, each copies its own devices' shards to its other devices: both layouts must hold
+  the same shards on each host, as those of `param_shardings(..., sampling=True)` do.
+
+  Args:
+    shardings: a sharding for each leaf.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def one(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    own = {_bounds(shard.index, array.shape): shard.data for shard in array.addressable_shards}
+    indices = sharding.addressable_devices_indices_map(array.shape).items()
+    copies = [jax.device_put(own[_bounds(i, array.shape)], device) for device, i in indices]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, copies)
+
+  return jax.tree.map(one, tree, shardings)
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+  return tuple(part.indices(size) for part, size in zip(index, shape))
 
 
 def param_shardings(mesh: Mesh, tree: Any, *, sampling: bool = False) -> Any:

@@ -47,6 +47,8 @@ class Batch:
       such a term.
     entropy_coef: [P], the coefficient of an adaptive entropy bonus, the same for all prompts, which
       the step fills in; None without one.
+    staleness: [P], steps between the parameters that sampled and those before the updates, for
+      metrics; None for a rollout that was not sampled ahead.
     temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
       It is static: a step compiles once for each value.
   """
@@ -69,6 +71,7 @@ class Batch:
   taught: Bool[Array, "P G T"] | None = None
   nll_weights: Float[Array, "P G T"] | None = None
   entropy_coef: Float[Array, "P"] | None = None
+  staleness: Float[Array, "P"] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   def arrays(self) -> dict[str, jax.Array]:

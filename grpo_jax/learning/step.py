@@ -19,9 +19,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from grpo_jax.core.algorithms import Algorithm, lookup_algorithm
+from grpo_jax.core.corrections import effective_sample_size
 from grpo_jax.core.divergences import head_divergence
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.core.losses import policy_loss
+from grpo_jax.core.masks import masked_mean
 from grpo_jax.core.values import value_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.learning import deterministic
@@ -402,6 +404,8 @@ def make_loss(
       weights=batch.weights,
       nll_weights=batch.nll_weights,
     )
+    if batch.staleness is not None:
+      metrics |= staleness_metrics(batch, logp)
     if value_head is not None:
       values = values_of(params, hidden, batch)
       own, more = clipped_value_loss(values, batch, value_head.clip)
@@ -409,6 +413,23 @@ def make_loss(
     return total, metrics
 
   return loss
+
+
+# Metrics of a rollout that was sampled ahead.
+STALENESS = ("sampling/staleness", "sampling/effective_sample_size")
+
+
+def staleness_metrics(batch: Batch, logp: Float[Array, "P G T"]) -> dict[str, jax.Array]:
+  """Returns the mean age of the tokens in steps, and the effective sample size of the batch.
+
+  Args:
+    batch: with `staleness`.
+    logp: log-probs under the policy before the updates, unless the batch has them.
+  """
+  now = jax.lax.stop_gradient(logp) if batch.old_logp is None else batch.old_logp
+  ages = jnp.broadcast_to(batch.staleness[:, None, None], batch.mask.shape)
+  share = effective_sample_size(now - batch.sampler_logp, batch.mask)
+  return dict(zip(STALENESS, (masked_mean(ages, batch.mask), share)))
 
 
 def make_train_step(

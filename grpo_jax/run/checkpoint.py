@@ -1,8 +1,9 @@
 """Saves and restores checkpoints: parameters, optimizer state, moving reference, update count.
 
 Nothing else is needed: random streams are functions of (seed, step), and so is the order of the
-data, except that a curriculum also needs the counts of its problems, which are saved. A checkpoint
-is written to a folder with a temporary name; the digests of its files come last, then the folder is
+data, except that a curriculum also needs the counts of its problems, which are saved. Rollouts that
+are ahead of the updates are from earlier parameters: their completions are saved. A checkpoint is
+written to a folder with a temporary name; the digests of its files come last, then the folder is
 renamed. A kill leaves a complete checkpoint or none, and later damage is found before it is read.
 """
 
@@ -29,6 +30,7 @@ from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.holding import KeepNewest
 
 DIGESTS = "sha256.json"
+PENDING = "pending"  # field of the tree that holds rollouts ahead of the updates
 DAMAGED = "damaged"  # folder of a work directory that damaged checkpoints are moved to
 # Files without a digest. Orbax writes the time of the rename into the second one, after the
 # digests; nothing is read from it.
@@ -74,10 +76,14 @@ class Checkpoints:
     workdir: the work directory.
     keep: number of checkpoints to keep, the newest ones; more while others are being read.
     read_only: change nothing in the directory. Beside a run that writes, use `reading`.
+
+  Attributes:
+    pending: rollouts ahead of the updates, from the checkpoint that was restored last; see `save`.
   """
 
   def __init__(self, workdir: str | Path, keep: int, read_only: bool = False) -> None:
     self._folder, self._read_only = folder(workdir), read_only
+    self.pending: dict[str, np.ndarray] = {}
     self._saving: int | None = None  # step of the checkpoint that is being written
     self._bytes = 0  # size of a checkpoint
     options = ocp.CheckpointManagerOptions(
@@ -97,8 +103,11 @@ class Checkpoints:
     """Returns the step of the newest checkpoint, damaged or not; None if there is none."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState) -> None:
+  def save(self, step: int, state: TrainState, pending: dict[str, Any] | None = None) -> None:
     """Starts saving the state after `step` steps; returns once the arrays are copied to the host.
+
+    Args:
+      pending: rollouts that are ahead of the updates: NumPy arrays by name, alike on all hosts.
 
     Raises:
       SaveError: this checkpoint, or an earlier one in the background, could not be written.
@@ -115,6 +124,8 @@ class Checkpoints:
     with self._explain_errors():
       self._manager.wait_until_finished()
       self._saving, tree = step, state.to_dict()
+      if pending:
+        tree[PENDING] = pending
       self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
       self._manager.save(step, args=ocp.args.StandardSave(tree))
 
@@ -140,8 +151,11 @@ class Checkpoints:
     tree.pop("counts", None)
     if "counts" in saved:
       tree["counts"] = np.zeros(saved["counts"].shape, saved["counts"].dtype)
+    if PENDING in saved:
+      tree[PENDING] = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), saved[PENDING])
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
     tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    self.pending = jax.tree.map(np.asarray, tree.pop(PENDING, {}))
     state = TrainState.from_dict(tree)
     if state.history is None:
       state = dataclasses.replace(state, history=like.history)

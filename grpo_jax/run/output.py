@@ -36,6 +36,7 @@ class Output(contextlib.AbstractContextManager):
 
   Attributes:
     finished: number of finished steps.
+    pending: rollouts ahead of the updates, from the checkpoint that `resume` restored.
     latest: step and value of the newest record of each metric; on hosts that do not write, only of
       this process's own records.
   """
@@ -60,6 +61,7 @@ class Output(contextlib.AbstractContextManager):
     self._open.enter_context(self._checkpoints)
     self._num_tokens, self._step_start = 0.0, time.monotonic()
     self._saved = self.finished = 0
+    self.pending: dict[str, Any] = {}
     self.latest: dict[str, tuple[int, float | None]] = {}
 
   def resume(
@@ -82,6 +84,7 @@ class Output(contextlib.AbstractContextManager):
         all checkpoints are damaged.
     """
     start, state = self._checkpoints.resume(state, _warn)
+    self.pending = self._checkpoints.pending
     if start > self._steps:
       raise WorkdirError(
         f"{self.workdir} holds {start} finished steps, and steps is {self._steps}: set "
@@ -160,10 +163,15 @@ class Output(contextlib.AbstractContextManager):
     own = hosts.gathered_json([own if hosts.is_first() else {}])[0]
     return {name: math.nan if value is None else value for name, value in own.items()}
 
-  def save(self, steps: int, state: TrainState) -> None:
+  def save(
+    self, steps: int, state: TrainState, pending: Callable[[], dict[str, Any]] = dict
+  ) -> None:
     """Starts saving the state after `steps` steps, once the metrics of these steps are on the disk.
 
     A state that is saved already is not saved again.
+
+    Args:
+      pending: returns the rollouts ahead of the updates, as `Checkpoints.save` takes them.
 
     Raises:
       SaveError: this checkpoint, or an earlier one in the background, could not be written.
@@ -173,11 +181,13 @@ class Output(contextlib.AbstractContextManager):
       return
     self._late.flush()
     self._writer.sync()
-    self._checkpoints.save(steps, state)
+    self._checkpoints.save(steps, state, pending())
     self._saved = steps
 
   @contextlib.contextmanager
-  def saved_if_it_raises(self, steps: int, state: TrainState) -> Iterator[None]:
+  def saved_if_it_raises(
+    self, steps: int, state: TrainState, pending: Callable[[], dict[str, Any]] = dict
+  ) -> Iterator[None]:
     """Saves the state after `steps` steps if the body raises, and lets the error go on.
 
     Ctrl-C does not save: a second one stops at once. On several hosts, only an error that all of
@@ -185,13 +195,14 @@ class Output(contextlib.AbstractContextManager):
 
     Args:
       state: the state before the body, which must not donate it.
+      pending: as in `save`.
     """
     try:
       yield
     except Exception as error:
       if steps > self._saved and (jax.process_count() == 1 or hosts.raised_together(error)):
         try:
-          self.save(steps, state)
+          self.save(steps, state, pending)
           self.print(f"the state after {steps} steps is saved; the same command continues")
         except (OSError, ValueError, checkpoint.NotFiniteError) as reason:
           _warn(f"the state after {steps} steps could not be saved: {reason}")

@@ -157,16 +157,40 @@ class Sampler:
         another distribution than was sampled.
       first_prompt: number of the first prompt of the first host.
     """
+    return self.begin(
+      params, prompts, key, group=group, temperature=temperature, token_filter=token_filter,
+      first_prompt=first_prompt,
+    )()  # fmt: skip
+
+  def begin(
+    self,
+    params: Params,
+    prompts: Sequence[str | Messages],
+    key: jax.Array,
+    *,
+    group: int,
+    temperature: float | None = None,
+    token_filter: TokenFilter | None = None,
+    first_prompt: int = 0,
+  ) -> Callable[[], Generated]:
+    """Starts the program of a call, and returns the function that waits for its result.
+
+    The function only fetches and decodes, so that it may be called in another thread.
+    """
     start = self.prepare(prompts, key, group, first_prompt, temperature, token_filter)
     out = self._program(params, *start.on_device, start.stop_table, **start.how)
-    out = hosts.to_local(out)
-    return Generated(
-      prompts=start.prompts,
-      prompt_mask=start.prompt_mask,
-      **vars(out),
-      texts=self.texts(out.tokens, out.mask),
-      temperature=start.how["temperature"],
-    )
+
+    def finish() -> Generated:
+      local = hosts.to_local(out)
+      return Generated(
+        prompts=start.prompts,
+        prompt_mask=start.prompt_mask,
+        **vars(local),
+        texts=self.texts(local.tokens, local.mask),
+        temperature=start.how["temperature"],
+      )
+
+    return finish
 
   def prepare(
     self,
