@@ -160,9 +160,9 @@ def ahead_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:
     return []
   return [
     f"rollout.ahead is {c.rollout.ahead}, but algorithm {c.algorithm.name!r} takes rollouts to be "
-    "from the policy it updates: set algorithm.anchor='sampler', which compares with the policy "
-    "that sampled; or algorithm.correction='token_truncate' with algorithm.correction_max=2.0; or "
-    "algorithm.correction='none', by name, to learn from them as they are"
+    "from the policy it updates: set algorithm.correction='token_truncate' with "
+    "algorithm.correction_max=2.0; or algorithm.anchor='sampler', which compares with the policy "
+    "that sampled; or algorithm.correction='none', by name, to learn from them as they are"
   ]
 
 

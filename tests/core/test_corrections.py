@@ -4,7 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.core.corrections import CORRECTIONS, correction_weights, lookup_correction
+from grpo_jax.core.corrections import (
+  CORRECTIONS,
+  correction_weights,
+  effective_sample_size,
+  lookup_correction,
+)
 from tests.helpers.arrays import assert_close
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
@@ -125,3 +130,14 @@ def test_log_ratios_of_100_are_finite(name):
 
 def test_every_correction_is_tested():
   assert set(WEIGHTS) == set(CORRECTIONS)
+
+
+def test_effective_sample_size_by_hand():
+  """Products 0.15 and 0.6: (0.75)^2 / (2 (0.0225 + 0.36)); a third completion has no token."""
+  log_ratio = jnp.concatenate([jnp.asarray(LOG_RATIOS), jnp.full((1, 4), jnp.nan)])
+  mask = jnp.array([[True], [True], [False]]) & jnp.ones((3, 4), bool)
+  assert_close(effective_sample_size(log_ratio, mask), 0.5625 / 0.765)
+  assert_close(effective_sample_size(jnp.zeros((2, 4)), jnp.ones((2, 4), bool)), 1.0)
+  assert_close(effective_sample_size(log_ratio, jnp.zeros((3, 4), bool)), 1.0)
+  far = jnp.array([[[500.0, 500.0]], [[0.0, -400.0]]])  # [P, G, T]; one has all the weight
+  assert_close(effective_sample_size(far, jnp.ones((2, 1, 2), bool)), 0.5)

@@ -17,7 +17,7 @@ from grpo_jax.run.metrics import read_metrics
 from tests.helpers.processes import finish, free_port, run, start
 
 HEARTBEAT = 10  # seconds
-TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards")
+TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards", "time/waiting")
 
 
 # --- one process ----------------------------------------------------------------------------------

@@ -83,7 +83,10 @@ for workdir, overrides in json.loads(sys.argv[1]).items():
   train.run(load("experiments/tiny.py", [f"--config.{o}" for o in overrides]), workdir)
 """
 # Metrics of the time, and of the padding, which the mesh decides.
-OWN = ("step_time", "tokens_per_second", "time/sampling", "time/rewards", "update/padded")
+OWN = (
+  "step_time", "tokens_per_second", "time/sampling", "time/rewards", "time/waiting",
+  "update/padded",
+)  # fmt: skip
 
 
 def run_all(folder, shape):

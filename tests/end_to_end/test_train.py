@@ -30,7 +30,7 @@ FAST = [
   "--config.rollout.completion_length=5",
   "--config.log.samples=0",
 ]
-TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards")
+TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards", "time/waiting")
 
 
 def one_device(*arguments, module="grpo_jax.train", **popen):

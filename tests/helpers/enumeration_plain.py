@@ -327,7 +327,12 @@ CORRECTION_SLOPES = {
 
 def off_policy(slope, distance):
   """Returns the expected gradient on completions of the policy at `distance`, groups of 2."""
-  tokens = [Tokens(prompt, world.POLICY - distance * world.SHIFT) for prompt in range(2)]
+  return off_policy_of(slope, world.POLICY - distance * world.SHIFT)
+
+
+def off_policy_of(slope, old):
+  """Returns the expected gradient on completions of the policy with logits `old`, groups of 2."""
+  tokens = [Tokens(prompt, old) for prompt in range(2)]
   slopes = [np.broadcast_to(slope(t), (15, 15, BUDGET)) for t in tokens]
   coefficients = [(t.pair[..., None] * s).sum(1) / 2 for t, s in zip(tokens, slopes)]
   return pull(np.array(coefficients), world.POLICY)

@@ -55,7 +55,12 @@ def drawn_by(distance: float) -> np.ndarray:
 
 def ascent(expected: Expected) -> np.ndarray:
   """Returns the direction of the update times the token budget; `constant` is then a plain sum."""
-  return -world.MAX_LENGTH * expected.gradient
+  return ascent_of(expected.gradient)
+
+
+def ascent_of(gradient: np.ndarray) -> np.ndarray:
+  """Returns `ascent` of the gradient of an expected loss."""
+  return -world.MAX_LENGTH * gradient
 
 
 def advantages(name: str, ids) -> jax.Array:
@@ -336,6 +341,38 @@ def correction_case(name: str, distance: float) -> Comparison:
   """Compares a correction for a sampler `distance` away from the trainer, without old_logp."""
   expected = _correction_expectation(name)(world.POLICY, drawn_by(distance))
   return world.compare(ascent(expected), reward_gradient())
+
+
+RATE = 1.0  # learning rate of the updates that make a rollout stale
+
+
+@functools.cache
+def policy_before(updates: int) -> np.ndarray:
+  """Returns the logits of the policy so many steps of gradient ascent before `world.POLICY`."""
+  theta = world.POLICY
+  for _ in range(updates):
+    theta = theta - RATE * reward_gradient(theta)
+  return theta
+
+
+def stale_gradient(row: Algorithm, updates: int) -> np.ndarray:
+  """Returns the expected gradient of a row on a rollout of the policy `updates` before, one update.
+
+  The groups are of `FEW`, the old policy is the current one, and there is no KL term.
+  """
+
+  def loss(logp, drawn_logp, ids):
+    return policy_loss(
+      dataclasses.replace(row, beta=0.0),
+      logp,
+      advantages(row.advantage, ids),
+      mask(ids),
+      sampler_logp=drawn_logp,
+      max_length=world.MAX_LENGTH,
+    )
+
+  expect = world.expectation(loss, world.list_groups(world.PROMPTS, FEW))
+  return expect(world.POLICY, policy_before(updates)).gradient
 
 
 @functools.cache

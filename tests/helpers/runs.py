@@ -10,7 +10,7 @@ from grpo_jax.run import checkpoint
 from grpo_jax.run.metrics import read_metrics
 from tests.helpers.learning import bits
 
-TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards")
+TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards", "time/waiting")
 
 
 def train_on(width, workdir, options):
