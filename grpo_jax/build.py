@@ -409,7 +409,9 @@ def build(config: ConfigDict) -> Run:
       c,
       task,
       Sampler(
-        model=model if rollout_mesh is mesh else make_model(c, weights.config, rollout_mesh, longest),
+        model=model
+        if rollout_mesh is mesh
+        else make_model(c, weights.config, rollout_mesh, longest),
         tokenizer=tokenizer,
         prompt_length=prompt_length,
         completion_length=c.rollout.completion_length,
