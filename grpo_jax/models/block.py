@@ -11,10 +11,11 @@ from typing import TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from grpo_jax.core.checks import Array
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.experts import Form, Routing, blocked, route
 from grpo_jax.models.rope import Rotation, rotate
 
 Output = TypeVar("Output")
@@ -25,7 +26,7 @@ ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
 
 class Block(nn.Module):
-  """Computes one layer: attention and a gated MLP, each after an RMS norm and with a residual.
+  """Computes one layer: attention, and a gated MLP or a mixture of them, each with a residual.
 
   A projection whose parameters include a low-rank pair `<name>_lora_a` [in, r] and
   `<name>_lora_b` [r, out] adds `lora_scale * (h @ a) @ b`.
@@ -33,6 +34,7 @@ class Block(nn.Module):
   Attributes:
     config: shape and family of the model.
     lora_scale: factor on the product of a low-rank pair, alpha / rank.
+    form: how products with the matrices of experts are grouped, see `experts.grouping_of`.
 
   References:
     Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1.
@@ -40,20 +42,27 @@ class Block(nn.Module):
 
   config: ModelConfig
   lora_scale: float = 1.0
+  form: Form = blocked
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "P S D"], rotation: Rotation, attend: Attend[Output]
-  ) -> tuple[Float[Array, "P S D"], Output]:
+    self,
+    x: Float[Array, "P S D"],
+    rotation: Rotation,
+    attend: Attend[Output],
+    chosen: Int[Array, "P S k"] | None = None,
+  ) -> tuple[Float[Array, "P S D"], Output, Routing | None]:
     """Applies the layer.
 
     Args:
       x: hidden states.
       rotation: rotary embedding of the tokens' positions.
       attend: computes attention from rotated queries, rotated keys and values.
+      chosen: experts that were chosen before; None chooses the most probable ones.
 
     Returns:
-      New hidden states, and the second value of `attend`.
+      New hidden states, the second value of `attend`, and the routing of the P S tokens; None
+      without experts.
     """
     c = self.config
     h = self.norm(x, "attn_norm") if c.pre_norm else x
@@ -65,8 +74,35 @@ class Block(nn.Module):
     h = self.project(mixed.reshape(*h.shape[:-1], c.heads * c.head_dim), "o", c.width)
     x = self.add(x, h, "attn_post_norm")
     h = self.norm(x, "mlp_norm") if c.pre_norm else x
+    h, routing = self.mixture(h, chosen) if c.experts else (self.mlp(h), None)
+    return self.add(x, h, "mlp_post_norm"), output, routing
+
+  def mlp(self, h: Float[Array, "P S D"]) -> Float[Array, "P S D"]:
+    """Applies the gated MLP."""
+    c = self.config
     gated = ACTIVATIONS[c.activation](self.project(h, "gate", c.mlp)) * self.project(h, "up", c.mlp)
-    return self.add(x, self.project(gated, "down", c.width), "mlp_post_norm"), output
+    return self.project(gated, "down", c.width)
+
+  def mixture(
+    self, h: Float[Array, "P S D"], chosen: Int[Array, "P S k"] | None
+  ) -> tuple[Float[Array, "P S D"], Routing]:
+    """Applies the MLPs of each token's experts."""
+    c, tokens = self.config, h.reshape(-1, h.shape[-1])
+    if chosen is not None:
+      chosen = chosen.reshape(len(tokens), -1)
+    logits = self.project(tokens, "router", c.experts)
+    routing = route(logits, c.experts_per_token, c.router_normalized, chosen)
+    group = self.form(routing, c.experts)
+
+    def project(rows: Array, name: str, size: int) -> Array:
+      shape = (c.experts, rows.shape[-1], size)
+      init = nn.initializers.normal(rows.shape[-1] ** -0.5)
+      return group.product(rows, self.param(name, init, shape))
+
+    rows = group.spread(tokens)
+    gate, up = (project(rows, f"experts_{name}", c.mlp) for name in ("gate", "up"))
+    rows = project(ACTIVATIONS[c.activation](gate) * up, "experts_down", c.width)
+    return group.combine(rows).reshape(h.shape), routing
 
   def heads(self, h: Float[Array, "P S D"], name: str) -> Float[Array, "P S h d"]:
     """Returns the queries, keys or values before rotation, and before a norm of each head."""
@@ -75,6 +111,8 @@ class Block(nn.Module):
     out = self.project(h, name, count * c.head_dim)
     if c.qk_norm == "all" and name != "v":
       out = self.norm(out, f"{name}_norm")
+    if c.clip_qkv is not None:
+      out = jnp.clip(out, -c.clip_qkv, c.clip_qkv)
     return out.reshape(*h.shape[:-1], count, c.head_dim)
 
   def add(

@@ -49,7 +49,7 @@ class ModelConfig:
     heads: query heads, H.
     kv_heads: key-value heads, K; divides `heads`.
     head_dim: head size, Dh.
-    mlp: hidden size of the MLP, F.
+    mlp: hidden size of the MLP, F, or of each expert.
     rope_theta: base of the rotary frequencies.
     norm_eps: epsilon of all RMS norms.
     tied: use the embedding as the head.
@@ -80,6 +80,12 @@ class ModelConfig:
       layers rotate.
     query_growth: queries at position p are multiplied by `1 + query_growth ln(1 + floor(p / n))`,
       where n is `rope_scaling.original`; 0 leaves them as they are.
+    clip_qkv: queries, keys and values are clipped to this absolute value before rotation; None
+      disables it.
+    experts: number of MLPs of a layer of which each token passes through some, E; 0 for one MLP
+      without a router.
+    experts_per_token: number of experts of a token, k.
+    router_normalized: the weights of a token's experts sum to one.
     names: names of the tensors in Hugging Face files, a key of `weights.NAMES`.
   """
 
@@ -115,6 +121,10 @@ class ModelConfig:
   interleaved: bool = False
   unrotated_layers: tuple[bool, ...] = ()
   query_growth: float = 0.0
+  clip_qkv: float | None = None
+  experts: int = 0
+  experts_per_token: int = 0
+  router_normalized: bool = False
   names: str = "llama"
 
 
@@ -124,11 +134,13 @@ MAX_LAYERS = 10_000
 _LIMITS = {
   "vocab_size": 10**8, "width": 10**6, "layers": MAX_LAYERS, "heads": 10**5, "kv_heads": 10**5,
   "head_dim": 10**5, "mlp": 10**7, "labels": 10**6, "context": 10**9,
+  "experts": 10**5,
 }  # fmt: skip
 
 
 _MAY_BE_ZERO = (
-  "labels", "window", "norm_eps", "norm_offset", "rotary", "query_growth",
+  "labels", "window", "norm_eps", "norm_offset", "rotary", "query_growth", "experts",
+  "experts_per_token",
   "rope_scaling.original",
 )  # fmt: skip
 
@@ -162,6 +174,11 @@ def check_numbers(config: ModelConfig, where: str) -> None:
   ):
     if flags and len(flags) != config.layers:
       raise ValueError(f"{where}: {len(flags)} layers are named {what}, of {config.layers}")
+  if config.experts and not 0 < config.experts_per_token <= config.experts:
+    raise ValueError(
+      f"{where}: {config.experts_per_token} experts per token, of {config.experts}; it must be at "
+      "least 1 and at most their number"
+    )
   if config.rotary % 2 or config.rotary > config.head_dim:
     raise ValueError(
       f"{where}: {config.rotary} dimensions of each head rotate; it must be an even number of at "

@@ -28,6 +28,7 @@ from grpo_jax.models.attention import (
 )
 from grpo_jax.models.block import Block, rms_norm
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.experts import Form, Routing, blocked
 from grpo_jax.models.protocol import Cache, Params
 from grpo_jax.models.rope import frequencies, query_factor, rotation
 
@@ -131,6 +132,7 @@ class Decoder:
     length: longest sequence in tokens, prompt and completion, that the program computes. A
       "longrope" scaling chooses its divisors by it, once for all sequences; 0 chooses those for
       short ones.
+    form: how products with the matrices of experts are grouped, see `experts.grouping_of`.
 
   Example:
     >>> model = Decoder(ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1,
@@ -151,6 +153,7 @@ class Decoder:
   prompt_shards: int = 1
   attention: Callable[..., Array] = tiled_attention
   length: int = 0
+  form: Form = blocked
 
   def init(self, key: Array) -> Params:
     """Returns random float32 parameters, layers stacked."""
@@ -186,7 +189,8 @@ class Decoder:
     per_layer: Any = None,
     cache: Cache = None,
     policy: Callable | None = None,
-  ) -> tuple[Float[Array, "P S D"], Any, Cache]:
+    chosen: Int[Array, "L P S k"] | None = None,
+  ) -> tuple[Float[Array, "P S D"], Any, Cache, Routing | None]:
     """Runs all layers and the final norm.
 
     Args:
@@ -198,9 +202,11 @@ class Decoder:
       per_layer: a tree with one entry per layer.
       cache: the cache given to the first layer.
       policy: what a layer saves for its backward pass, a value of `REMAT`.
+      chosen: experts of each token that were chosen before; None chooses them here.
 
     Returns:
-      Final hidden states, the outputs of `attend` for all layers, and the new cache.
+      Final hidden states, the outputs of `attend` for all layers, the new cache, and the routing of
+      all layers with axes [L, P, S, ...]; None for a model without experts.
     """
     c = self.config
     scaling, rotary = c.rope_scaling, c.rotary or c.head_dim
@@ -219,7 +225,7 @@ class Decoder:
       factor = query_factor(positions, c.query_growth, scaling.original).astype(self.dtype)
 
     def body(carry, inputs):
-      (x, cache), (layer, (is_local, is_unrotated), entry, index) = carry, inputs
+      (x, cache), (layer, (is_local, is_unrotated, experts), entry, index) = carry, inputs
       x = self.place("hidden", x)
       layer_by = by
       if is_local is not None:
@@ -232,18 +238,26 @@ class Decoder:
         q = q if factor is None else q * factor
         return attend(q, k, v, is_local, entry, cache, index)
 
-      block = Block(c, self.lora_scale)
-      x, (cache, output) = block.apply({"params": layer}, x, layer_by, attend_here)
-      return (self.place("hidden", x), cache), output
+      block = Block(c, self.lora_scale, self.form)
+      x, (cache, output), routing = block.apply(
+        {"params": layer}, x, layer_by, attend_here, experts
+      )
+      return (self.place("hidden", x), cache), (output, routing)
 
     if policy is not None:
       body = jax.checkpoint(body, policy=policy)
     table = self.place("table", params["embed"])
     x = table[tokens].astype(self.dtype) * jnp.asarray(c.embed_scale, self.dtype)
-    flags = local, unrotated
+    flags = local, unrotated, chosen
     (x, cache), outputs = _run_layers(body, (x, cache), params["layers"], flags, per_layer)
+    if isinstance(params["layers"], tuple):
+      outputs, routings = zip(*outputs)
+      routing = jax.tree.map(lambda *each: jnp.stack(each), *routings)
+    else:
+      outputs, routing = outputs
+    routing = jax.tree.map(lambda a: a.reshape(len(a), *tokens.shape, -1), routing)
     x = rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset)
-    return (x if c.hidden_divisor == 1 else x / c.hidden_divisor), outputs, cache
+    return (x if c.hidden_divisor == 1 else x / c.hidden_divisor), outputs, cache, routing
 
   @property
   def _score_options(self) -> dict[str, float | None]:
@@ -277,7 +291,7 @@ class Decoder:
       options = {"window": self.config.window, **self._score_options}
       return self.attention(q, k, v, mask, local, **options), (None, prefix)
 
-    hidden, prefix, _ = self._layers(params, tokens, prompt_positions(mask), attend)
+    hidden, prefix, *_ = self._layers(params, tokens, prompt_positions(mask), attend)
     return hidden[:, -1], prefix
 
   def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Cache:
@@ -420,7 +434,7 @@ class Decoder:
 
     all_positions = jnp.broadcast_to(positions, (count, group * length))
     flat = tokens.reshape(count, group * length)
-    hidden, _, cache = self._layers(params, flat, all_positions, attend, prefix, cache)
+    hidden, _, cache, _ = self._layers(params, flat, all_positions, attend, prefix, cache)
     return hidden.reshape(count, group, length, -1), cache
 
   def score(
@@ -464,6 +478,6 @@ class Decoder:
 
     tokens = jnp.concatenate([prompts, flat(completions[..., :length])], axis=1)
     positions = jnp.concatenate([in_prompt, jnp.tile(in_completion, (1, group))], axis=1)
-    hidden, _, _ = self._layers(params, tokens, positions, attend, policy=policy)
+    hidden, *_ = self._layers(params, tokens, positions, attend, policy=policy)
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
     return jnp.concatenate([first, grouped(hidden)], axis=2)

@@ -240,6 +240,47 @@ def _granite(f: Fields) -> dict[str, Any]:
   }
 
 
+def _qwen3_moe(f: Fields) -> dict[str, Any]:
+  if f.integer("decoder_sparse_step", 1) != 1 or f.get("mlp_only_layers"):
+    raise ValueError(
+      f"{f.where}: decoder_sparse_step {f.get('decoder_sparse_step')} and mlp_only_layers "
+      f"{f.get('mlp_only_layers')} make layers with and without experts, which are not supported; "
+      "use a model in which all layers have experts (1 and [])"
+    )
+  windows = {}
+  if f.flag("use_sliding_window") and f.get("sliding_window") is not None:
+    windows = _local(f, [True] * f.layers)
+  return {
+    **windows,
+    **_llama(f),
+    **_experts(f, f.integer("num_local_experts", f.get("num_experts", 128)), "qwen_moe"),
+    "mlp": f.integer("moe_intermediate_size", 768),
+    "router_normalized": f.flag("norm_topk_prob"),
+    "qk_norm": True,
+  }
+
+
+def _olmoe(f: Fields) -> dict[str, Any]:
+  return {
+    **_llama(f),
+    **_experts(f, f.integer("num_experts", f.get("num_local_experts", 64)), "qwen_moe"),
+    "router_normalized": f.flag("norm_topk_prob"),
+    "qk_norm": "all",
+    "clip_qkv": f.cap("clip_qkv"),
+  }
+
+
+def _mixtral(f: Fields) -> dict[str, Any]:
+  experts = _experts(f, f.integer("num_local_experts", 8), "mixtral")
+  return _mistral(f) | experts | {"router_normalized": True}
+
+
+def _experts(f: Fields, count: int, names: str) -> dict[str, Any]:
+  """Returns the fields that all mixtures of experts share."""
+  used = f.integer("num_experts_per_tok")
+  return {"experts": count, "experts_per_token": used, "names": names}
+
+
 def _gemma2(f: Fields) -> dict[str, Any]:
   return _gemma(f, pattern=2) | {"attn_softcap": f.cap("attn_logit_softcapping")}
 
@@ -320,6 +361,24 @@ def _describe_olmo3(c: ModelConfig) -> dict[str, Any]:
     return {}
   local = {"rope_type": "default", "rope_theta": c.local_rope_theta}
   return {"rope_parameters": {GLOBAL: {"rope_type": "default"}, LOCAL: local}}
+
+
+def _describe_qwen3_moe(c: ModelConfig) -> dict[str, Any]:
+  return {
+    "num_experts": c.experts,
+    "moe_intermediate_size": c.mlp,
+    "norm_topk_prob": c.router_normalized,
+    "use_sliding_window": bool(c.local_layers),
+  }
+
+
+def _describe_olmoe(c: ModelConfig) -> dict[str, Any]:
+  clip = {} if c.clip_qkv is None else {"clip_qkv": c.clip_qkv}
+  return {"num_experts": c.experts, "norm_topk_prob": c.router_normalized} | clip
+
+
+def _describe_mixtral(c: ModelConfig) -> dict[str, Any]:
+  return {"num_local_experts": c.experts}
 
 
 def _describe_exaone4(c: ModelConfig) -> dict[str, Any]:
@@ -412,6 +471,15 @@ FAMILIES: dict[str, Family] = {
      "tie_word_embeddings": True}, wraps=True),
   "exaone4": Family("Exaone4ForCausalLM", "Exaone4ForSequenceClassification", _exaone4,
     {"rms_norm_eps": 1e-5, "sliding_window": 4096}, describes=_describe_exaone4),
+  "qwen3_moe": Family("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification", _qwen3_moe,
+    {"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096,
+     "num_experts_per_tok": 8}, describes=_describe_qwen3_moe),
+  "olmoe": Family("OlmoeForCausalLM", None, _olmoe,
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts_per_tok": 8},
+    describes=_describe_olmoe),
+  "mixtral": Family("MixtralForCausalLM", "MixtralForSequenceClassification", _mixtral,
+    {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+     "num_experts_per_tok": 2, "sliding_window": None}, describes=_describe_mixtral),
 }
 # fmt: on
 
@@ -465,13 +533,13 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
     heads=heads,
     kv_heads=kv_heads,
     head_dim=head_dim,
-    mlp=f.integer("intermediate_size"),
     norm_eps=f.number("rms_norm_eps", 1e-6),
     # The entry of the larger model takes precedence.
     tied=top.flag("tie_word_embeddings", f.flag("tie_word_embeddings")),
     context=f.integer("max_position_embeddings", 2048),
     labels=_labels(top) if is_classifier else 0,
     activation=_ACTIVATIONS[activation],
+    **({"mlp": f.integer("intermediate_size")} if "mlp" not in overrides else {}),
     **_rope(f, local=bool(overrides.get("local_layers")), partial="rotary" in overrides),
     **overrides,
   )

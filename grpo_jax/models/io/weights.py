@@ -30,12 +30,12 @@ class Row(NamedTuple):
 
   Attributes:
     path: path in the parameter tree.
-    hf: name in Hugging Face files; `{}` is the layer. Parameters of a layer are stacked on a
-      leading axis in the tree.
+    hf: name in Hugging Face files; `{}` is the layer, a second `{}` the expert. Parameters of a
+      layer are stacked on leading axes of layers and experts in the tree.
     gguf: name in GGUF files.
     dims: shape in the files, one letter per axis: V vocabulary, D hidden size, Q query heads x head
-      size, K key-value heads x head size, H head size, F hidden size of the MLP, C labels. Matrices
-      of a layer are [out, in] in the files and [in, out] in the tree.
+      size, K key-value heads x head size, H head size, F hidden size of the MLP, C labels, E
+      experts. Matrices of a layer are [out, in] in the files and [in, out] in the tree.
     fused: first axes of all parameters that one tensor holds, one above the other, where it holds
       several.
     place: index of this parameter among them.
@@ -52,6 +52,11 @@ class Row(NamedTuple):
   def in_layer(self) -> bool:
     """Returns whether the parameter belongs to a layer."""
     return self.path.startswith("layers/")
+
+  @property
+  def by_expert(self) -> bool:
+    """Returns whether each expert has a tensor of its own."""
+    return self.hf.count("{}") == 2
 
 
 _LAYER = "model.layers.{}."
@@ -98,6 +103,25 @@ _FUSED_ATTENTION = tuple(
   Row(f"layers/{name}", _QKV, "blk.{}.attn_qkv.weight", dims, "QKK", place)
   for place, (name, dims) in enumerate((("q", "QD"), ("k", "KD"), ("v", "KD")))
 )
+
+
+def _experts(prefix: str, names: tuple[str, str, str]) -> tuple[Row, ...]:
+  """Returns the rows of a router, and of experts with one tensor for each matrix."""
+  matrices = zip(("gate", "up", "down"), names, ("FD", "FD", "DF"))
+  return (
+    Row("layers/router", prefix + "gate.weight", "blk.{}.ffn_gate_inp.weight", "ED"),
+    *(
+      Row(
+        f"layers/experts_{name}",
+        f"{prefix}experts.{{}}.{hf}.weight",
+        f"blk.{{}}.ffn_{name}_exps.weight",
+        dims,
+      )
+      for name, hf, dims in matrices
+    ),
+  )
+
+
 NAMES: dict[str, tuple[Row, ...]] = {
   "llama": (),
   "gemma": (
@@ -114,6 +138,8 @@ NAMES: dict[str, tuple[Row, ...]] = {
         "blk.{}.post_ffw_norm.weight", "D"),
     *_FUSED_MLP,
   ),
+  "qwen_moe": _experts(_MLP, ("gate_proj", "up_proj", "down_proj")),
+  "mixtral": _experts(_LAYER + "block_sparse_moe.", ("w1", "w3", "w2")),
 }
 # fmt: on
 
@@ -272,6 +298,8 @@ def rows_of(config: ModelConfig) -> list[Row]:
     for path in table
     if path.endswith("_bias")
   }
+  if config.experts:
+    optional |= dict.fromkeys(("layers/gate", "layers/up", "layers/down"), False)
   return [row for path, row in table.items() if optional.get(path, True)]
 
 
@@ -287,7 +315,8 @@ def shapes_of(config: ModelConfig) -> Params:
   for row in sorted(rows_of(config)):
     shape = file_shape(row, config)
     if row.in_layer:
-      stacked = jax.ShapeDtypeStruct((config.layers, *reversed(shape)), np.float32)
+      leading = (config.layers, *((config.experts,) if row.by_expert else ()))
+      stacked = jax.ShapeDtypeStruct((*leading, *reversed(shape)), np.float32)
       shapes["layers"][row.path.removeprefix("layers/")] = stacked
     else:
       shapes[row.path] = jax.ShapeDtypeStruct(shape, np.float32)
@@ -303,7 +332,7 @@ def file_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
 def _sizes(c: ModelConfig) -> dict[str, int]:
   """Returns the sizes that the letters of `Row.dims` stand for."""
   sizes = {"V": c.vocab_size, "D": c.width, "Q": c.heads * c.head_dim, "K": c.kv_heads * c.head_dim}
-  return sizes | {"H": c.head_dim, "F": c.mlp, "C": c.labels}
+  return sizes | {"H": c.head_dim, "F": c.mlp, "C": c.labels, "E": c.experts}
 
 
 def fused_rows(row: Row, config: ModelConfig) -> tuple[int, int]:
@@ -327,7 +356,14 @@ def _parts(
   expected: dict[str, tuple[int, ...]] = {}
   for row in rows_of(config):
     shape, name = file_shape(row, config), getattr(row, kind)
-    if row.in_layer:
+    if row.by_expert:
+      table = [
+        [name.format(layer, expert) for expert in range(config.experts)]
+        for layer in range(config.layers)
+      ]
+      expected |= dict.fromkeys((each for names in table for each in names), shape)
+      parts["layers"][row.path.removeprefix("layers/")] = _by_expert(table, tensors, shape)
+    elif row.in_layer:
       names = [name.format(layer) for layer in range(config.layers)]
       first, rows = fused_rows(row, config)
       expected |= dict.fromkeys(names, (rows, *shape[1:]))
@@ -364,6 +400,14 @@ def _layered(
     return value
 
   return read
+
+
+def _by_expert(
+  names: list[list[str]], tensors: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Part:
+  """Returns a reader of the experts of all layers, [L, E, in, out]."""
+  layers = [_layered(experts, tensors, shape) for experts in names]
+  return lambda index: np.stack([read(index[1:]) for read in layers[index[0]]])
 
 
 def _check(

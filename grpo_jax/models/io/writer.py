@@ -69,6 +69,7 @@ def _fields(c: ModelConfig, model_type: str) -> dict[str, Any]:
     "num_attention_heads": c.heads,
     "num_key_value_heads": c.kv_heads,
     "head_dim": c.head_dim,
+    **({"num_experts_per_tok": c.experts_per_token} if c.experts else {}),
     "max_position_embeddings": c.context,
     "rms_norm_eps": c.norm_eps,
     "rope_theta": c.rope_theta,
@@ -84,7 +85,7 @@ def _fields(c: ModelConfig, model_type: str) -> dict[str, Any]:
     raw["hidden_activation"] = "gelu_pytorch_tanh"
   if c.labels:
     raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(c.labels)}
-  if c.local_layers and model_type not in ("mistral", "phi3", "ministral3"):
+  if c.local_layers and model_type not in ("mistral", "phi3", "ministral3", "mixtral", "qwen3_moe"):
     raw["layer_types"] = [LOCAL if local else GLOBAL for local in c.local_layers]
   if c.local_layers and model_type.startswith("qwen"):
     raw["use_sliding_window"] = True
@@ -183,13 +184,13 @@ class _Tensor(NamedTuple):
     name: Hugging Face name.
     size: number of elements.
     parameters: the parameters in the tree that the tensor holds, one above the other.
-    layer: index into stacked parameters; None for the others.
+    layer: index into stacked parameters, of the layer or of layer and expert; None for the others.
   """
 
   name: str
   size: int
   parameters: tuple[Array, ...]
-  layer: int | None
+  layer: int | tuple[int, int] | None
 
   def cast(self, dtype: np.dtype) -> np.ndarray:
     """Returns the values in `dtype`, transposed as in the files; ValueError if not finite."""
@@ -213,6 +214,13 @@ def _tensors(config: ModelConfig, params: Params) -> list[_Tensor]:
     size = math.prod(file_shape(row, config))
     if not row.in_layer:
       tensors.append(_Tensor(row.hf, size, (params[row.path],), None))
+      continue
+    if row.by_expert:
+      value = (params["layers"][row.path.removeprefix("layers/")],)
+      tensors += [
+        _Tensor(row.hf.format(*place), size, value, place)
+        for place in np.ndindex(config.layers, config.experts)
+      ]
       continue
     together = [other for other in rows if other.hf == row.hf]  # in the order of their places
     if row is together[0]:
