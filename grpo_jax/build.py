@@ -41,6 +41,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.models.experts import grouping_of
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.kernels import KERNELS, by_layer, for_long_rows
 from grpo_jax.models.load import open_weights
@@ -522,6 +523,7 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh, length: int = 0) -
     prompt_shards=meshes.prompt_shards(batch) if fast else 1,
     vocab_shards=meshes.vocab_shards(mesh, shape.vocab_size),
     attention=attention_of(c, shape, mesh),
+    form=grouping_of(mesh.devices.flat[0].platform),
     length=length if shape.rope_scaling and shape.rope_scaling.kind == "longrope" else 0,
   )
 

@@ -86,6 +86,11 @@ def matmul_flops(
       once += size * weight(
         jnp.result_type(*(v.aval for v in equation.invars)), _precision(equation)
       )
+    if name == "ragged_dot_general":  # each row of the left factor meets one expert's matrix
+      size = 2.0 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1]
+      once += size * weight(
+        jnp.result_type(*(v.aval for v in equation.invars[:2])), _precision(equation)
+      )
     if name in KERNEL_CALLS and (cost := kernel_cost(f"{path}/{name}")):
       once += cost[0] * _mean_weight(equation, weight)
       continue

@@ -39,7 +39,7 @@ def test_every_parameter_has_a_place_on_a_mesh(name):
   layout = meshes.param_shardings(meshes.make_mesh((2, 2, 2)), shapes)
   for path, sharding in jax.tree_util.tree_leaves_with_path(layout):
     key = path[-1].key
-    if key in lora.MATRICES and name != "gemma3_multimodal":
+    if (key in lora.MATRICES or key.startswith("experts")) and name != "gemma3_multimodal":
       assert sharding.num_devices == 8, key
       assert not sharding.is_fully_replicated, key
 
@@ -74,10 +74,11 @@ def test_products_are_counted_one_by_one(name):
   assert (once, loop) == (2 * count * c.layers * per_layer, 0)
 
 
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", [*VARIED, "qwen3_moe"])
 def test_adapters_of_all_matrices_learn_and_merge(name):
   model, params, data = case(name)
-  adapters = lora.init(jax.random.key(0), params, "|".join(lora.MATRICES), rank=2)
+  matrices = [matrix for matrix in lora.MATRICES if matrix in params["layers"]]
+  adapters = lora.init(jax.random.key(0), params, "|".join(matrices), rank=2)
   rng = np.random.default_rng(1)
   adapters = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.1, a.dtype), adapters)
   adapted = Decoder(model.config, lora_scale=0.5, length=model.length)
@@ -94,7 +95,7 @@ def test_adapters_of_all_matrices_learn_and_merge(name):
   (_, values), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
   merged = jax.jit(lambda p: logp(model, p))(lora.merge(params, adapters, 0.5))
   np.testing.assert_allclose(values, merged, atol=3e-5)
-  assert len(gradients["layers"]) == 2 * len(lora.MATRICES)
+  assert len(gradients["layers"]) == 2 * len(matrices) == (8 if model.config.experts else 14)
   for key, gradient in gradients["layers"].items():
     assert np.abs(gradient).reshape(len(gradient), -1).max(-1).min() > 1e-6, key
 

@@ -43,6 +43,20 @@ def test_a_shard_map_counts_all_devices():
   assert flops(function, jnp.ones((8, 6)), jnp.ones((6, 3))) == (4 * 2 * 2 * 6 * 3, 0)
 
 
+def test_grouped_matmuls_count_each_row_once():
+  rows, matrices, sizes = jnp.ones((12, 6)), jnp.ones((4, 6, 5)), jnp.array([3, 0, 8, 1])
+
+  def grouped(rows, matrices):
+    return jax.lax.ragged_dot(rows, matrices, sizes)
+
+  def loss(rows, matrices):
+    return jnp.sum(grouped(rows, matrices) ** 2)
+
+  assert flops(grouped, rows, matrices) == (2 * 12 * 6 * 5, 0)
+  # The forward product, and one for the gradient of each factor.
+  assert flops(jax.grad(loss, (0, 1)), rows, matrices) == (3 * 2 * 12 * 6 * 5, 0)
+
+
 def by_precision(dtype, precision):
   """Returns a weight that tells apart every dtype and precision."""
   wide = {"default": 2.0, "high": 3.0, "highest": 6.0}[precision]

@@ -48,6 +48,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
     "intermediate_size": 18944, "tie_word_embeddings": False, "rope_theta": 1_000_000,
     "rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+  "Qwen/Qwen3-30B-A3B": {
+    "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "tie_word_embeddings": False, "rope_theta": 1_000_000,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 40960},
+  "allenai/OLMoE-1B-7B-0924": {
+    "architectures": ["OlmoeForCausalLM"], "vocab_size": 50304, "hidden_size": 2048,
+    "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
+    "norm_topk_prob": False, "tie_word_embeddings": False, "rope_theta": 10_000,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
   "HuggingFaceTB/SmolLM3-3B": {
     "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
     "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,

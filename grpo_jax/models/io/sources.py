@@ -24,6 +24,23 @@ RANDOM_MODELS: dict[str, ModelConfig] = {
   "tiny": ModelConfig(
     vocab_size=257, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, context=4096
   ),
+  # The same with 8 experts, of which each token passes through 2; a Qwen3-MoE.
+  "tiny_moe": ModelConfig(
+    vocab_size=257,
+    width=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mlp=64,
+    context=4096,
+    tied=False,
+    qk_norm=True,
+    experts=8,
+    experts_per_token=2,
+    router_normalized=True,
+    names="qwen_moe",
+  ),
 }
 
 

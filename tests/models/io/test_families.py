@@ -18,6 +18,7 @@ LLAMA = {
   "num_attention_heads": 4,
 }
 PHI = {"architectures": ["Phi3ForCausalLM"]}
+MOE = {"architectures": ["Qwen3MoeForCausalLM"]}
 GEMMA_LOCAL = (True, True, True, True, True, False)
 
 PUBLISHED = {
@@ -385,7 +386,7 @@ def test_the_model_type_is_used_without_architectures():
   [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*known: LlamaForCausalLM, Llama"),
     ({"architectures": ["Qwen4ForCausalLM"]}, r"\(exactly one\); the nearest is Qwen\dForCausalLM"),
-    ({"architectures": [], "model_type": "olmo"}, "the nearest is olmo[23]"),
+    ({"architectures": [], "model_type": "smollm2"}, "the nearest is smollm3"),
     (
       {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]},
       "no_rope_layers must be given as a list of 2 entries, one for each layer, got",
@@ -407,6 +408,16 @@ def test_the_model_type_is_used_without_architectures():
       | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
       "queries that grow with their position, by 0.1, need a rope scaling with an original",
     ),
+    (
+      MOE | {"decoder_sparse_step": 2},
+      r"decoder_sparse_step 2 and mlp_only_layers None make layers with and without experts",
+    ),
+    (MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\] make layers with and without experts"),
+    (
+      MOE | {"num_experts": 4, "num_experts_per_tok": 5},
+      "5 experts per token, of 4; it must be at least 1 and at most their number",
+    ),
+    (MOE | {"num_experts": 0}, "num_local_experts must be given as a positive integer, got 0"),
     (
       {"architectures": ["Olmo2ForCausalLM"], "clip_qkv": 8.0},
       "clip_qkv 8.0 is not supported",
@@ -479,4 +490,4 @@ def test_remote_code_of_a_known_architecture_is_ignored():
 def test_the_table_names_everything_once():
   names = [name for row in FAMILIES.values() for name in (row.language_model, row.classifier)]
   names = [name for name in names if name is not None]
-  assert len(set(names)) == len(names) == 30
+  assert len(set(names)) == len(names) == 35
