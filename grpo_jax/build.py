@@ -262,8 +262,9 @@ class Run:
     }
 
   def saves_at(self, steps: int) -> bool:
-    """Returns whether the state after so many steps is saved."""
-    return steps % self.config.checkpoint.every == 0 or steps == self.steps
+    """Returns whether the state after so many steps is saved, whatever the time."""
+    every = self.config.checkpoint.every
+    return (every > 0 and steps % every == 0) or steps == self.steps
 
   def rollout_at(self, step: int) -> RolloutConfig:
     """Returns the settings of the rollout of a step: some hold tokens in their samples."""

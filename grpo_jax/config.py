@@ -111,7 +111,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "eval.top_k": (0, LARGEST, "at least 0"),
   "eval.top_p": (0, 1, "above 0 and at most 1"),
   "eval.min_p": (0, 1, "between 0 and 1"),
-  "checkpoint.every": (1, LARGEST, "at least 1"),
+  "checkpoint.every": (0, LARGEST, "at least 0"),
+  "checkpoint.seconds": (0, _WEEKS, "at least 0 seconds"),
   "checkpoint.keep": (1, LARGEST, "at least 1"),
   "log.samples": (0, LARGEST, "at least 0"),
   "log.samples_every": (0, LARGEST, "at least 0"),
@@ -421,7 +422,8 @@ def default_config() -> ConfigDict:
   c.eval.min_p = 0.0  # ... from tokens of at least this share of the largest probability; 0 = all
 
   c.checkpoint = Section()
-  c.checkpoint.every = 50  # steps; the last step is always saved
+  c.checkpoint.every = 50  # steps; the last step is always saved; 0 = no other one
+  c.checkpoint.seconds = 0.0  # and a finished step this long after the last save began; 0 = off
   c.checkpoint.keep = 2  # newest checkpoints to keep
 
   c.compilation_cache = "auto"  # beside the work directory; or a folder, or off

@@ -49,7 +49,7 @@ from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.ending import Ending
 from grpo_jax.run.health import Watcher
 from grpo_jax.run.output import Output
-from grpo_jax.run.signals import Signals
+from grpo_jax.run.signals import Signals, Stopped
 from grpo_jax.summary import describe
 from grpo_jax.tasks.rewards.scoring import RewardError
 from grpo_jax.tasks.rewards.workers import Scorer
@@ -195,8 +195,8 @@ def _train(
       state, counts = run.counted(state, step, rollout)
       watch.report(out.print)
       out.write_step(step, rollout.metrics | values | counts, rollout.samples, rollout.num_tokens)
-      stop = signals.of_any_host()
-      if stop or update.trouble or run.saves_at(step + 1):
+      stop = signals.of_any_host(step)
+      if stop or update.trouble or run.saves_at(step + 1) or out.is_save_due():
         out.save(step + 1, state, rollouts.saved)
       out.check()
       if update.trouble:
@@ -259,6 +259,7 @@ def _log_settings(c: ConfigDict) -> dict[str, Any]:
   return {
     "steps": c.steps,
     "keep": c.checkpoint.keep,
+    "save_seconds": c.checkpoint.seconds,
     "samples": c.log.samples,
     "samples_every": c.log.samples_every,
     "trackers": c.log.trackers,
@@ -352,7 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
     return GAVE_UP
   except KeyboardInterrupt as error:
-    print(f"{str(error) or 'stopped'}; the same command continues {arguments.workdir}")
+    since = error.since() if isinstance(error, Stopped) else ""
+    print(f"{str(error) or 'stopped'}; the same command continues {arguments.workdir}{since}")
     return getattr(error, "exit_code", INTERRUPTED)
   except OSError as error:
     if not isinstance(error, checkpoint.SaveError) and not workdirs.is_full(error):

@@ -139,6 +139,24 @@ def any_host(flag: bool) -> bool:
   return any(bool(part["flag"]) for part in exchange(flag=np.array(flag)))
 
 
+def of_first(flag: bool) -> bool:
+  """Returns the flag of process 0, the same in all processes; all have to call it."""
+  return bool(exchange(flag=np.array(flag))[0]["flag"])
+
+
+def reached_preemption(step: int) -> bool:
+  """Tells whether all processes have to save after this step, as JAX's preemption service decides.
+
+  The service runs where `jax_enable_preemption_service` is set, as it is by default, and there are
+  several processes. It takes a SIGTERM of any of them, until something else handles that signal,
+  and gives the same later step to all. All processes have to call this after every step.
+  """
+  enabled = getattr(jax.config, "jax_enable_preemption_service", False)
+  if jax.process_count() == 1 or not enabled:
+    return False
+  return multihost_utils.reached_preemption_sync_point(step)
+
+
 @contextlib.contextmanager
 def together(task: str) -> Iterator[None]:
   """Runs the body on each host by itself; if it raises on one, all of them raise.

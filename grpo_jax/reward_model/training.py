@@ -189,7 +189,8 @@ class RewardRun:
 
   def saves_at(self, steps: int) -> bool:
     """Returns whether the state after so many steps is saved."""
-    return steps % self.config.checkpoint.every == 0 or steps == self.config.steps
+    every = self.config.checkpoint.every
+    return (every > 0 and steps % every == 0) or steps == self.config.steps
 
 
 def make_batch(pairs: Sequence[Pair], count: int, lengths: tuple[int, int]) -> Pairs:
@@ -353,7 +354,8 @@ def train(run: RewardRun, workdir: str | Path) -> dict[str, float]:
       console.keep(workdir / console.LOG)
       stack.enter_context(record.session(workdir, grpo_jax.__version__))
     hosts.same("the settings", json.dumps(saved_settings(run), sort_keys=True))
-    with Output(workdir, steps=c.steps, keep=c.checkpoint.keep) as out, matmul_precision(c):
+    saves = {"keep": c.checkpoint.keep, "save_seconds": c.checkpoint.seconds}
+    with Output(workdir, steps=c.steps, **saves) as out, matmul_precision(c):
       start, state = out.resume(run.initial_state(), run.evaluates_at)
       out.print(describe(run, start))
       state = _steps(run, out, start, state)
@@ -383,8 +385,8 @@ def _steps(run: RewardRun, out: Output, start: int, state: TrainState) -> TrainS
       state, metrics = jax.block_until_ready(update(state, run.batch(pairs)))  # for its time
       out.write_step(step, metrics, [], sum(pair.tokens for pair in pairs))
       skipped = skipped + 1 if jax.device_get(metrics[SKIPPED]) else 0
-      stop = signals.of_any_host()
-      if stop or skipped >= c.train.max_skipped or run.saves_at(step + 1):
+      stop = signals.of_any_host(step)
+      if stop or skipped >= c.train.max_skipped or run.saves_at(step + 1) or out.is_save_due():
         out.save(step + 1, state)
       out.check()
       if skipped >= c.train.max_skipped:

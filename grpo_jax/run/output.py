@@ -29,6 +29,7 @@ class Output(contextlib.AbstractContextManager):
     workdir: the work directory.
     steps: number of steps of the whole run.
     keep: number of checkpoints to keep, the newest ones.
+    save_seconds: time in seconds after which another save is due; 0 is never.
     samples: number of completions to print at a time, right and wrong ones of one prompt.
     samples_every: number of steps between printed completions; 0 prints none.
     trackers, about: as in `MetricsWriter`.
@@ -47,6 +48,7 @@ class Output(contextlib.AbstractContextManager):
     *,
     steps: int,
     keep: int = 2,
+    save_seconds: float = 0.0,
     samples: int = 3,
     samples_every: int = 10,
     remark: Callable[[dict[str, Any]], Iterable[str]] = lambda row: (),
@@ -62,6 +64,7 @@ class Output(contextlib.AbstractContextManager):
     self._num_tokens, self._step_start = 0.0, time.monotonic()
     self._saved = self.finished = 0
     self.pending: dict[str, Any] = {}
+    self._save_seconds, self._saved_at = save_seconds, self._step_start
     self.latest: dict[str, tuple[int, float | None]] = {}
 
   def resume(
@@ -108,6 +111,7 @@ class Output(contextlib.AbstractContextManager):
       self.latest.update({name: (int(row["step"]), value) for name, value in row.items()})
     self._num_tokens = self.latest.get("num_tokens", (0, 0.0))[1] or 0.0
     self.start_step()
+    self._saved_at = self._step_start
     return start, state
 
   def print(self, text: str) -> None:
@@ -163,6 +167,16 @@ class Output(contextlib.AbstractContextManager):
     own = hosts.gathered_json([own if hosts.is_first() else {}])[0]
     return {name: math.nan if value is None else value for name, value in own.items()}
 
+  def is_save_due(self) -> bool:
+    """Tells whether `save_seconds` have passed since the last save began, or since `resume`.
+
+    All hosts have to call it. The clock of the first one decides for all of them, so that they
+    save the same steps.
+    """
+    if not self._save_seconds:
+      return False
+    return hosts.of_first(time.monotonic() - self._saved_at >= self._save_seconds)
+
   def save(
     self, steps: int, state: TrainState, pending: Callable[[], dict[str, Any]] = dict
   ) -> None:
@@ -179,6 +193,7 @@ class Output(contextlib.AbstractContextManager):
     """
     if steps == self._saved:
       return
+    self._saved_at = time.monotonic()
     self._late.flush()
     self._writer.sync()
     self._checkpoints.save(steps, state, pending())

@@ -51,6 +51,14 @@ def test_fewer_steps_are_refused_and_more_keep_every_record(tmp_path):
   assert evaluations(workdir) == [0, 2, 3]
 
 
+@pytest.mark.parametrize(("seconds", "saved"), [(1e-9, [1, 2, 3]), (0, [3]), (3600, [3])])
+def test_saves_may_be_timed_instead_of_counted(tmp_path, seconds, saved):
+  workdir, settings = tmp_path / "run", ("checkpoint.every=0", "checkpoint.keep=9")
+  train.run(config("steps=3", *settings, f"checkpoint.seconds={seconds}"), workdir)
+  folders = (workdir / "checkpoints").iterdir()
+  assert sorted(int(path.name) for path in folders if path.name.isdigit()) == saved
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_schedule_is_not_stretched_in_silence(tmp_path, schedule):
   same = f"optimizer.schedule={schedule}"

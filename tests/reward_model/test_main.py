@@ -69,7 +69,7 @@ def test_a_signal_and_a_bad_path_have_their_exit_codes(data, tmp_path, capsys, m
   arguments = ["--model", "random:tiny", "--data", data, *FAST]
   assert command.main([*arguments, "--workdir", data]) == 2
   assert "is a file; use another --workdir" in capsys.readouterr().err
-  monkeypatch.setattr(Signals, "of_any_host", lambda self: 15)
+  monkeypatch.setattr(Signals, "of_any_host", lambda self, step: 15)
   assert command.main([*arguments, "--workdir", str(tmp_path / "run")]) == 143
   assert "stopped after step 1, which is saved; the same command" in capsys.readouterr().out
 

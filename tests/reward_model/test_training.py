@@ -165,7 +165,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(data, tmp_path, monkeypat
   training.train(run(), tmp_path / "whole")
   with monkeypatch.context() as patch:
     signals = iter([0, 0, 15])
-    patch.setattr(Signals, "of_any_host", lambda self: next(signals))
+    patch.setattr(Signals, "of_any_host", lambda self, step: next(signals))
     with pytest.raises(Stopped, match="stopped after step 3, which is saved"):
       training.train(run(), tmp_path / "parts")
   assert not (tmp_path / "parts" / "model").exists()

@@ -116,6 +116,31 @@ def test_the_reason_of_an_interruption_is_kept_if_nothing_can_be_drawn(tmp_path)
   assert not (tmp_path / "curve.png").exists()
 
 
+def test_a_save_is_due_after_some_seconds_by_the_clock_of_the_first_host(tmp_path, monkeypatch):
+  now = [50.0]
+  monkeypatch.setattr("grpo_jax.run.output.time.monotonic", lambda: now[0])
+  with Output(tmp_path, steps=8, save_seconds=10.0) as out:
+    now[0] = 55.0
+    out.resume(state_after(0))
+    now[0] = 64.9
+    assert not out.is_save_due()
+    now[0] = 65.0
+    assert out.is_save_due()
+    out.save(1, state_after(1))
+    assert not out.is_save_due()
+    now[0] = 75.0
+    assert out.is_save_due()
+    monkeypatch.setattr("grpo_jax.distributed.hosts.of_first", lambda flag: not flag)
+    assert not out.is_save_due()  # the first host thinks otherwise
+
+
+def test_without_seconds_no_save_is_due_and_no_host_is_asked(tmp_path, monkeypatch):
+  monkeypatch.setattr("grpo_jax.distributed.hosts.of_first", None)
+  with Output(tmp_path, steps=8) as out:
+    out.resume(state_after(0))
+    assert out.is_save_due() is False
+
+
 def test_an_evaluation_without_metrics_is_not_written(tmp_path):
   with Output(tmp_path, steps=8) as out:
     out.resume(state_after(0))
