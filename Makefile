@@ -14,7 +14,7 @@ CHECK := tests/core tests/test_testing.py grpo_jax/core grpo_jax/testing.py grpo
 CHECK += --ignore=tests/core/test_unbiased.py --ignore=tests/tools/test_hostile.py \
   --ignore=tests/tools/test_illnesses.py
 
-.PHONY: demo check test test-matrix test-slow test-faults soak mutants plans bench-peers docs estimators hostile human-eval lint
+.PHONY: demo check test test-matrix test-slow test-hosts test-faults soak mutants plans bench-peers docs estimators hostile human-eval lint
 
 demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
@@ -35,6 +35,10 @@ test-matrix: .venv/ready
 
 test-slow: .venv/model
 	COMPILE_AS_USERS_DO=1 $(BIN)/python -m pytest -m slow
+
+# Four processes of two devices: equal to one, slow, stopped, and killed in each phase. 15 minutes.
+test-hosts: .venv/ready
+	COMPILE_AS_USERS_DO=1 $(BIN)/python -m pytest -m slow tests/distributed
 
 test-faults: .venv/ready
 	$(BIN)/python -m tools.faults

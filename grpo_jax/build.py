@@ -458,15 +458,19 @@ def make_meshes(c: ConfigDict, devices: Sequence[jax.Device] | None = None) -> t
     devices: default: all devices of all hosts.
 
   Raises:
-    ConfigError: the devices that only sample cannot be shared out between the hosts.
+    ConfigError: the devices that only sample cannot be shared out between the hosts, or the devices
+      are of other slices than the config says.
   """
+  slices = c.mesh.slices
   try:
     learners, samplers = meshes.split_devices(c.mesh.rollout_devices, devices)
+    count = len(learners) + len(samplers)
+    mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, count), learners, slices)
+    if not samplers:
+      return mesh, mesh
+    return mesh, meshes.make_mesh(configs.rollout_mesh_shape(c.mesh), samplers, slices)
   except ValueError as error:
     raise configs.ConfigError([str(error)]) from error
-  count = len(learners) + len(samplers)
-  mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, count), learners)
-  return mesh, meshes.make_mesh(configs.rollout_mesh_shape(c.mesh), samplers) if samplers else mesh
 
 
 def task_maker(c: ConfigDict) -> Callable[[], Task]:

@@ -102,6 +102,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "train.max_skipped": (1, LARGEST, "at least 1"),
   "train.spike": (0, LARGEST, "0 (off) or above 1"),
   "mesh.rollout_devices": (0, LARGEST, "at least 0"),
+  "mesh.slices": (1, LARGEST, "at least 1"),
   "hosts.heartbeat": (1, _WEEKS, "at least 1 second"),
   "hosts.wait": (0, _WEEKS, "above 0 seconds"),
   "eval.every": (0, LARGEST, "at least 0"),
@@ -406,6 +407,9 @@ def default_config() -> ConfigDict:
   # With rollout.ahead: the last devices (of each host), this many over all hosts, only sample, and
   # the axes above are those of the others. 0: all devices do both, in turn.
   c.mesh.rollout_devices = 0
+  # Slices of accelerators that a slower network connects; divides mesh.data, which alone crosses
+  # it. On devices of a single slice, equal parts of them.
+  c.mesh.slices = 1
 
   c.hosts = Section()  # for a run on several hosts; see distributed/hosts.py
   c.hosts.heartbeat = 30  # seconds of silence after which a host counts as dead
@@ -849,7 +853,13 @@ def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, int, int]:
     product *= size if size != -1 else 1
   if device_count % product or (-1 not in sizes and product != device_count):
     raise ValueError(f"{shown}: that does not divide the {device_count} device(s) there are")
-  return tuple(device_count // product if size == -1 else size for size in sizes)
+  data, fsdp, tensor = (device_count // product if size == -1 else size for size in sizes)
+  if data % max(mesh.slices, 1):
+    raise ValueError(
+      f"mesh.slices is {mesh.slices}, it must divide mesh.data, which is {data} on {device_count} "
+      "devices: every slice holds whole copies of the weights"
+    )
+  return data, fsdp, tensor
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

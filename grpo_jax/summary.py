@@ -34,6 +34,8 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
   flops = (c.steps - start) * step_flops(c, run) + evaluations * evaluation_flops(c, run)
   seconds = flops / (matmul_rate() * devices.size * EFFICIENCY)
   hardware = f"{devices.size} x {devices.flat[0].device_kind}"
+  if c.mesh.slices > 1:
+    hardware += f" in {c.mesh.slices} slices"
   rows = "completions of up to"
   if run.task.environment is not None:
     rows = f"episodes of up to {c.episode.turns} turns and"

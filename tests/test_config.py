@@ -140,6 +140,15 @@ def test_each_wrong_number_is_one_problem(field, value, words):
   assert check(default_config(), device_count=8) == []
 
 
+def test_slices_divide_the_data_axis():
+  c = default_config()
+  c.rollout.prompts_per_step, c.mesh.slices = 8, 2
+  assert check(c, device_count=8) == []
+  c.mesh.data, c.mesh.fsdp = 1, 8
+  [problem] = check(c, device_count=8)
+  assert problem.startswith("mesh.slices is 2, it must divide mesh.data, which is 1 on 8 devices")
+
+
 @pytest.mark.parametrize(
   ("prompts", "mini", "micro", "devices", "words"),
   [

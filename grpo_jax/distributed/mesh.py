@@ -7,6 +7,7 @@ shardings of the arrays it is given.
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -50,19 +51,56 @@ PLACES = {"hidden": BATCH, "table": P("tensor")}
 HEADS = P(("data", "fsdp"), None, "tensor")
 
 
-def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+  shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None, slices: int = 1
+) -> Mesh:
   """Makes a mesh of axes data, fsdp, tensor, partitioned automatically.
 
   The devices are in the order of their hosts, so that each host holds a contiguous shard of the
-  prompts.
+  prompts. Slices are outermost: `data` alone leads from one to another.
 
   Args:
     shape: number of devices along each axis.
     devices: default: all devices of all hosts.
+    slices: parts of the devices that a slower network connects; divides the first axis.
+
+  Raises:
+    ValueError: the devices are not of that many slices of one size.
   """
   if devices is None:
     devices, _ = split_devices(0)
+  devices = in_slices(devices, slices)
   return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def in_slices(devices: Sequence[jax.Device], slices: int) -> list[jax.Device]:
+  """Returns devices slice by slice, within each in the order given.
+
+  Devices that know no slice, or a single one, are taken as `slices` parts of one size: so a run on
+  several slices can be tried without them.
+
+  Raises:
+    ValueError: they are of another number of slices, or of slices of several sizes.
+  """
+  indices = [getattr(device, "slice_index", None) or 0 for device in devices]
+  counts = {index: indices.count(index) for index in sorted(set(indices))}
+  if len(counts) > 1 and slices == 1:
+    warnings.warn(
+      f"the devices are of {len(counts)} slices, and mesh.slices is 1: set "
+      f"mesh.slices={len(counts)}, so that only mesh.data leads from one to another",
+      RuntimeWarning,
+      stacklevel=3,
+    )
+    return list(devices)
+  if len(counts) not in (1, slices) or len(set(counts.values())) > 1:
+    sizes = ", ".join(map(str, counts.values()))
+    raise ValueError(
+      f"mesh.slices is {slices}, and the devices are of {len(counts)} slices of {sizes} devices: "
+      "it must be their number, and all of one size"
+    )
+  if len(devices) % slices:
+    raise ValueError(f"mesh.slices is {slices}, it must divide the {len(devices)} devices")
+  return [devices[i] for i in sorted(range(len(devices)), key=lambda i: indices[i])]
 
 
 def split_devices(

@@ -4,7 +4,7 @@
 the programs of a config from shapes alone, for devices that need not be present. It prints memory,
 FLOPs, memory traffic, collective traffic and the roofline of each part, and whether the run fits.
 If it does not fit, the command compiles changes to the config until one fits. Topologies: v5e:4x4,
-v5p:2x2x2, v6e:4x4, cpu:8, local.
+v5p:2x2x2, v6e:4x4, cpu:8, local; v5e:4x4:2 is two slices.
 """
 
 import argparse
@@ -49,15 +49,18 @@ def candidates(config: ConfigDict, plan: Plan, kv_heads: int) -> Iterator[list[s
       yield [f"--config.model.remat={policy}"]
       if most > c.train.micro_batches:
         yield [f"--config.model.remat={policy}", f"--config.train.micro_batches={most}"]
+  data = c.mesh.slices  # each slice holds whole copies of the weights
   for tensor in (1, 2, 4, 8):
-    fsdp = plan.devices // tensor
-    changed = (mesh["data"], mesh["tensor"]) != (1, tensor)
-    divides = plan.devices % tensor == 0 == kv_heads % tensor
-    if changed and divides and c.rollout.prompts_per_step % (fsdp * c.train.mini_batches) == 0:
+    fsdp = plan.devices // (data * tensor)
+    changed = (mesh["data"], mesh["tensor"]) != (data, tensor)
+    divides = plan.devices % (data * tensor) == 0 == kv_heads % tensor
+    shards = data * fsdp
+    if changed and divides and c.rollout.prompts_per_step % (shards * c.train.mini_batches) == 0:
       yield [
-        "--config.mesh.data=1", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}",
+        f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}",
+        f"--config.mesh.tensor={tensor}",
         "--config.model.remat=layers",
-        f"--config.train.micro_batches={_most_micro_batches(c, fsdp)}",
+        f"--config.train.micro_batches={_most_micro_batches(c, shards)}",
       ]  # fmt: skip
 
 
@@ -170,6 +173,8 @@ def _work_table(plan: Plan) -> Iterator[str]:
   for name, w in plan.work.items():
     for kind, (count, sent) in sorted(w.cost.collectives.items()):
       yield f"    {name}: {count:.0f} x {kind}, {format_bytes(sent)}"
+    if w.cost.between_slices:
+      yield f"    {name}: {format_bytes(w.cost.between_slices)} to other slices"
 
 
 def format_bytes(count: float) -> str:
@@ -192,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns 0 if the config fits, 1 if it does not, 2 for a mistake in it."""
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.plan", description=__doc__)
   parser.add_argument("--config", required=True, help="an experiment file; it is run as a program")
-  parser.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, local")
+  parser.add_argument(
+    "--topology", required=True, help="v5e:4x4, v5p:2x2x2, v6e:4x4, v5e:4x4:2, cpu:8, local"
+  )
   parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
   parser.add_argument(
     "--quick", action="store_true", help="compile with less effort, in half the time"

@@ -23,6 +23,8 @@ COLLECTIVES = {
   "collective-broadcast": lambda n: 1,
   "collective-permute": lambda n: 1,
 }
+# XLA:TPU: what goes from one slice to another is handed to a runtime on the host.
+BETWEEN_SLICES = "xla_megascale_runtime"
 # Instructions that move no data themselves.
 # fmt: off
 FREE = frozenset((
@@ -44,26 +46,30 @@ class Cost:
     bytes: bytes read from and written to main memory, an upper estimate. Values inside a fusion are
       not counted, a slice counts as its own size, and values in on-chip memory are left out.
     collectives: kind -> (number of collectives, bytes that a device sends for them in a ring).
+    between_slices: bytes that a device hands to the network between slices; not in `collectives`.
   """
 
   flops: float = 0.0
   bytes: float = 0.0
   collectives: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+  between_slices: float = 0.0
 
   def __add__(self, other: "Cost") -> "Cost":
     collectives = dict(self.collectives)
     for kind, (count, sent) in other.collectives.items():
       old = collectives.get(kind, (0.0, 0.0))
       collectives[kind] = (old[0] + count, old[1] + sent)
-    return Cost(self.flops + other.flops, self.bytes + other.bytes, collectives)
+    between = self.between_slices + other.between_slices
+    return Cost(self.flops + other.flops, self.bytes + other.bytes, collectives, between)
 
   def __mul__(self, count: float) -> "Cost":
     sent = {kind: (n * count, size * count) for kind, (n, size) in self.collectives.items()}
-    return Cost(self.flops * count, self.bytes * count, sent)
+    between = self.between_slices * count
+    return Cost(self.flops * count, self.bytes * count, sent, between)
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends to other devices."""
+    """Bytes that a device sends to other devices of its slice."""
     return sum(size for _, size in self.collectives.values())
 
 
@@ -117,6 +123,8 @@ class Counter:
       n = group_size(i, self.module.partitions)
       sent = COLLECTIVES[kind](n) * sum(scope[o].size for o in i.operands if o in scope)
       total += Cost(collectives={kind: (1.0, sent)} if n > 1 else {})
+    if i.op == "send" and BETWEEN_SLICES in i.attributes:
+      total += Cost(between_slices=sum(scope[o].size for o in i.operands if o in scope))
     names = ("calls", "branch_computations", "true_computation", "false_computation")
     called = [
       self._computation_cost(name, moves and i.op in ("call", "conditional", "async-start"))
@@ -164,6 +172,8 @@ class Counter:
     """Returns the bytes that one instruction reads from and writes to main memory."""
     if i.op in FREE or i.op.endswith("-done") or i.op in ("async-start", "async-update"):
       return 0.0
+    if i.op in ("send", "recv"):  # (data, number, token): one read, one write
+      return i.leaves[0].main and i.leaves[0].bytes
     operands = [scope[o] for o in i.operands if o in scope]
     if i.op in SLICES:
       return operands[0].main and i.size + i.main

@@ -164,6 +164,11 @@ def _notes(c: ConfigDict, work: dict[str, Work]) -> Iterator[str]:
       f"the bounds count that matmuls take longer in float32 than in bfloat16: {shown} "
       f"(model.dtype={c.model.dtype}, model.matmul_precision={c.model.matmul_precision})"
     )
+  if any(w.cost.between_slices for w in work.values()):
+    yield (
+      "the bounds leave out the time of the network between slices, whose rate is not known here: "
+      "divide the bytes to other slices by that of a chip"
+    )
   completions = c.eval.batch_prompts * max(c.eval.samples, 1)
   if completions > c.rollout.prompts_per_step * c.rollout.group_size:
     yield (

@@ -91,11 +91,16 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Holds the devices to compile for. The devices of a TPU topology need not be present."""
+  """Holds the devices to compile for. The devices of a TPU topology need not be present.
+
+  Attributes:
+    slices: number of TPU slices that the devices are of, one after another.
+  """
 
   name: str
   devices: list[Any]
   chip: Chip
+  slices: int = 1
 
   @property
   def platform(self) -> str:
@@ -105,6 +110,8 @@ class Topology:
 
 def open_topology(name: str) -> Topology:
   """Opens the topology `name`: `v5e:4x4`, `v5p:2x2x2`, `v6e:4x4`, `cpu:8` or `local`.
+
+  `v5e:4x4:2` is two slices of `v5e:4x4`, connected by the network of the data center.
 
   Open a TPU topology or `cpu:N` before any other use of JAX in the process: it restricts JAX to
   the CPU backend.
@@ -118,15 +125,17 @@ def open_topology(name: str) -> Topology:
     return _local()
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
     return Topology(name, _cpus(int(shape)), Chip("CPU", _host_memory() / int(shape)))
-  if kind in TPUS and re.fullmatch(r"\d+(x\d+)+", shape):
-    return Topology(name, _tpus(kind, shape), TPUS[kind])
+  if kind in TPUS and (match := re.fullmatch(r"(\d+(?:x\d+)+)(?::([1-9]\d*))?", shape)):
+    slices = int(match[2] or 1)
+    return Topology(name, _tpus(kind, match[1], slices), TPUS[kind], slices)
   raise ValueError(
     f"topology is {name!r}; use {', '.join(f'{tpu}:AxB' for tpu in TPUS)} (v5p: AxBxC) with the "
-    "number of chips along each side, cpu:N, or local for the devices of this machine"
+    "number of chips along each side, AxB:S for S slices, cpu:N, or local for the devices of this "
+    "machine"
   )
 
 
-def _tpus(kind: str, shape: str) -> list[Any]:
+def _tpus(kind: str, shape: str, slices: int) -> list[Any]:
   if importlib.util.find_spec("libtpu") is None:
     raise ModuleNotFoundError(
       "planning for a TPU needs its compiler, which is not installed: pip install 'grpo_jax[plan]'"
@@ -139,10 +148,12 @@ def _tpus(kind: str, shape: str) -> list[Any]:
   sides = [int(n) for n in shape.split("x")]
   # libtpu: it would split a 2x4 into two hosts. Up to 8 chips in two dimensions are one host.
   one_host = len(sides) == 2 and sides[0] * sides[1] <= 8
-  bounds = {"chips_per_host_bounds": (*sides, 1)} if one_host else {}
+  options: dict[str, Any] = {"chips_per_host_bounds": (*sides, 1)} if one_host else {}
+  if slices > 1:
+    options["num_slices"] = slices
   try:
     return topologies.get_topology_desc(
-      platform="tpu", topology_name=f"{kind}:{shape}", **bounds
+      platform="tpu", topology_name=f"{kind}:{shape}", **options
     ).devices
   except Exception as error:  # libtpu: its error types have no public names
     raise ValueError(f"the TPU compiler refuses topology {kind}:{shape}: {error}") from error

@@ -373,6 +373,11 @@ def open_programs(
   """
   c, count = config, len(topology.devices)
   problems = configs.check(c, count)
+  if topology.slices > 1 and c.mesh.slices != topology.slices:
+    problems.append(
+      f"mesh.slices is {c.mesh.slices}, and {topology.name} has {topology.slices} slices: set "
+      f"--config.mesh.slices={topology.slices}"
+    )
 
   attempt = partial(configs.attempt, problems)
   algorithm = attempt(lambda: build.make_algorithm(c.algorithm))
@@ -399,7 +404,11 @@ def open_programs(
     )
   if problems:
     raise configs.ConfigError(problems)
-  mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices)
+  mesh = attempt(
+    lambda: meshes.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices, c.mesh.slices)
+  )
+  if problems:
+    raise configs.ConfigError(problems)
   longest = prompts.length + c.rollout.completion_length
   model = attempt(lambda: build.make_model(c, shape, mesh, longest))
   teachers = [

@@ -277,7 +277,8 @@ def build(settings: Settings, config: ConfigDict) -> RewardRun:
     raise configs.ConfigError(problems)
   steps = data.steps_of(c.epochs, len(pairs.splits["train"]), s.pairs_per_step)
   c = configs.with_steps(c, steps)
-  mesh = meshes.make_mesh(configs.mesh_shape(c.mesh, jax.device_count()))
+  shape = configs.mesh_shape(c.mesh, jax.device_count())
+  mesh = meshes.make_mesh(shape, slices=c.mesh.slices)
   configs.attempt(problems, lambda: hosts.check_mesh(mesh))
   model = configs.attempt(problems, lambda: make_model(c, weights.config, mesh))
   if problems:

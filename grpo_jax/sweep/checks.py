@@ -57,7 +57,7 @@ def value_problems(path: str, runs: Mapping[str, Sequence[str]]) -> dict[str, li
     count = 1
     for size in (mesh.data, mesh.fsdp, mesh.tensor):
       count *= max(size, 1)  # -1 takes the rest: as few as possible
-    if wrong := configs.check(config, count):
+    if wrong := configs.check(config, count + mesh.rollout_devices):
       problems[name] = wrong
   return problems
 

@@ -7,18 +7,13 @@ import json
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 
 from grpo_jax.distributed import cluster, hosts
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.run.metrics import read_metrics
+from tests.helpers.host_runs import HEARTBEAT, RUNS, SMALL, check_same, train, wait_for_step
 from tests.helpers.processes import finish, free_port, run, start
-
-HEARTBEAT = 10  # seconds
-TIMES = ("step_time", "tokens_per_second", "time/sampling", "time/rewards", "time/waiting")
-
 
 # --- one process ----------------------------------------------------------------------------------
 
@@ -113,82 +108,20 @@ def test_two_processes_share_values_and_errors():
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-SMALL = [
-  "--config=experiments/tiny.py",
-  "--config.steps=3",
-  "--config.checkpoint.every=2",
-  "--config.eval.batch_prompts=8",
-  "--config.rollout.prompts_per_step=16",
-  "--config.rollout.group_size=4",
-  "--config.rollout.completion_length=5",
-  f"--config.hosts.heartbeat={HEARTBEAT}",
-]
-RUNS = {
-  "plain": [
-    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.settings.eval_size=5",
-  ],
-  # Turns of several lengths, episodes that end early, and environments of each host's own.
-  "episodes": [
-    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.name=guess_number",
-    "--config.task.settings.games=0", "--config.rollout.completion_length=40",
-    "--config.episode.turns=3", "--config.episode.turn_length=6",
-    "--config.rollout.temperature=0.5", "--config.algorithm.advantage=turn_advantages",
-  ],
-  # Statistics of the batch, a KL term, resamples, mini- and micro-batches, and all three axes.
-  "rich": [
-    "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
-    "--config.task.settings.eval_size=5",
-    "--config.algorithm.advantage=batch_normalized", "--config.algorithm.kl=k3",
-    "--config.algorithm.beta=0.1", "--config.train.mini_batches=2", "--config.train.epochs=2",
-    "--config.train.micro_batches=2", "--config.rollout.max_resamples=2",
-    "--config.rollout.completion_length=2",
-  ],
-  # Counts of problems that are drawn by both hosts, some of them by a second draw of the step.
-  "curriculum": [
-    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.settings.eval_size=5",
-    "--config.data.curriculum=failure", "--config.rollout.max_resamples=1",
-  ],
-}  # fmt: skip
-
-
-def train(workdir, *overrides):
-  return ["-m", "grpo_jax.train", "--workdir", str(workdir), *SMALL, *overrides]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_hosts_of_four_devices_compute_what_one_of_eight_does(tmp_path, name):
-  from grpo_jax.build import build
-  from grpo_jax.config import load
-  from grpo_jax.run import checkpoint
-
   one, two = tmp_path / "one", tmp_path / "two"
   [(code, output)] = run(train(one, *RUNS[name]), 1, devices=8)
   assert code == 0, output
   for code, output in run(train(two, *RUNS[name]), 2):
     assert code == 0, output
-  assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
-  # The same completions to the letter, for the prompts of both hosts in their order.
-  for file in sorted((one / "samples").iterdir()):
-    assert file.read_text() == (two / "samples" / file.name).read_text()
-  rows = [read_metrics(workdir) for workdir in (one, two)]
-  for a, b in zip(*rows, strict=True):
-    assert set(a) == set(b)
-    for key in set(a) - set(TIMES):
-      values = [np.nan if row[key] is None else row[key] for row in (a, b)]
-      np.testing.assert_allclose(*values, rtol=2e-5, atol=2e-5, err_msg=key)
+  rows, states = check_same(one, two, RUNS[name])
   if name == "episodes":
-    assert max(row.get("episode/turns", 0) for row in rows[0]) > 1
+    assert max(row.get("episode/turns", 0) for row in rows) > 1
   if name == "rich":
-    assert rows[0][1]["dynamic_sampling/resamples"] > 0
-  config = load("experiments/tiny.py", [*SMALL[1:], *RUNS[name]])
-  states = []
-  for workdir in (one, two):
-    with checkpoint.Checkpoints(workdir, keep=2) as checkpoints:
-      assert checkpoints.latest() == 3
-      states.append(checkpoints.restore(3, build(config).initial_state()))
-  for a, b in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert rows[1]["dynamic_sampling/resamples"] > 0
   if name == "curriculum":
     assert np.array_equal(states[0].counts, states[1].counts)
     assert (states[0].counts[:, 0] > 0).sum() >= 3 * 16
@@ -262,15 +195,6 @@ def test_a_signal_on_one_host_stops_all_after_a_saved_step(tmp_path, number, exi
   for code, output in finish(processes):
     assert code == exit_code, output
     assert "which is saved" in output
-
-
-def wait_for_step(workdir, processes):
-  for _ in range(3000):
-    if (workdir / "metrics.jsonl").is_file() and len(read_metrics(workdir)) > 2:
-      return
-    assert all(process.poll() is None for process in processes), finish(processes)
-    time.sleep(0.2)
-  raise AssertionError("no step has finished")
 
 
 STUCK = """

@@ -23,6 +23,40 @@ CONFIG = ModelConfig(
 )
 
 
+Chip = dataclasses.make_dataclass("Chip", ["id", "slice_index"])
+
+
+def test_slices_are_outermost_and_keep_the_order_within_each():
+  chips = [Chip(0, 1), Chip(1, 0), Chip(2, 1), Chip(3, 0)]
+  assert [chip.id for chip in meshes.in_slices(chips, 2)] == [1, 3, 0, 2]
+
+
+def test_devices_that_know_no_slice_are_taken_as_equal_parts():
+  devices = jax.devices()
+  assert meshes.in_slices(devices, 2) == devices
+  mesh = meshes.make_mesh((4, 2, 1), slices=2)
+  assert mesh.devices.tolist() == meshes.make_mesh((4, 2, 1)).devices.tolist()
+
+
+@pytest.mark.parametrize(
+  ("indices", "slices", "message"),
+  [
+    ((0, 0, 1, 1), 4, "mesh.slices is 4, and the devices are of 2 slices of 2, 2 devices"),
+    ((0, 0, 0, 1), 2, "the devices are of 2 slices of 3, 1 devices"),
+    ((0, 0, 0), 2, "mesh.slices is 2, it must divide the 3 devices"),
+  ],
+)
+def test_slices_that_are_not_there_are_refused(indices, slices, message):
+  with pytest.raises(ValueError, match=message):
+    meshes.in_slices([Chip(i, index) for i, index in enumerate(indices)], slices)
+
+
+def test_slices_that_nobody_asked_for_give_a_warning():
+  chips = [Chip(0, 1), Chip(1, 0)]
+  with pytest.warns(RuntimeWarning, match="of 2 slices, and mesh.slices is 1: set mesh.slices=2"):
+    assert meshes.in_slices(chips, 1) == chips
+
+
 def test_rules_cover_parameters_and_optimizer_state():
   params = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0))
   mesh = meshes.make_mesh((2, 2, 2))

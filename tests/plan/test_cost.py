@@ -18,6 +18,7 @@ def test_costs_add_and_scale():
   cost = Cost(1.0, 2.0, {"all-gather": (1, 8.0)}) + Cost(3.0, 4.0, {"all-gather": (2, 1.0)}) * 2
   assert cost == Cost(7.0, 10.0, {"all-gather": (5, 10.0)})
   assert cost.sent == 10.0
+  assert (Cost(between_slices=2.0) * 3 + Cost(between_slices=1.0)).between_slices == 7.0
 
 
 def test_a_scanned_matmul_counts_every_iteration():
@@ -130,6 +131,58 @@ def test_the_text_of_a_tpu_program():
   # 4 devices, 64 bytes each: 2 * 3/4 of them are sent.
   assert once.collectives == {"all-reduce": (7, 7 * 96)}
   assert iteration == Cost()
+
+
+# Seven times a sum of [8, 4] within a slice of 4 devices, and of its parts between two slices.
+SLICES_TEXT = """\
+HloModule m, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %n = s32[] constant(7)
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p.1: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p.1 = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%p.1), index=1
+  %part = f32[2,4]{1,0} reduce-scatter(%x), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+  %token = token[] after-all()
+  %send = (f32[2,4]{1,0}, u32[], token[]) send(%part, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv = (f32[2,4]{1,0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %received = (f32[2,4]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %summed = f32[2,4]{1,0} get-tuple-element(%received), index=0
+  %whole = f32[8,4]{1,0} all-gather(%summed), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i.1, %one)
+  ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%next, %whole)
+}
+
+ENTRY %main (y: f32[8,4]) -> (s32[], f32[8,4]) {
+  %y = f32[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[8,4]{1,0}) tuple(%zero, %y)
+  ROOT %loop = (s32[], f32[8,4]{1,0}) while(%t), condition=%cond, body=%body
+}
+"""  # noqa: E501
+
+
+def test_bytes_to_other_slices_count_apart():
+  once, _ = Counter(SLICES_TEXT).cost()
+  assert once.between_slices == 7 * 2 * 4 * 4
+  # A device sends 3/4 of [8, 4], and then its [2, 4] to three others.
+  sent = {"reduce-scatter": (7, 7 * 96), "all-gather": (7, 7 * 96)}
+  assert once.collectives == sent
+  assert once.sent == 2 * 7 * 96
 
 
 # An all-gather that overlaps a loop: it starts before, continues in each iteration, ends after.

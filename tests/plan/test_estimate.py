@@ -141,6 +141,23 @@ def test_a_tpu_plan():
 
 @pytest.mark.slow
 @needs_libtpu
+def test_gradients_alone_go_from_slice_to_slice():
+  c = load("mesh.data=2", "mesh.fsdp=4", "mesh.slices=2", "rollout.prompts_per_step=16")
+  programs = open_programs(c, open_topology("v5e:2x2:2"))
+  plan = make_plan(programs)
+  sent = {part: work.cost.between_slices for part, work in plan.work.items()}
+  # Each device holds a quarter of the gradient and sends it once, and some scalars.
+  gradient = 4 * plan.parameters / 4
+  assert gradient <= sent["update"] < 2 * gradient
+  assert sent["prefill"] == sent["to_sampling_params"] == 0
+  assert sent["decode"] <= 1024  # whether all rows have ended
+  assert any("between slices" in note for note in plan.notes)
+  with pytest.raises(ValueError, match=r"mesh\.slices is 1, and v5e:2x2:2 has 2 slices"):
+    open_programs(load(), programs.topology)
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_tpu_program_that_cannot_fit_is_a_verdict_and_not_a_crash():
   c = load("model.source=Qwen/Qwen3-8B", "rollout.completion_length=512")
   plan = make_plan(open_programs(c, open_topology("v5e:2x2")))

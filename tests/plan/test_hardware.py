@@ -5,6 +5,7 @@ import importlib.util
 import jax
 import pytest
 
+from grpo_jax.plan import hardware
 from grpo_jax.plan.cost import Cost
 from grpo_jax.plan.hardware import GPUS, TPUS, Chip, open_topology, roofline
 
@@ -52,7 +53,9 @@ def test_local_devices():
   assert local.chip.peak is None  # the rates of a CPU are unknown
 
 
-@pytest.mark.parametrize("name", ["v9:4x4", "v5e", "v5e:4", "cpu:0", "cpu", "gpu:8", ""])
+@pytest.mark.parametrize(
+  "name", ["v9:4x4", "v5e", "v5e:4", "v5e:4x4:0", "v5e:4x4:2:2", "cpu:0", "cpu", "gpu:8", ""]
+)
 def test_an_unknown_topology_is_refused(name):
   with pytest.raises(ValueError, match="v5e:AxB"):
     open_topology(name)
@@ -61,6 +64,15 @@ def test_an_unknown_topology_is_refused(name):
 def test_too_many_cpu_devices_are_refused():
   with pytest.raises(ValueError, match=r"has 8.*device_count=64"):
     open_topology("cpu:64")
+
+
+@pytest.mark.parametrize(("name", "slices"), [("v5e:4x4", 1), ("v5e:4x4:2", 2), ("v5p:2x2x2:3", 3)])
+def test_a_topology_may_be_of_several_slices(monkeypatch, name, slices):
+  asked = []
+  monkeypatch.setattr(hardware, "_tpus", lambda *arguments: asked.append(arguments) or ["chip"])
+  assert open_topology(name).slices == slices
+  kind, shape, *_ = name.split(":")
+  assert asked == [(kind, shape, slices)]
 
 
 def test_a_missing_tpu_compiler_is_named(monkeypatch):
