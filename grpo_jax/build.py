@@ -46,6 +46,7 @@ from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.kernels import KERNELS, by_layer, for_long_rows
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Params
+from grpo_jax.models.quantized import quantized_shapes, quantized_weights
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.rollout import Rollout, RolloutConfig
 from grpo_jax.run import trackers
@@ -112,7 +113,11 @@ class Run:
     Raises:
       ConfigError: the files hold NaN or infinity.
     """
-    return self._read(self.weights, f"model.source {self.config.model.source!r}")
+    return self._read(self.weights, self._source)
+
+  @property
+  def _source(self) -> str:
+    return f"model.source {self.config.model.source!r}"
 
   def _read(self, weights: Weights, what: str) -> Params:
     try:
@@ -137,7 +142,13 @@ class Run:
   @functools.cached_property
   def base_params(self) -> Params | None:
     """Parameters that are not trained: everything but adapters; None without adapters."""
-    return self.loaded_params() if self.new_adapters else None
+    return self._read(self.base, self._source) if self.new_adapters else None
+
+  @functools.cached_property
+  def base(self) -> Weights:
+    """The model as it is held; `lora.quantize` quantizes matrices as they are read."""
+    scheme = self.config.lora.quantize
+    return self.weights if scheme == "none" else quantized_weights(self.weights, scheme)
 
   def initial_state(self) -> TrainState:
     """Returns the trained parameters and a new optimizer state, laid out by the sharding table."""
@@ -183,9 +194,12 @@ class Run:
 
   @functools.cached_property
   def _to_sampling_params(self) -> Callable[[Params | None, Params], Params]:
-    return make_to_sampling_params(
-      self.model, self.mesh, self.weights.shapes, self.chunks, self.rollout_mesh
-    )
+    if self.base is self.weights:
+      return make_to_sampling_params(
+        self.model, self.mesh, self.weights.shapes, self.chunks, self.rollout_mesh
+      )
+    adapters = jax.eval_shape(self.new_adapters, jax.random.key(0))
+    return beside_quantized(self.rollout_mesh or self.mesh, self.base.shapes, adapters)
 
   def matmul_precision(self) -> contextlib.AbstractContextManager[object]:
     """Sets the precision of matmuls for everything that is traced inside; see the config."""
@@ -653,6 +667,24 @@ def to_sampling_params(
   return jax.tree_util.tree_map_with_path(partial(_in_dtype_of, model), params)
 
 
+def beside_quantized(
+  mesh: Mesh, shapes: Params, adapters: Params
+) -> Callable[[Params, Params], Params]:
+  """Returns `to_sampling_params` for a quantized base: the base as it is, and adapters beside it.
+
+  Merged, the matrices would be wide. Arrays that lie as the sampler needs them are not copied.
+
+  Args:
+    shapes, adapters: shapes of the base and of the adapters.
+  """
+  layout = meshes.param_shardings(mesh, lora.with_adapters(shapes, adapters), sampling=True)
+
+  def convert(base_params: Params, params: Params) -> Params:
+    return jax.device_put(lora.with_adapters(base_params, params), layout)
+
+  return convert
+
+
 def as_held(model: Decoder, params: Params) -> Params:
   """Returns parameters, or their shapes, that are never trained in the dtype they are used in."""
   convert = partial(jax.tree_util.tree_map_with_path, partial(_in_dtype_of, model))
@@ -700,7 +732,14 @@ def with_lora_source(c: ConfigDict, model: ModelConfig) -> tuple[ConfigDict, Par
 def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Array], Params] | None:
   """Returns `lora.init` for this model, None without adapters; ValueError for a misfit."""
   if settings.rank == 0:
+    if settings.quantize != "none":
+      raise ValueError(
+        f"lora.quantize is {settings.quantize!r}, but lora.rank is 0: quantized matrices are not "
+        "trained; set lora.rank, or lora.quantize to 'none'"
+      )
     return None
+  if settings.quantize != "none":
+    quantized_shapes(weights.shapes, settings.quantize)
   make = partial(lora.init, shapes=weights.shapes, pattern=settings.targets, rank=settings.rank)
   jax.eval_shape(make, jax.random.key(0))
   return make

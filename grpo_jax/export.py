@@ -31,6 +31,7 @@ from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.sources import Source, resolve
 from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weights
 from grpo_jax.models.load import open_weights
+from grpo_jax.models.quantized import quantized_weights
 from grpo_jax.run import console, reading
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import fit_to_model, load_tokenizer
@@ -274,7 +275,9 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if trained is None:
     params = weights.read()
   elif rank:
-    params = lora.merge(weights.read(), trained, lora.scale(rank, alpha))
+    scheme = settings.lora.quantize
+    base = weights if scheme == "none" else quantized_weights(weights, scheme)
+    params = lora.merge(base.read(), trained, lora.scale(rank, alpha))
   else:
     params = {name: trained[name] for name in weights.shapes}  # without a critic's value head
   files = export_model(

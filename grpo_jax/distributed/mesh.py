@@ -172,7 +172,7 @@ def param_shardings(mesh: Mesh, tree: Any, *, sampling: bool = False) -> Any:
   def sharding_of(path: tuple, leaf: Any) -> NamedSharding:
     if leaf.ndim == 0:
       return NamedSharding(mesh, P())
-    name = _name(path)
+    name = _name(path).removesuffix("/values").removesuffix("/scales")  # of a quantized matrix
     stacked_name = re.sub(r"layers/\d+/", "layers/", name)
     for pattern, spec in RULES:
       if re.search(pattern, stacked_name):

@@ -30,6 +30,7 @@ from grpo_jax.models.io.safetensors import read_whole
 from grpo_jax.models.io.sources import ADAPTER as _CONFIG
 from grpo_jax.models.io.weights import ROWS, rows_of, shapes_of
 from grpo_jax.models.protocol import Params
+from grpo_jax.models.quantized import dequantized
 
 Adapters = dict[str, dict[str, Array]]
 # Weight matrices of a layer: name in the parameter tree -> name of its module in transformers.
@@ -158,12 +159,15 @@ def with_adapters(base: Params, adapters: Adapters) -> Params:
 def merge(base: Params, adapters: Adapters, scale: float) -> Params:
   """Returns the parameters of the adapted model without adapters, each W as `W + scale A B`.
 
+  Quantized matrices become wide ones, with the numbers that the adapters were trained on.
+
   Example:
     >>> base = {"layers": {"q": jnp.ones((1, 1, 1))}}
     >>> pair = {"q_lora_a": jnp.array([[[2.0]]]), "q_lora_b": jnp.array([[[3.0]]])}
     >>> merge(base, {"layers": pair}, scale=0.5)["layers"]["q"].tolist()
     [[[4.0]]]
   """
+  base = dequantized(base)
   params = with_adapters(base, adapters)
   layers = {name: leaf for name, leaf in params["layers"].items() if name in base["layers"]}
   for name, a, b in _pairs(adapters):

@@ -91,7 +91,7 @@ class Plan:
 
   def fits(self, *names: str) -> bool:
     """Returns whether the programs `names` (default: all) compile and fit into the memory."""
-    chosen = [self.memory[name] for name in names or self.memory]
+    chosen = [m for name, m in self.memory.items() if not names or name in names]
     return all(not m.refused and m.total <= (self.available or m.total) for m in chosen)
 
   @property
@@ -268,7 +268,7 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
     by_purpose["critic"] = bytes_of(programs.critic_state)
   r = programs.config.rollout
   if name in ("to_sampling_params", "sample"):
-    by_purpose["sampler's weights"] = bytes_of(programs.sampling_params)
+    by_purpose["sampler's weights"] = bytes_of(programs.copied_for_sampling)
   if name == "sample":
     by_purpose["KV cache"] = bytes_of(programs.cache)
     by_purpose["batch"] = bytes_of(programs.sample().arguments[1:])

@@ -38,6 +38,7 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of, with_value_head
 from grpo_jax.models.protocol import Cache, Model, Params
+from grpo_jax.models.quantized import quantized_shapes
 from grpo_jax.plan.hardware import Topology
 from grpo_jax.sampling.sampler import make_generate
 from grpo_jax.sampling.stopping import stop_table
@@ -128,7 +129,8 @@ class Programs:
     scores = [name for name in ("score", "teach") if self.runs_per_step(name)]
     values = ("values",) if self.critic else ()
     critic = ("update_critic",) if self.critic_state else ()
-    return ("update", *scores, *critic, *values, "to_sampling_params", "sample")
+    convert = () if self.quantized else ("to_sampling_params",)
+    return ("update", *scores, *critic, *values, *convert, "sample")
 
   def runs_per_step(self, part: str) -> int:
     """Returns how often a step runs a part: a program, or `prefill` or `decode` of `sample`."""
@@ -161,7 +163,19 @@ class Programs:
   @cached_property
   def base_params(self) -> Params | None:
     """Parameters that adapters are added to; None without adapters."""
-    return self.weights if self.new_adapters else None
+    if not self.new_adapters:
+      return None
+    return (
+      self._params(quantized_shapes(self.weights, self.quantized))
+      if self.quantized
+      else self.weights
+    )
+
+  @property
+  def quantized(self) -> str:
+    """How the matrices of the base are quantized; empty without it."""
+    scheme = self.config.lora.quantize
+    return "" if scheme == "none" else scheme
 
   @property
   def with_adapters(self) -> WithAdapters:
@@ -238,9 +252,22 @@ class Programs:
   @cached_property
   def sampling_params(self) -> Params:
     """Parameters of the sampler."""
-    make = partial(build.to_sampling_params, self.model, self.mesh)
-    shapes = jax.eval_shape(make, self.base_params, self.state.params)
+    if self.quantized:
+      shapes = lora.with_adapters(self.base_params, self.state.params)
+    else:
+      make = partial(build.to_sampling_params, self.model, self.mesh)
+      shapes = jax.eval_shape(make, self.base_params, self.state.params)
     return self._params(shapes, sampling=True)
+
+  @property
+  def copied_for_sampling(self) -> Params:
+    """What the sampler's parameters need beside those that are trained.
+
+    A quantized base is not copied, unless it is split over `fsdp`.
+    """
+    if self.quantized and self.mesh.shape["fsdp"] == 1:
+      return None
+    return self.sampling_params
 
   def _rows(self, *shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batch_sharding(self.mesh))
