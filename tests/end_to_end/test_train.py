@@ -16,6 +16,8 @@ import pytest
 from grpo_jax import export, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
+from grpo_jax.models.load import load as load_model
+from grpo_jax.models.quantized import dequantized
 from grpo_jax.run import checkpoint
 from grpo_jax.run.metrics import read_metrics
 from tests.helpers.processes import xla_flags
@@ -225,6 +227,42 @@ def test_all_options_at_once_and_resumed(tmp_path):
   letters, learned = (rows[0][f"rewards/{name}/mean"] for name in ("letters", "reward_model"))
   np.testing.assert_allclose(rows[0]["reward"], letters + 0.5 * learned, rtol=1e-6)
   assert {"dynamic_sampling/kept", "dynamic_sampling/resamples", "rewards/missing"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_adapters_of_a_quantized_base(tmp_path, scheme):
+  """Sampler and trainer read the same few bits; a resumed run is the same; the export is merged."""
+  changes = [
+    *(*FAST[2:], f"--config.lora.quantize={scheme}", "--config.lora.rank=4"),
+    *("--config.mesh.data=4", "--config.mesh.fsdp=2", "--config.algorithm.name=grpo"),
+  ]
+  for workdir, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+    train.run(load(TINY, [*changes, f"--config.steps={steps}"]), tmp_path / workdir)
+  run = build(load(TINY, changes))
+  states = []
+  for workdir in ("whole", "parts"):
+    with checkpoint.Checkpoints(tmp_path / workdir, keep=2) as checkpoints:
+      states.append(checkpoints.restore(2, run.initial_state()))
+  for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):
+    np.testing.assert_array_equal(a, b)
+  rows = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
+  assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+  assert rows[0]["grad_norm"] > 0
+  assert rows[1]["kl"] > 0
+  arguments = ["--workdir", str(tmp_path / "whole"), "--out", str(tmp_path / "model")]
+  assert export.main(arguments) == 0
+  exported = load_model(str(tmp_path / "model"))[1]
+  wide = dequantized(run.base_params)["layers"]
+  trained = states[0].params["layers"]
+  for name in ("q", "down"):
+    a, b = (np.asarray(trained[f"{name}_lora_{part}"]) for part in "ab")
+    expected = wide[name] + run.model.lora_scale * np.einsum("lir,lro->lio", a, b)
+    np.testing.assert_allclose(exported["layers"][name], expected, atol=1e-5)
+
+
+def test_only_a_frozen_base_is_quantized(tmp_path):
+  with pytest.raises(ConfigError, match=r"lora.quantize is 'int8', but lora.rank is 0"):
+    train.run(load(TINY, ["--config.lora.quantize=int8"]), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])

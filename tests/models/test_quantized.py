@@ -195,6 +195,6 @@ def test_wrong_schemes_and_shapes_are_refused():
   with pytest.raises(ValueError, match="unknown scheme 'int4'; known: int8, nf4"):
     block_of(64, "int4")
   odd = dataclasses.replace(CONFIG, mlp=191)
-  with pytest.raises(ValueError, match="^layers/down: nf4 packs two .* 191 inputs; use int8"):
+  with pytest.raises(ValueError, match=r"^layers/down: nf4 packs two .* 191 inputs; use int8"):
     quantized_shapes(shapes_of(odd), "nf4")
   assert quantized_shapes(shapes_of(odd), "int8")["layers"]["down"].scales.shape == (2, 191, 128)

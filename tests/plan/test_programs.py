@@ -65,6 +65,22 @@ def test_a_reference_takes_memory_unless_adapters_are_trained():
   assert bytes_of(moving.state.reference) == bytes_of(moving.weights)
 
 
+def test_a_quantized_base_takes_fewer_bytes_and_has_no_copy_for_the_sampler():
+  wide = programs_of("lora.rank=2")
+  for scheme, bits in (("int8", 8), ("nf4", 4)):
+    programs = programs_of("lora.rank=2", f"lora.quantize={scheme}")
+    layers = [bytes_of(p.base_params["layers"]) for p in (wide, programs)]
+    block = 32 if scheme == "int8" else 64  # divides the widths of the model
+    assert layers[1] < layers[0] * (bits / 32 + 1 / block + 0.02)  # and the norms
+    assert "to_sampling_params" not in programs.names
+    assert programs.copied_for_sampling is None
+    for name in programs.names:
+      getattr(programs, name)().trace()
+  assert programs_of(
+    "lora.rank=2", "lora.quantize=int8", "mesh.data=4", "mesh.fsdp=2"
+  ).copied_for_sampling
+
+
 TAUGHT = ("algorithm.name=opd", "teacher.source=['random:tiny','random:tiny']")
 
 
@@ -110,7 +126,14 @@ ADAPTIVE = ("algorithm.entropy_target=0.2", "algorithm.entropy_delta=0.005")
 
 
 @pytest.mark.parametrize(
-  "overrides", [(), (*KL, "reference.sync_every=2"), ("lora.rank=2",), ADAPTIVE]
+  "overrides",
+  [
+    (),
+    (*KL, "reference.sync_every=2"),
+    ("lora.rank=2",),
+    ("lora.rank=2", "lora.quantize=int8"),
+    ADAPTIVE,
+  ],
 )
 def test_state_and_sampling_params_are_those_of_the_run(overrides):
   c = load("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", *overrides)
