@@ -812,7 +812,8 @@ def rollout_config(
   """Returns the settings of a rollout."""
   parts = c.train.mini_batches * c.train.micro_batches
   deterministic_reduction = c.train.reduction == "deterministic"
-  units = c.train.chunks if deterministic_reduction else mesh.shape["data"] * mesh.shape["fsdp"]
+  shards = meshes.prompt_shards(meshes.batch_sharding(mesh))
+  units = c.train.chunks if deterministic_reduction else shards
   smallest = units * parts
   of_environment = () if task.environment is None else (1.0,)
   return RolloutConfig(

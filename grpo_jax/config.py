@@ -406,6 +406,7 @@ def default_config() -> ConfigDict:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+  c.mesh.expert = 1  # splits the experts of a mixture, and the prompts
   # With rollout.ahead: the last devices (of each host), this many over all hosts, only sample, and
   # the axes above are those of the others. 0: all devices do both, in turn.
   c.mesh.rollout_devices = 0
@@ -730,7 +731,7 @@ def _one_of(names: tuple[str, ...]) -> str:
 def _check_division(c: ConfigDict, device_count: int) -> list[str]:
   """Checks the mesh against the devices, and the batch against the mesh and the micro-batches."""
   try:
-    data, fsdp, tensor = mesh_shape(c.mesh, device_count)
+    data, fsdp, tensor, *expert = mesh_shape(c.mesh, device_count)
   except ValueError as error:
     return [str(error)]
   if problems := _check_rollout_devices(c):
@@ -738,12 +739,14 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
   if c.train.reduction == "deterministic":
     return _check_chunks(c, data * fsdp, tensor)
   parts = max(c.train.micro_batches, 1) * max(c.train.mini_batches, 1)
-  unit = data * fsdp * parts
+  shards = data * fsdp * math.prod(expert)
+  unit = shards * parts
   if c.rollout.prompts_per_step % unit:
     return [
       f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
       f"train.mini_batches={c.train.mini_batches} x train.micro_batches={c.train.micro_batches} "
-      f"parts over mesh data={data} x fsdp={fsdp}; {_changes_that_divide(c, data * fsdp)}"
+      f"parts over mesh data={data} x fsdp={fsdp}{f' x expert={expert[0]}' if expert else ''}; "
+      f"{_changes_that_divide(c, shards)}"
     ]
   return []
 
@@ -809,6 +812,10 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
     )
   if tensor != 1:
     problems.append(f"mesh.tensor is {tensor}, it must be 1 with train.reduction='deterministic'")
+  if c.mesh.expert != 1:
+    problems.append(
+      f"mesh.expert is {c.mesh.expert}, it must be 1 with train.reduction='deterministic'"
+    )
   for name, off in (("micro_batches", 1), ("micro_batch_tokens", 0)):
     if c.train[name] != off:
       problems.append(
@@ -835,8 +842,10 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
   return problems
 
 
-def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, int, int]:
+def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, ...]:
   """Returns (data, fsdp, tensor) with a -1 resolved; ValueError if they leave devices unused.
+
+  A mesh that splits experts has a fourth axis, expert.
 
   The devices that only sample (`mesh.rollout_devices`) are not among them.
   """
@@ -846,8 +855,9 @@ def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, int, int]:
       f"none to learn: it must be at most {device_count - 1}; 0 lets all devices do both"
     )
   device_count -= mesh.rollout_devices
-  sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+  sizes = [mesh.data, mesh.fsdp, mesh.tensor] + ([mesh.expert] if mesh.expert != 1 else [])
   shown = f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}"
+  shown += f", expert={mesh.expert}" if mesh.expert != 1 else ""
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(f"{shown}: sizes must be at least 1, and one of them may be -1")
   product = 1

@@ -18,6 +18,18 @@ from grpo_jax.tasks.base import Task
 from grpo_jax.teachers import TeacherWeights
 
 
+def expert_misfits(c: ConfigDict, model: ModelConfig) -> list[str]:
+  """Checks the mesh against the experts of the model."""
+  axis, count = c.mesh.expert, model.experts
+  if axis in (1, -1) or (count and count % axis == 0):
+    return []
+  has = f"{count} experts, which that does not divide" if count else "no experts"
+  return [
+    f"mesh.expert is {axis}, and {c.model.source} has {has}: set it to "
+    + (f"a divisor of {count}" if count else "1, and use mesh.fsdp or mesh.data")
+  ]
+
+
 def run_misfits(
   c: ConfigDict,
   model: ModelConfig,
@@ -26,7 +38,7 @@ def run_misfits(
   prompt_length: int,
 ) -> list[str]:
   """Checks settings that are valid alone but not together."""
-  problems = []
+  problems = expert_misfits(c, model)
   budget = prompt_length + c.rollout.completion_length
   if budget > model.context:
     problems.append(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.distributed import rollcall
 from grpo_jax.distributed.cluster import ADDRESS, COUNT, INDEX, METHOD, Watchdog, detect
-from grpo_jax.distributed.mesh import Sharding, batch_sharding
+from grpo_jax.distributed.mesh import Sharding, batch_sharding, prompt_shards
 from grpo_jax.errors import first_line
 
 _STILL_JOINING = (
@@ -248,7 +248,7 @@ def check_mesh(mesh: Mesh) -> None:
   sharding, count = batch_sharding(mesh), jax.process_count()
   if count > 1 and not jax.distributed.is_initialized():
     raise ValueError(f"{count} hosts run together but have not joined: set {METHOD}=auto on each")
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = prompt_shards(sharding)
   owners: list[set[int]] = [set() for _ in range(rows)]
   for device, (part, *_) in sharding.devices_indices_map((rows,)).items():
     for row in range(*part.indices(rows)):

@@ -1,7 +1,8 @@
 """Lays parameters and batches out over a device mesh, by one table of rules.
 
 Mesh axes: `data` splits the prompts and replicates the parameters, `fsdp` splits both, `tensor`
-splits heads, MLP and vocabulary. Models contain no sharding code: XLA's partitioner follows the
+splits heads, MLP and vocabulary. A mesh may have a fourth, `expert`, which splits the prompts and
+the experts of a mixture. Models contain no sharding code: XLA's partitioner follows the
 shardings of the arrays it is given.
 """
 
@@ -17,7 +18,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "expert")
+PROMPT_AXES = ("data", "fsdp", "expert")  # those that split the prompts
 # Sharding of an array; None leaves it to the compiler or to the default device.
 Sharding: TypeAlias = NamedSharding | None
 
@@ -34,8 +36,8 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"layers/(q|k|v|gate|up)_bias$", P(None, "tensor")),
   (r"layers/(o|down)_bias$", P()),
   (r"layers/router$", P()),
-  (r"layers/experts_(gate|up)$", P(None, None, "fsdp", "tensor")),
-  (r"layers/experts_down$", P(None, None, "tensor", "fsdp")),
+  (r"layers/experts_(gate|up)$", P(None, "expert", "fsdp", "tensor")),
+  (r"layers/experts_down$", P(None, "expert", "tensor", "fsdp")),
   # LoRA pairs [in, r] and [r, out]: split like their matrix, replicated along the rank.
   (r"layers/(q|k|v|gate|up)_lora_a$", P(None, "fsdp", None)),
   (r"layers/(q|k|v|gate|up)_lora_b$", P(None, None, "tensor")),
@@ -52,9 +54,9 @@ HEADS = P(("data", "fsdp"), None, "tensor")
 
 
 def make_mesh(
-  shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None, slices: int = 1
+  shape: tuple[int, ...], devices: Sequence[jax.Device] | None = None, slices: int = 1
 ) -> Mesh:
-  """Makes a mesh of axes data, fsdp, tensor, partitioned automatically.
+  """Makes a mesh of axes data, fsdp, tensor, and expert if given, partitioned automatically.
 
   The devices are in the order of their hosts, so that each host holds a contiguous shard of the
   prompts. Slices are outermost: `data` alone leads from one to another.
@@ -70,7 +72,8 @@ def make_mesh(
   if devices is None:
     devices, _ = split_devices(0)
   devices = in_slices(devices, slices)
-  return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+  names, types = AXES[: len(shape)], (AxisType.Auto,) * len(shape)
+  return Mesh(np.asarray(devices).reshape(shape), names, axis_types=types)
 
 
 def in_slices(devices: Sequence[jax.Device], slices: int) -> list[jax.Device]:
@@ -185,14 +188,20 @@ def param_shardings(mesh: Mesh, tree: Any, *, sampling: bool = False) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is prompts."""
-  return NamedSharding(mesh, BATCH)
+  return NamedSharding(mesh, _batch(mesh))
+
+
+def _batch(mesh: Mesh) -> P:
+  """Returns the spec of arrays whose first axis is prompts."""
+  return P(tuple(axis for axis in PROMPT_AXES if axis in mesh.shape))
 
 
 def placer(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
   """Returns `Decoder.place` for a mesh: constrains the sharding of values of a kind in `PLACES`."""
 
   def place(kind: str, array: jax.Array) -> jax.Array:
-    sharding = NamedSharding(mesh, _fit(mesh, PLACES[kind], array.shape))
+    spec = _batch(mesh) if kind == "hidden" else PLACES[kind]
+    sharding = NamedSharding(mesh, _fit(mesh, spec, array.shape))
     return jax.lax.with_sharding_constraint(array, sharding)
 
   return place
@@ -209,7 +218,7 @@ def over_mesh(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., 
   def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, **options: Any
   ) -> jax.Array:
-    spec = _fit(mesh, HEADS, k.shape)  # an axis that divides K divides H
+    spec = _fit(mesh, P(*_batch(mesh), *HEADS[1:]), k.shape)  # an axis that divides K divides H
     mapped = jax.shard_map(
       partial(attention, **options),
       mesh=mesh,
@@ -292,6 +301,8 @@ def _fit(mesh: Mesh, spec: Any, shape: tuple[int, ...], sampling: bool = False) 
   """Returns the spec without axes that do not divide their dimension, nor `fsdp` for sampling."""
   axes = []
   for size, axis in zip(shape, tuple(spec) + (None,) * len(shape)):
+    if isinstance(axis, str) and axis not in mesh.shape:
+      axis = None
     splits = axis is not None and size % _parts(mesh, axis) == 0
     axes.append(axis if splits and not (sampling and axis == "fsdp") else None)
   return P(*axes)

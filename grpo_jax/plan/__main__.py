@@ -9,6 +9,7 @@ v5p:2x2x2, v6e:4x4, cpu:8, local; v5e:4x4:2 is two slices.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -21,6 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as configs
+from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import REMAT
 from grpo_jax.plan.estimate import UNITS, Compiled, Plan, as_dict, discard, make_plan
 from grpo_jax.plan.hardware import GIB, open_topology
@@ -40,7 +42,7 @@ def candidates(config: ConfigDict, plan: Plan, kv_heads: int) -> Iterator[list[s
   """
   c, mesh = config, plan.mesh
   if plan.fits("to_sampling_params", "sample") and _fixed_bytes(plan) <= (plan.available or 0):
-    most = _most_micro_batches(c, mesh["data"] * mesh["fsdp"])
+    most = _most_micro_batches(c, math.prod(mesh.get(axis, 1) for axis in meshes.PROMPT_AXES))
     micro_batches = c.train.micro_batches
     while (micro_batches := micro_batches * 2) <= most:
       yield [f"--config.train.micro_batches={micro_batches}"]

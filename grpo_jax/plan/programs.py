@@ -307,7 +307,7 @@ class Programs:
 
     def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
       leading = [None] * (leaf.ndim - 4)
-      spec = jax.sharding.PartitionSpec(*leading, ("data", "fsdp"), heads)
+      spec = jax.sharding.PartitionSpec(*leading, *meshes.batch_sharding(self.mesh).spec, heads)
       return put(leaf, NamedSharding(self.mesh, spec))
 
     rows, length = (r.prompts_per_step, r.group_size), max(r.completion_length - 1, 1)
@@ -419,6 +419,7 @@ def open_programs(
   if algorithm:
     problems += misfits.teacher_misfits(c, algorithm)
   prompts = prompts or attempt(lambda: read_prompts(c))
+  problems += misfits.expert_misfits(c, shape) if shape else []
   if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:
     problems.append(
       f"rollout.completion_length is {c.rollout.completion_length}: with prompts of "

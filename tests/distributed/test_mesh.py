@@ -97,8 +97,8 @@ def test_rules_cover_the_parameters_of_families_and_adapters():
 
 
 def test_a_parameter_without_a_rule_is_named():
-  tree = {"layers": {"router": jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)}}
-  with pytest.raises(ValueError, match="'layers/router'"):
+  tree = {"layers": {"conv": jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)}}
+  with pytest.raises(ValueError, match="'layers/conv'"):
     meshes.param_shardings(meshes.make_mesh((8, 1, 1)), tree)
 
 
