@@ -27,6 +27,9 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "tiles.py: return jnp.where(jnp.isneginf(top), 0.0, top)": {
     "0.0 -> 1": "subtracted from -inf only; it has to be finite",
   },
+  "log_ratios.py: both[name] = jnp.where(mask, value, 0.0)": {
+    "0.0 -> 1": "the penalty of a masked slot is replaced; it has to be finite",
+  },
   "logprobs.py: shift = jnp.where(total > 0, top - base, 0.0)": {
     "0.0 -> 1": "scales sums that are still 0; it has to be finite",
   },

@@ -115,6 +115,12 @@ def test_a_group_of_one_has_no_baseline():
   np.testing.assert_array_equal(actual, expected)
 
 
+def test_in_a_group_of_two_the_baseline_is_the_other():
+  both = [log_ratio_advantages(TARGET[:, :2], OLD[:, :2], np.ones((P, 2, T), bool), **how)
+          for how in ({}, {"baseline": "leave_one_out"})]  # fmt: skip
+  assert_close(both[1], both[0] - both[0][:, ::-1], rtol=1e-5, atol=1e-6)
+
+
 def test_errors():
   with pytest.raises(ValueError, match=r"^target_logp has shape \(2,\), expected \(3,\)"):
     log_ratio_advantages(np.zeros(2), np.zeros(3), np.ones(3, bool))
@@ -134,8 +140,9 @@ def test_errors():
 # --- the KL term in a critic's rewards ------------------------------------------------------------
 
 REWARDS = RNG.normal(size=(P, G, T)).astype(np.float32)
-# Of d = ref_logp - old_logp, by hand: Schulman's estimators.
+# Of d = ref_logp - old_logp, by hand: Schulman's estimators. The ratio of k3_ratio is 1 here.
 ESTIMATES = {"k1": lambda d: -d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.exp(d) - d - 1}
+ESTIMATES["k3_ratio"] = ESTIMATES["k3"]
 
 
 @pytest.mark.parametrize("kl", ESTIMATES)
@@ -143,6 +150,11 @@ def test_penalized_rewards_by_hand(kl):
   actual = penalized_rewards(REWARDS, OLD, TARGET, MASK, beta=0.3, kl=kl)
   expected = np.where(MASK, REWARDS - 0.3 * ESTIMATES[kl](TARGET - OLD), 0.0)
   assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_coefficient_there_is_no_penalty():
+  actual = penalized_rewards(REWARDS, OLD, TARGET, MASK, beta=0.0)
+  np.testing.assert_array_equal(actual, np.where(MASK, REWARDS, 0.0))
 
 
 def test_penalized_rewards_of_masked_slots_and_without_a_gradient():
