@@ -26,6 +26,8 @@ MODULES = {
   "gguf": ("gguf",),
   "openenv": ("websockets",),
   "textarena": ("textarena",),
+  "gcs": ("google.cloud.storage",),
+  "s3": ("boto3",),
   "wandb": ("wandb",),
   "trackio": ("trackio",),
 }  # fmt: skip
@@ -51,10 +53,17 @@ def require(extra: str, user: str, *modules: str) -> None:
     ModuleNotFoundError: the task gsm8k needs no_such_module: pip install 'grpo_jax[tasks]'
   """
   for module in modules or MODULES[extra]:
-    if importlib.util.find_spec(module) is None:
+    if not _is_there(module):
       raise ModuleNotFoundError(
         f"{user} needs {module}: pip install 'grpo_jax[{extra}]'", name=module
       )
+
+
+def _is_there(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # the package that the module would be in
+    return False
 
 
 def require_for_command(extra: str, module: str) -> None:

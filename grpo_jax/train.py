@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 import grpo_jax
 from grpo_jax import config as configs
 from grpo_jax import doctor
+from grpo_jax.addresses import Address
 from grpo_jax.ahead import Rollouts
 from grpo_jax.build import Run, build, schedule_steps
 from grpo_jax.distributed import cluster, hosts
@@ -41,6 +42,7 @@ from grpo_jax.run import (
   console,
   identity,
   metrics,
+  mirror,
   provenance,
   record,
   skipped,
@@ -67,7 +69,7 @@ class UnscoredError(RuntimeError):
 
 def run(
   config: ConfigDict,
-  workdir: str | Path,
+  workdir: str | Path | Address,
   *,
   experiment: str | Path | None = None,
   accept: Sequence[str] = (),
@@ -100,11 +102,12 @@ def run(
     SkippedError: after too many skipped updates, with the finished steps saved.
     NotFiniteError: the parameters became NaN or infinite; the checkpoint before that stays.
   """
-  workdir, begun = workdirs.path_of(workdir), time.monotonic()
-  session, files = {}, {}
+  begun, session, files = time.monotonic(), {}, {}
   with contextlib.ExitStack() as stack:
     stack.enter_context(console.guarded())
-    compilation.use_cache(config.compilation_cache, workdir)
+    place = stack.enter_context(mirror.opened(workdir))
+    workdir = place.folder
+    compilation.use_cache(config.compilation_cache, workdir, inside=place.mirror is not None)
     watch = stack.enter_context(compilation.Watch())
     config = with_chat_date(config, workdir)
     machines = provenance.machines()
@@ -131,6 +134,7 @@ def run(
       **_log_settings(config),
       remark=Watcher(config, workdir),
       about={"config": saved, "files": files, "session": dict(session)},
+      mirror=place.mirror,
     )
     results = _train(run, out, watch, ending, session)
     if ending.reason:
@@ -335,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
   # What orbax logs with stacks comes back as errors, which are explained.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   try:
-    arguments.workdir = workdirs.path_of(arguments.workdir)
+    arguments.workdir = mirror.place_of(arguments.workdir)
     config = configs.load(arguments.config, overrides)
     with hosts.session(config.hosts.heartbeat, config.hosts.wait):
       results = run(config, arguments.workdir, experiment=arguments.config, accept=arguments.accept)
@@ -361,14 +365,16 @@ def main(argv: list[str] | None = None) -> int:
       raise
     reason = str(error)
     if not isinstance(error, checkpoint.SaveError):
-      reason = f"the file system is full ({error}); {workdirs.free_space(arguments.workdir)}"
-    print(f"error: {reason}. Make room; then the same command continues", file=sys.stderr)
+      folder = mirror.folder_of(arguments.workdir)
+      reason = f"the file system is full ({error}); {workdirs.free_space(folder)}"
+    print(f"error: {reason}{checkpoint.remedy(error)}", file=sys.stderr)
     return NOT_WRITTEN
   if not first:
     return 0
-  before = metrics.at(arguments.workdir, 0, "eval/")
+  folder = mirror.folder_of(arguments.workdir)
+  before = metrics.at(folder, 0, "eval/")
   if before and results:
-    steps = metrics.read_metrics(arguments.workdir)[-1]["step"]
+    steps = metrics.read_metrics(folder)[-1]["step"]
     print(table(results, f"held out, after {steps} steps", before))
   print(f"in {arguments.workdir}: metrics.jsonl, samples/, tensorboard/, curve.png, checkpoints/")
   return 0

@@ -24,7 +24,7 @@ MODULES = {
 ARRAYS = "jax numpy jaxtyping"
 HELPERS = "grpo_jax.errors grpo_jax.extras grpo_jax.addresses"  # standard library only
 TASKS = "grpo_jax.tasks grpo_jax.environments"
-RUN = "orbax tensorstore etils fsspec matplotlib rich tensorboardX wandb trackio"
+RUN = "orbax matplotlib rich tensorboardX wandb trackio"
 ENGINE = "grpo_jax.core grpo_jax.models.protocol grpo_jax.distributed grpo_jax.statistics"
 
 # A module may import what the first pattern that fits it lists, beside the standard library.
@@ -96,6 +96,8 @@ ALLOWED = {
   ),
   "grpo_jax.run.health": "grpo_jax.core numpy ml_collections",
   "grpo_jax.run.completions": "grpo_jax.core grpo_jax.run numpy",
+  "grpo_jax.run.gcs": "grpo_jax.run google requests urllib3",
+  "grpo_jax.run.s3": "grpo_jax.run boto3 botocore urllib3",
   "grpo_jax.run*": f"{ENGINE} grpo_jax.run grpo_jax.learning {HELPERS} {ARRAYS} {RUN}",
   "grpo_jax.report*": (
     f"grpo_jax.report grpo_jax.config grpo_jax.core grpo_jax.run {HELPERS} ml_collections"
@@ -134,7 +136,7 @@ NOT_REACHED = {
 LAZY = (
   "reasoning_gym math_verify sympy tensorflow_datasets pyarrow grain gguf huggingface_hub "
   "safetensors transformers tokenizers matplotlib rich tensorboardX wandb trackio websockets "
-  "textarena"
+  "textarena google boto3 botocore requests urllib3"
 )
 
 

@@ -28,8 +28,8 @@ from grpo_jax import extras
 ROOT = Path(__file__).parents[1]
 BASE = {"jax", "numpy", "jaxtyping"}
 EXTRAS = {
-  "train", "tasks", "gguf", "tensorboard", "wandb", "trackio", "openenv", "textarena", "cuda",
-  "tpu", "plan", "all", "docs", "test",
+  "train", "tasks", "gguf", "tensorboard", "wandb", "trackio", "openenv", "textarena", "gcs", "s3",
+  "cuda", "tpu", "plan", "all", "docs", "test",
 }  # fmt: skip
 DESCRIPTION = (
   "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md",

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,12 @@ PENDING = "pending"  # field of the tree that holds rollouts ahead of the update
 DAMAGED = "damaged"  # folder of a work directory that damaged checkpoints are moved to
 # Files without a digest. Orbax writes the time of the rename into the second one, after the
 # digests; nothing is read from it.
-_UNCHECKED = (DIGESTS, "_CHECKPOINT_METADATA")
+UNCHECKED = (DIGESTS, "_CHECKPOINT_METADATA")
 _COMMIT = "commit_success.txt"  # in the folder itself, orbax makes it after the digests
+
+
+# Each host writes its shards to a folder of its own.
+_EACH_HOST = ocp.options.MultiprocessingOptions(primary_host=None)
 
 
 class SaveError(OSError):
@@ -76,19 +80,32 @@ class Checkpoints:
     workdir: the work directory.
     keep: number of checkpoints to keep, the newest ones; more while others are being read.
     read_only: change nothing in the directory. Beside a run that writes, use `reading`.
+    publish: called with the folder of each checkpoint that is written, and its step, before it
+      counts here; it makes the digests. Each host then has a work directory of its own, which holds
+      its files of a checkpoint, and calls it.
 
   Attributes:
     pending: rollouts ahead of the updates, from the checkpoint that was restored last; see `save`.
   """
 
-  def __init__(self, workdir: str | Path, keep: int, read_only: bool = False) -> None:
+  def __init__(
+    self,
+    workdir: str | Path,
+    keep: int,
+    read_only: bool = False,
+    publish: Callable[[Path, int], object] | None = None,
+  ) -> None:
     self._folder, self._read_only = folder(workdir), read_only
     self.pending: dict[str, np.ndarray] = {}
+    self._publish = publish
+    self._alone = publish is not None and jax.process_count() > 1
     self._saving: int | None = None  # step of the checkpoint that is being written
     self._bytes = 0  # size of a checkpoint
+    if self._alone:
+      self._folder.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
       preservation_policy=KeepNewest(self._folder, DIGESTS, keep),
-      create=not read_only,
+      create=not read_only and not self._alone,
       cleanup_tmp_directories=not read_only,
       enable_async_checkpointing=True,
       async_options=ocp.AsyncOptions(
@@ -96,8 +113,13 @@ class Checkpoints:
         # orbax: if this fails in the background, the process cannot end for minutes.
         create_directories_asynchronously=False,
       ),
+      **({"multiprocessing_options": _EACH_HOST} if self._alone else {}),
     )
-    self._manager = ocp.CheckpointManager(self._folder, options=options)
+    handler = None
+    if self._alone:
+      # One file for each shard of an array: the files of all hosts together are a checkpoint.
+      handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=_EACH_HOST)
+    self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint, damaged or not; None if there is none."""
@@ -127,7 +149,8 @@ class Checkpoints:
       if pending:
         tree[PENDING] = pending
       self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-      self._manager.save(step, args=ocp.args.StandardSave(tree))
+      save = ocp.args.PyTreeSave if self._alone else ocp.args.StandardSave
+      self._manager.save(step, args=save(tree))
 
   def check(self) -> None:
     """Checks for errors in the background without waiting.
@@ -154,7 +177,12 @@ class Checkpoints:
     if PENDING in saved:
       tree[PENDING] = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), saved[PENDING])
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-    tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    if self._alone:
+      how = ocp.checkpoint_utils.construct_restore_args(abstract)
+      arguments = ocp.args.PyTreeRestore(abstract, restore_args=how)
+    else:
+      arguments = ocp.args.StandardRestore(abstract)
+    tree = self._manager.restore(step, args=arguments)
     self.pending = jax.tree.map(np.asarray, tree.pop(PENDING, {}))
     state = TrainState.from_dict(tree)
     if state.history is None:
@@ -230,18 +258,18 @@ class Checkpoints:
 
   def _before_rename(self) -> None:
     """Adds the digests; orbax calls this after it wrote all files and before the rename."""
-    if hosts.is_first():
+    if hosts.is_first() or self._publish:
       names = (str(self._saving), f"{self._saving}.")
       for path in self._folder.iterdir():
         if path.name == names[0] or path.name.startswith(names[1]):
-          write_digests(path)
+          self._publish(path, self._saving) if self._publish else write_digests(path)
 
   def _set_aside(self, step: int) -> str:
     """Moves a checkpoint to `damaged/`, if that is allowed; returns a phrase about it."""
     if self._read_only:
       return "it is skipped"
     target = self._folder.parent / DAMAGED / str(step)
-    if hosts.is_first():
+    if hosts.is_first() or self._alone:
       number = 1
       while target.exists():
         number += 1
@@ -258,6 +286,11 @@ class Checkpoints:
       yield
     except Exception as error:
       reason = "the file system is full" if workdirs.is_full(error) else first_line(error)
+      if isinstance(error, workdirs.WorkdirError):  # of a store, with its remedy
+        raise SaveError(
+          f"the checkpoint of step {self._saving} could not be saved: {error}. Earlier checkpoints "
+          "are intact"
+        ) from error
       raise SaveError(
         f"the checkpoint of step {self._saving} could not be saved: {reason}. It takes up to "
         f"{self._bytes / 2**20:.1f} MiB; {workdirs.free_space(self._folder)}. Earlier checkpoints "
@@ -270,17 +303,39 @@ def folder(workdir: str | Path) -> Path:
   return Path(workdir).resolve() / "checkpoints"
 
 
+def remedy(error: BaseException) -> str:
+  """Returns a clause that follows the message of a SaveError, or of a full file system."""
+  if isinstance(error.__cause__, workdirs.WorkdirError):
+    return ""  # the error of a store has it
+  return ". Make room; then the same command continues"
+
+
 # --- digests --------------------------------------------------------------------------------------
 
 
 def write_digests(checkpoint: Path) -> None:
   """Writes the size and the SHA-256 of every file of a checkpoint to `sha256.json` in it."""
   sizes, _ = _list_files(checkpoint)
-  names = [name for name in sorted(sizes) if _is_checked(name)]
+  digests = digests_of(checkpoint, sorted(sizes))
+  workdirs.write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=1) + "\n")
+
+
+def digests_of(checkpoint: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+  """Returns the size and the SHA-256 of those files of a checkpoint that have digests."""
+  names = [name for name in names if _is_checked(name)]
   with ThreadPoolExecutor() as pool:
     hashes = pool.map(lambda name: _digest(checkpoint / name), names)
-    digests = {name: (sizes[name], digest) for name, digest in zip(names, hashes)}
-  workdirs.write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=1) + "\n")
+    return {
+      name: ((checkpoint / name).stat().st_size, digest) for name, digest in zip(names, hashes)
+    }
+
+
+def names_in(digests: bytes) -> list[str]:
+  """Returns the names of the files that digests list; none if they are damaged."""
+  try:
+    return list(_parse_digests(digests.decode()))
+  except (ValueError, RecursionError):
+    return []
 
 
 def find_damage(checkpoint: Path, shard: int = 0, shards: int = 1) -> list[str] | None:
@@ -334,7 +389,7 @@ def _list_files(folder: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def _is_checked(name: str) -> bool:
-  return Path(name).name not in _UNCHECKED and name != _COMMIT
+  return Path(name).name not in UNCHECKED and name != _COMMIT
 
 
 def _read_digests(path: Path) -> dict[str, tuple[int, str]]:
@@ -343,7 +398,11 @@ def _read_digests(path: Path) -> dict[str, tuple[int, str]]:
   Raises:
     ValueError: the file holds something else.
   """
-  digests = json.loads(path.read_text(encoding="utf-8"))
+  return _parse_digests(path.read_text(encoding="utf-8"))
+
+
+def _parse_digests(text: str) -> dict[str, tuple[int, str]]:
+  digests = json.loads(text)
   rows = digests.values() if isinstance(digests, dict) else [None]
   for row in rows:
     if not (isinstance(row, list) and list(map(type, row)) == [int, str]):

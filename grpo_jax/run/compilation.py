@@ -15,13 +15,14 @@ from grpo_jax import addresses
 FOLDER = "compilation_cache"  # beside the work directory
 
 
-def use_cache(setting: str, workdir: str | Path) -> Path | None:
+def use_cache(setting: str, workdir: str | Path, inside: bool = False) -> Path | None:
   """Turns on the compilation cache for this process.
 
   Args:
     setting: `off`, a folder, or `auto`: the cache that JAX is already configured with, by
       JAX_COMPILATION_CACHE_DIR for instance, else `FOLDER` beside the work directory.
     workdir: the work directory of the run.
+    inside: put it in the work directory and not beside it, as one that a store keeps.
 
   Returns:
     The folder of the cache; None if it is off.
@@ -32,7 +33,8 @@ def use_cache(setting: str, workdir: str | Path) -> Path | None:
   configured = jax.config.jax_compilation_cache_dir
   if setting == "auto" and configured:
     return Path(configured)
-  beside = Path(workdir).absolute().parent / FOLDER
+  absolute = Path(workdir).absolute()
+  beside = (absolute if inside else absolute.parent) / FOLDER
   folder = beside if setting == "auto" else addresses.local(setting, "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
   # Small programs too: there are many, and without them a continued run still compiles.

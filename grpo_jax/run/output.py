@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from grpo_jax.distributed import hosts
 from grpo_jax.evaluate import Evaluation
 from grpo_jax.learning.step import TrainState
 from grpo_jax.run import checkpoint, metrics, plots
+from grpo_jax.run.mirror import Mirror
 from grpo_jax.run.progress import choose_samples
 from grpo_jax.run.workdir import WorkdirError
 
@@ -33,6 +35,7 @@ class Output(contextlib.AbstractContextManager):
     samples: number of completions to print at a time, right and wrong ones of one prompt.
     samples_every: number of steps between printed completions; 0 prints none.
     trackers, about: as in `MetricsWriter`.
+    mirror: keeps the work directory of a store like `workdir`; None without one.
     remark: called with each record, its step included; returns lines to show.
 
   Attributes:
@@ -54,11 +57,16 @@ class Output(contextlib.AbstractContextManager):
     remark: Callable[[dict[str, Any]], Iterable[str]] = lambda row: (),
     trackers: Sequence[str] = ("tensorboard",),
     about: Mapping[str, Any] | None = None,
+    mirror: Mirror | None = None,
   ) -> None:
-    self.workdir = Path(workdir)
+    self.workdir, self._mirror = Path(workdir), mirror
     self._steps, self._samples, self._samples_every = steps, samples, samples_every
     self._remark, self._trackers, self._about = remark, trackers, about
-    self._checkpoints = checkpoint.Checkpoints(workdir, keep)
+    if mirror:  # the store keeps them
+      publish = partial(mirror.publish, keep=keep)
+      self._checkpoints = checkpoint.Checkpoints(workdir, 1, publish=publish)
+    else:
+      self._checkpoints = checkpoint.Checkpoints(workdir, keep)
     self._open = contextlib.ExitStack()
     self._open.enter_context(self._checkpoints)
     self._num_tokens, self._step_start = 0.0, time.monotonic()
@@ -93,6 +101,8 @@ class Output(contextlib.AbstractContextManager):
         f"{self.workdir} holds {start} finished steps, and steps is {self._steps}: set "
         f"--config.steps={start} or more, or use another --workdir"
       )
+    if self._mirror:
+      self._mirror.resumed(start)
     again = start == self._steps or evaluates_at(start)
     make = metrics.MetricsWriter if hosts.is_first() else metrics.NoWriter
     writer = make(
@@ -228,7 +238,10 @@ class Output(contextlib.AbstractContextManager):
 
     Raises:
       SaveError: the last checkpoint could not be written.
+      LeaseLost: another run has taken the work directory.
     """
+    if self._mirror:
+      self._mirror.check()
     self._checkpoints.check()
 
   def draw_curve(self) -> None:

@@ -1,0 +1,487 @@
+"""Stages a work directory of a store in a folder of this machine, and keeps the two alike.
+
+A run works in the folder as in any other. `opened` takes the lease and downloads what the run
+reads; files that change are uploaded whole, every `PERIOD` seconds and before a checkpoint counts.
+A checkpoint counts from when its digests are there, which are uploaded last. On several hosts, each
+has a folder of its own and uploads the files of a checkpoint that it wrote.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from grpo_jax import addresses
+from grpo_jax.addresses import Address
+from grpo_jax.distributed import hosts
+from grpo_jax.run import checkpoint
+from grpo_jax.run.lease import PROBE, Lease, LeaseLost
+from grpo_jax.run.stores import Entry, Store, StoreError, in_parallel, open_store
+from grpo_jax.run.workdir import LOCK, WorkdirError, path_of
+
+CHECKPOINTS = "checkpoints"
+PERIOD = 30.0  # seconds between uploads of changed files
+PEERS = 600.0  # seconds until the other hosts must have uploaded their files of a checkpoint
+STAGES = "GRPO_JAX_STAGES"  # environment variable: the parent of the folders of this machine
+_LARGE = 8 * 2**20  # bytes from which a file is uploaded in parts
+_CLOSING = 10.0  # seconds for the last requests after a failure
+# Files of a checkpoint that all hosts write alike: those of the first host are uploaded.
+_COMMON = {"_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "_sharding"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a run works.
+
+  Attributes:
+    folder: the work directory on this machine.
+    mirror: what keeps it and the store alike; None without a store.
+  """
+
+  folder: Path
+  mirror: "Mirror | None" = None
+
+
+def place_of(workdir: str | Path | Address) -> Path | Address:
+  """Returns the path of a work directory on this machine, or its address on a store.
+
+  Raises:
+    WorkdirError: it can be neither.
+  """
+  try:
+    place = addresses.parse(workdir)
+  except addresses.AddressError as error:
+    raise WorkdirError(f"the work directory: {error}") from None
+  return place if isinstance(place, Address) else path_of(workdir)
+
+
+def folder_of(workdir: Path | Address, index: int = 0) -> Path:
+  """Returns the folder of this machine that a work directory is staged in, or is.
+
+  Args:
+    index: of the process, of several on this machine that have their own.
+  """
+  if isinstance(workdir, Path):
+    return workdir
+  parent = os.environ.get(STAGES)
+  if not parent:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    parent = Path(caches) / "grpo_jax" / "stages"
+  name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+  return Path(parent) / (f"{name}-{index}" if index else name) / PurePosixPath(workdir.prefix).name
+
+
+@contextlib.contextmanager
+def opened(workdir: str | Path | Address | Place) -> Iterator[Place]:
+  """Opens a work directory for a run. All hosts call it.
+
+  Raises:
+    WorkdirError: another run uses it, or its store cannot be used.
+  """
+  if isinstance(workdir, Place):
+    yield workdir
+    return
+  address = place_of(workdir)
+  if isinstance(address, Path):
+    yield Place(address)
+    return
+  index, count = hosts.own_shard()
+  folder = folder_of(address, index)
+  with contextlib.ExitStack() as stack, _named(folder, address):
+    with hosts.together("taking the work directory"):
+      lease = stack.enter_context(_leased(open_store(address))) if hosts.is_first() else None
+    [token] = hosts.gathered_json([lease.token] if lease else [])
+    mirror = Mirror(open_store(address), folder, lease, (index, count), token)
+    with hosts.together("reading the work directory"):
+      mirror.download()
+    with mirror:
+      yield Place(folder, mirror)
+
+
+@contextlib.contextmanager
+def _leased(store: Store) -> Iterator[Lease]:
+  """Holds the lease of a work directory."""
+  lease = Lease(store)
+  lease.acquire()
+  try:
+    yield lease
+  finally:
+    with contextlib.suppress(StoreError), store.limited(_CLOSING):
+      lease.release()
+
+
+@contextlib.contextmanager
+def _named(folder: Path, address: Address) -> Iterator[None]:
+  """Puts the address in place of the folder that it is staged in, in the message of an error."""
+  try:
+    yield
+  except Exception as error:
+    error.args = tuple(
+      text.replace(str(folder), str(address)) if isinstance(text, str) else text
+      for text in error.args
+    )
+    raise
+
+
+class Mirror:
+  """Keeps a folder of this machine and one of a store alike.
+
+  Use it as a context manager: it uploads what changes until its end.
+
+  Args:
+    store: the folder of the store.
+    folder: the one of this machine.
+    lease: held by this process; None for hosts that upload nothing but checkpoints.
+    shard: index and number of the hosts.
+    token: of this session, the same on all hosts.
+  """
+
+  def __init__(
+    self, store: Store, folder: Path, lease: Lease | None, shard: tuple[int, int], token: str
+  ) -> None:
+    self.store, self.folder, self._lease, self._token = store, folder, lease, token
+    self._index, self._count = shard
+    self._alike: dict[str, tuple[int, int]] = {}  # stamps of the files that the store has
+    self._lock, self._ended = threading.Lock(), threading.Event()
+    self._failing = ""  # the error of the last upload of changed files
+
+  @property
+  def is_shared(self) -> bool:
+    """True if several hosts write one checkpoint."""
+    return self._count > 1
+
+  # --- from the store
+
+  def download(self) -> None:
+    """Makes the folder what the store has: files that runs read, and the newest whole checkpoint.
+
+    Other files become empty ones, which stand for those of the store. Parts of a checkpoint that
+    was never whole are removed from the store.
+    """
+    entries = [entry for entry in self.store.list() if _is_file(entry.name)]
+    steps = _steps(entries)
+    self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _remove_others(self.folder, {LOCK, CHECKPOINTS})
+    _remove_others(self.folder / CHECKPOINTS, set(map(str, steps)))
+
+    def get(entry: Entry) -> None:
+      path = self.folder / entry.name
+      if _is_read(entry.name):
+        self.store.download(entry.name, path)
+      else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    files = [entry for entry in entries if not entry.name.startswith(f"{CHECKPOINTS}/")]
+    in_parallel(get, files)
+    self._alike = {entry.name: _stamp(self.folder / entry.name) for entry in files}
+    if self._lease:
+      whole = {f"{CHECKPOINTS}/{step}/" for step in steps}
+      parts = [entry.name for entry in entries if entry.name.startswith(f"{CHECKPOINTS}/")]
+      in_parallel(self.store.remove, [name for name in parts if not name.startswith(tuple(whole))])
+    chosen = fetch_checkpoint(self.store, self.folder, entries)
+    _remove_others(self.folder / CHECKPOINTS, set(map(str, chosen)))
+
+  # --- to the store
+
+  def sync(self) -> None:
+    """Uploads files that have changed, and removes those from the store that are gone.
+
+    Raises:
+      LeaseLost: another run has taken the work directory; nothing is written.
+      StoreError: the store does not answer.
+    """
+    if self._lease is None:
+      return
+    with self._lock:
+      self._lease.confirm()
+      stamps = {}
+      for path in self.folder.rglob("*"):
+        name = path.relative_to(self.folder).as_posix()
+        if _is_file(name) and not name.startswith(f"{CHECKPOINTS}/") and not path.is_symlink():
+          with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+              stamps[name] = _stamp(path)
+
+      def put(name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+          self._write(name, self.folder / name)
+          self._alike[name] = stamps[name]
+
+      def remove(name: str) -> None:
+        self.store.remove(name)
+        del self._alike[name]
+
+      in_parallel(put, [name for name, stamp in stamps.items() if self._alike.get(name) != stamp])
+      in_parallel(remove, [name for name in [*self._alike] if name not in stamps])
+
+  def publish(self, folder: Path, step: int, keep: int) -> None:
+    """Uploads a checkpoint that is written, so that it counts, and removes older ones.
+
+    All hosts call it; everything else that has changed is uploaded first.
+
+    Args:
+      folder: holds its files, on several hosts those of this one.
+      keep: number of checkpoints to keep.
+    """
+    root = f"{CHECKPOINTS}/{step}"
+    if not self.is_shared:
+      checkpoint.write_digests(folder)
+    names = [
+      path.relative_to(folder).as_posix()
+      for path in sorted(folder.rglob("*"))
+      if path.is_file() and path.name != checkpoint.DIGESTS
+    ]
+    if self._index:
+      names = [name for name in names if PurePosixPath(name).name not in _COMMON]
+    in_parallel(lambda name: self._write(f"{root}/{name}", folder / name), names)
+    if self.is_shared:
+      own = checkpoint.digests_of(folder, names)
+      self.store.write(self._part(root, self._index), json.dumps(own).encode())
+    if self._lease is None:
+      return
+    if self.is_shared:
+      digests = json.dumps(self._digests_of_all(root), indent=1).encode() + b"\n"
+    else:
+      digests = (folder / checkpoint.DIGESTS).read_bytes()
+    self.sync()
+    self._lease.confirm()
+    self.store.write(f"{root}/{checkpoint.DIGESTS}", digests)
+    for index in range(self._count if self.is_shared else 0):
+      self.store.remove(self._part(root, index))
+    entries = self.store.list(f"{CHECKPOINTS}/")
+    self._remove_checkpoints([old for old in _steps(entries) if old < step][: 1 - keep or None])
+
+  def resumed(self, step: int) -> None:
+    """Removes checkpoints after `step` from the store: they are damaged, and kept elsewhere."""
+    if self._lease is None:
+      return
+    newer = [other for other in _steps(self.store.list(f"{CHECKPOINTS}/")) if other > step]
+    if newer:
+      self.sync()  # with the folder of damaged checkpoints
+      self._remove_checkpoints(newer)
+
+  def check(self) -> None:
+    """Raises LeaseLost if it is known that another run has taken the work directory."""
+    if self._lease:
+      self._lease.check()
+
+  def _remove_checkpoints(self, steps: list[int]) -> None:
+    for step in steps:
+      root = f"{CHECKPOINTS}/{step}"
+      self.store.remove(f"{root}/{checkpoint.DIGESTS}")  # from now on it does not count
+      in_parallel(self.store.remove, [entry.name for entry in self.store.list(f"{root}/")])
+
+  def _part(self, root: str, index: int) -> str:
+    return f"{root}/.host-{self._token}-{index}"
+
+  def _digests_of_all(self, root: str) -> dict[str, tuple[int, str]]:
+    """Returns the digests of the files of all hosts, once they have uploaded them."""
+    digests, deadline = {}, time.monotonic() + PEERS
+    for index in range(self._count):
+      while (content := self.store.read(self._part(root, index))) is None:
+        if time.monotonic() > deadline:
+          raise StoreError(
+            f"{self.store.address}: host {index} has not uploaded its part of {root} in "
+            f"{PEERS:g} s. See its log; the same command continues"
+          )
+        time.sleep(0.2)
+      digests |= json.loads(content)
+    return dict(sorted(digests.items()))
+
+  def _write(self, name: str, path: Path) -> None:
+    """Uploads a file: a small one as it is at one moment."""
+    large = path.stat().st_size >= _LARGE
+    self.store.write(name, path if large else path.read_bytes())
+
+  # --- in the background
+
+  def __enter__(self) -> "Mirror":
+    self._thread = threading.Thread(target=self._keep, name="mirror", daemon=True)
+    self._thread.start()
+    return self
+
+  def _keep(self) -> None:
+    while not self._ended.wait(PERIOD):
+      try:
+        self.sync()
+        self._failing = ""
+      except LeaseLost:
+        return  # the run looks for it
+      except WorkdirError as error:
+        if not self._failing:
+          print(f"warning: {error}. Trying again", file=sys.stderr)
+        self._failing = str(error)
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    self._ended.set()
+    self._thread.join()
+    try:
+      with self.store.limited(_CLOSING if kind else self.store.seconds):
+        self.sync()
+    except (StoreError, LeaseLost) as error:
+      if kind is None:
+        raise checkpoint.SaveError(f"the last files were not uploaded: {error}") from error
+      if not isinstance(error, LeaseLost):
+        print(f"warning: the last files were not uploaded: {error}", file=sys.stderr)
+
+
+# --- readers --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fetched(
+  workdir: str | Path | Address,
+  wanted: Callable[[str], bool] = lambda name: True,
+  *,
+  step: int | None = None,
+  checkpoints: bool = False,
+) -> Iterator[Path]:
+  """Yields a work directory to read: the folder, or a copy of what the store has now.
+
+  Args:
+    workdir: a path, or an address.
+    wanted: tells by its name whether a file is copied; those of checkpoints are not asked for.
+    checkpoints: copy the newest whole checkpoint as well, or that of `step`.
+
+  Raises:
+    WorkdirError: the store cannot be read, or has nothing there.
+  """
+  address = place_of(workdir)
+  if isinstance(address, Path):
+    yield address
+    return
+  store = open_store(address)
+  with tempfile.TemporaryDirectory(prefix="grpo_jax_") as parent:
+    folder = Path(parent) / PurePosixPath(address.prefix).name
+    with _named(folder, address):
+      copy(store, folder, wanted, step=step, checkpoints=checkpoints)
+      yield folder
+
+
+def copy(
+  store: Store,
+  folder: Path,
+  wanted: Callable[[str], bool],
+  *,
+  step: int | None = None,
+  checkpoints: bool = False,
+) -> None:
+  """Copies files of a store to a folder, as `fetched` does."""
+  entries = [entry for entry in store.list() if _is_file(entry.name)]
+  if not entries:
+    raise StoreError(f"{store.address} holds nothing: give the work directory of a run")
+  folder.mkdir(parents=True, exist_ok=True)
+  names = [e.name for e in entries if not e.name.startswith(f"{CHECKPOINTS}/") and wanted(e.name)]
+  in_parallel(lambda name: store.download(name, folder / name), names)
+  if checkpoints:
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    fetch_checkpoint(store, folder, entries, step)
+
+
+def fetch_checkpoint(
+  store: Store, folder: Path, entries: list[Entry], step: int | None = None
+) -> list[int]:
+  """Copies the newest checkpoint without damage, and damaged ones that are newer.
+
+  Args:
+    entries: all objects of the store.
+    step: of the only checkpoint to copy; None is any.
+
+  Returns:
+    The steps of the checkpoints that are in the folder now, and whole in the store.
+  """
+  chosen = []
+  for number in reversed(_steps(entries)):
+    if step is not None and number != step:
+      continue
+    if not _fetch(store, folder / CHECKPOINTS / str(number), number, entries):
+      continue  # it was removed meanwhile
+    chosen.append(number)
+    if not checkpoint.find_damage(folder / CHECKPOINTS / str(number)):
+      break
+  return chosen
+
+
+def _fetch(store: Store, target: Path, step: int, entries: list[Entry]) -> bool:
+  """Copies a checkpoint, unless it is there already; returns whether it counts."""
+  root = f"{CHECKPOINTS}/{step}/"
+  digests = store.read(f"{root}{checkpoint.DIGESTS}")
+  if digests is None:
+    return False
+  with contextlib.suppress(OSError):
+    same = (target / checkpoint.DIGESTS).read_bytes() == digests
+    if same and not checkpoint.find_damage(target):
+      return True
+  shutil.rmtree(target, ignore_errors=True)
+  target.mkdir(parents=True)
+  # By the digests, since a listing may lag behind; files without a digest are only listed.
+  listed = {entry.name.removeprefix(root) for entry in entries if entry.name.startswith(root)}
+  names = {name for name in listed if PurePosixPath(name).name in checkpoint.UNCHECKED}
+  names |= {name for name in checkpoint.names_in(digests) if _is_file(name)}
+  names -= {checkpoint.DIGESTS}
+  in_parallel(lambda name: store.download(root + name, target / name), sorted(names))
+  (target / checkpoint.DIGESTS).write_bytes(digests)
+  return True
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def _is_file(name: str) -> bool:
+  """Tells whether a name is one of a file of a work directory, and stays inside of it.
+
+  Example:
+    >>> list(map(_is_file, ("metrics.jsonl", "a/b", "lock", "a/", "../a", "/a", "a/.b.part")))
+    [True, True, False, False, False, False, False]
+  """
+  parts = name.split("/")
+  return (
+    name != LOCK
+    and not name.startswith(PROBE)
+    and not name.endswith(".part")
+    and not {"", ".", ".."} & set(parts)
+    and name.isprintable()
+    and "\\" not in name
+  )
+
+
+def _is_read(name: str) -> bool:
+  """Tells whether a run reads a file that an earlier one has written."""
+  folder = name.partition("/")[0]
+  return "/" not in name or folder == "compilation_cache" or (
+    folder == "skipped" and name.endswith(".json")
+  )  # fmt: skip
+
+
+def _steps(entries: list[Entry]) -> list[int]:
+  """Returns the steps of the checkpoints that count, in order."""
+  found = (entry.name.split("/") for entry in entries)
+  return sorted(
+    int(parts[1])
+    for parts in found
+    if len(parts) == 3
+    and parts[0] == CHECKPOINTS
+    and parts[2] == checkpoint.DIGESTS
+    and parts[1].isdecimal()
+  )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+  status = path.stat()
+  return status.st_mtime_ns, status.st_size
+
+
+def _remove_others(folder: Path, names: set[str]) -> None:
+  """Removes everything from a folder but the entries of these names."""
+  for path in folder.iterdir() if folder.is_dir() else ():
+    if path.name not in names:
+      shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

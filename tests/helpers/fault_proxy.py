@@ -1,0 +1,128 @@
+"""A proxy between a run and a store that breaks requests on purpose."""
+
+import http.client
+import http.server
+import re
+import threading
+import time
+import urllib.parse
+
+SLOW = 0.3  # seconds
+NEVER = ("GET", "PUT", "POST", "DELETE", "HEAD")
+
+
+class FaultProxy(http.server.ThreadingHTTPServer):
+  """Forwards requests to a port of this machine; a context manager.
+
+  Attributes:
+    plan: called with each request (its method, its path, its body); returns what happens to it: a
+      status (429, 500, 503), "cut" (before it is forwarded), "lost" (its answer), "slow", "stale"
+      (a listing as it was before) or None.
+    requests: (method, path, what happened) of each request so far.
+  """
+
+  daemon_threads = True
+  request_queue_size = 64
+
+  def __init__(self, target, plan=lambda method, path, body: None):
+    super().__init__(("127.0.0.1", 0), Handler)
+    self.target, self.plan, self.requests, self.before = target, plan, [], {}
+
+  @property
+  def port(self):
+    return self.server_address[1]
+
+  def __enter__(self):
+    threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    self.shutdown()
+    self.server_close()
+
+  def handle_error(self, request, client_address):
+    """Says nothing of clients that were killed."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  protocol_version = "HTTP/1.1"
+  disable_nagle_algorithm = True
+
+  def forward(self):
+    body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    what = self.server.plan(self.command, self.path, body)
+    self.server.requests.append((self.command, self.path, what))
+    if what == "slow":
+      time.sleep(SLOW)
+    if what == "cut":
+      return self.cut()
+    if isinstance(what, int):
+      return self.send(what, b"", {"Content-Type": "text/plain"})
+    connection = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=60)
+    connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+    for name, value in self.headers.items():
+      if name.lower() != "connection":
+        connection.putheader(name, value)
+    connection.endheaders(body)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    headers = {
+      name: value
+      for name, value in answer.getheaders()
+      if name.lower() not in ("connection", "transfer-encoding", "date", "server")
+    }
+    whole = answer.status, content, headers
+    if is_listing(self.command, self.path):
+      before = self.server.before.get(self.path, whole)
+      self.server.before[self.path] = whole
+      if what == "stale":
+        whole = before
+    if what == "lost":
+      return self.cut()
+    self.send(*whole)
+
+  do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = forward
+
+  def cut(self):
+    self.close_connection = True
+    self.connection.close()
+
+  def send(self, status, content, headers):
+    self.send_response(status)
+    length = headers.pop("Content-Length", headers.pop("content-length", str(len(content))))
+    for name, value in headers.items():
+      self.send_header(name, value)
+    self.send_header("Content-Length", length)
+    self.end_headers()
+    if self.command != "HEAD":
+      self.wfile.write(content)
+
+  def log_message(self, *_):
+    """Says nothing of requests."""
+
+
+def is_listing(method, path):
+  return method == "GET" and ("list-type=2" in path or "/o?" in path)
+
+
+def name_of(path):
+  """The object that a request is about, and its kind; without what is drawn at random."""
+  url = urllib.parse.urlsplit(path)
+  query = urllib.parse.parse_qs(url.query)
+  return urllib.parse.unquote(query.get("name", [url.path])[0]), query.get("uploadType", [""])[0]
+
+
+def each_once(what, times=1, where=r""):
+  """A plan that breaks the first request of each kind to each object, as `what` says."""
+  seen, lock = {}, threading.Lock()
+
+  def plan(method, path, body):
+    if not re.search(where, urllib.parse.unquote(path)):
+      return None
+    key = method, name_of(path)
+    with lock:
+      seen[key] = seen.get(key, 0) + 1
+      return what if seen[key] <= times else None
+
+  return plan
