@@ -36,6 +36,7 @@ class Run:
     devices: number of CPU devices.
     config: the experiment file.
     variables: environment variables to add.
+    target: what the command gets as its work directory, instead of `workdir`.
   """
 
   def __init__(
@@ -46,6 +47,7 @@ class Run:
     devices: int = 1,
     config: str = TINY,
     variables: dict[str, str] | None = None,
+    target: str = "",
   ) -> None:
     self.workdir = workdir
     flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
@@ -55,8 +57,8 @@ class Run:
     with self._log.open("a", encoding="utf-8") as log:
       self._start = log.tell()
       self.process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_jax.train", "--config", config, "--workdir", str(workdir),
-         *settings],
+        [sys.executable, "-m", "grpo_jax.train", "--config", config, "--workdir",
+         target or str(workdir), *settings],
         env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
       )  # fmt: skip
 

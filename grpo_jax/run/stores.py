@@ -7,6 +7,7 @@ the object back. Errors are one sentence with the remedy, without credentials.
 
 import contextlib
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from grpo_jax.run.workdir import WorkdirError
 
 T = TypeVar("T")
 SECONDS = 60.0  # time after the first failure of a request until it is an error
+LIMIT = "GRPO_JAX_STORE_SECONDS"  # environment variable: another such time
 _PAUSES = 0.2, 5.0  # seconds between attempts: the first, and the longest
 THREADS = 8  # requests at a time
 ANY = "*"  # the version of an object that may have any, or be missing
@@ -100,7 +102,7 @@ class Store:
 
   def __init__(self, address: Address, driver: Driver, seconds: float | None = None) -> None:
     self.address, self._driver = address, driver
-    self.seconds = SECONDS if seconds is None else seconds
+    self.seconds = float(os.environ.get(LIMIT, SECONDS)) if seconds is None else seconds
 
   def read(self, name: str) -> bytes | None:
     """Returns the content of an object; None if there is none."""

@@ -2,29 +2,28 @@
 
 import http.client
 import http.server
-import re
+import json
 import threading
 import time
 import urllib.parse
 
 SLOW = 0.3  # seconds
-NEVER = ("GET", "PUT", "POST", "DELETE", "HEAD")
 
 
 class FaultProxy(http.server.ThreadingHTTPServer):
   """Forwards requests to a port of this machine; a context manager.
 
   Attributes:
-    plan: called with each request (its method, its path, its body); returns what happens to it: a
+    plan: called with each request (method, path, name of the object); returns what happens to it: a
       status (429, 500, 503), "cut" (before it is forwarded), "lost" (its answer), "slow", "stale"
       (a listing as it was before) or None.
-    requests: (method, path, what happened) of each request so far.
+    requests: (method, name, what happened) of each request so far.
   """
 
   daemon_threads = True
   request_queue_size = 64
 
-  def __init__(self, target, plan=lambda method, path, body: None):
+  def __init__(self, target, plan=lambda method, path, name: None):
     super().__init__(("127.0.0.1", 0), Handler)
     self.target, self.plan, self.requests, self.before = target, plan, [], {}
 
@@ -50,8 +49,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def forward(self):
     body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-    what = self.server.plan(self.command, self.path, body)
-    self.server.requests.append((self.command, self.path, what))
+    name = name_of(self.path, body)
+    what = self.server.plan(self.command, self.path, name)
+    self.server.requests.append((self.command, name, what))
     if what == "slow":
       time.sleep(SLOW)
     if what == "cut":
@@ -106,23 +106,22 @@ def is_listing(method, path):
   return method == "GET" and ("list-type=2" in path or "/o?" in path)
 
 
-def name_of(path):
-  """The object that a request is about, and its kind; without what is drawn at random."""
+def name_of(path, body=b""):
+  """Returns the name of the object that a request is about, with its bucket where that is known."""
   url = urllib.parse.urlsplit(path)
   query = urllib.parse.parse_qs(url.query)
-  return urllib.parse.unquote(query.get("name", [url.path])[0]), query.get("uploadType", [""])[0]
+  if query.get("uploadType") == ["multipart"]:  # it is in the first part
+    return json.loads(body[body.index(b"{") : body.index(b"}") + 1])["name"]
+  return query.get("name", [urllib.parse.unquote(url.path)])[0]
 
 
-def each_once(what, times=1, where=r""):
-  """A plan that breaks the first request of each kind to each object, as `what` says."""
+def each_once(what, times=1):
+  """Returns a plan that breaks the first requests of each kind to each object, as `what` says."""
   seen, lock = {}, threading.Lock()
 
-  def plan(method, path, body):
-    if not re.search(where, urllib.parse.unquote(path)):
-      return None
-    key = method, name_of(path)
+  def plan(method, path, name):
     with lock:
-      seen[key] = seen.get(key, 0) + 1
-      return what if seen[key] <= times else None
+      seen[method, name] = seen.get((method, name), 0) + 1
+      return what if seen[method, name] <= times else None
 
   return plan
