@@ -100,14 +100,14 @@ def local(text: str | Path | Address, what: str) -> Path:
   return path.expanduser()
 
 
-def is_local(text: str | Path) -> bool:
-  """Tells whether a text names a path of this machine.
+def is_path(text: str | Path | Address | None) -> bool:
+  """Tells whether a text names a path of this machine; so does None.
 
   Example:
-    >>> is_local("cache"), is_local("file:///cache"), is_local("gs://b/cache"), is_local("gs:/b")
+    >>> is_path("cache"), is_path("file:///cache"), is_path("gs://b/cache"), is_path("gs:/b")
     (True, True, False, False)
   """
   try:
-    return isinstance(parse(text), Path)
+    return text is None or isinstance(parse(text), Path)
   except AddressError:
     return False

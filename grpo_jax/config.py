@@ -643,7 +643,7 @@ def check(config: ConfigDict, device_count: int) -> list[str]:
   ids = all(type(number) is int and number >= 0 for number in c.rollout.stop_ids)
   need(ids, "rollout.stop_ids", "token ids: integers of at least 0")
   need(_is_day(c.chat.date), "chat.date", "a day as YYYY-MM-DD, or empty")
-  need(addresses.is_local(c.compilation_cache), "compilation_cache", "auto, off, or a folder of "
+  need(addresses.is_path(c.compilation_cache), "compilation_cache", "auto, off, or a folder of "
        "this machine")  # fmt: skip
   targets = c.lora.targets
   names = isinstance(targets, str) or (

@@ -26,7 +26,7 @@ from grpo_jax.build import Run, build
 from grpo_jax.core.diagnosis import Finding, by_confidence
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.core.masks import token_weights
-from grpo_jax.run import completions, console
+from grpo_jax.run import completions, console, mirror
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.health import History, examine
 from grpo_jax.run.metrics import read_metrics
@@ -154,16 +154,16 @@ def of_run(workdir: str | Path) -> tuple[list[Finding], int]:
   Raises:
     ValueError: the folder is no run, or a file in it is damaged.
   """
-  path = workdirs.path_of(workdir)
-  saved = workdirs.read_config(path)
-  if saved is None:
-    raise ValueError(f"{path} holds no {workdirs.CONFIG}: not a work directory")
-  config = configs.from_saved(saved, path / workdirs.CONFIG)
-  try:
-    rows = read_metrics(path)
-  except FileNotFoundError:
-    rows = []
-  found = [*examine(rows, config), *completions.examine(path)]
+  with mirror.fetched(workdir, completions.files_of) as path:
+    saved = workdirs.read_config(path)
+    if saved is None:
+      raise ValueError(f"{path} holds no {workdirs.CONFIG}: not a work directory")
+    config = configs.from_saved(saved, path / workdirs.CONFIG)
+    try:
+      rows = read_metrics(path)
+    except FileNotFoundError:
+      rows = []
+    found = [*examine(rows, config), *completions.examine(path)]
   return by_confidence(found), History(rows, config).steps
 
 

@@ -10,6 +10,7 @@ done; an interrupted command continues.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -373,7 +374,6 @@ def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
 def main(argv: list[str] | None = None) -> int:
   """Runs the command and returns its exit code."""
   from grpo_jax import config
-  from grpo_jax.build import build
 
   parser = argparse.ArgumentParser(prog="python -m grpo_jax.evaluate", description=__doc__)
   parser.add_argument("--workdir", help="a work directory: its config, and its newest checkpoint")
@@ -392,19 +392,31 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--split", help="of the problems of --keep; default: train")
   parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
   arguments, overrides = parser.parse_known_args(argv)
+  with contextlib.ExitStack() as stack:
+    return _run(arguments, overrides, stack)
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str], stack: contextlib.ExitStack) -> int:
+  """Runs the command; `stack` holds a copy of a work directory on a store."""
+  from grpo_jax.build import build
+  from grpo_jax.run import mirror
+
+  shown = arguments.workdir
   try:
     if arguments.out:
       arguments.out = addresses.local(arguments.out, "--out")
     selection = _selection(arguments)
-    settings = _settings(arguments, overrides)
+    shown = arguments.workdir and mirror.place_of(arguments.workdir)
+    settings = _settings(arguments, overrides, stack)
     run = build(settings)
     if selection is None and not run.task.splits["eval"]:
       raise ValueError(f"task {run.task.name!r} holds nothing out: its split 'eval' is empty")
     stages = _stages(arguments, run)
   except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {str(error).replace(str(arguments.workdir), str(shown))}", file=sys.stderr)
     return 2
   if selection is not None:
+    arguments.workdir = shown
     return _keep(selection, run, stages, arguments)
   folder = arguments.out or (arguments.workdir and Path(arguments.workdir) / "eval")
   about = {"model": settings.model.source, "task": run.task.name, "split": "eval"}
@@ -430,11 +442,17 @@ def main(argv: list[str] | None = None) -> int:
       record = {**about, "step": step, **_sampling_record(run), **_plain(result.metrics)}
       if folder:
         write(folder, f"step_{step:06d}", record, result.samples)
+  if not arguments.out and not addresses.is_path(shown):
+    try:
+      mirror.put_files(addresses.parse(shown), folder, "eval")
+    except ValueError as error:
+      print(f"error: {error}; or keep the numbers with --out FOLDER", file=sys.stderr)
+      return 2
   before = metrics[0] if len(metrics) > 1 else None
   if arguments.json:
     print(json.dumps(record | ({"before": _plain(before)} if before else {})))
   else:
-    where = f"{arguments.workdir} after {step} steps" if arguments.workdir else about["model"]
+    where = f"{shown} after {step} steps" if arguments.workdir else about["model"]
     print(table(result.metrics, f"{where} on {run.task.name}, held out", before))
   return 0
 
@@ -533,16 +551,20 @@ def _stages(arguments: argparse.Namespace, run: Any) -> dict[int, Any]:
   return stages
 
 
-def _settings(arguments: argparse.Namespace, overrides: list[str]) -> Any:
-  """Returns the config of the experiment or of the run."""
+def _settings(
+  arguments: argparse.Namespace, overrides: list[str], stack: contextlib.ExitStack
+) -> Any:
+  """Returns the config of the experiment or of the run; copies a work directory on a store."""
   from grpo_jax import config
-  from grpo_jax.run import workdir
+  from grpo_jax.run import mirror, workdir
 
   if (arguments.workdir is None) == (arguments.config is None):
     raise ValueError("give --workdir (a run) or --config (an experiment), one of them")
   if arguments.config:
     return config.load(arguments.config, overrides)
-  arguments.workdir = workdir.path_of(arguments.workdir)
+  arguments.workdir = stack.enter_context(
+    mirror.fetched(arguments.workdir, mirror.top_level, checkpoints=True)
+  )
   saved = workdir.read_config(arguments.workdir)
   if saved is None:
     raise ValueError(f"{arguments.workdir} holds no {workdir.CONFIG}: not a work directory")

@@ -6,6 +6,7 @@ python -m grpo_jax.export ... --push OWNER/NAME                     # and upload
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from grpo_jax.models.io.sources import Source, resolve
 from grpo_jax.models.io.writer import DTYPES, SHARD_BYTES, describe, write_weights
 from grpo_jax.models.load import open_weights
 from grpo_jax.models.quantized import quantized_weights
-from grpo_jax.run import console, reading
+from grpo_jax.run import console, mirror, reading
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.tokens import fit_to_model, load_tokenizer
 
@@ -229,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
   )
   arguments, overrides = parser.parse_known_args(argv)
   try:
-    files = _export(arguments, overrides)
+    with contextlib.ExitStack() as stack:
+      files = _export(arguments, overrides, stack)
   except (ValueError, OSError, ModuleNotFoundError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -243,7 +245,10 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
+def _export(
+  arguments: argparse.Namespace, overrides: list[str], stack: contextlib.ExitStack
+) -> list[str]:
+  """Exports what the flags name; `stack` holds copies of a work directory on a store."""
   if (arguments.workdir is None) == (arguments.config is None):
     raise ValueError("give either --workdir (a run) or --config (an experiment)")
   arguments.out = addresses.local(arguments.out, "--out")
@@ -252,14 +257,17 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> list[str]:
   if arguments.config:
     settings, trained = configs.load(arguments.config, overrides), None
   else:
-    arguments.workdir = workdirs.path_of(arguments.workdir)
+    shown = arguments.workdir
+    arguments.workdir = stack.enter_context(
+      mirror.fetched(shown, mirror.top_level, checkpoints=True, step=arguments.step)
+    )
     saved = workdirs.read_config(arguments.workdir)
     if saved is None:
-      raise ValueError(f"{arguments.workdir} holds no {workdirs.CONFIG}: not a work directory")
+      raise ValueError(f"{shown} holds no {workdirs.CONFIG}: not a work directory")
     where = arguments.workdir / workdirs.CONFIG
     settings = configs.override(configs.from_saved(saved, where), overrides)
     step, trained = read_trained(arguments.workdir, arguments.step)
-    print(f"{arguments.workdir} after {step} steps, trained from {settings.model.source}")
+    print(f"{shown} after {step} steps, trained from {settings.model.source}")
   source, rank, alpha = settings.model.source, settings.lora.rank, settings.lora.alpha
   if arguments.adapter:
     if trained is None or not rank:

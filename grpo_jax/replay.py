@@ -7,8 +7,11 @@ command.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from grpo_jax import extras
@@ -27,7 +30,7 @@ from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.step import TrainState, ValueHead, with_entropy_coef
 from grpo_jax.learning.updates import in_the_loss, make_gradients, make_scoring, make_update
-from grpo_jax.run import compilation, console
+from grpo_jax.run import compilation, console, mirror
 from grpo_jax.run import skipped as dumps
 
 Named = dict[str, np.ndarray]
@@ -195,6 +198,24 @@ def _same(a: Any, b: Any) -> bool:
   return a == b or (a != a and b != b)
 
 
+@contextlib.contextmanager
+def _fetched(dump: str) -> Iterator[Path]:
+  """Yields the folder of a dump, of one on a store a copy with the dumps beside it.
+
+  Raises:
+    ValueError: the store cannot be read, or has nothing there.
+  """
+  address = addresses.parse(dump)
+  if isinstance(address, Path):
+    yield address.expanduser()
+    return
+  parent, _, name = address.prefix.rpartition("/")
+  if not parent:
+    raise ValueError(f"{dump} is not a dump: give WORKDIR/skipped/NAME")
+  with mirror.fetched(dataclasses.replace(address, prefix=parent)) as folder:
+    yield folder / name
+
+
 @console.guarded()
 def main(argv: list[str] | None = None) -> int:
   """Runs the command and returns its exit code."""
@@ -205,8 +226,9 @@ def main(argv: list[str] | None = None) -> int:
   )
   arguments = parser.parse_args(argv)
   try:
-    dump = dumps.read(addresses.local(arguments.dump, "the dump"))
-    replayed = replay(dump)
+    with _fetched(arguments.dump) as path:
+      dump = dumps.read(path)
+      replayed = replay(dump)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

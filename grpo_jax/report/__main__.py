@@ -7,7 +7,10 @@ The page needs no network and no server; a link or a mail can carry it.
 """
 
 import argparse
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grpo_jax import addresses, extras
@@ -18,10 +21,11 @@ if __name__ == "__main__":  # the imports below need the extra
 from grpo_jax.report import page
 from grpo_jax.report.data import named
 from grpo_jax.report.server import HOST, Server
-from grpo_jax.run import console
+from grpo_jax.run import console, mirror
 from grpo_jax.run.workdir import write_whole
 
 NAME = "report.html"
+PERIOD = 15.0  # seconds between looks at a store
 
 
 @console.guarded()
@@ -46,10 +50,16 @@ def main(argv: list[str] | None = None) -> int:
       raise ValueError(f"--limit is {arguments.limit:g}, it must be above 0 (MiB)")
     if not 0 <= arguments.port < 2**16:
       raise ValueError(f"--port is {arguments.port}, it must be 0 (a free one) to 65535")
-    if arguments.serve:
-      return serve(arguments.runs, arguments.port)
     out = arguments.out and addresses.local(arguments.out, "--out")
-    return write(arguments.runs, out, arguments.limit)
+    if not out and not addresses.is_path(arguments.runs[0]):
+      out = Path(NAME)  # not in the copy
+    with contextlib.ExitStack() as stack:
+      copies = [stack.enter_context(mirror.followed(run)) for run in arguments.runs]
+      folders = [str(copy.folder) for copy in copies]
+      if arguments.serve:
+        stack.enter_context(refreshed(copies))
+        return serve(folders, arguments.port)
+      return write(folders, out, arguments.limit)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -67,6 +77,27 @@ def write(folders: list[str], out: Path | None, limit: float) -> int:
       print(f"warning: {run.name}: {problem}", file=sys.stderr)
   print(f"{out}: {len(text) / page.MEBIBYTE:.1f} MiB; open it in a browser")
   return 0
+
+
+@contextlib.contextmanager
+def refreshed(copies: Sequence[mirror.Followed]) -> Iterator[None]:
+  """Copies what changes on stores every `PERIOD` seconds while the body runs."""
+  ended = threading.Event()
+
+  def follow() -> None:
+    while not ended.wait(PERIOD):
+      for copy in copies:
+        try:
+          copy.refresh()
+        except ValueError as error:
+          print(f"warning: {error}", file=sys.stderr)
+
+  thread = threading.Thread(target=follow, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
 
 
 def serve(folders: list[str], port: int) -> int:

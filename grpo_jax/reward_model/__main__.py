@@ -22,7 +22,7 @@ from grpo_jax.learning.updates import SkippedError
 from grpo_jax.models.io.writer import DTYPES
 from grpo_jax.reward_model import training
 from grpo_jax.reward_model.training import Settings
-from grpo_jax.run import checkpoint, compilation, console, metrics
+from grpo_jax.run import checkpoint, compilation, console, metrics, mirror
 from grpo_jax.run import workdir as workdirs
 
 # Flags that are settings of the data, as the task `table` has them.
@@ -68,14 +68,15 @@ def main(argv: list[str] | None = None) -> int:
   # What orbax logs with stacks comes back as errors, which are explained.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   try:
-    workdir = workdirs.path_of(arguments.workdir)
+    workdir = mirror.place_of(arguments.workdir)
     config = training.with_overrides(overrides)
-    with hosts.session(config.hosts.heartbeat, config.hosts.wait):
-      compilation.use_cache(config.compilation_cache, workdir)
+    with hosts.session(config.hosts.heartbeat, config.hosts.wait), mirror.opened(workdir) as place:
+      inside = place.mirror is not None
+      compilation.use_cache(config.compilation_cache, place.folder, inside)
       with hosts.together("reading the settings and what they name"):
-        config = training.with_chat_date(config, workdir)
+        config = training.with_chat_date(config, place.folder)
         run = training.build(settings_of(arguments), config)
-      results = training.train(run, workdir)
+      results = training.train(run, place)
       first = hosts.is_first()
   except (configs.ConfigError, workdirs.WorkdirError, cluster.ClusterError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -90,11 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{str(error) or 'stopped'}; the same command continues {arguments.workdir}")
     return getattr(error, "exit_code", 130)
   except checkpoint.SaveError as error:
-    print(f"error: {error}. Make room; then the same command continues", file=sys.stderr)
+    print(f"error: {error}{checkpoint.remedy(error)}", file=sys.stderr)
     return 74
   if first:
     if results:
-      before = metrics.at(workdir, 0, "eval/")
+      before = metrics.at(mirror.folder_of(workdir), 0, "eval/")
       print(table(results, f"held out, after {run.config.steps} steps", before, unit="pairs"))
     print(f"in {workdir}: model/ (a Hugging Face folder), metrics.jsonl, curve.png, checkpoints/")
   return 0

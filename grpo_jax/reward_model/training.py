@@ -38,7 +38,7 @@ from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.load import open_weights
 from grpo_jax.reward_model.pairs import Pair, PairData, PairReader, read_pairs
 from grpo_jax.reward_model.scoring import read_pad_id
-from grpo_jax.run import console, identity, reading, record
+from grpo_jax.run import console, identity, mirror, reading, record
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.run.output import Output
 from grpo_jax.run.signals import Signals
@@ -331,7 +331,7 @@ def with_chat_date(config: ConfigDict, workdir: Path) -> ConfigDict:
 # --- training -------------------------------------------------------------------------------------
 
 
-def train(run: RewardRun, workdir: str | Path) -> dict[str, float]:
+def train(run: RewardRun, workdir: str | Path | mirror.Place) -> dict[str, float]:
   """Trains to the last step, from the newest checkpoint if there is one, and writes the model.
 
   Leaves metrics.jsonl, TensorBoard events, curve.png, checkpoints/, reward_model.json and model/, a
@@ -347,8 +347,10 @@ def train(run: RewardRun, workdir: str | Path) -> dict[str, float]:
     SkippedError: after too many skipped updates, with the finished steps saved.
     SaveError, NotFiniteError: as in `grpo_jax.train`.
   """
-  workdir, c = workdirs.path_of(workdir), run.config
+  c = run.config
   with contextlib.ExitStack() as stack:
+    place = stack.enter_context(mirror.opened(workdir))
+    workdir = place.folder
     if hosts.is_first():
       stack.enter_context(workdirs.lock(workdir))
       check_workdir(run, workdir)
@@ -356,6 +358,7 @@ def train(run: RewardRun, workdir: str | Path) -> dict[str, float]:
       stack.enter_context(record.session(workdir, grpo_jax.__version__))
     hosts.same("the settings", json.dumps(saved_settings(run), sort_keys=True))
     saves = {"keep": c.checkpoint.keep, "save_seconds": c.checkpoint.seconds}
+    saves |= {"mirror": place.mirror}
     with Output(workdir, steps=c.steps, **saves) as out, matmul_precision(c):
       start, state = out.resume(run.initial_state(), run.evaluates_at)
       out.print(describe(run, start))
@@ -366,6 +369,8 @@ def train(run: RewardRun, workdir: str | Path) -> dict[str, float]:
         out.write_evaluation(c.steps, Evaluation(results, []))
       out.save(c.steps, state)
       out.draw_curve()
+    if place.mirror:
+      place.mirror.fetch_newest()
     write_model(run, workdir)
   return results
 

@@ -31,6 +31,17 @@ def examine(workdir: str | Path) -> list[Finding]:
   return by_confidence(check(steps) for check in CHECKS)
 
 
+def files_of(names: Sequence[str]) -> list[str]:
+  """Chooses from the files of a work directory those that `examine` and the doctor read.
+
+  Example:
+    >>> files_of(["metrics.jsonl", "tensorboard/x", *(f"samples/step_{i}.jsonl" for i in range(5))])
+    ['metrics.jsonl', 'samples/step_2.jsonl', 'samples/step_3.jsonl', 'samples/step_4.jsonl']
+  """
+  samples = sorted(name for name in names if name.startswith(f"{SAMPLES}/step_"))
+  return [*(name for name in names if "/" not in name), *samples[-STEPS:]]
+
+
 def read_leniently(text: str, answer: Any) -> bool:
   """Returns whether a text ends with an answer, to a reader who is not strict about its form.
 

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from grpo_jax import addresses
@@ -31,6 +32,7 @@ CHECKPOINTS = "checkpoints"
 PERIOD = 30.0  # seconds between uploads of changed files
 PEERS = 600.0  # seconds until the other hosts must have uploaded their files of a checkpoint
 STAGES = "GRPO_JAX_STAGES"  # environment variable: the parent of the folders of this machine
+ATTEMPTS = 10  # checkpoints that a run may remove while they are copied
 _LARGE = 8 * 2**20  # bytes from which a file is uploaded in parts
 _CLOSING = 10.0  # seconds for the last requests after a failure
 # Files of a checkpoint that all hosts write alike: those of the first host are uploaded.
@@ -180,12 +182,12 @@ class Mirror:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    files = [entry for entry in entries if not entry.name.startswith(f"{CHECKPOINTS}/")]
+    files = [entry for entry in entries if not _of_checkpoint(entry.name)]
     in_parallel(get, files)
     self._alike = {entry.name: _stamp(self.folder / entry.name) for entry in files}
     if self._lease:
       whole = {f"{CHECKPOINTS}/{step}/" for step in steps}
-      parts = [entry.name for entry in entries if entry.name.startswith(f"{CHECKPOINTS}/")]
+      parts = [entry.name for entry in entries if _of_checkpoint(entry.name)]
       in_parallel(self.store.remove, [name for name in parts if not name.startswith(tuple(whole))])
     chosen = fetch_checkpoint(self.store, self.folder, entries)
     _remove_others(self.folder / CHECKPOINTS, set(map(str, chosen)))
@@ -206,7 +208,7 @@ class Mirror:
       stamps = {}
       for path in self.folder.rglob("*"):
         name = path.relative_to(self.folder).as_posix()
-        if _is_file(name) and not name.startswith(f"{CHECKPOINTS}/") and not path.is_symlink():
+        if _is_file(name) and not _of_checkpoint(name) and not path.is_symlink():
           with contextlib.suppress(FileNotFoundError):
             if path.is_file():
               stamps[name] = _stamp(path)
@@ -268,6 +270,15 @@ class Mirror:
     if newer:
       self.sync()  # with the folder of damaged checkpoints
       self._remove_checkpoints(newer)
+
+  def shown(self, text: str) -> str:
+    """Returns a text with the address in place of the folder."""
+    return text.replace(str(self.folder), str(self.store.address))
+
+  def fetch_newest(self) -> None:
+    """Copies the newest checkpoint, of which this host has only its own files."""
+    if self.is_shared:
+      fetch_checkpoint(self.store, self.folder, self.store.list(f"{CHECKPOINTS}/"))
 
   def check(self) -> None:
     """Raises LeaseLost if it is known that another run has taken the work directory."""
@@ -340,16 +351,16 @@ class Mirror:
 @contextlib.contextmanager
 def fetched(
   workdir: str | Path | Address,
-  wanted: Callable[[str], bool] = lambda name: True,
+  choose: Callable[[list[str]], Iterable[str]] = lambda names: names,
   *,
-  step: int | None = None,
   checkpoints: bool = False,
+  step: int | None = None,
 ) -> Iterator[Path]:
   """Yields a work directory to read: the folder, or a copy of what the store has now.
 
   Args:
     workdir: a path, or an address.
-    wanted: tells by its name whether a file is copied; those of checkpoints are not asked for.
+    choose: chooses the files to copy from the names of all but those of checkpoints.
     checkpoints: copy the newest whole checkpoint as well, or that of `step`.
 
   Raises:
@@ -359,32 +370,119 @@ def fetched(
   if isinstance(address, Path):
     yield address
     return
-  store = open_store(address)
   with tempfile.TemporaryDirectory(prefix="grpo_jax_") as parent:
-    folder = Path(parent) / PurePosixPath(address.prefix).name
-    with _named(folder, address):
-      copy(store, folder, wanted, step=step, checkpoints=checkpoints)
-      yield folder
+    copy = Copy(address, Path(parent))
+    with _named(copy.folder, address):
+      copy.refresh(choose)
+      if checkpoints:
+        copy.fetch_checkpoint(step)
+      yield copy.folder
 
 
-def copy(
-  store: Store,
-  folder: Path,
-  wanted: Callable[[str], bool],
-  *,
-  step: int | None = None,
-  checkpoints: bool = False,
-) -> None:
-  """Copies files of a store to a folder, as `fetched` does."""
-  entries = [entry for entry in store.list() if _is_file(entry.name)]
-  if not entries:
-    raise StoreError(f"{store.address} holds nothing: give the work directory of a run")
-  folder.mkdir(parents=True, exist_ok=True)
-  names = [e.name for e in entries if not e.name.startswith(f"{CHECKPOINTS}/") and wanted(e.name)]
-  in_parallel(lambda name: store.download(name, folder / name), names)
-  if checkpoints:
-    (folder / CHECKPOINTS).mkdir(exist_ok=True)
-    fetch_checkpoint(store, folder, entries, step)
+class Copy:
+  """A copy of a folder of a store, to read.
+
+  Args:
+    address: of the folder.
+    parent: a folder of this machine.
+
+  Attributes:
+    folder: the copy; its path ends like the address.
+  """
+
+  def __init__(self, address: Address, parent: Path) -> None:
+    self._store = open_store(address)
+    self.folder = parent / address.bucket / address.prefix
+    self._entries: list[Entry] = []
+    self._versions: dict[str, str] = {}
+
+  def refresh(self, choose: Callable[[list[str]], Iterable[str]]) -> None:
+    """Copies the chosen files that have changed, and removes those that are gone.
+
+    Raises:
+      StoreError: the store cannot be read, or has nothing there.
+    """
+    self._entries = [entry for entry in self._store.list() if _is_file(entry.name)]
+    if not self._entries:
+      raise StoreError(f"{self._store.address} holds nothing: give the work directory of a run")
+    self.folder.mkdir(parents=True, exist_ok=True)
+    versions = {e.name: e.version for e in self._entries if not _of_checkpoint(e.name)}
+    chosen = set(choose(sorted(versions)))
+    for name in self._versions.keys() - chosen:
+      (self.folder / name).unlink(missing_ok=True)
+    new = [name for name in sorted(chosen) if self._versions.get(name) != versions[name]]
+    in_parallel(lambda name: self._store.download(name, self.folder / name), new)
+    self._versions = {name: versions[name] for name in chosen}
+
+  def fetch_checkpoint(self, step: int | None = None) -> None:
+    """Copies the newest whole checkpoint, or that of `step`."""
+    (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
+    for _ in range(ATTEMPTS):
+      steps = fetch_checkpoint(self._store, self.folder, self._entries, step)
+      if steps and not checkpoint.find_damage(self.folder / CHECKPOINTS / str(steps[-1])):
+        return
+      before, self._entries = _steps(self._entries), self._store.list()
+      if before == _steps(self._entries):
+        return  # the damage is reported by what reads it
+
+
+@dataclasses.dataclass(frozen=True)
+class Followed:
+  """A work directory to read again and again.
+
+  Attributes:
+    folder: the work directory, or a copy of it.
+    refresh: copies what has changed.
+  """
+
+  folder: Path
+  refresh: Callable[[], None]
+
+
+@contextlib.contextmanager
+def followed(workdir: str | Path | Address) -> Iterator[Followed]:
+  """Yields a work directory without its checkpoints, to read it again and again.
+
+  Raises:
+    WorkdirError: the store cannot be read, or has nothing there.
+  """
+  address = addresses.parse(workdir)
+  if isinstance(address, Path):
+    yield Followed(address, lambda: None)
+    return
+  with tempfile.TemporaryDirectory(prefix="grpo_jax_") as parent:
+    copy = Copy(address, Path(parent))
+    refresh = partial(copy.refresh, _of_report)
+    with _named(copy.folder, address):
+      refresh()
+      yield Followed(copy.folder, refresh)
+
+
+def _of_report(names: Iterable[str]) -> list[str]:
+  return [name for name in names if "/" not in name or name.startswith("samples/")]
+
+
+def top_level(names: Iterable[str]) -> list[str]:
+  """Chooses the files of a work directory that are in no folder.
+
+  Example:
+    >>> top_level(["config.json", "samples/step_000000.jsonl"])
+    ['config.json']
+  """
+  return [name for name in names if "/" not in name]
+
+
+def put_files(address: Address, folder: Path, name: str) -> None:
+  """Uploads the files of a folder to one of a store.
+
+  Raises:
+    StoreError: the store cannot be written.
+  """
+  store = open_store(address)
+  in_parallel(
+    lambda path: store.write(f"{name}/{path.name}", path),
+    [p for p in folder.iterdir() if p.is_file()],
+  )
 
 
 def fetch_checkpoint(
@@ -452,6 +550,10 @@ def _is_file(name: str) -> bool:
     and name.isprintable()
     and "\\" not in name
   )
+
+
+def _of_checkpoint(name: str) -> bool:
+  return name.startswith(f"{CHECKPOINTS}/")
 
 
 def _is_read(name: str) -> bool:

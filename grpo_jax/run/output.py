@@ -94,7 +94,7 @@ class Output(contextlib.AbstractContextManager):
       WorkdirError: the work directory holds more steps than the run has (nothing is changed), or
         all checkpoints are damaged.
     """
-    start, state = self._checkpoints.resume(state, _warn)
+    start, state = self._checkpoints.resume(state, lambda line: _warn(self._shown(line)))
     self.pending = self._checkpoints.pending
     if start > self._steps:
       raise WorkdirError(
@@ -126,7 +126,10 @@ class Output(contextlib.AbstractContextManager):
 
   def print(self, text: str) -> None:
     """Prints lines of text above the progress bar."""
-    self._writer.print(text)
+    self._writer.print(self._shown(text))
+
+  def _shown(self, text: str) -> str:
+    return self._mirror.shown(text) if self._mirror else text
 
   def start_step(self) -> None:
     """Starts the clock of a step; an evaluation before this call does not count as its time."""

@@ -8,7 +8,7 @@ from tools.store_faults import StoreFaults
 STEPS = 4
 SETTINGS = [
   f"--config.steps={STEPS}", "--config.checkpoint.every=2", "--config.eval.every=3",
-  "--config.checkpoint.keep=1", "--config.task.settings.eval_size=3",
+  "--config.task.settings.eval_size=3",
   "--config.eval.batch_prompts=8", "--config.log.samples=0",
   "--config.rollout.completion_length=4",
 ]  # fmt: skip
