@@ -139,11 +139,8 @@ def test_metrics_are_there_before_a_checkpoint_counts(server, address):
     assert last[-1] == checkpoint.DIGESTS
 
 
-def test_a_run_that_lost_its_lease_writes_nothing_more(server, address):
-  with (
-    pytest.raises(WorkdirError, match="is not this run's any more"),
-    mirror.opened(address) as place,
-  ):
+def lose_the_lease(address):
+  with mirror.opened(address) as place:
     other = {"token": "x", "process": 7, "host": "h", "since": "now"}
     open_store(address).write(LOCK, json.dumps(other).encode())
     place.mirror._lease._renewed -= 3600
@@ -151,17 +148,23 @@ def test_a_run_that_lost_its_lease_writes_nothing_more(server, address):
     with pytest.raises(LeaseLost):
       publish(place, 2)
     place.mirror.check()
+
+
+def test_a_run_that_lost_its_lease_writes_nothing_more(server, address):
+  with pytest.raises(WorkdirError, match="is not this run's any more"):
+    lose_the_lease(address)
   contents = server.contents(address)
   assert "metrics.jsonl" not in contents
   assert f"checkpoints/2/{checkpoint.DIGESTS}" not in contents
   assert json.loads(contents[LOCK])["token"] == "x"
 
 
-def test_damaged_checkpoints_are_moved_in_the_store(server, address):
+def test_damaged_checkpoints_are_moved_in_the_store(server, address, tmp_path):
   with mirror.opened(address) as place:
     publish(place, 2)
     publish(place, 4)
   open_store(address).write("checkpoints/4/default/data", b"b")
+  (tmp_path / "stages").rename(tmp_path / "other machine")
   with mirror.opened(address) as place:
     folder = place.folder / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"2", "4"}
@@ -222,9 +225,9 @@ def test_a_reader_gets_a_copy_and_changes_nothing(server, address):
       assert not (run.folder / "checkpoints").exists()
   after = server.contents(address)
   assert {n: c for n, c in before.items() if n != LOCK}.items() <= after.items()
-  with pytest.raises(StoreError, match="holds nothing: give the work directory of a run"):
-    with mirror.fetched(server.new()):
-      pass
+  empty = mirror.fetched(server.new())
+  with pytest.raises(StoreError, match="holds nothing: give the work directory of a run"), empty:
+    pass
 
 
 def test_several_hosts_upload_their_own_files(server, address, tmp_path):
