@@ -1,8 +1,16 @@
 """Tests runs whose work directory is on an object store: kills, faults, readers, bad input."""
 
+import json
+
 import pytest
 
+from grpo_jax import doctor, evaluate, export, train
+from grpo_jax.report import __main__ as report
+from grpo_jax.run import mirror
+from grpo_jax.run.stores import open_store
+from tests.helpers import processes
 from tests.helpers.stores import served
+from tools.faulty_runs import same_end
 from tools.store_faults import StoreFaults
 
 STEPS = 4
@@ -48,3 +56,92 @@ def test_a_damaged_checkpoint_is_set_aside_in_the_store(faults):
   if faults.store.scheme == "s3":
     pytest.skip("the same as on gs")
   assert "continued from the one before" in faults.damaged()
+
+
+def put_tree(folder, address):
+  store = open_store(address)
+  for path in folder.rglob("*"):
+    if path.is_file():
+      store.write(path.relative_to(folder).as_posix(), path)
+
+
+def test_readers_take_the_address_of_a_finished_run(faults, tmp_path, monkeypatch, capsys):
+  if faults.store.scheme == "s3":
+    pytest.skip("the same as on gs")
+  monkeypatch.chdir(tmp_path)
+  address = faults.store.new("read")
+  put_tree(faults.whole, address)
+  contents = faults.store.contents(address)
+  assert doctor.main([str(address)]) in (0, 1)
+  assert f"{address}, {STEPS} steps" in capsys.readouterr().out
+  assert report.main([str(address)]) == 0
+  assert (tmp_path / "report.html").is_file()
+  assert export.main(["--workdir", str(address), "--out", "model"]) == 0
+  assert (tmp_path / "model" / "model.safetensors").is_file()
+  assert f"{address} after {STEPS} steps" in capsys.readouterr().out
+  assert faults.store.contents(address) == contents
+  assert evaluate.main(["--workdir", str(address), "--samples", "0"]) == 0
+  assert f"{address} after {STEPS} steps on letters" in capsys.readouterr().out
+  new = faults.store.contents(address)
+  assert set(new) - set(contents) == {
+    f"eval/step_{STEPS:06d}.json", f"eval/step_{STEPS:06d}_samples.jsonl"
+  }  # fmt: skip
+  assert json.loads(new[f"eval/step_{STEPS:06d}.json"])["step"] == STEPS
+  missing = faults.store.new("nothing")
+  for main, arguments in (
+    (doctor.main, [str(missing)]),
+    (report.main, [str(missing)]),
+    (export.main, ["--workdir", str(missing), "--out", "other"]),
+    (evaluate.main, ["--workdir", str(missing)]),
+  ):
+    assert main(arguments) == 2
+    assert f"error: {missing} holds nothing: give the work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("bucket", "words"),
+  [("no-such-bucket", "there is no bucket no-such-bucket: create it"), ("bucket", "allow it")],
+)
+def test_a_bucket_that_cannot_be_used_is_said_before_anything_compiles(
+  faults, bucket, words, monkeypatch, capsys, tmp_path
+):
+  monkeypatch.setenv(mirror.STAGES, str(tmp_path))
+  monkeypatch.setattr(train, "build", lambda *_: pytest.fail("went on"))
+  if bucket == "bucket":
+    writes = ("PUT", "POST", "DELETE")
+    faults.store.proxy.plan = lambda method, *_: 403 if method in writes else None
+  address = f"{faults.store.scheme}://{bucket}/x"
+  code = train.main(["--config", "experiments/tiny.py", "--workdir", address])
+  faults.store.proxy.plan = lambda *_: None
+  captured = capsys.readouterr()
+  assert code == 2
+  assert captured.err.startswith(f"error: {address}: cannot write ")
+  assert words in captured.err
+  assert len(captured.err.splitlines()) == 1
+  assert "secret" not in captured.err + captured.out
+
+
+def test_two_hosts_share_no_folder_and_one_host_reads_what_they_wrote(faults, tmp_path):
+  """A run of two processes that starts again on fresh machines ends like one that did not."""
+  if faults.store.scheme == "s3":
+    pytest.skip("the same as on gs")
+  mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.hosts.heartbeat=20")
+  folders = []
+
+  def run(address, steps, start):
+    command = ("-m", "grpo_jax.train", "--config", "experiments/tiny.py", "--workdir", str(address))
+    program = (*command, *SETTINGS, *mesh, f"--config.steps={steps}")
+    stage = {mirror.STAGES: str(tmp_path / f"stages{start}")}
+    for code, output in processes.run(program, 2, devices=2, **faults.store.variables, **stage):
+      assert code == 0, output
+
+  for name, lengths in {"whole": (STEPS,), "again": (2, STEPS)}.items():
+    address = faults.store.new(name)
+    for steps in lengths:
+      run(address, steps, f"{name}{steps}")
+    assert "lock" not in faults.store.contents(address)
+    with mirror.fetched(address, checkpoints=True) as folder:
+      folders.append(folder.rename(tmp_path / name))
+      folder.mkdir()
+  assert len({path.name for path in tmp_path.glob("stages*/*")}) == 4
+  assert "the same" in same_end(*folders, SETTINGS, STEPS)
