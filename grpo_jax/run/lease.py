@@ -6,7 +6,6 @@ changed for `STALE` seconds by the clock of the store, or at once if it was left
 this machine that is gone.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -163,12 +162,12 @@ class Lease:
 
   def _keep(self) -> None:
     while not self._ended.wait(self._heartbeat):
-      # A store that is down is reported by what is written to it; then this goes on.
-      with contextlib.suppress(StoreError):
-        try:
-          self._renew()
-        except LeaseLost:
-          return
+      try:
+        self._renew()
+      except LeaseLost:
+        return
+      except Exception:
+        continue  # a store that is down is reported by what is written to it
 
   def _in_use(self, other: dict[str, Any]) -> str:
     return (

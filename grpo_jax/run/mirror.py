@@ -327,7 +327,7 @@ class Mirror:
         self._failing = ""
       except LeaseLost:
         return  # the run looks for it
-      except WorkdirError as error:
+      except Exception as error:
         if not self._failing:
           print(f"warning: {error}. Trying again", file=sys.stderr)
         self._failing = str(error)
