@@ -64,7 +64,7 @@ def session(
     "command": list(sys.orig_argv),
     "folder": os.getcwd(),
     "host": socket.gethostname(),
-    "versions": {"python": platform.python_version(), "grpo_jax": version, **_versions()},
+    "versions": {"python": platform.python_version(), "grpo_jax": version, **versions()},
     "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     **provenance.code(folder, workdir),
     **(about or {}),
@@ -141,7 +141,8 @@ def _reason(error: BaseException) -> dict[str, str]:
   return {"reason": "error", "error": type(error).__name__, "message": first_line(error)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Returns the versions of the packages that a run's numbers depend on, as far as installed."""
   versions = {}
   for package in PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -455,3 +455,15 @@ def test_cudnn_itself(name):
   actual = values_and_gradients(case, partial(cudnn, window=case.window, **case.options), arrays)
   for one, other in zip(actual, values_and_gradients(case, plain(case), arrays), strict=True):
     np.testing.assert_allclose(np.float32(one), np.float32(other), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.skipif(
+  not any(d.platform == "tpu" for d in jax.devices()), reason="needs a TPU, for splash attention"
+)
+@pytest.mark.parametrize("name", ["plain", "window", "prefill"])
+def test_splash_itself(name):
+  case = dataclasses.replace(CASES[name], dim=128)
+  arrays = [a.astype(jnp.bfloat16) for a in case.arrays()]
+  actual = values_and_gradients(case, partial(splash, window=case.window, **case.options), arrays)
+  for one, other in zip(actual, values_and_gradients(case, plain(case), arrays), strict=True):
+    np.testing.assert_allclose(np.float32(one), np.float32(other), atol=0.1, rtol=0.05)
