@@ -14,7 +14,7 @@ CHECK := tests/core tests/test_testing.py grpo_jax/core grpo_jax/testing.py grpo
 CHECK += --ignore=tests/core/test_unbiased.py --ignore=tests/tools/test_hostile.py \
   --ignore=tests/tools/test_illnesses.py
 
-.PHONY: demo check test test-matrix test-slow test-hosts test-faults soak mutants plans bench-peers docs estimators hostile human-eval lint
+.PHONY: demo check test test-matrix test-slow test-hosts test-faults soak mutants plans bench-peers docs estimators hostile human-eval device-check lint
 
 demo: .venv/model
 	$(BIN)/python -m grpo_jax.train --config experiments/smollm2_addition.py --workdir runs/addition-$(SEED) --config.seed=$(SEED)
@@ -77,6 +77,10 @@ hostile: .venv/ready
 # HUMAN_EVAL is the file HumanEval.jsonl, unpacked from github.com/openai/human-eval.
 human-eval: .venv/ready
 	$(BIN)/python -m tools.human_eval $(HUMAN_EVAL) > docs/human_eval.md
+
+# Ten minutes on a machine with a GPU or TPU; makes an environment of its own if it has to.
+device-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.device_check
 
 lint: .venv/ready
 	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
