@@ -12,7 +12,7 @@ CHECK := tests/core tests/test_testing.py grpo_jax/core grpo_jax/testing.py grpo
 # Left out of it: expectations by enumeration, which take longer than all other tests of the core,
 # programs that attack the sandbox, and what imports the whole package.
 CHECK += --ignore=tests/core/test_unbiased.py --ignore=tests/tools/test_hostile.py \
-  --ignore=tests/tools/test_illnesses.py
+  --ignore=tests/tools/test_illnesses.py --ignore=tests/tools/test_device_check.py
 
 .PHONY: demo check test test-matrix test-slow test-hosts test-faults soak mutants plans bench-peers docs estimators hostile human-eval device-check lint
 
