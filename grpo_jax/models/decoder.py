@@ -30,6 +30,7 @@ from grpo_jax.models.block import Block, rms_norm
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.experts import Form, Routing, blocked
 from grpo_jax.models.protocol import Cache, Params
+from grpo_jax.models.quantized import is_quantized
 from grpo_jax.models.rope import frequencies, query_factor, rotation
 
 LANES = 16  # float32 numbers in the widest vector register of a CPU
@@ -267,8 +268,11 @@ class Decoder:
     return {"scale": scale, "softcap": c.attn_softcap}
 
   def for_decoding(self, params: Params, platform: str) -> Params:
-    """Returns the parameters in the layout that decodes fastest: layers unstacked on CPUs."""
-    if platform != "cpu" or isinstance(params["layers"], tuple):
+    """Returns the parameters in the layout that decodes fastest: layers unstacked on CPUs.
+
+    Quantized ones stay stacked: in straight-line code, all wide matrices would exist at once.
+    """
+    if platform != "cpu" or isinstance(params["layers"], tuple) or is_quantized(params):
       return params
     return unstack(params)
 

@@ -198,3 +198,11 @@ def test_wrong_schemes_and_shapes_are_refused():
   with pytest.raises(ValueError, match=r"^layers/down: nf4 packs two .* 191 inputs; use int8"):
     quantized_shapes(shapes_of(odd), "nf4")
   assert quantized_shapes(shapes_of(odd), "int8")["layers"]["down"].scales.shape == (2, 191, 128)
+
+
+def test_quantized_layers_stay_stacked_while_decoding():
+  """XLA:CPU would hold all wide matrices of straight-line code at once."""
+  weights, _ = held()
+  model, base = Decoder(CONFIG), quantized_weights(weights, "int8").read()
+  assert model.for_decoding(base, "cpu") is base
+  assert isinstance(model.for_decoding(dequantized(base), "cpu")["layers"], tuple)
