@@ -30,6 +30,37 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "log_ratios.py: both[name] = jnp.where(mask, value, 0.0)": {
     "0.0 -> 1": "the penalty of a masked slot is replaced; it has to be finite",
   },
+  "values.py: rewards = jax.lax.stop_gradient(jnp.where(own, rewards, 0.0))": {
+    "0.0 -> 1": "what is made of it is replaced where it is masked; it has to be finite",
+  },
+  "values.py: values = jax.lax.stop_gradient(jnp.where(mask, values, 0.0))": {
+    "0.0 -> 1": "what is made of it is replaced where it is masked; it has to be finite",
+  },
+  "values.py: variance = (centered**2).sum() / jnp.maximum(count_tokens(own) - 1, 1) #2": {
+    "1 -> 0": "with a single token the sum is 0, and 0 / 0 is not above 0 either",
+  },
+  "values.py: return centered / (jnp.sqrt(jnp.where(variance > 0, variance, 1.0)) + eps)": {
+    "variance > 0 -> variance >= 0": "divides values that are all 0",
+    "1.0 -> 2": "divides values that are all 0",
+    "1.0 -> 0": "divides values that are all 0",
+  },
+  "values.py: return gae_whitened(rewards, jnp.zeros_like(rewards), mask, lam=1.0, eps=eps)": {
+    "jnp.zeros_like(rewards) -> jnp.ones_like(rewards)": "a constant, which whitening takes away",
+  },
+  "values.py: return jax.lax.stop_gradient(jnp.where(mask, value, 0.0))": {
+    "0.0 -> 1": "the errors of masked slots are replaced; it has to be finite",
+  },
+  "values.py: values = jnp.where(mask, values, 0.0)": {
+    "0.0 -> 1": "the errors of masked slots are replaced; it has to be finite",
+  },
+  "values.py: error = jnp.where(clipped, jax.lax.stop_gradient((held - returns) ** 2), error)": {
+    "jax.lax.stop_gradient((held - returns) ** 2) -> (held - returns) ** 2": "a value that is held "
+    "at a bound has no gradient",
+  },
+  "values.py: return jnp.take_along_axis(jnp.pad(values, padding), after, axis=-1)": {
+    "jnp.take_along_axis(jnp.pad(values, padding), after, axis=-1) -> "
+    "jnp.take_along_axis(jnp.pad(values, padding), after)": "the default of jax, not of NumPy",
+  },
   "logprobs.py: shift = jnp.where(total > 0, top - base, 0.0)": {
     "0.0 -> 1": "scales sums that are still 0; it has to be finite",
   },

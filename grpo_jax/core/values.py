@@ -188,7 +188,7 @@ def returns_whitened(
      [-1.15470...  0.       ]]
   """
   rewards = as_float("rewards", rewards)
-  return gae_whitened(rewards, jnp.zeros_like(rewards), mask, gamma=1.0, lam=1.0, eps=eps)
+  return gae_whitened(rewards, jnp.zeros_like(rewards), mask, lam=1.0, eps=eps)
 
 
 def value_loss(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import gae, value_loss
-from grpo_jax.core.values import gae_advantages, gae_whitened
+from grpo_jax.core.values import gae_advantages, gae_whitened, returns_whitened
 from tests.helpers.arrays import float64
 
 RNG = np.random.default_rng(0)
@@ -49,6 +49,8 @@ def test_gae_is_the_sum_of_its_definition(gamma, lam):
 def test_defaults_are_gamma_1_and_lambda_095():
   for a, b in zip(gae(REWARDS, VALUES, MASK), gae(REWARDS, VALUES, MASK, gamma=1.0, lam=0.95)):
     np.testing.assert_array_equal(a, b)
+  alone = gae_advantages(REWARDS, VALUES, MASK)
+  np.testing.assert_array_equal(alone, gae(REWARDS, VALUES, MASK)[0])
 
 
 def test_with_gamma_and_lambda_1_returns_are_rewards_to_go():
@@ -102,9 +104,10 @@ def test_a_sequence_that_was_not_scored_has_no_advantage_and_keeps_its_values():
   np.testing.assert_array_equal(white, gae_whitened(REWARDS, VALUES, scored))
 
 
-def test_whitened_advantages_have_mean_0_and_deviation_1():
-  white = np.asarray(gae_whitened(REWARDS, VALUES, MASK, lam=0.8))
-  plain, _ = plain_gae(REWARDS, VALUES, MASK, 1.0, 0.8)
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_whitened_advantages_have_mean_0_and_deviation_1(gamma):
+  white = np.asarray(gae_whitened(REWARDS, VALUES, MASK, gamma=gamma, lam=0.8))
+  plain, _ = plain_gae(REWARDS, VALUES, MASK, gamma, 0.8)
   own = plain[MASK]
   np.testing.assert_allclose(white[MASK], (own - own.mean()) / own.std(ddof=1), atol=1e-5)
 
@@ -120,6 +123,13 @@ def test_eps_of_whitening():
   rewards = np.array([[[3.0], [1.0]]], np.float32)
   white = gae_whitened(rewards, 0 * rewards, np.ones((1, 2, 1), bool), eps=1.0)
   np.testing.assert_allclose(white[0, :, 0], np.array([1, -1]) / (2**0.5 + 1), rtol=1e-6)
+  returns = returns_whitened(rewards, np.ones((1, 2, 1), bool), eps=1.0)
+  np.testing.assert_allclose(returns, white, rtol=1e-6)
+  # By default it is 1e-8, which counts beside a deviation of the root of 2e-16.
+  small = [1e-8 * rewards, 0 * rewards, np.ones((1, 2, 1), bool)]
+  expected = np.array([1, -1]) / (2**0.5 + 1)
+  for white in (gae_whitened(*small), returns_whitened(small[0], small[2])):
+    np.testing.assert_allclose(white[0, :, 0], expected, rtol=1e-5)
 
 
 def test_advantages_and_returns_carry_no_gradient():
@@ -228,6 +238,13 @@ def test_metrics_of_the_critic_by_hand():
   _, metrics = value_loss(values, returns, mask, old_values=old, clip=0.5)
   expected = {"critic/values_mean": 1.0, "critic/error": 0.75, "critic/clip_ratio": 0.5}
   assert {name: float(value) for name, value in metrics.items()} == expected
+  _, metrics = value_loss(values, returns, mask)
+  assert {name: float(value) for name, value in metrics.items()} == expected | {
+    "critic/clip_ratio": 0.0
+  }
+  for name in expected:
+    slope = jax.grad(lambda v, name=name: value_loss(v, returns, mask)[1][name])(values)
+    assert not slope.any()
 
 
 def test_errors_of_value_loss():
@@ -237,6 +254,8 @@ def test_errors_of_value_loss():
     value_loss(VALUES, RETURNS, MASK, old_values=OLD, clip=0)
   with pytest.raises(ValueError, match=r"^returns has shape \(2, 3\), expected \(2, 3, 7\)"):
     value_loss(VALUES, RETURNS[..., 0], MASK)
+  with pytest.raises(ValueError, match=r"^weights has shape \(2, 3\), expected \(2, 3, 7\)"):
+    value_loss(VALUES, RETURNS, MASK, weights=np.ones((2, 3)))
   with pytest.raises(ValueError, match=r"^old_values has shape"):
     value_loss(VALUES, RETURNS, MASK, old_values=OLD[0], clip=0.1)
   with pytest.raises(ValueError, match=r"^values has shape \(\), expected at least one axis"):
