@@ -420,7 +420,6 @@ def build(config: ConfigDict) -> Run:
   chunks = Chunks(c.train.chunks, mesh) if deterministic_reduction else None
   longest = prompt_length + c.rollout.completion_length
   model = attempt(lambda: make_model(c, weights.config, mesh, longest))
-  apart = rollout_mesh is not mesh
   sampler = model and attempt(
     lambda: with_episodes(
       c,

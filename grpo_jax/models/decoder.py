@@ -92,10 +92,18 @@ def _write_layer(cache: tuple, layer: int, index: Array, new: tuple) -> tuple[tu
   """
   keys, values = cache[layer]
   own = (
-    jax.lax.dynamic_update_slice_in_dim(keys, new[0].transpose(0, 2, 3, 1), index, axis=3),
-    jax.lax.dynamic_update_slice_in_dim(values, new[1].swapaxes(1, 2), index, axis=2),
+    _write_slots(keys, new[0].transpose(0, 2, 3, 1), index, axis=3),
+    _write_slots(values, new[1].swapaxes(1, 2), index, axis=2),
   )
   return (*cache[:layer], own, *cache[layer + 1 :]), own
+
+
+def _write_slots(old: Array, new: Array, index: Array, axis: int) -> Array:
+  """Writes [R, ...] from slot `index` on along an axis; an index [R] gives each row its own."""
+  write = jax.lax.dynamic_update_slice_in_dim
+  if index.ndim == 0:
+    return write(old, new, index, axis=axis)
+  return jax.vmap(lambda a, x, i: write(a, x, i, axis=axis - 1))(old, new, index)
 
 
 def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tuple[tuple, tuple]:
@@ -104,10 +112,16 @@ def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tupl
   The array is updated in place. Keys are stored as [L, R, K, T, Dh], so that the values written for
   one token are contiguous.
   """
-  start = (layer, 0, 0, index, 0)
-  cache = tuple(
-    jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2)[None], start) for old, x in zip(cache, new)
-  )
+  if index.ndim:  # [R]
+    rows = jnp.arange(len(index))
+    cache = tuple(
+      old.at[layer, rows, :, index].set(x[:, 0], mode="drop") for old, x in zip(cache, new)
+    )
+  else:
+    start = (layer, 0, 0, index, 0)
+    cache = tuple(
+      jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2)[None], start) for old, x in zip(cache, new)
+    )
   keys, values = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in cache)
   return cache, (keys.swapaxes(-1, -2), values)
 
@@ -326,7 +340,7 @@ class Decoder:
     self,
     params: Params,
     tokens: Int[Array, "P G"],
-    index: Int[Array, ""],
+    index: Int[Array, ""] | Int[Array, "P G"],
     prefix: Cache,
     prompt_mask: Bool[Array, "P N"],
     cache: Cache,
@@ -336,14 +350,18 @@ class Decoder:
     Args:
       params: parameters, layers stacked or unstacked.
       tokens: the token of each completion.
-      index: number of tokens before it, the same for all completions.
+      index: number of tokens before it: one for all completions, or [P, G].
       prefix: the prompts' cache, from `prefill`.
       prompt_mask: true on prompt tokens, false on padding.
       cache: the completions' cache, from `empty_cache` or the step before.
     """
 
     def own_mask(window: Array | None, slots: Array) -> Array:
-      return within_window(slots <= index, index[None], slots, window)
+      if index.ndim == 0:
+        return within_window(slots <= index, index[None], slots, window)
+      own = index.reshape(-1, 1)
+      visible = within_window(slots <= own[..., None], own, slots, window)
+      return visible[:, None]  # [R, 1, 1, slots]
 
     start = prompt_mask.sum(-1)[:, None]
     hidden, cache = self._decode(
@@ -393,7 +411,7 @@ class Decoder:
     self,
     params: Params,
     tokens: Int[Array, "P G M"],
-    index: Int[Array, ""],
+    index: Int[Array, ""] | Int[Array, "P G"],
     positions: Int[Array, "P #GM"],
     own_mask: Callable[[Array | None, Array], Array],
     prefix: Cache,
@@ -403,6 +421,7 @@ class Decoder:
     """Runs M tokens of each completion from slot `index` on.
 
     Args:
+      index: one for all completions, or one for each.
       positions: position of each token in its sequence, prompt included.
       own_mask: maps (window of the layer, slots of the cache) to the mask of the slots that each
         token sees, broadcastable to [R, 1, M, slots].
@@ -424,7 +443,7 @@ class Decoder:
     def attend(q, k, v, local, shared, cache, layer):
       window = layer_window(local, c.window)
       new = tuple(x.reshape(-1, length, *x.shape[2:]) for x in (k, v))
-      cache, (keys, values) = write(cache, layer, index, new)
+      cache, (keys, values) = write(cache, layer, index.reshape(-1) if index.ndim else index, new)
       visible = own_mask(window, jnp.arange(values.shape[2]))
       prefix_mask = within_window(prompt_mask[:, None], positions, prefix_positions, window)
       if length > 1:

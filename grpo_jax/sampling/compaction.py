@@ -102,15 +102,15 @@ class Gather:
   def rows(self, tree: Any, axis: int = 0) -> Any:
     """Returns the rows of arrays that have [S·C, g] from `axis` on, as [S·C', g']."""
     shape = (-1, self.valid.shape[-1])
-    return jax.tree.map(lambda a: _take(a, self.source, axis, 2, shape), tree)
+    return take(tree, self.source, axis, 2, shape)
 
   def flat_rows(self, tree: Any, axis: int = 0) -> Any:
     """Returns the rows of arrays that have [S·C·g] at `axis`, as [S·C'·g']."""
-    return jax.tree.map(lambda a: _take(a, self.source, axis, 1, (-1,)), tree)
+    return take(tree, self.source, axis, 1, (-1,))
 
   def chunks(self, tree: Any, axis: int = 0) -> Any:
     """Returns the chunks of arrays that have [S·C] at `axis`, as [S·C']."""
-    return jax.tree.map(lambda a: _take(a, self.chunk, axis, 1, (-1,)), tree)
+    return take(tree, self.chunk, axis, 1, (-1,))
 
 
 def regroup(row_map: RowMap, live: Bool[Array, "SC g"], shape: Shape) -> tuple[RowMap, Gather]:
@@ -162,6 +162,16 @@ def _count_live(row_map: RowMap, live: Bool[Array, "SC g"]) -> Int[Array, "S P"]
   per_chunk = live.sum(-1, dtype=jnp.int32).reshape(row_map.prompt.shape)
   zeros = jnp.zeros((row_map.prompt.shape[0], row_map.count), jnp.int32)
   return jax.vmap(lambda a, i, n: a.at[i].add(n))(zeros, row_map.prompt, per_chunk)
+
+
+def take(tree: Any, index: Int[Array, "S n"], axis: int, axes: int, shape: tuple[int, ...]) -> Any:
+  """Returns entries of arrays along `axes` axes from `axis` on, as `shape`.
+
+  Args:
+    tree: arrays whose axes from `axis` on hold all shards in turn.
+    index: entries to take from each shard, of its part of these axes.
+  """
+  return jax.tree.map(lambda array: _take(array, index, axis, axes, shape), tree)
 
 
 def _take(array: Array, index: Array, axis: int, axes: int, shape: tuple[int, ...]) -> Array:

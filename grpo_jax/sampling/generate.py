@@ -31,6 +31,7 @@ class Completions:
       the token budget.
     logp: [P, G, T], nats: log-probability of each token when it was drawn; 0 where masked.
     entropy: [P, G, T], nats, of the distribution each token was drawn from; 0 where masked.
+    row_steps: [P], decode steps times rows, shared out over the prompts; None if not counted.
   """
 
   tokens: Any
@@ -38,6 +39,7 @@ class Completions:
   ended: Any
   logp: Any
   entropy: Any
+  row_steps: Any = None
 
 
 def row_keys(key: jax.Array, prompt_ids: Int[Array, "P"], group: int) -> jax.Array:
