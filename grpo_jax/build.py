@@ -436,6 +436,7 @@ def build(config: ConfigDict) -> Run:
         stop_ids=tuple(c.rollout.stop_ids),
         prompt_sharding=meshes.batch_sharding(rollout_mesh),
         chunks=Chunks(c.train.chunks, rollout_mesh) if deterministic_reduction else None,
+        cache_rows=cache_rows(c, model, rollout_mesh, prompt_length),
       ),
     )
   )
@@ -485,6 +486,34 @@ def make_meshes(c: ConfigDict, devices: Sequence[jax.Device] | None = None) -> t
     return mesh, meshes.make_mesh(configs.rollout_mesh_shape(c.mesh), samplers, slices)
   except ValueError as error:
     raise configs.ConfigError([str(error)]) from error
+
+
+def cache_rows(c: ConfigDict, model: Decoder, mesh: Mesh, prompt_length: int) -> int:
+  """Returns the completions whose keys and values `rollout.cache_gib` of a device holds; 0: all.
+
+  A completion takes room for `rollout.completion_length` tokens, and a copy of its prompt.
+
+  Raises:
+    ValueError: the budget holds less than the completions of one prompt.
+  """
+  if not c.rollout.cache_gib:
+    return 0
+  layers = () if mesh.devices.flat[0].platform == "cpu" else {}
+  length, shape = max(c.rollout.completion_length - 1, 1), model.config
+  own = jax.eval_shape(lambda: model.empty_cache({"layers": layers}, 1, 1, length))
+  token = 2 * shape.layers * shape.kv_heads * shape.head_dim * jnp.dtype(model.dtype).itemsize
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own))
+  size += token * prompt_length
+  split = mesh.shape["tensor"] if shape.kv_heads % mesh.shape["tensor"] == 0 else 1
+  rows, group = int(c.rollout.cache_gib * 2**30 * split // size), c.rollout.group_size
+  if rows < group:
+    least = size * group / split / 2**30
+    raise ValueError(
+      f"rollout.cache_gib is {c.rollout.cache_gib:g}, which holds {rows} of the {group} "
+      f"completions of a prompt: it must be at least {least:.3g}, or lower "
+      f"rollout.completion_length ({c.rollout.completion_length})"
+    )
+  return rows
 
 
 def task_maker(c: ConfigDict) -> Callable[[], Task]:

@@ -65,6 +65,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "rollout.temperature": (0, LARGEST, "above 0 (evaluation is always greedy)"),
   "rollout.max_resamples": (0, LARGEST, "at least 0"),
   "rollout.ahead": (0, 64, "at least 0 steps"),
+  "rollout.cache_gib": (0, 10**6, "at least 0 GiB"),
   "episode.turns": (1, 1000, "at least 1"),
   "episode.turn_length": (0, LARGEST, "at least 0 tokens"),
   "episode.observation_length": (0, LARGEST, "at least 0 tokens"),
@@ -287,6 +288,9 @@ def default_config() -> ConfigDict:
   # Steps that sampling is ahead of the updates: the rollout of step n has the parameters after step
   # n - ahead, and is scored while updates run. 0: one after the other. See docs/scale.md.
   c.rollout.ahead = 0
+  # GiB of each device for keys and values of completions while sampling: a completion that ends
+  # makes room for the next one, and completions stay the same. 0: room for all of a step at once.
+  c.rollout.cache_gib = 0.0
 
   c.episode = Section()  # of tasks with tools or an environment; completion_length is its budget
   c.episode.turns = 4  # turns of the policy at most
@@ -822,6 +826,11 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
         f"train.{name} is {c.train[name]}, it must be {off} with train.reduction='deterministic': "
         "train.chunks takes its place"
       )
+  if c.rollout.cache_gib:
+    problems.append(
+      f"rollout.cache_gib is {c.rollout.cache_gib:g}, it must be 0 with "
+      "train.reduction='deterministic': its chunks are sampled one after another"
+    )
   if c.model.remat != "none":
     problems.append(
       f"model.remat is {c.model.remat!r}, it must be 'none' with "

@@ -45,6 +45,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
   names = {*ALWAYS, *rollout, *_loss_names(c, algorithm)}
   if c.rollout.max_resamples:
     names.update(_RESAMPLING)
+  if c.rollout.cache_gib:
+    names.add("sampling/live")
   if c.rollout.ahead:
     names.update(STALENESS, ["time/waiting"])
   if c.data.curriculum != curricula.OFF:

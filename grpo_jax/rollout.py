@@ -462,6 +462,7 @@ def _gather_all_hosts(scored: Scored, draws: int) -> tuple[dict[str, Any], Int[n
     ended=out.ended,
     entropy=out.entropy.sum(-1, dtype=np.float64),
     prompt_tokens=out.prompt_mask.sum(-1),
+    **({} if out.row_steps is None else {"row_steps": out.row_steps}),
     missing=np.array([scores.missing]),
     raised=np.array([scores.raised]),
   )
@@ -561,6 +562,8 @@ def _metrics(arrays: dict[str, Any]) -> dict[str, float]:
     del per_name["environment"]  # it gives no rewards
   metrics = rollout_metrics(arrays["total"], per_name, arrays["lengths"], ~arrays["ended"])
   judged = not np.isnan(arrays["accuracy"]).all()
+  if "row_steps" in arrays:
+    metrics["sampling/live"] = float(arrays["lengths"].sum() / arrays["row_steps"].sum())
   return {
     **arrays["logged"],
     **metrics,

@@ -14,6 +14,7 @@ from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import STALENESS
+from grpo_jax.models.decoder import LANES
 from grpo_jax.rollout import generate
 from grpo_jax.run import checkpoint
 from grpo_jax.tasks.rewards.scoring import RewardError
@@ -262,9 +263,45 @@ def test_completions_survive_the_archive_bit_for_bit():
     assert getattr(getattr(back, name), "dtype", None) == getattr(value, "dtype", None)
 
 
+# --- a budget of cache memory ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_budget_of_the_cache_changes_no_completion(whole, folder, width):
+  """Room for 5 of the 32 completions of a step, or of the 16 of each device."""
+  c = load(TINY, options("mesh.data=1"))
+  row = build_row_bytes(c)
+  budget = f"rollout.cache_gib={5.5 * row / 2**30}"
+  actual = train_on(width, folder / f"budget {width}", options(budget))
+  assert completions_of(actual) == completions_of(whole[0])
+  rows = [row for row in actual[1] if "loss" in row]
+  assert all(0.5 < row["sampling/live"] <= 1 for row in rows)
+  assert "sampling/live" not in whole[0][1][1]
+
+
+def completions_of(result):
+  return [json.loads(line)["completion"] for text in result[2] for line in text.splitlines()]
+
+
+def build_row_bytes(c):
+  """Bytes of one completion by hand: keys and values of 2 layers, and a copy of the prompt."""
+  run = build(c)
+  shape = run.model.config
+  length = -(-(c.rollout.completion_length - 1) // LANES) * LANES
+  return (
+    2 * 4 * shape.layers * shape.kv_heads * shape.head_dim * (length + run.sampler.prompt_length)
+  )
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 REFUSED = {
+  ("rollout.cache_gib=1e-5",): (
+    "rollout.cache_gib is 1e-05, which holds 0 of the 4 completions of a prompt: it must be at "
+  ),
+  ("rollout.cache_gib=1.0", "train.reduction=deterministic", "model.remat=none"): (
+    "rollout.cache_gib is 1, it must be 0 with train.reduction='deterministic'"
+  ),
   ("rollout.ahead=-1",): "rollout.ahead is -1, it must be at least 0 steps",
   ("rollout.ahead=1", "algorithm.anchor=old"): (
     "rollout.ahead is 1, but algorithm 'dr_grpo' takes rollouts to be from the policy it updates: "
@@ -288,6 +325,13 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_compiles(c
   with pytest.raises(ConfigError) as caught:
     build(load(TINY, options(*changes)))
   assert REFUSED[changes] in str(caught.value)
+
+
+def test_episodes_have_no_budget_of_the_cache():
+  changes = [c for c in SMALL if not c.startswith("task.settings")]
+  changes += ["task.name=guess_number", "rollout.cache_gib=1.0"]
+  with pytest.raises(ConfigError, match="it must be 0 for the episodes of task 'guess_number'"):
+    build(load(TINY, [f"--config.{change}" for change in changes]))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning import deterministic
 from grpo_jax.models.protocol import Model, Params
 from grpo_jax.sampling import generate as generation
+from grpo_jax.sampling import refill
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.generate import Completions
 from grpo_jax.sampling.stopping import stop_table
@@ -33,6 +34,8 @@ class Generated:
     logp, entropy: [P, G, T], nats, at `temperature` (at 1 for greedy completions).
     texts: [P][G], without the ending token and the stop string.
     temperature: sampling temperature; 0 is greedy.
+    row_steps: [P], decode steps times rows of the cache, shared out over the prompts; None if they
+      are not counted.
   """
 
   prompts: Int[np.ndarray, "P N"]
@@ -44,6 +47,7 @@ class Generated:
   entropy: Float[np.ndarray, "P G T"]
   texts: list[list[str]]
   temperature: float = 1.0
+  row_steps: Float[np.ndarray, "P"] | None = None
 
   @property
   def lengths(self) -> Int[np.ndarray, "P G"]:
@@ -91,6 +95,8 @@ class Sampler:
       describes it).
     chunks: samples chunk by chunk, with the same bits on any number of devices; see
       `learning.deterministic`.
+    cache_rows: completions of a shard of the prompts that are in the cache at a time; see
+      `refill`. 0: all of them.
 
   Raises:
     ValueError: the temperature is negative, the stop table has another shape, a stop string mixes
@@ -107,6 +113,7 @@ class Sampler:
   prompt_sharding: Sharding = None
   stop_table: Int[np.ndarray, "S V"] | None = None
   chunks: deterministic.Chunks | None = None
+  cache_rows: int = 0
 
   def __post_init__(self) -> None:
     table, vocab = self.stop_table, self.model.config.vocab_size
@@ -125,6 +132,7 @@ class Sampler:
       pad_id=self.tokenizer.pad_id,
       prompt_sharding=self.prompt_sharding,
       chunks=self.chunks,
+      cache_rows=self.cache_rows,
     )
     object.__setattr__(self, "_table", table)
     object.__setattr__(self, "_ending_ids", ids)
@@ -245,6 +253,7 @@ def make_generate(
   pad_id: int,
   prompt_sharding: Sharding = None,
   chunks: deterministic.Chunks | None = None,
+  cache_rows: int = 0,
 ) -> Callable[..., Completions]:
   """Returns the jitted `(params, prompts, prompt_mask, keys, stop_table, *, temperature, ...)`.
 
@@ -256,11 +265,20 @@ def make_generate(
     prompt_sharding: sharding of arrays whose first axis is prompts; None is the default device.
     chunks: samples chunk by chunk where the number of prompts allows it; see
       `learning.deterministic`.
+    cache_rows: as in `Sampler`.
   """
 
   def sample(params, prompts, prompt_mask, keys, stop_table, *, temperature, token_filter=None):
     params = for_decoding(model, params, prompt_sharding)
     in_chunks = chunks is not None and len(prompts) % chunks.count == 0
+    if cache_rows and not in_chunks:
+      shards = meshes.prompt_shards(prompt_sharding)
+      rows = min(cache_rows, keys.size // shards)
+      options = {"length": length, "temperature": temperature, "token_filter": token_filter}
+      options |= {"pad_id": pad_id, "prompt_shards": shards, "rows": rows}
+      return refill.generate_refilled(
+        model, params, prompts, prompt_mask, keys, stop_table, **options
+      )
     generate = partial(
       generation.generate,
       model,
