@@ -269,8 +269,7 @@ def test_completions_survive_the_archive_bit_for_bit():
 @pytest.mark.parametrize("width", [1, 2])
 def test_a_budget_of_the_cache_changes_no_completion(whole, folder, width):
   """Room for 5 of the 32 completions of a step, or of the 16 of each device."""
-  c = load(TINY, options("mesh.data=1"))
-  row = build_row_bytes(c)
+  row = build_row_bytes(load(TINY, options()))
   budget = f"rollout.cache_gib={5.5 * row / 2**30}"
   actual = train_on(width, folder / f"budget {width}", options(budget))
   assert completions_of(actual) == completions_of(whole[0])

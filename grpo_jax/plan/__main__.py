@@ -24,7 +24,15 @@ from ml_collections import ConfigDict
 from grpo_jax import config as configs
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.models.decoder import REMAT
-from grpo_jax.plan.estimate import UNITS, Compiled, Plan, as_dict, discard, make_plan
+from grpo_jax.plan.estimate import (
+  UNITS,
+  Compiled,
+  Plan,
+  as_dict,
+  discard,
+  make_plan,
+  step_seconds,
+)
 from grpo_jax.plan.hardware import GIB, open_topology
 from grpo_jax.plan.programs import Programs, open_programs
 from grpo_jax.run import console
@@ -128,10 +136,26 @@ def report(plan: Plan) -> str:
     *_work_table(plan),
   ]
   if plan.step_seconds is not None:
-    lines.append(f"a step takes at least {plan.step_seconds:.3g} s")
+    lines += [f"a step takes at least {plan.step_seconds:.3g} s", *_forms(plan)]
   lines += [f"note: {note}" for note in plan.notes]
   verdict = "fits" if plan.fits() else "does NOT fit"
   return "\n".join([*lines, f"it {verdict} (compiled in {plan.compile_seconds:.0f} s)"])
+
+
+def _forms(plan: Plan) -> Iterator[str]:
+  """Yields lines about the time of a step with rollouts ahead, by the time of the rewards."""
+  sampling, learning = plan.parts
+  apart = plan.rollout_devices > 0
+  yield (
+    f"of it sampling {sampling:.3g} s and learning {learning:.3g} s"
+    + (f", on {plan.rollout_devices} and {plan.devices - plan.rollout_devices} devices" * apart)
+  )
+  times = (0.0, (sampling + learning) / 2, 2 * (sampling + learning))
+  yield f"{'with rewards of':24}" + "".join(f"{f'{time:.3g} s':>12}" for time in times)
+  for ahead in (0, 1, 2):
+    seconds = (step_seconds(sampling, learning, time, ahead, apart) for time in times)
+    name = f"  rollout.ahead={ahead}" + " (this one)" * (ahead == plan.ahead)
+    yield f"{name:24}" + "".join(f"{f'{time:.3g} s':>12}" for time in seconds)
 
 
 def _memory_table(plan: Plan) -> Iterator[str]:

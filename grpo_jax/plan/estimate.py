@@ -75,6 +75,8 @@ class Plan:
     work: by part of a step, `sample` as `prefill` and `decode`; refused programs are left out.
     compile_seconds: time spent compiling.
     notes: what the estimate leaves out.
+    rollout_devices: number of devices that only sample, of `devices`.
+    ahead: `rollout.ahead` of the config.
   """
 
   model: str
@@ -88,6 +90,8 @@ class Plan:
   work: dict[str, Work]
   compile_seconds: float
   notes: tuple[str, ...] = ()
+  rollout_devices: int = 0
+  ahead: int = 0
 
   def fits(self, *names: str) -> bool:
     """Returns whether the programs `names` (default: all) compile and fit into the memory."""
@@ -96,11 +100,42 @@ class Plan:
 
   @property
   def step_seconds(self) -> float | None:
-    """Lower bound of a step's time in seconds; None if a part has no bound."""
-    seconds = [w.seconds and w.seconds * w.times for w in self.work.values()]
-    complete = self.work and None not in seconds
-    complete = complete and not any(m.refused for m in self.memory.values())
-    return sum(seconds) if complete else None
+    """Lower bound of a step's time in seconds, without rewards; None if a part has no bound."""
+    parts = self.parts
+    return parts and step_seconds(*parts, 0.0, self.ahead, self.rollout_devices > 0)
+
+  @property
+  def parts(self) -> tuple[float, float] | None:
+    """Lower bounds of the time of sampling and of learning in seconds, each on its devices."""
+    seconds = {name: w.seconds and w.seconds * w.times for name, w in self.work.items()}
+    complete = self.work and None not in seconds.values()
+    if not complete or any(m.refused for m in self.memory.values()):
+      return None
+    sampling = sum(seconds.get(name, 0.0) for name in ("prefill", "decode"))
+    return sampling, sum(seconds.values()) - sampling
+
+
+def step_seconds(
+  sampling: float, learning: float, rewards: float, ahead: int, apart: bool
+) -> float:
+  """Returns the time of a step from its parts, all in seconds.
+
+  A rollout takes the sum of the parts from its parameters to the end of its updates, and
+  `ahead + 1` of them are under way.
+
+  Args:
+    ahead: `rollout.ahead`.
+    apart: whether sampling and learning have devices of their own.
+
+  Example:
+    >>> [step_seconds(2.0, 1.0, 4.0, ahead, apart=True) for ahead in (0, 1, 2)]
+    [7.0, 4.0, 4.0]
+    >>> step_seconds(2.0, 1.0, 4.0, 1, apart=False), step_seconds(2.0, 1.0, 1.0, 1, apart=False)
+    (4.0, 3.0)
+  """
+  total = sampling + learning + rewards
+  busiest = max(sampling, learning) if apart else sampling + learning
+  return total if not ahead else max(busiest, rewards, total / (ahead + 1))
 
 
 def discard(text: str) -> None:
@@ -147,6 +182,8 @@ def make_plan(
     work=work,
     compile_seconds=time.monotonic() - start,
     notes=(*programs.prompts.notes, *_notes(config, work)),
+    rollout_devices=config.mesh.rollout_devices,
+    ahead=config.rollout.ahead,
   )
 
 
@@ -175,6 +212,11 @@ def _notes(c: ConfigDict, work: dict[str, Work]) -> Iterator[str]:
       f"an evaluation generates {completions} completions at once, more than a step, and is not "
       "part of this plan: lower eval.batch_prompts if memory is short"
     )
+  if c.rollout.cache_gib:
+    yield (
+      "decode is counted as if every completion were as long as it may be; with rollout.cache_gib "
+      "a shorter one makes room for the next"
+    )
   if c.rollout.max_resamples:
     yield "the time of a step leaves out resampling (rollout.max_resamples) and evaluations"
 
@@ -195,7 +237,7 @@ def compile_program(
     The memory of a device while the program runs, and part -> (cost, excess, matmul_time) as in
     `Work`; no parts if the compiler ran out of memory.
   """
-  platform, count = programs.topology.platform, len(programs.topology.devices)
+  platform, count = programs.topology.platform, programs.mesh_of(name).devices.size
   program = getattr(programs, name)()
   traced = program.trace()
   lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
@@ -258,6 +300,8 @@ def _used_arguments(traced: jax.stages.Traced, arguments: tuple) -> list[Any]:
 def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
   """Returns the bytes on one device of the arrays that a run holds while a program runs."""
   state = programs.state
+  if name == "sample" and programs.has_rollout_devices:
+    return _sampler_bytes(programs) | {"temporaries": 0.0}
   by_purpose = {
     "parameters": bytes_of((state.params, programs.base_params)),
     "optimizer": bytes_of((state.opt_state, state.step, state.history)),
@@ -267,17 +311,26 @@ def _resident_bytes(programs: Programs, name: str) -> dict[str, float]:
   if programs.critic_state is not None:
     by_purpose["critic"] = bytes_of(programs.critic_state)
   r = programs.config.rollout
-  if name in ("to_sampling_params", "sample"):
+  if name == "to_sampling_params":
     by_purpose["sampler's weights"] = bytes_of(programs.copied_for_sampling)
   if name == "sample":
-    by_purpose["KV cache"] = bytes_of(programs.cache)
-    by_purpose["batch"] = bytes_of(programs.sample().arguments[1:])
+    by_purpose |= _sampler_bytes(programs)
   if name in ("update", "score", "teach", "update_critic", "values"):
     updates = name.startswith("update")
     parts = programs.config.train.mini_batches if updates else 1
     batch = programs.batch(r.prompts_per_step // parts, scored=updates)
     by_purpose["batch"] = bytes_of(batch)
   return {purpose: float(size) for purpose, size in by_purpose.items()} | {"temporaries": 0.0}
+
+
+def _sampler_bytes(programs: Programs) -> dict[str, float]:
+  """Returns the bytes on one device of what the sampler holds."""
+  held = {
+    "sampler's weights": programs.copied_for_sampling,
+    "KV cache": programs.cache,
+    "batch": programs.sample().arguments[1:],
+  }
+  return {purpose: float(bytes_of(tree)) for purpose, tree in held.items()}
 
 
 def _required_bytes(message: str) -> float:

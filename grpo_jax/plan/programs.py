@@ -105,6 +105,8 @@ class Programs:
     config: the config of the run.
     topology: the devices to compile for.
     mesh, model, algorithm, schedule, optimizer: as in `build.Run`.
+    rollout_mesh, sampler_model: the devices that sample, and the model there; `mesh` and `model`
+      unless some devices do nothing else.
     new_adapters: key -> LoRA adapters, as in `build.Run`; None if all weights are trained.
     prompts: what the task determines.
     critic: as in `build.Run`.
@@ -122,6 +124,26 @@ class Programs:
   prompts: Prompts
   critic: Critic | ValueHead | None = None
   teachers: tuple[Decoder, ...] = ()
+  rollout_mesh: Mesh | None = None
+  sampler_model: Decoder | None = None
+
+  def mesh_of(self, name: str) -> Mesh:
+    """Returns the mesh that a program runs on."""
+    return self.rollout_mesh or self.mesh if name == "sample" else self.mesh
+
+  @property
+  def has_rollout_devices(self) -> bool:
+    """True if some devices only sample."""
+    return self.rollout_mesh not in (None, self.mesh)
+
+  @property
+  def cache_rows(self) -> int:
+    """Completions in the sampler's cache at a time, over all devices."""
+    r, mesh = self.config.rollout, self.mesh_of("sample")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    own = r.prompts_per_step * r.group_size // shards
+    rows = build.cache_rows(self.config, self.model, mesh, self.prompts.length)
+    return shards * min(rows or own, own)
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -140,9 +162,17 @@ class Programs:
       "score": self.has_kl + self.keeps_old + self.teaches_itself,
       # As often as the largest teacher would have to score: with several sizes an upper bound.
       "teach": 0 if self._in_the_loss[0] else len(self.teachers),
-      "decode": self.config.rollout.completion_length - 1,
+      "decode": self._decode_steps,
     }
     return counts.get(part, 1)
+
+  @property
+  def _decode_steps(self) -> int:
+    """Number of decode steps if every completion is as long as it may be."""
+    r = self.config.rollout
+    if not r.cache_gib:
+      return r.completion_length - 1
+    return r.completion_length * -(-r.prompts_per_step * r.group_size // self.cache_rows)
 
   # --- arrays in memory ---------------------------------------------------------------------------
 
@@ -257,7 +287,7 @@ class Programs:
     else:
       make = partial(build.to_sampling_params, self.model, self.mesh)
       shapes = jax.eval_shape(make, self.base_params, self.state.params)
-    return self._params(shapes, sampling=True)
+    return put(shapes, meshes.param_shardings(self.mesh_of("sample"), shapes, sampling=True))
 
   @property
   def copied_for_sampling(self) -> Params:
@@ -265,7 +295,7 @@ class Programs:
 
     A quantized base is not copied, unless it is split over `fsdp`.
     """
-    if self.quantized and self.mesh.shape["fsdp"] == 1:
+    if self.quantized and self.mesh.shape["fsdp"] == 1 and not self.has_rollout_devices:
       return None
     return self.sampling_params
 
@@ -282,6 +312,7 @@ class Programs:
     of_critic = self._rows(*rows) if self.critic else None
     logp = self._rows(*rows) if scored else None
     return Batch(
+      staleness=self._rows(prompts) if self.config.rollout.ahead else None,
       prompts=self._rows(prompts, self.prompts.length, dtype=jnp.int32),
       prompt_mask=self._rows(prompts, self.prompts.length, dtype=bool),
       completions=self._rows(*rows, dtype=jnp.int32),
@@ -302,17 +333,20 @@ class Programs:
   def cache(self) -> Cache:
     """Keys and values of prompts and completions, sharded by prompts and key-value heads."""
     c, r = self.model.config, self.config.rollout
-    tensor = self.mesh.shape["tensor"]
+    mesh = self.mesh_of("sample")
+    tensor = mesh.shape["tensor"]
     heads = "tensor" if c.kv_heads % tensor == 0 else None
 
     def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
       leading = [None] * (leaf.ndim - 4)
-      spec = jax.sharding.PartitionSpec(*leading, *meshes.batch_sharding(self.mesh).spec, heads)
-      return put(leaf, NamedSharding(self.mesh, spec))
+      spec = jax.sharding.PartitionSpec(*leading, *meshes.batch_sharding(mesh).spec, heads)
+      return put(leaf, NamedSharding(mesh, spec))
 
-    rows, length = (r.prompts_per_step, r.group_size), max(r.completion_length - 1, 1)
-    own = jax.eval_shape(lambda p: self.model.empty_cache(p, *rows, length), self.sampling_params)
-    shape = (c.layers, r.prompts_per_step, c.kv_heads, self.prompts.length, c.head_dim)
+    rows, length = self.cache_rows, max(r.completion_length - 1, 1)
+    own = jax.eval_shape(lambda p: self.model.empty_cache(p, rows, 1, length), self.sampling_params)
+    # With a budget, each row has a copy of its prompt.
+    prompts = r.prompts_per_step + (rows if r.cache_gib else 0)
+    shape = (c.layers, prompts, c.kv_heads, self.prompts.length, c.head_dim)
     prompt = jax.ShapeDtypeStruct(shape, self.model.dtype)
     return jax.tree.map(with_sharding, (own, (prompt, prompt)))
 
@@ -371,17 +405,22 @@ class Programs:
   def sample(self) -> Program:
     """Returns the sampler of a whole step."""
     r, vocab = self.config.rollout, self.model.config.vocab_size
+    mesh = self.mesh_of("sample")
+    layout = meshes.batch_sharding(mesh)
+    rows = build.cache_rows(self.config, self.model, mesh, self.prompts.length)
     sample = make_generate(
-      self.model,
+      self.sampler_model or self.model,
       length=r.completion_length,
       pad_id=0,
-      prompt_sharding=meshes.batch_sharding(self.mesh),
+      prompt_sharding=layout,
+      cache_rows=rows,
     )
     keys = self._rows(r.prompts_per_step, r.group_size, dtype=jax.random.key(0).dtype)
     table = jax.ShapeDtypeStruct((self.prompts.stop_states, vocab), jnp.int32)
-    table = put(table, meshes.replicated(self.mesh))
+    table = put(table, meshes.replicated(mesh))
     batch = self.batch(r.prompts_per_step)
-    arguments = (self.sampling_params, batch.prompts, batch.prompt_mask, keys, table)
+    prompts = put((batch.prompts, batch.prompt_mask, keys), layout)
+    arguments = (self.sampling_params, *prompts, table)
     return Program(sample, arguments, {"temperature": r.temperature})
 
 
@@ -417,7 +456,7 @@ def open_programs(
     values = attempt(lambda: config_of(configs.critic_source(c)))
   teachers = [attempt(lambda source=s: config_of(source)) for s in configs.teacher_sources(c)]
   if algorithm:
-    problems += misfits.teacher_misfits(c, algorithm)
+    problems += misfits.teacher_misfits(c, algorithm) + misfits.ahead_misfits(c, algorithm)
   prompts = prompts or attempt(lambda: read_prompts(c))
   problems += misfits.expert_misfits(c, shape) if shape else []
   if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:
@@ -432,13 +471,21 @@ def open_programs(
     )
   if problems:
     raise configs.ConfigError(problems)
+  learners = topology.devices
+  if c.mesh.rollout_devices:
+    learners, _ = meshes.split_devices(c.mesh.rollout_devices, learners)
   mesh = attempt(
-    lambda: meshes.make_mesh(configs.mesh_shape(c.mesh, count), topology.devices, c.mesh.slices)
+    lambda: meshes.make_mesh(configs.mesh_shape(c.mesh, count), learners, c.mesh.slices)
   )
   if problems:
     raise configs.ConfigError(problems)
   longest = prompts.length + c.rollout.completion_length
   model = attempt(lambda: build.make_model(c, shape, mesh, longest))
+  rollout_mesh, sampler_model = mesh, model
+  if c.mesh.rollout_devices:
+    _, rollout_mesh = build.make_meshes(c, topology.devices)
+    sampler_model = attempt(lambda: build.make_model(c, shape, rollout_mesh, longest))
+  attempt(lambda: build.cache_rows(c, model, rollout_mesh, prompts.length))
   teachers = [
     attempt(lambda shape=shape: build.make_model(c, shape, mesh, longest)) for shape in teachers
   ]
@@ -458,6 +505,8 @@ def open_programs(
     prompts=prompts,
     critic=build.critic_of(c, algorithm, values, mesh, longest),
     teachers=tuple(sorted(teachers, key=_size, reverse=True)),
+    rollout_mesh=rollout_mesh,
+    sampler_model=sampler_model,
   )
 
 
