@@ -64,8 +64,8 @@ if os.environ.get("JAX_PROCESS_ID") == os.environ.get("VICTIM"):
     train._learn = at(3, train._learn, soon)
   elif phase == "save":
     save = checkpoint.Checkpoints.save
-    def dying(self, step, state):
-      save(self, step, state)
+    def dying(self, step, *more):
+      save(self, step, *more)
       if step == 4:
         die()
     checkpoint.Checkpoints.save = dying

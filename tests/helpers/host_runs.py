@@ -43,6 +43,16 @@ RUNS = {
     "--config.train.micro_batches=2", "--config.rollout.max_resamples=2",
     "--config.rollout.completion_length=2",
   ],
+  # Rollouts ahead of the updates, on all devices, and on the last two of each host.
+  "ahead": [
+    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.settings.eval_size=5",
+    "--config.rollout.ahead=1", "--config.algorithm.correction=none",
+  ],
+  "ahead on devices of their own": [
+    "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.rollout_devices=4",
+    "--config.task.settings.eval_size=5", "--config.rollout.ahead=2",
+    "--config.algorithm.anchor=sampler", "--config.rollout.max_resamples=1",
+  ],
   # Counts of problems that are drawn by both hosts, some of them by a second draw of the step.
   "curriculum": [
     "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.settings.eval_size=5",
