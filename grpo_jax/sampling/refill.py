@@ -5,8 +5,9 @@ room for one completion in the cache, and a copy of its prompt's keys; a prompt 
 once. When the queue is empty and at most half of the rows are live, they move into arrays of half
 as many rows, again and again (`compaction` does the same without a queue).
 
-The random stream of a completion, the slots of its tokens in the cache, and the numbers it is
-computed from do not depend on when its row was free, so completions are those of `generate`.
+The random stream of a completion and the slots of its tokens in the cache do not depend on when its
+row was free, so completions are those of `generate`. Log-probs agree to rounding: products of other
+sizes round otherwise.
 
 Axes: S shards, R rows of a shard, n completions of a shard. Programs hold rows as [S·R, 1].
 """
