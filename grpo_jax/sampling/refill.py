@@ -116,12 +116,12 @@ def generate_refilled(
   def step(carry: tuple) -> tuple:
     slots, waiting, written, row_steps = carry
     more = (waiting < total)[:, None] & done(slots).reshape(shards, -1)
+    # Without the cache, which a branch would copy.
+    cache, slots = slots.cache, dataclasses.replace(slots, cache=None)
     slots, waiting = jax.lax.cond(more.any(), refill, lambda *same: same, slots, waiting)
     live, begins = ~done(slots), slots.number == 0
     index = jnp.maximum(slots.number - 1, 0)
-    hidden, cache = model.decode(
-      params, slots.token, index, slots.prefix, slots.prompt_mask, slots.cache
-    )
+    hidden, cache = model.decode(params, slots.token, index, slots.prefix, slots.prompt_mask, cache)
     prompt = jnp.minimum(slots.completion, total - 1) // group
     of_prompt = take(first, prompt, 0, 1, (-1,))[:, None]
     hidden = jnp.where(begins[..., None], of_prompt, hidden)
