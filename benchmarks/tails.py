@@ -5,7 +5,9 @@
 All variants run in one process, in turns, and sample the same completions. Lengths are lognormal
 (median `--median` tokens, `--sigma`): in a stop table, as large a share of the vocabulary ends a
 completion at each token as the distribution asks for. `max_compactions` is an argument of
-`generate`: the largest number of times that rows move into arrays of half as many rows.
+`generate`: the largest number of times that rows move into arrays of half as many rows. With
+`--rows`, the sampler with a budget of so many rows is compared too, which are filled again as
+completions end (`sampling.refill`); it is named by its rows, as `rows 8`.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from benchmarks import alternate, ours
 from benchmarks.settings import make_prompts
 from benchmarks.worker import clock, since
 from grpo_jax.sampling import generate as generation
+from grpo_jax.sampling.refill import generate_refilled
 from grpo_jax.tokens import encode_prompts
 
 COLUMNS = (
@@ -86,33 +89,40 @@ class Variants:
       for i in range(a.rounds)
     ]
     self._programs, self.compile_seconds = {}, {}
-    for count in a.max_compactions:
-      generate = partial(
-        generation.generate, sampler.model, length=a.tokens, temperature=1.0,
-        pad_id=sampler.tokenizer.pad_id, max_compactions=count,
-      )  # fmt: skip
+    common = {"length": a.tokens, "temperature": 1.0, "pad_id": sampler.tokenizer.pad_id}
+    for count in variants_of(a):
+      if isinstance(count, int):
+        generate = partial(generation.generate, sampler.model, max_compactions=count, **common)
+      else:
+        rows = int(count.split()[1])
+        generate = partial(generate_refilled, sampler.model, rows=rows, **common)
       before = clock()
       self._programs[count] = jax.jit(generate).lower(*self._inputs(self.keys[0])).compile()
       self.compile_seconds[count] = since(before)["cpu_seconds"]
 
-  def sample(self, count: int, key: jax.Array) -> generation.Completions:
-    """Samples with up to `count` compactions."""
+  def sample(self, count: int | str, key: jax.Array) -> generation.Completions:
+    """Samples with up to `count` compactions, or with a budget of rows."""
     return jax.block_until_ready(self._programs[count](*self._inputs(key)))
+
+
+def variants_of(a: argparse.Namespace) -> list[int | str]:
+  """Returns the numbers of compactions, and a name for each budget of rows."""
+  return [*a.max_compactions, *(f"rows {rows}" for rows in a.rows)]
 
 
 def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
   """Returns one row per number of compactions; gains are over the first one."""
   variants = Variants(a)
-  records: dict[int, list[dict[str, float]]] = {count: [] for count in a.max_compactions}
+  records: dict[Any, list[dict[str, float]]] = {count: [] for count in variants_of(a)}
   lengths = []
   for i, key in enumerate(variants.keys):
     tokens = {}
-    for count in a.max_compactions if i % 2 == 0 else reversed(a.max_compactions):
+    for count in variants_of(a) if i % 2 == 0 else reversed(variants_of(a)):
       before = clock()
       out = variants.sample(count, key)
       records[count].append(since(before))
       tokens[count] = np.asarray(out.tokens)
-    for count in a.max_compactions:
+    for count in variants_of(a):
       same = (tokens[count] == tokens[a.max_compactions[0]]).all(-1)
       records[count][-1]["same"] = float(same.mean())
     lengths.append(np.asarray(out.mask).sum(-1))
@@ -152,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--median", type=float, default=24.0, help="median length in tokens")
   parser.add_argument("--sigma", type=float, default=0.8, help="deviation of the log length")
   parser.add_argument("--max-compactions", type=int, nargs="+", default=[0, 1, 3])
+  parser.add_argument("--rows", type=int, nargs="*", default=[], help="budgets of rows")
   parser.add_argument("--rounds", type=int, default=5)
   alternate.show(measure(parser.parse_args(argv)), COLUMNS)
 

@@ -3,6 +3,7 @@
 Peers need environments of their own and do not run here; a stand-in engine speaks their protocol.
 """
 
+import argparse
 import json
 import math
 import os
@@ -16,7 +17,18 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import alternate, cost, logprobs, plans, sampling, settings, step, tails
+from benchmarks import (
+  ahead,
+  alternate,
+  cost,
+  logprobs,
+  plans,
+  sampling,
+  settings,
+  slots,
+  step,
+  tails,
+)
 from grpo_jax.environments.sandbox import layers as isolated
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
@@ -95,6 +107,48 @@ def test_tails(run):
   assert (plain["max_compactions"], compacted["max_compactions"]) == (0, 1)
   assert plain["gain"] == compacted["same"] == 1
   assert 1 <= plain["mean_length"] <= plain["longest"] <= 6
+
+
+@pytest.mark.slow
+def test_tails_with_rows_that_are_filled_again(run):
+  small = "--prompts 2 --group 2 --tokens 6 --median 2 --rounds 1 --max-compactions 0 --rows 2"
+  plain, refilled = run("tails", "--model", "random:tiny", *small.split())
+  assert refilled["max_compactions"] == "rows 2"
+  assert refilled["same"] == 1
+  assert plain["longest"] == refilled["longest"]
+
+
+def test_ways_to_keep_rows_live_by_hand():
+  """Four completions of two prompts: 5 and 1 tokens, 2 and 2."""
+  lengths = np.array([[5, 1], [2, 2]])
+  assert slots.plain(lengths, 2) == [(4, 5)]
+  # Two rows at most are live after 2 tokens; then one.
+  assert slots.compacted(lengths.reshape(-1), [4, 2, 1]) == [(4, 2), (2, 0), (1, 3)]
+  assert sum(rows * count for rows, count in slots.waves(lengths, 2)) == 2 * 1 + 1 * 4 + 2 * 2
+  # Row 1 writes 1, 2 and 2 tokens beside the 5 of row 0.
+  assert slots.refill(lengths, 2) == [(2, 5), (2, 0), (1, 0)]
+  assert slots.refill_by_group(lengths, 2) == [(2, 7), (2, 0)]
+
+
+def test_rows_that_are_filled_again_are_live():
+  a = argparse.Namespace(prompts=64, group=8, tokens=4096, budget=64)
+  rows = {(r["distribution"], r["way"]): r for r in slots.simulate(a, lambda rows: 1 + rows / 64)}
+  for name in slots.DISTRIBUTIONS:
+    assert rows[name, "refill"]["live"] > 0.85
+    assert rows[name, "refill"]["rows"] == 64
+    assert rows[name, "plain"]["rows"] == 512
+  assert rows["long tail", "refill"]["seconds"] < rows["long tail", "compaction"]["seconds"]
+
+
+def test_a_timeline_has_a_letter_for_each_step():
+  spans = [("sampling", 0, 1), ("rewards", 1, 2), ("update", 2, 4)]
+  spans += [("sampling", 4, 5), ("rewards", 5, 6), ("update", 6, 8)]
+  lines = ahead.timeline(spans, first=0, count=2, width=12).splitlines()
+  assert lines[:3] == [
+    "sampling  ....bb......",
+    "rewards   ......bb....",
+    "update    aaaa....bbbb",
+  ]
 
 
 @pytest.mark.slow

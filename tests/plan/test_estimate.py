@@ -1,5 +1,7 @@
 """Tests that estimated memory is the memory that arrays take on the devices."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -119,6 +121,23 @@ def test_a_plan_fits_if_every_program_does():
   assert plan_of({"update": large, "sample": small}).fits("sample")
   assert plan_of({"update": large}, available=None).fits()  # the memory of the chip is unknown
   assert not plan_of({"update": Memory({}, GIB, refused="too big")}).fits()
+
+
+def test_steps_with_rollouts_ahead_take_what_their_busiest_part_does():
+  """Sampling takes 4.5 s and learning 6 s; rewards of 5.25 s and 21 s."""
+  plan = plan_of({"update": Memory({}, 3.0 * GIB)})
+  assert plan.parts == (4.5, 6.0)
+  lines = report(plan).splitlines()
+  start = lines.index("of it sampling 4.5 s and learning 6 s")
+  assert [line.split() for line in lines[start + 1 : start + 5]] == [
+    ["with", "rewards", "of", "0", "s", "5.25", "s", "21", "s"],
+    ["rollout.ahead=0", "(this", "one)", "10.5", "s", "15.8", "s", "31.5", "s"],
+    ["rollout.ahead=1", "10.5", "s", "10.5", "s", "21", "s"],
+    ["rollout.ahead=2", "10.5", "s", "10.5", "s", "21", "s"],
+  ]
+  apart = dataclasses.replace(plan, rollout_devices=4, ahead=1)
+  assert apart.step_seconds == 6.0
+  assert "sampling 4.5 s and learning 6 s, on 4 and 12 devices" in report(apart)
 
 
 def test_a_step_takes_the_sum_of_its_parts():

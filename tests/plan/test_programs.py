@@ -5,6 +5,7 @@ import pytest
 
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError
+from grpo_jax.models.decoder import LANES
 from grpo_jax.plan.hardware import open_topology
 from grpo_jax.plan.programs import bytes_of, open_programs, read_prompts
 from grpo_jax.sampling.stopping import stop_table
@@ -46,6 +47,38 @@ def test_ratios_to_the_sampler_need_no_pass_and_right_answers_have_weights():
 
 def test_a_decode_step_runs_for_every_token_but_the_first():
   assert programs_of("rollout.completion_length=6").runs_per_step("decode") == 5
+
+
+def test_a_budget_of_the_cache_bounds_its_rows():
+  """16 completions over 8 devices, or 3 at a time on two: six rounds of up to 6 tokens each."""
+  assert programs_of().cache_rows == 16
+  programs = programs_of("mesh.data=2", "mesh.fsdp=1", "mesh.tensor=4")
+  m = programs.model.config
+  row = 2 * 4 * m.layers * m.kv_heads * m.head_dim * (LANES + programs.prompts.length)
+  assert m.kv_heads % 4  # the heads are not split
+  budget = f"rollout.cache_gib={3.5 * row / 2**30}"
+  bounded = programs_of("mesh.data=2", "mesh.fsdp=1", "mesh.tensor=4", budget)
+  assert bounded.cache_rows == 6
+  assert bounded.runs_per_step("decode") == 6 * 3
+  # Of a device: its rows with a copy of the prompt each, and its 4 prompts.
+  prompt = 2 * 4 * m.layers * m.kv_heads * m.head_dim * programs.prompts.length
+  assert bytes_of(bounded.cache) == 3 * row + 4 * prompt
+  with pytest.raises(ConfigError, match="which holds 1 of the 2 completions of a prompt"):
+    programs_of("mesh.data=2", "mesh.fsdp=1", "mesh.tensor=4", f"rollout.cache_gib={row / 2**30}")
+
+
+def test_devices_that_only_sample_hold_the_weights_of_the_sampler():
+  apart = programs_of(
+    "rollout.ahead=1", "algorithm.anchor=sampler", "mesh.rollout_devices=4", "mesh.data=4",
+    "mesh.fsdp=1", "mesh.tensor=1",
+  )  # fmt: skip
+  learners = set(apart.mesh.devices.flat)
+  samplers = set(apart.mesh_of("sample").devices.flat)
+  assert len(learners) == len(samplers) == 4
+  assert not learners & samplers
+  assert {s.sharding.mesh for s in jax.tree.leaves(apart.sampling_params)} == {apart.rollout_mesh}
+  assert apart.batch(8).staleness.shape == (8,)
+  apart.sample().trace()
 
 
 def test_a_batch_is_sharded_over_the_prompts():
