@@ -507,7 +507,7 @@ def cache_rows(c: ConfigDict, model: Decoder, mesh: Mesh, prompt_length: int) ->
   split = mesh.shape["tensor"] if shape.kv_heads % mesh.shape["tensor"] == 0 else 1
   rows, group = int(c.rollout.cache_gib * 2**30 * split // size), c.rollout.group_size
   if rows < group:
-    least = size * group / split / 2**30
+    least = 1.005 * size * group / split / 2**30  # it is shown with three digits
     raise ValueError(
       f"rollout.cache_gib is {c.rollout.cache_gib:g}, which holds {rows} of the {group} "
       f"completions of a prompt: it must be at least {least:.3g}, or lower "
