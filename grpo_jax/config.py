@@ -140,7 +140,7 @@ FREE = (
   *("steps", "epochs", "stop.", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
   *("compilation_cache", "model.remat", "train.micro_batches", "train.micro_batch_tokens"),
   *("train.max_skipped", "rewards.workers", "rewards.timeout", "rewards.isolate"),
-  *("rewards.on_error", "rewards.allow_unscored", "optimizer.schedule_steps"),
+  *("rollout.cache_gib", "rewards.on_error", "rewards.allow_unscored", "optimizer.schedule_steps"),
 )
 _notices: set[str] = set()  # lines about renamed fields, each printed once
 

@@ -63,11 +63,19 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       f"algorithm  {c.algorithm.name}: {run.algorithm.source}",
       f"each step  {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions, "
       f"prompts of {run.sampler.prompt_length} and {rows} {c.rollout.completion_length} tokens",
+      *([f"ahead      {_ahead(c, run)}"] if c.rollout.ahead else []),
       f"steps      {start} to {c.steps} on {hardware}, about {format_duration(seconds)} by a speed "
       "probe",
       *([f"epochs     {_epochs(c, train)}"] if c.epochs else []),
     ]
   )
+
+
+def _ahead(c: ConfigDict, run: Run) -> str:
+  """Says how far sampling is ahead of the updates, and on which devices."""
+  count, steps = c.rollout.ahead, "step" if c.rollout.ahead == 1 else "steps"
+  apart = f", on {run.rollout_mesh.devices.size} devices of its own" * run.has_rollout_devices
+  return f"sampling is {count} {steps} ahead of the updates{apart}"
 
 
 def _curriculum(c: ConfigDict) -> str:

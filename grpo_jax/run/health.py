@@ -483,7 +483,9 @@ def no_movement(h: History) -> Finding | None:
 
 def slow_rewards(h: History) -> Finding | None:
   """Finds steps that spend most of their time waiting for rewards."""
-  rewards, step = h.now("time/rewards"), h.now("step_time")
+  # With rollouts ahead, updates run meanwhile: only the wait counts.
+  name = "time/waiting" if h.config.rollout.ahead else "time/rewards"
+  rewards, step = h.now(name), h.now("step_time")
   if h.steps < FEWEST or not rewards > 0.5 * step or rewards < NOTICED:
     return None
   workers = h.config.rewards.workers
@@ -491,7 +493,8 @@ def slow_rewards(h: History) -> Finding | None:
     "slow_rewards",
     f"rewards take {rewards:.1f} s of the {step:.1f} s of a step ({rewards / step:.0%})",
     "the devices wait while the host scores",
-    f"more rewards.workers ({workers} now), or a cheaper reward",
+    f"more rewards.workers ({workers} now), a cheaper reward, or rollout.ahead, which scores while "
+    f"updates run ({h.config.rollout.ahead} now)",
     "sure" if rewards > 0.7 * step else "likely",
     {"rewards": rewards, "step": step},
   )
