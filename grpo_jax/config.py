@@ -780,6 +780,11 @@ def _check_rollout_devices(c: ConfigDict) -> list[str]:
       f"{shown}, it must be a multiple of mesh.tensor={tensor}, which must be given as a number: "
       "the sampler's weights are split over as many devices"
     ]
+  if c.mesh.expert != 1:
+    return [
+      f"{shown}, but mesh.expert is {c.mesh.expert}: weights go over to the sampler split over "
+      "mesh.tensor alone; set mesh.expert to 1, or rollout_devices to 0"
+    ]
   shards = count // tensor
   if c.rollout.prompts_per_step % shards:
     return [
@@ -874,13 +879,13 @@ def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, ...]:
     product *= size if size != -1 else 1
   if device_count % product or (-1 not in sizes and product != device_count):
     raise ValueError(f"{shown}: that does not divide the {device_count} device(s) there are")
-  data, fsdp, tensor = (device_count // product if size == -1 else size for size in sizes)
-  if data % max(mesh.slices, 1):
+  shape = tuple(device_count // product if size == -1 else size for size in sizes)
+  if (data := shape[0]) % max(mesh.slices, 1):
     raise ValueError(
       f"mesh.slices is {mesh.slices}, it must divide mesh.data, which is {data} on {device_count} "
       "devices: every slice holds whole copies of the weights"
     )
-  return data, fsdp, tensor
+  return shape
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -140,7 +140,7 @@ class Programs:
   def cache_rows(self) -> int:
     """Completions in the sampler's cache at a time, over all devices."""
     r, mesh = self.config.rollout, self.mesh_of("sample")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = meshes.prompt_shards(meshes.batch_sharding(mesh))
     own = r.prompts_per_step * r.group_size // shards
     rows = build.cache_rows(self.config, self.model, mesh, self.prompts.length)
     return shards * min(rows or own, own)
