@@ -27,6 +27,18 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "tiles.py: return jnp.where(jnp.isneginf(top), 0.0, top)": {
     "0.0 -> 1": "subtracted from -inf only; it has to be finite",
   },
+  "divergences.py: total = total * jnp.exp(jnp.where(total > 0, top - base, 0.0))": {
+    "total > 0 -> total >= 0": "scales sums that are still 0",
+    "0.0 -> 1": "scales sums that are still 0; it has to be finite",
+  },
+  "divergences.py: "
+  "total = (total * jnp.exp(jnp.where(total > 0, tops - finite_top(top)[..., None], 0.0))).sum(": {
+    "total > 0 -> total >= 0": "scales sums that are 0",
+    "0.0 -> 1": "scales sums that are 0; it has to be finite",
+  },
+  "divergences.py: d_z = weight * jnp.where(p > 0, p * (logp - mixed - of_policy), 0.0)": {
+    "p > 0 -> p >= 0": "0 times a finite number; with a logit of -inf there is no gradient anyway",
+  },
   "log_ratios.py: both[name] = jnp.where(mask, value, 0.0)": {
     "0.0 -> 1": "the penalty of a masked slot is replaced; it has to be finite",
   },

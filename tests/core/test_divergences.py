@@ -103,6 +103,21 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("beta", BETAS)
+def test_vocabulary_shards_with_one_probable_token_each(beta, small_tiles):
+  """The others have a probability of e^-300, which is 0 in float32; the policy's second e^-150."""
+  hidden, head, teacher_hidden, teacher_head, weights = map(np.array, inputs())
+  for tokens, logits, second in ((hidden, head, -150.0), (teacher_hidden, teacher_head, -1.0)):
+    logits *= 0.01
+    tokens[..., 0], logits[0] = 1.0, -300.0
+    logits[0, 3], logits[0, V // 2 + 5] = 0.0, second
+  arrays = (hidden, head, teacher_hidden, teacher_head, weights)
+  values, gradients = tiled(arrays, beta=beta, vocab_shards=2)
+  expected = dense64(arrays, beta)
+  close(values, expected[0])
+  close(gradients[:2], expected[1])
+
+
+@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_tiles_agree_with_the_definition_in_float64(settings, beta, small_tiles, monkeypatch):
   # Three tiles and a rest: of two columns with one or four vocabulary shards, of one with two.
