@@ -27,6 +27,7 @@ from grpo_jax.run import console, record
 from grpo_jax.run import workdir as workdirs
 from grpo_jax.sweep import checks, results
 from grpo_jax.sweep import sweepfile as files
+from grpo_jax.sweep.directory import Directory
 from grpo_jax.sweep.grid import SweepError, commands, grid, overrides_of, parse_all
 from grpo_jax.sweep.launchers import LAUNCHERS
 from grpo_jax.sweep.running import Runner, reason_of
@@ -44,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.error(f"unrecognized arguments: {' '.join(unknown)}")
   with console.guarded():
     try:
-      workdir = workdirs.path_of(arguments.workdir)
+      workdir = Directory(arguments.workdir)
       if arguments.table:
-        return _show(workdir, files.read(workdir), arguments)
+        with workdir.seen() as folder:
+          sweep = files.read(workdir, folder)
+        return _show(workdir, sweep, arguments)
       if not arguments.config:
         parser.error("--config is needed, except with --table")
       return _sweep(arguments, overrides, workdir)
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _sweep(arguments: argparse.Namespace, overrides: list[str], workdir: Path) -> int:
+def _sweep(arguments: argparse.Namespace, overrides: list[str], workdir: Directory) -> int:
   """Checks all runs, then prints or trains them."""
   runs = grid(parse_all(arguments.settings))
   fields = list(next(iter(runs.values())))
@@ -90,9 +93,10 @@ def _sweep(arguments: argparse.Namespace, overrides: list[str], workdir: Path) -
   base = configs.to_saved(configs.load(arguments.config, overrides))
   texts = {name: [*overrides, *overrides_of(values)] for name, values in runs.items()}
   saved = _saved_configs(arguments.config, texts)
-  sweep = files.joined(workdir, arguments.config, base, runs, arguments.accept)
+  with workdir.seen() as folder:
+    sweep = files.joined(workdir, folder, arguments.config, base, runs, arguments.accept)
+    states = {name: state_of(folder / name, saved[name]) for name in runs}
   todo = commands(arguments.config, runs, str(workdir), overrides, arguments.accept)
-  states = {name: state_of(workdir / name, saved[name]) for name in runs}
   unfinished = {name: todo[name] for name in runs if states[name].kind != FINISHED}
   if arguments.printed:
     _refuse(checks.value_problems(arguments.config, texts))
@@ -110,7 +114,7 @@ def _sweep(arguments: argparse.Namespace, overrides: list[str], workdir: Path) -
     print(f"checking the configs of {len(unfinished)} runs", flush=True)
     unchecked = {name: texts[name] for name in unfinished}
     _refuse(checks.in_a_process(checks.build_problems, arguments.config, unchecked))
-  with workdirs.lock(workdir):
+  with workdir.locked():
     files.write(workdir, sweep)
     stopped, failures = _train(workdir, unfinished, states)
   code = _show(workdir, sweep, arguments, failures)
@@ -155,7 +159,7 @@ def _refuse(problems: Mapping[str, Sequence[str]]) -> None:
 
 
 def _train(
-  workdir: Path, todo: Mapping[str, Sequence[str]], states: Mapping[str, State]
+  workdir: Directory, todo: Mapping[str, Sequence[str]], states: Mapping[str, State]
 ) -> tuple[int, dict[str, str]]:
   """Trains the unfinished runs.
 
@@ -170,19 +174,21 @@ def _train(
       state = states[name]
       how = "" if state.kind == NEW else f", {state}"
       print(f"\nrun {number} of {len(todo)}: {name}{how}", flush=True)
-      sessions = len(record.read(workdir / name))
+      with workdir.seen() as folder:
+        sessions = len(record.read(folder / name))
       code = runner.run([sys.executable, "-m", "grpo_jax.train", *arguments])
       if code and not runner.received:
         # A run that did not come to write a session leaves only its exit code.
-        new = record.read(workdir / name)[sessions:]
-        reason = str(state_of(workdir / name)) if new and new[-1].get("reason") else ""
+        with workdir.seen() as folder:
+          new = record.read(folder / name)[sessions:]
+          reason = str(state_of(folder / name)) if new and new[-1].get("reason") else ""
         failures[name] = reason or reason_of(code)
         print(f"failed: {name}: {failures[name]}; the sweep goes on", file=sys.stderr, flush=True)
     return runner.received, failures
 
 
 def _show(
-  workdir: Path,
+  workdir: Directory,
   sweep: files.Sweep,
   arguments: argparse.Namespace,
   failures: Mapping[str, str] | None = None,
@@ -195,10 +201,12 @@ def _show(
   Returns:
     0 if all runs are finished, else `FAILED`.
   """
-  paths = {name: workdir / name for name in sweep.runs}
-  states = {name: state_of(path) for name, path in paths.items()}
   metric = arguments.metric
-  values = {name: results.last_value(path, metric) for name, path in paths.items()}
+  with workdir.seen() as folder:
+    paths = {name: folder / name for name in sweep.runs}
+    states = {name: state_of(path) for name, path in paths.items()}
+    values = {name: results.last_value(path, metric) for name, path in paths.items()}
+    names = ", ".join(results.metrics_of(list(paths.values())))
   rows = results.rows_of(sweep.runs, states, values)
   print(f"\n{workdir}: the last {metric}; ± is the standard error over seeds\n")
   print(results.table(rows, metric))
@@ -206,7 +214,6 @@ def _show(
   for name, state in missing.items():
     print(f"not counted: {name}: {(failures or {}).get(name, state)}")
   if len(missing) < len(states) and all(value is None for value in values.values()):
-    names = ", ".join(results.metrics_of(list(paths.values())))
     print(f"no run has {metric}; --metric takes one of: {names}")
   if arguments.json:
     text = json.dumps(results.to_json(sweep.runs, metric, states, values, rows), indent=2) + "\n"

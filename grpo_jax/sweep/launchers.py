@@ -10,6 +10,8 @@ import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from grpo_jax import addresses
+
 Commands = Mapping[str, Sequence[str]]  # arguments of `grpo_jax.train` by the name of the run
 
 _SLURM = """\
@@ -85,6 +87,9 @@ spec:
                   resources:
                     limits:
                       google.com/tpu: 4 # chips of a host
+"""
+# Of work directories that are paths: they need a volume that all hosts share.
+_VOLUME = """\
                   volumeMounts:
                     - name: runs
                       mountPath: /runs
@@ -117,16 +122,19 @@ def slurm(commands: Commands) -> str:
 
 def jobset(commands: Commands) -> str:
   """Returns a JobSet for each run, as documents of one YAML file for `kubectl apply -f`."""
-  return "---\n".join(
-    _JOBSET.format(
-      name=f"grpo-{hashlib.sha256(' '.join(arguments).encode()).hexdigest()[:8]}",
-      run=json.dumps(name),
-      index="metadata.annotations['batch.kubernetes.io/job-completion-index']",
-      # A JSON string is one of YAML.
-      arguments=textwrap.indent("\n".join(f"- {json.dumps(a)}" for a in arguments), " " * 20),
-    )
-    for name, arguments in commands.items()
+  return "---\n".join(_jobset(name, arguments) for name, arguments in commands.items())
+
+
+def _jobset(run: str, arguments: Sequence[str]) -> str:
+  text = _JOBSET.format(
+    name=f"grpo-{hashlib.sha256(' '.join(arguments).encode()).hexdigest()[:8]}",
+    run=json.dumps(run),
+    index="metadata.annotations['batch.kubernetes.io/job-completion-index']",
+    # A JSON string is one of YAML.
+    arguments=textwrap.indent("\n".join(f"- {json.dumps(a)}" for a in arguments), " " * 20),
   )
+  workdir = arguments[arguments.index("--workdir") + 1]
+  return text + (_VOLUME if addresses.is_path(workdir) else "")
 
 
 LAUNCHERS = {"shell": shell, "slurm": slurm, "jobset": jobset}

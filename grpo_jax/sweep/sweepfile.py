@@ -8,8 +8,7 @@ from typing import Any
 
 from grpo_jax import config as configs
 from grpo_jax.run import workdir as workdirs
-
-SWEEP = "sweep.json"
+from grpo_jax.sweep.directory import SWEEP, Directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Sweep:
 
 
 def joined(
-  workdir: Path,
+  workdir: Directory,
+  folder: Path,
   config: str,
   base: dict[str, Any],
   runs: Mapping[str, Mapping[str, str]],
@@ -42,23 +42,24 @@ def joined(
   """Returns the sweep of a directory with the runs of a command added to it.
 
   Args:
+    folder: what it holds now, from `Directory.seen`.
     accept: names of fields that may differ from those of earlier commands.
 
   Raises:
     WorkdirError: the directory holds a run, another sweep, or this one with another config.
   """
   new = Sweep(config, base, {name: dict(settings) for name, settings in runs.items()})
-  if workdirs.read_config(workdir) is not None:
+  if workdirs.read_config(folder) is not None:
     raise workdirs.WorkdirError(f"{workdir} is the directory of a run; use another --workdir")
-  if not (workdir / SWEEP).is_file():
+  if not (folder / SWEEP).is_file():
     return new
-  old = read(workdir)
+  old = read(workdir, folder)
   if old.fields != new.fields or Path(old.config).name != Path(config).name:
     raise workdirs.WorkdirError(
       f"{workdir} holds another sweep: of {', '.join(old.fields)} with {old.config}, and this one "
       f"is of {', '.join(new.fields)} with {config}; use another --workdir"
     )
-  before = configs.to_saved(configs.from_saved(old.base, workdir / SWEEP))
+  before = configs.to_saved(configs.from_saved(old.base, f"{workdir}/{SWEEP}"))
   changes = [
     line
     for line in configs.differences(before, base)
@@ -73,13 +74,16 @@ def joined(
   return dataclasses.replace(new, runs={**old.runs, **new.runs})
 
 
-def read(workdir: Path) -> Sweep:
+def read(workdir: Directory, folder: Path) -> Sweep:
   """Reads the sweep of a directory.
+
+  Args:
+    folder: what it holds now, from `Directory.seen`.
 
   Raises:
     WorkdirError: there is none, or it is damaged.
   """
-  path = workdir / SWEEP
+  path = folder / SWEEP
   if not path.is_file():
     raise workdirs.WorkdirError(f"{workdir} holds no sweep: there is no {SWEEP}")
   try:
@@ -92,10 +96,10 @@ def read(workdir: Path) -> Sweep:
     return sweep
   except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
     raise workdirs.WorkdirError(
-      f"{path} is damaged ({error}): remove it; the command of the sweep writes it again"
+      f"{workdir}/{SWEEP} is damaged ({error}): remove it; the command of the sweep writes it again"
     ) from error
 
 
-def write(workdir: Path, sweep: Sweep) -> None:
+def write(workdir: Directory, sweep: Sweep) -> None:
   """Writes `sweep.json` whole."""
-  workdirs.write_whole(workdir / SWEEP, json.dumps(dataclasses.asdict(sweep), indent=2) + "\n")
+  workdir.write(json.dumps(dataclasses.asdict(sweep), indent=2) + "\n")

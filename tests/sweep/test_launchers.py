@@ -79,3 +79,13 @@ def test_there_is_a_job_set_for_each_run():
 def container_of(job_set):
   job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
   return job["template"]["spec"]["containers"][0]
+
+
+def test_a_bucket_needs_no_volume():
+  command = ["--config", "x.py", "--workdir", "gs://bucket/s/seed=0"]
+  [single] = yaml.safe_load_all(LAUNCHERS["jobset"]({"seed=0": command}))
+  container = container_of(single)
+  assert "volumeMounts" not in container
+  pod = single["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert "volumes" not in pod
+  assert container["args"] == command

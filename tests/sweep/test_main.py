@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from grpo_jax import config
+from grpo_jax.addresses import parse
 from grpo_jax.run import record
 from grpo_jax.sweep import sweepfile
 from grpo_jax.sweep.__main__ import main
+from grpo_jax.sweep.directory import Directory
 from grpo_jax.sweep.states import State, state_of
+from tests.helpers.stores import served
 
 TINY = [
   "--config.task.settings.eval_size=4", "--config.rollout.completion_length=3",
@@ -22,6 +25,7 @@ TINY = [
   "--config.log.trackers=()",
 ]  # fmt: skip
 EXPERIMENT = "experiments/tiny.py"
+PRINT = ["--print", "shell"]
 
 
 def arguments(workdir, *settings, steps=2, experiment=EXPERIMENT, more=()):
@@ -113,7 +117,7 @@ def test_a_sweep_trains_skips_goes_on_after_a_failure_and_compares(tmp_path):
 
 def test_the_table_alone_needs_the_directory_only(tmp_path, capsys):
   runs = {f"seed={i}": {"seed": str(i)} for i in (0, 1, 2)}
-  sweepfile.write(tmp_path, sweepfile.Sweep("x.py", {}, runs))
+  sweepfile.write(Directory(tmp_path), sweepfile.Sweep("x.py", {}, runs))
   for name, value in zip(runs, (0.25, 0.75, 0.5)):
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text("{}")
@@ -233,7 +237,8 @@ def test_a_directory_of_something_else_is_refused(tmp_path, capsys):
 def test_another_sweep_is_refused(tmp_path, capsys):
   def begin(*overrides):
     base = config.to_saved(config.load(EXPERIMENT, [*TINY, "--config.steps=2", *overrides]))
-    sweepfile.write(tmp_path, sweepfile.Sweep(EXPERIMENT, base, {"seed=0": {"seed": "0"}}))
+    begun = sweepfile.Sweep(EXPERIMENT, base, {"seed=0": {"seed": "0"}})
+    sweepfile.write(Directory(tmp_path), begun)
 
   def ask(*settings, **options):
     code = main(arguments(tmp_path, *settings, more=["--print", "shell"], **options))
@@ -257,3 +262,28 @@ def test_a_sweep_does_not_run_within_a_cluster(tmp_path, capsys, monkeypatch):
   monkeypatch.setenv("JAX_PROCESS_ID", "0")
   assert main(arguments(tmp_path / "s", "seed=0")) == 2
   assert "--print slurm" in capsys.readouterr().err
+
+
+# --- on stores ------------------------------------------------------------------------------------
+
+
+def test_a_sweep_on_a_store_is_continued_from_a_fresh_machine(tmp_path, monkeypatch):
+  with served("gs", monkeypatch) as store:
+    address = str(store.new("sweep"))
+    monkeypatch.setenv("GRPO_JAX_STAGES", str(tmp_path / "first"))
+    code, output = sweep(*arguments(address, "seed=0"))
+    assert code == 0, output
+    assert "seed=0/run.json" in store.contents(parse(address))
+    monkeypatch.setenv("GRPO_JAX_STAGES", str(tmp_path / "second"))
+    code, output = sweep(*arguments(address, "seed=0,1"))
+    assert code == 0, output
+    assert "run 1 of 1: seed=1" in output
+    assert "2/2" in output
+    code, output = sweep("--workdir", address, "--table")
+    assert code == 0, output
+    assert f"{address}: the last eval/accuracy" in output
+    code, output = sweep(*arguments(address, "optimizer.learning_rate=1e-3", more=PRINT))
+    assert (code, f"{address} holds another sweep" in output) == (2, True), output
+    code, output = sweep(*arguments(f"{address}-2", "seed=7", more=PRINT))
+    assert f"--workdir {address}-2/seed=7" in output
+  assert not (tmp_path / "gs:").exists()
