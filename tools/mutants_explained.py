@@ -24,9 +24,6 @@ EXPLAINED: dict[str, dict[str, str]] = {
   "tiles.py: flat = jnp.where(rows[:, None], flat, 0.0)": {
     "0.0 -> 1": "results of these rows are replaced, their cotangents are 0; it has to be finite",
   },
-  "tiles.py: return jnp.where(jnp.isneginf(top), 0.0, top)": {
-    "0.0 -> 1": "subtracted from -inf only; it has to be finite",
-  },
   "divergences.py: total = total * jnp.exp(jnp.where(total > 0, top - base, 0.0))": {
     "total > 0 -> total >= 0": "scales sums that are still 0",
     "0.0 -> 1": "scales sums that are still 0; it has to be finite",
