@@ -184,12 +184,11 @@ class Rollouts:
     finish = begin(
       run.sampler, params, examples, run.key(step), group_size=group, first_prompt=first
     )
-    if isinstance(run.sampler, EpisodeSampler) and not self._plays_alone():
-      out = finish()
-      finish = partial(lambda out: out, out)
+    plays_here = isinstance(run.sampler, EpisodeSampler) and not self._plays_alone()
+    played = finish() if plays_here else None
 
     def generate() -> Generated:
-      out = finish()
+      out = finish() if played is None else played
       ahead.seconds["time/sampling"] += time.monotonic() - start
       return out
 
