@@ -198,8 +198,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--measure-tokens", type=int, default=32)
   parser.add_argument("--measure-rows", type=int, nargs="+", default=[1, 4, 16, 64])
   parser.add_argument("--rounds", type=int, default=6)
+  parser.add_argument(
+    "--cost", nargs="+", default=[], metavar="ROWS:MS", help="given instead of measured"
+  )
   a = parser.parse_args(argv)
-  cost = measured_cost(a)
+  pairs = (text.split(":") for text in a.cost)
+  cost = {int(rows): float(ms) / 1000 for rows, ms in pairs} or measured_cost(a)
   print("rows and milliseconds of a step:", {n: round(1000 * s, 2) for n, s in cost.items()})
   alternate.show(simulate(a, interpolated(cost)), COLUMNS)
 
