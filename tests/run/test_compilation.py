@@ -34,6 +34,8 @@ def test_the_cache_is_where_the_setting_says(restored_settings, tmp_path):
   assert compilation.use_cache("auto", work) == tmp_path / "runs" / "compilation_cache"
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / "runs" / "compilation_cache")
   assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+  jax.config.update("jax_compilation_cache_dir", None)
+  assert compilation.use_cache("auto", work, inside=True) == work / "compilation_cache"
   jax.config.update("jax_compilation_cache_dir", "/elsewhere")
   assert str(compilation.use_cache("auto", work)) == "/elsewhere"
   assert jax.config.jax_compilation_cache_dir == "/elsewhere"
