@@ -42,6 +42,7 @@ test-hosts: .venv/ready
 
 test-faults: .venv/ready
 	$(BIN)/python -m tools.faults
+	$(BIN)/python -m tools.store_faults
 
 soak: .venv/ready
 	$(BIN)/python -m tools.soak

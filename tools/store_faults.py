@@ -121,11 +121,11 @@ class StoreFaults:
       self.store.proxy.plan = lambda *_: None
       with_digests = [n for n in self.store.contents(address) if n.endswith("sha256.json")]
       steps = sorted(int(name.split("/")[1]) for name in with_digests)
-      lines.append((moment, str(steps)))
+      lines.append((moment, ", ".join(map(str, steps)) or "none"))
       print(f"  killed {moment}: checkpoints {steps}", flush=True)
     compared = self.finish(address)
     return [
-      (f"SIGKILL {moment}", self.store.scheme, f"{steps} count then; {compared}")
+      (f"SIGKILL {moment}", self.store.scheme, f"checkpoints then: {steps}; {compared}")
       for moment, steps in lines
     ]
 
