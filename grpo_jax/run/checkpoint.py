@@ -14,7 +14,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ _COMMIT = "commit_success.txt"  # in the folder itself, orbax makes it after the
 
 # Each host writes its shards to a folder of its own.
 _EACH_HOST = ocp.options.MultiprocessingOptions(primary_host=None)
-_EACH_ALONE = {"enable_async_checkpointing": False, "multiprocessing_options": _EACH_HOST}
 
 
 class SaveError(OSError):
@@ -108,17 +107,19 @@ class Checkpoints:
       preservation_policy=KeepNewest(self._folder, DIGESTS, keep),
       create=not read_only and not self._alone,
       cleanup_tmp_directories=not read_only,
-      **(_EACH_ALONE if self._alone else self._in_background()),
+      enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(
+        post_finalization_callback=self._before_rename,
+        # orbax: if this fails in the background, the process cannot end for minutes.
+        create_directories_asynchronously=False,
+      ),
+      **({"multiprocessing_options": _EACH_HOST} if self._alone else {}),
     )
     handler = None
     if self._alone:
-      # orbax: saving in the background without a shared folder waits forever after a restore. The
-      # files are written at once, and uploaded in the background.
       # One file for each shard of an array: the files of all hosts together are a checkpoint.
       handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=_EACH_HOST)
     self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
-    self._threads = ThreadPoolExecutor(1)
-    self._published: Future[object] | None = None
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint, damaged or not; None if there is none."""
@@ -143,15 +144,13 @@ class Checkpoints:
         "Lower optimizer.learning_rate or raise optimizer.eps"
       )
     with self._explain_errors():
-      self._wait()
+      self._manager.wait_until_finished()
       self._saving, tree = step, state.to_dict()
       if pending:
         tree[PENDING] = pending
       self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
       save = ocp.args.PyTreeSave if self._alone else ocp.args.StandardSave
       self._manager.save(step, args=save(tree))
-      if self._alone:
-        self._published = self._threads.submit(self._publish, self._folder / str(step), step)
 
   def check(self) -> None:
     """Checks for errors in the background without waiting.
@@ -160,9 +159,8 @@ class Checkpoints:
       SaveError: the last checkpoint could not be written.
     """
     with self._explain_errors():
-      is_publishing = self._published is not None and not self._published.done()
-      if not self._manager.is_saving_in_progress() and not is_publishing:
-        self._wait()
+      if not self._manager.is_saving_in_progress():
+        self._manager.wait_until_finished()
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """Reads the state after `step` steps, with the shapes, dtypes and shardings of `like`.
@@ -250,32 +248,13 @@ class Checkpoints:
       SaveError: it could not be written.
     """
     with self._explain_errors():
-      try:
-        self._wait()
-      finally:
-        self._manager.close()
+      self._manager.close()
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *_: object) -> None:
     self.close()
-
-  def _in_background(self) -> dict[str, Any]:
-    """Returns the options of orbax for checkpoints that are written in the background."""
-    how = ocp.AsyncOptions(
-      post_finalization_callback=self._before_rename,
-      # orbax: if this fails in the background, the process cannot end for minutes.
-      create_directories_asynchronously=False,
-    )
-    return {"enable_async_checkpointing": True, "async_options": how}
-
-  def _wait(self) -> None:
-    """Waits until the last checkpoint is written; raises its error."""
-    self._manager.wait_until_finished()
-    published, self._published = self._published, None
-    if published is not None:
-      published.result()
 
   def _before_rename(self) -> None:
     """Adds the digests; orbax calls this after it wrote all files and before the rename."""

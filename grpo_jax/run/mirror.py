@@ -2,8 +2,9 @@
 
 A run works in the folder as in any other. `opened` takes the lease and downloads what the run
 reads; files that change are uploaded whole, every `PERIOD` seconds and before a checkpoint counts.
-A checkpoint counts from when its digests are there, which are uploaded last. On several hosts, each
-has a folder of its own and uploads the files of a checkpoint that it wrote.
+A checkpoint counts from when its digests are there, which are uploaded last. Runs of several hosts
+are refused: the upload of each host's own files is here, but orbax hung in the save that followed a
+restore where hosts share no folder.
 """
 
 import contextlib
@@ -96,6 +97,11 @@ def opened(workdir: str | Path | Address | Place) -> Iterator[Place]:
     yield Place(address)
     return
   index, count = hosts.own_shard()
+  if count > 1:
+    raise WorkdirError(
+      f"{address}: a run of several hosts cannot use a store yet; give a --workdir on a file system "
+      "that all of them share"
+    )
   folder = folder_of(address, index)
   with contextlib.ExitStack() as stack, _named(folder, address):
     with hosts.together("taking the work directory"):

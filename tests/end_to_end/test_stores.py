@@ -8,9 +8,7 @@ from grpo_jax import doctor, evaluate, export, train
 from grpo_jax.report import __main__ as report
 from grpo_jax.run import mirror
 from grpo_jax.run.stores import open_store
-from tests.helpers import processes
 from tests.helpers.stores import served
-from tools.faulty_runs import same_end
 from tools.store_faults import StoreFaults
 
 STEPS = 4
@@ -120,29 +118,3 @@ def test_a_bucket_that_cannot_be_used_is_said_before_anything_compiles(
   assert words in captured.err
   assert len(captured.err.splitlines()) == 1
   assert "secret" not in captured.err + captured.out
-
-
-def test_two_hosts_share_no_folder_and_one_host_reads_what_they_wrote(faults, tmp_path):
-  """A run of two processes that starts again on fresh machines ends like one that did not."""
-  if faults.store.scheme == "s3":
-    pytest.skip("the same as on gs")
-  mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.hosts.heartbeat=20")
-  folders = []
-
-  def run(address, steps, start):
-    command = ("-m", "grpo_jax.train", "--config", "experiments/tiny.py", "--workdir", str(address))
-    program = (*command, *SETTINGS, *mesh, f"--config.steps={steps}")
-    stage = {mirror.STAGES: str(tmp_path / f"stages{start}")}
-    for code, output in processes.run(program, 2, devices=2, **faults.store.variables, **stage):
-      assert code == 0, output
-
-  for name, lengths in {"whole": (STEPS,), "again": (2, STEPS)}.items():
-    address = faults.store.new(name)
-    for steps in lengths:
-      run(address, steps, f"{name}{steps}")
-    assert "lock" not in faults.store.contents(address)
-    with mirror.fetched(address, checkpoints=True) as folder:
-      folders.append(folder.rename(tmp_path / name))
-      folder.mkdir()
-  assert len({path.name for path in tmp_path.glob("stages*/*")}) == 4
-  assert "the same" in same_end(*folders, SETTINGS, STEPS)

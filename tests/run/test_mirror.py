@@ -267,3 +267,11 @@ def test_the_stage_of_a_url_is_its_own(tmp_path, monkeypatch):
   monkeypatch.delenv(mirror.STAGES)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   assert mirror.folder_of(one).is_relative_to(tmp_path / "cache" / "grpo_jax" / "stages")
+
+
+def test_several_hosts_are_refused_before_anything_is_touched(server, address, monkeypatch):
+  monkeypatch.setattr(mirror.hosts, "own_shard", lambda: (1, 2))
+  opened = mirror.opened(address)
+  with pytest.raises(WorkdirError, match="a run of several hosts cannot use a store yet"), opened:
+    pass
+  assert server.contents(address) == {}
