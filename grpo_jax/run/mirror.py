@@ -99,8 +99,8 @@ def opened(workdir: str | Path | Address | Place) -> Iterator[Place]:
   index, count = hosts.own_shard()
   if count > 1:
     raise WorkdirError(
-      f"{address}: a run of several hosts cannot use a store yet; give a --workdir on a file system "
-      "that all of them share"
+      f"{address}: a run of several hosts cannot use a store yet; give a --workdir on a file "
+      "system that all of them share"
     )
   folder = folder_of(address, index)
   with contextlib.ExitStack() as stack, _named(folder, address):
