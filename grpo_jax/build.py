@@ -453,7 +453,7 @@ def build(config: ConfigDict) -> Run:
     algorithm=algorithm,
     schedule=schedule,
     optimizer=optimizer,
-    rollout=rollout_config(c, task, algorithm, mesh, demonstrations),
+    rollout=rollout_config(c, task, algorithm, mesh, demonstrations, weights.config),
     updates=update_config(c),
     new_adapters=adapters,
     loaded_adapters=loaded,
@@ -572,6 +572,7 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh, length: int = 0) -
     vocab_shards=meshes.vocab_shards(mesh, shape.vocab_size),
     attention=attention_of(c, shape, mesh),
     form=grouping_of(mesh.devices.flat[0].platform),
+    record_routes=misfits.replays_routes(c, shape),
     length=length if shape.rope_scaling and shape.rope_scaling.kind == "longrope" else 0,
   )
 
@@ -837,8 +838,13 @@ def rollout_config(
   algorithm: Algorithm,
   mesh: Mesh,
   demonstrations: Demonstrations | None = None,
+  model: ModelConfig | None = None,
 ) -> RolloutConfig:
-  """Returns the settings of a rollout."""
+  """Returns the settings of a rollout.
+
+  Args:
+    model: shape of the policy; None takes one without experts.
+  """
   parts = c.train.mini_batches * c.train.micro_batches
   deterministic_reduction = c.train.reduction == "deterministic"
   shards = meshes.prompt_shards(meshes.batch_sharding(mesh))
@@ -854,6 +860,7 @@ def rollout_config(
     mask_truncated=c.rollout.mask_truncated,
     demonstrations=demonstrations,
     batch_sharding=meshes.batch_sharding(mesh),
+    replay_routes=model is not None and misfits.replays_routes(c, model),
     pad_prompts_to_multiple=smallest * -(-c.rollout.prompts_per_step // (BATCH_SIZES * smallest)),
   )
 

@@ -39,6 +39,7 @@ VALUES = {
   "optimizer.name": ("adamw", "adafactor", "muon"),
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
+  "train.routes": ("sampled", "fresh"),
   "critic.trunk": ("own", "policy"),
 }
 # Groups whose fields are free names: arguments of a task, variables of a chat template.
@@ -401,6 +402,7 @@ def default_config() -> ConfigDict:
   c.train.micro_batch_tokens = 0  # most tokens a device computes at once; 0 = no limit
   c.train.reduction = "fast"  # deterministic: the same bits on any number of devices
   c.train.chunks = 8  # with deterministic: equal parts of an update, whatever the devices
+  c.train.routes = "sampled"  # experts in the update: those chosen while sampling, or fresh ones
   c.train.max_skipped = 5  # non-finite updates skipped in a row after which the run stops
   c.train.spike = (
     0.0  # skip an update whose gradient norm exceeds this multiple of the mean; 0 = off

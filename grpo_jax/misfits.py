@@ -30,6 +30,11 @@ def expert_misfits(c: ConfigDict, model: ModelConfig) -> list[str]:
   ]
 
 
+def replays_routes(c: ConfigDict, model: ModelConfig) -> bool:
+  """Tells whether the update uses the experts that were chosen while sampling."""
+  return model.experts > 0 and c.train.routes == "sampled"
+
+
 def run_misfits(
   c: ConfigDict,
   model: ModelConfig,
@@ -39,6 +44,11 @@ def run_misfits(
 ) -> list[str]:
   """Checks settings that are valid alone but not together."""
   problems = expert_misfits(c, model)
+  if replays_routes(c, model) and task.environment is not None:
+    problems.append(
+      "train.routes is 'sampled', and episodes of several turns record no routes of experts: set "
+      "--config.train.routes=fresh"
+    )
   budget = prompt_length + c.rollout.completion_length
   if budget > model.context:
     problems.append(

@@ -66,6 +66,7 @@ class RolloutConfig:
       advantages where these differ between the tokens of a completion.
     batch_sharding: sharding of the batch; None is that of the sampler's prompts. It differs where
       some devices sample and others learn.
+    replay_routes: the update uses the experts that were chosen while sampling.
 
   Raises:
     ValueError: the group size is below 1, or 1 with a built-in advantage, which would be 0.
@@ -81,6 +82,7 @@ class RolloutConfig:
   pad_prompts_to_multiple: int = 1
   tokens: bool = False
   batch_sharding: Sharding = None
+  replay_routes: bool = False
 
   def __post_init__(self) -> None:
     check_group_size(self.row, self.group_size)
@@ -271,6 +273,12 @@ def make_batch(
     (batch, whether each of its prompts has a gradient).
   """
   out, scores, algorithm = scored.out, scored.scores, config.row
+  routes = (getattr(out, "routes", None), getattr(out, "prompt_routes", None))
+  if config.replay_routes and routes[0] is None:
+    raise ValueError(
+      "RolloutConfig.replay_routes is true, but these completions have no recorded routes: sample "
+      "with Decoder(record_routes=True), and not in episodes; or set it to False"
+    )
   # Prompts are the first axis of everything that is laid out over the devices.
   rewards = {
     "rewards": scores.total,
@@ -281,6 +289,7 @@ def make_batch(
     rewards["step_rewards"], rewards["step_ends"] = steps
   host = {
     "batch": (out.prompts, out.prompt_mask, out.tokens, out.mask, out.logp),
+    "routes": routes if config.replay_routes else None,
     "entropy": None if algorithm.entropy_share is None else out.entropy,
     "ended": out.ended | (not config.mask_truncated),
     "rewards": {
@@ -506,6 +515,9 @@ def _make_batch(
     prompts, prompt_mask, completions, mask, values, weights, logp,
     token_rewards=token_rewards, nll_weights=of_right,
   )  # fmt: skip
+  if arrays["routes"] is not None:
+    routes, prompt_routes = arrays["routes"]
+    batch = dataclasses.replace(batch, routes=routes, prompt_routes=prompt_routes)
   has_gradient = learns.any(range(1, learns.ndim)) & mask.any((-2, -1))
   if "teacher" in arrays:
     tokens, token_mask, taught = arrays["teacher"]
@@ -586,6 +598,13 @@ def _concatenate(first: Any, second: Any) -> Any:
     return first  # the temperature, which is the same
   if not isinstance(first, np.ndarray):
     return None if first is None else first + second  # lists, and counts
+  if first.ndim == 3 and first.shape[1] != second.shape[1]:  # routes of prompts [P, N, C]
+    first, second = (np.moveaxis(a, 1, -1) for a in (first, second))
+    width = max(first.shape[-1], second.shape[-1])
+    first, second = (
+      np.moveaxis(np.pad(a, [(0, 0), (0, 0), (width - a.shape[-1], 0)]), -1, 1)
+      for a in (first, second)
+    )
   if first.ndim > 1 and first.shape[-1] != second.shape[-1]:
     first, second = _pad_to_wider(first, second)
   return np.concatenate([first, second])

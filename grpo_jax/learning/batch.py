@@ -49,6 +49,8 @@ class Batch:
       the step fills in; None without one.
     staleness: [P], steps between the parameters that sampled and those before the updates, for
       metrics; None for a rollout that was not sampled ahead.
+    routes, prompt_routes: [P, G, T, C] and [P, N, C], the experts that were chosen while sampling,
+      which the update then uses; None chooses them again.
     temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
       It is static: a step compiles once for each value.
   """
@@ -72,6 +74,8 @@ class Batch:
   nll_weights: Float[Array, "P G T"] | None = None
   entropy_coef: Float[Array, "P"] | None = None
   staleness: Float[Array, "P"] | None = None
+  routes: Int[Array, "P G T C"] | None = None
+  prompt_routes: Int[Array, "P N C"] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   def arrays(self) -> dict[str, jax.Array]:
@@ -144,6 +148,9 @@ def sizes(full: int) -> list[int]:
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _trim(batch: Batch, n: int, t: int, layout: Sharding) -> Batch:
   trimmed = {"prompts": batch.prompts[:, -n:], "prompt_mask": batch.prompt_mask[:, -n:]}
+  if batch.routes is not None:
+    trimmed["routes"] = batch.routes[:, :, :t]
+    trimmed["prompt_routes"] = batch.prompt_routes[:, -n:]
   for name, array in batch.arrays().items():
     if name not in trimmed and array.ndim == 3:
       trimmed[name] = array[..., :t]

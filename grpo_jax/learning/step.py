@@ -251,7 +251,10 @@ def score_batch(
 
 
 def _hidden(model: Model, params: Params, batch: Batch) -> Float[Array, "P G T D"]:
-  return model.score(params, batch.prompts, batch.prompt_mask, batch.completions)
+  rows = (batch.prompts, batch.prompt_mask, batch.completions)
+  if batch.routes is None:
+    return model.score(params, *rows)
+  return model.score(params, *rows, routes=(batch.prompt_routes, batch.routes))
 
 
 def _head_options(model: Model, batch: Batch, temperature: float | None) -> dict[str, Any]:

@@ -405,10 +405,10 @@ class Learner:
       reference = state.reference if self._reference is None else self._reference
       if reference is None:
         raise ValueError("the algorithm has a KL term: give Learner or TrainState a reference")
-      logp = self._score(reference, batch, self._base_params)
+      logp = self._score(reference, without_routes(batch), self._base_params)
       batch = dataclasses.replace(batch, ref_logp=logp)
     if self._teachers:
-      logps = [score(params, batch) for score, params in self._teachers]
+      logps = [score(params, without_routes(batch)) for score, params in self._teachers]
       batch = dataclasses.replace(batch, teacher_logp=_mean(logps))
     if self._needs_old or self._config.own_teacher:
       logp = self._score(state.params, batch, self._base_params)
@@ -429,7 +429,7 @@ class Learner:
     shown = dataclasses.replace(
       batch, prompts=batch.teacher_prompts, prompt_mask=batch.teacher_prompt_mask
     )
-    logp = self._score(params, shown, self._base_params)
+    logp = self._score(params, without_routes(shown), self._base_params)
     return dataclasses.replace(
       batch,
       teacher_logp=_choose(batch.taught, logp, batch.old_logp),
@@ -437,6 +437,11 @@ class Learner:
       teacher_prompt_mask=None,
       taught=None,
     )
+
+
+def without_routes(batch: Batch) -> Batch:
+  """Returns a batch whose experts are chosen again, by a model or from a prompt of its own."""
+  return dataclasses.replace(batch, routes=None, prompt_routes=None)
 
 
 @jax.jit

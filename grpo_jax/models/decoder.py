@@ -148,6 +148,8 @@ class Decoder:
       "longrope" scaling chooses its divisors by it, once for all sequences; 0 chooses those for
       short ones.
     form: how products with the matrices of experts are grouped, see `experts.grouping_of`.
+    record_routes: `prefill` and `decode` keep the chosen experts in their caches (`routes_of`), so
+      that `score` can use the same.
 
   Example:
     >>> model = Decoder(ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1,
@@ -169,6 +171,7 @@ class Decoder:
   attention: Callable[..., Array] = tiled_attention
   length: int = 0
   form: Form = blocked
+  record_routes: bool = False
 
   def init(self, key: Array) -> Params:
     """Returns random float32 parameters, layers stacked."""
@@ -309,8 +312,23 @@ class Decoder:
       options = {"window": self.config.window, **self._score_options}
       return self.attention(q, k, v, mask, local, **options), (None, prefix)
 
-    hidden, prefix, *_ = self._layers(params, tokens, prompt_positions(mask), attend)
+    hidden, prefix, _, routing = self._layers(params, tokens, prompt_positions(mask), attend)
+    if self.record_routes:
+      prefix = (prefix, self._routes(routing)[:, None])
     return hidden[:, -1], prefix
+
+  def routes_of(self, cache: Cache) -> Int[Array, "R S C"] | None:
+    """Returns the experts of each token in a cache, layer by layer, C = L k; None without them.
+
+    Args:
+      cache: of prompts, R = P and S = N, or of completions, R = P G and S slots.
+    """
+    return cache[1][:, 0] if self.record_routes else None
+
+  def _routes(self, routing: Routing) -> Int[Array, "P S C"]:
+    """Returns the chosen experts of all layers in a compact dtype."""
+    experts = jnp.moveaxis(routing.experts, 0, 2)  # [L, P, S, k] -> [P, S, L, k]
+    return experts.reshape(*experts.shape[:2], -1).astype(route_dtype(self.config.experts))
 
   def empty_cache(self, params: Params, prompts: int, group: int, length: int) -> Cache:
     """Returns zeros for the keys and values of `length` completion tokens.
@@ -330,11 +348,15 @@ class Decoder:
     # step, so prompts and completions are one axis.
     rows = (prompts * group, c.kv_heads)
     if isinstance(params["layers"], tuple):
-      length = -(-length // LANES) * LANES
-      shapes = (*rows, c.head_dim, length), (*rows, length, c.head_dim)
-      empty = tuple(jnp.zeros(shape, self.dtype) for shape in shapes)
-      return (empty,) * c.layers
-    return (jnp.zeros((c.layers, *rows, length, c.head_dim), self.dtype),) * 2
+      padded = -(-length // LANES) * LANES
+      shapes = (*rows, c.head_dim, padded), (*rows, padded, c.head_dim)
+      empty = (tuple(jnp.zeros(shape, self.dtype) for shape in shapes),) * c.layers
+    else:
+      empty = (jnp.zeros((c.layers, *rows, length, c.head_dim), self.dtype),) * 2
+    if not self.record_routes:
+      return empty
+    size = c.layers * c.experts_per_token
+    return empty, jnp.zeros((prompts * group, 1, length, size), route_dtype(c.experts))
 
   def decode(
     self,
@@ -457,7 +479,13 @@ class Decoder:
 
     all_positions = jnp.broadcast_to(positions, (count, group * length))
     flat = tokens.reshape(count, group * length)
-    hidden, _, cache, _ = self._layers(params, flat, all_positions, attend, prefix, cache)
+    routes = None
+    if self.record_routes:
+      (cache, routes), (prefix, _) = cache, prefix
+    hidden, _, cache, routing = self._layers(params, flat, all_positions, attend, prefix, cache)
+    if self.record_routes:
+      new = self._routes(routing).reshape(count * group, 1, length, -1)
+      cache = (cache, jax.lax.dynamic_update_slice_in_dim(routes, new, index, axis=2))
     return hidden.reshape(count, group, length, -1), cache
 
   def score(
@@ -466,6 +494,7 @@ class Decoder:
     prompts: Int[Array, "P N"],
     prompt_mask: Bool[Array, "P N"],
     completions: Int[Array, "P G T"],
+    routes: tuple[Int[Array, "P N C"], Int[Array, "P G T C"]] | None = None,
   ) -> Float[Array, "P G T D"]:
     """Returns the hidden states that predict completion tokens: `hidden[p, g, t]` predicts token t.
 
@@ -479,9 +508,11 @@ class Decoder:
       prompts: left-padded prompts.
       prompt_mask: true on prompt tokens, false on padding.
       completions: right-padded completions.
+      routes: experts of prompts and completions that were chosen before (`routes_of`), C = L k;
+        None chooses the most probable ones.
 
     Raises:
-      ValueError: `remat` is not a key of `REMAT`.
+      ValueError: `remat` is not a key of `REMAT`, or the routes are of another model.
     """
     policy = lookup("remat", REMAT, self.remat)
     count, n = prompts.shape
@@ -501,6 +532,29 @@ class Decoder:
 
     tokens = jnp.concatenate([prompts, flat(completions[..., :length])], axis=1)
     positions = jnp.concatenate([in_prompt, jnp.tile(in_completion, (1, group))], axis=1)
-    hidden, *_ = self._layers(params, tokens, positions, attend, policy=policy)
+    chosen = None if routes is None else self._chosen(routes[0], flat(routes[1][:, :, :length]))
+    hidden, *_ = self._layers(params, tokens, positions, attend, policy=policy, chosen=chosen)
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
     return jnp.concatenate([first, grouped(hidden)], axis=2)
+
+  def _chosen(
+    self, of_prompts: Int[Array, "P N C"], of_completions: Int[Array, "P GT C"]
+  ) -> Int[Array, "L P S k"]:
+    """Returns the routes of whole rows, layer by layer."""
+    c, routes = self.config, jnp.concatenate([of_prompts, of_completions], axis=1)
+    if routes.shape[-1] != c.layers * c.experts_per_token:
+      raise ValueError(
+        f"the routes have {routes.shape[-1]} experts a token, and the model chooses "
+        f"{c.experts_per_token} in each of {c.layers} layers: they are of another model"
+      )
+    return jnp.moveaxis(routes.reshape(*routes.shape[:2], c.layers, -1), 2, 0)
+
+
+def route_dtype(experts: int) -> DTypeLike:
+  """Returns the smallest dtype that numbers the experts.
+
+  Example:
+    >>> route_dtype(128).__name__, route_dtype(512).__name__
+    ('uint8', 'uint16')
+  """
+  return jnp.uint8 if experts <= 256 else jnp.uint16

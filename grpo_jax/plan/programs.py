@@ -34,7 +34,7 @@ from grpo_jax.learning.updates import (
   make_valuation,
 )
 from grpo_jax.models import lora
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.decoder import Decoder, route_dtype
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of, with_value_head
 from grpo_jax.models.protocol import Cache, Model, Params
@@ -327,7 +327,19 @@ class Programs:
       old_logp=logp if self.keeps_old else None,
       teacher_logp=logp if self.runs_per_step("teach") or self.teaches_itself else None,
       nll_weights=self._rows(*rows) if self.algorithm.nll_weight > 0 else None,
+      **self._routes(rows),
     )
+
+  def _routes(self, rows: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the routes of a batch, if the update uses those of the sampler."""
+    c = self.model.config
+    if not self.model.record_routes:
+      return {}
+    kind, size = route_dtype(c.experts), c.layers * c.experts_per_token
+    return {
+      "routes": self._rows(*rows, size, dtype=kind),
+      "prompt_routes": self._rows(rows[0], self.prompts.length, size, dtype=kind),
+    }
 
   @cached_property
   def cache(self) -> Cache:
@@ -339,7 +351,8 @@ class Programs:
 
     def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
       leading = [None] * (leaf.ndim - 4)
-      spec = jax.sharding.PartitionSpec(*leading, *meshes.batch_sharding(mesh).spec, heads)
+      own = heads if leaf.shape[-3] == c.kv_heads else None  # routes have one axis for all heads
+      spec = jax.sharding.PartitionSpec(*leading, *meshes.batch_sharding(mesh).spec, own)
       return put(leaf, NamedSharding(mesh, spec))
 
     rows, length = self.cache_rows, max(r.completion_length - 1, 1)

@@ -32,6 +32,8 @@ class Completions:
     logp: [P, G, T], nats: log-probability of each token when it was drawn; 0 where masked.
     entropy: [P, G, T], nats, of the distribution each token was drawn from; 0 where masked.
     row_steps: [P], decode steps times rows, shared out over the prompts; None if not counted.
+    routes, prompt_routes: [P, G, T, C] and [P, N, C], the experts of each token, from a model that
+      records them (`routes_of`). The last token of a row is never read, and has none.
   """
 
   tokens: Any
@@ -40,6 +42,8 @@ class Completions:
   logp: Any
   entropy: Any
   row_steps: Any = None
+  routes: Any = None
+  prompt_routes: Any = None
 
 
 def row_keys(key: jax.Array, prompt_ids: Int[Array, "P"], group: int) -> jax.Array:
@@ -210,13 +214,14 @@ def generate(
   hidden, prefix = model.prefill(params, prompts, prompt_mask)
   hidden = jnp.broadcast_to(hidden[:, None], (count, group, hidden.shape[-1]))
   rows = next_token(hidden, 0, no_rows(keys, length, stop_table.dtype, pad_id))
+  prompt_routes = _routes_of(model, prefix)
   carry = (jnp.int32(1), rows, model.empty_cache(params, count, group, max(length - 1, 1)))
   shape, *others = compaction.shapes(count // prompt_shards, group, max_compactions)
   row_map, completed = compaction.start(prompt_shards, shape), None
   for smaller in (*others, None):
     body = partial(step, prefix, prompt_mask)
     index, rows, cache = jax.lax.while_loop(partial(going, row_map, smaller), body, carry)
-    current = (rows.state, rows.written)
+    current = (rows.state, rows.written, _routes_of(model, cache, rows.state.shape))
     if completed is None:
       completed = current
     else:
@@ -227,8 +232,20 @@ def generate(
       rows = dataclasses.replace(rows, state=jnp.where(gather.valid, rows.state, end))
       carry = (index, rows, gather.flat_rows(cache, axis=-4))
       prefix, prompt_mask = gather.chunks(prefix, axis=-4), gather.chunks(prompt_mask)
-  state, (tokens, mask, logp, entropy) = completed
-  return Completions(tokens=tokens, mask=mask, ended=state == end, logp=logp, entropy=entropy)
+  state, (tokens, mask, logp, entropy), routes = completed
+  if routes is not None:
+    routes = jnp.pad(routes, [(0, 0), (0, 0), (0, length - routes.shape[2]), (0, 0)])
+  return Completions(
+    tokens, mask, state == end, logp, entropy, routes=routes, prompt_routes=prompt_routes
+  )
+
+
+def _routes_of(model: Model, cache: Cache, shape: tuple[int, ...] | None = None) -> Array | None:
+  """Returns the experts in a cache, with its rows in `shape`; None of a model without records."""
+  routes = model.routes_of(cache) if hasattr(model, "routes_of") else None
+  if routes is None or shape is None:
+    return routes
+  return routes.reshape(*shape, *routes.shape[1:])
 
 
 @jax.tree_util.register_dataclass

@@ -36,6 +36,8 @@ class Generated:
     temperature: sampling temperature; 0 is greedy.
     row_steps: [P], decode steps times rows of the cache, shared out over the prompts; None if they
       are not counted.
+    routes, prompt_routes: [P, G, T, C] and [P, N, C], the experts that were chosen, as in
+      `generate.Completions`; None where they are not recorded.
   """
 
   prompts: Int[np.ndarray, "P N"]
@@ -48,6 +50,8 @@ class Generated:
   texts: list[list[str]]
   temperature: float = 1.0
   row_steps: Float[np.ndarray, "P"] | None = None
+  routes: Int[np.ndarray, "P G T C"] | None = None
+  prompt_routes: Int[np.ndarray, "P N C"] | None = None
 
   @property
   def lengths(self) -> Int[np.ndarray, "P G"]:
