@@ -406,7 +406,9 @@ def build(config: ConfigDict) -> Run:
   if c.reward_model.source and learned and (prompts := task.splits["train"] or task.splits["eval"]):
     attempt(lambda: learned.tokenizer.encode_exchange(prompts[0].prompt, ""))
   if c.stop.when and algorithm:
-    attempt(lambda: check_condition(c.stop.when, metric_names(c, task, algorithm)))
+    routes = misfits.replays_routes(c, weights.config)
+    names = metric_names(c, task, algorithm, routes=routes)
+    attempt(lambda: check_condition(c.stop.when, names))
   if c.epochs:
     size = len(task.splits["train"])
     c = configs.with_steps(c, data.steps_of(c.epochs, size, c.rollout.prompts_per_step))
@@ -801,6 +803,8 @@ def optimizer_of(
     weight_decay=o.weight_decay,
     clip_norm=o.clip_norm,
   )
+  if c.train.freeze_router:
+    optimizer = optimizers.frozen(optimizer, "layers/router")
   return schedule, optimizer
 
 

@@ -403,6 +403,7 @@ def default_config() -> ConfigDict:
   c.train.reduction = "fast"  # deterministic: the same bits on any number of devices
   c.train.chunks = 8  # with deterministic: equal parts of an update, whatever the devices
   c.train.routes = "sampled"  # experts in the update: those chosen while sampling, or fresh ones
+  c.train.freeze_router = False  # whether the router of a mixture of experts stays as it is
   c.train.max_skipped = 5  # non-finite updates skipped in a row after which the run stops
   c.train.spike = (
     0.0  # skip an update whose gradient norm exceeds this multiple of the mean; 0 = off

@@ -17,7 +17,7 @@ from grpo_jax.learning.critic import CRITIC_METRICS, VALUE_METRICS
 from grpo_jax.learning.skipping import SKIPPED
 from grpo_jax.learning.step import STALENESS
 from grpo_jax.run.ending import Condition
-from grpo_jax.statistics import rollout_metrics
+from grpo_jax.statistics import ROUTER_METRICS, rollout_metrics
 from grpo_jax.tasks.base import Task, unknown_name
 
 # Of a rollout, an update and the clock of a step, besides those that depend on the run.
@@ -29,7 +29,9 @@ ALWAYS = (
 _RESAMPLING = ("dynamic_sampling/kept", "dynamic_sampling/resamples")
 
 
-def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
+def metric_names(
+  c: ConfigDict, task: Task, algorithm: Algorithm, *, routes: bool = False
+) -> set[str]:
   """Returns the names of all metrics that a run with this config writes.
 
   Those that reward functions log by `log_metric` are not among them: only the functions know them.
@@ -38,6 +40,7 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
     c: the config.
     task: with the learned reward, if there is one.
     algorithm: the row, with the changes of the config.
+    routes: whether the sampler records the experts of a mixture.
   """
   one = np.zeros((1, 2))
   rewards = [*task.rewards, *(["environment"] if task.environment else [])]
@@ -47,6 +50,8 @@ def metric_names(c: ConfigDict, task: Task, algorithm: Algorithm) -> set[str]:
     names.update(_RESAMPLING)
   if c.rollout.cache_gib:
     names.add("sampling/live")
+  if routes:
+    names.update(ROUTER_METRICS)
   if c.rollout.ahead:
     names.update(STALENESS, ["time/waiting"])
   if c.data.curriculum != curricula.OFF:

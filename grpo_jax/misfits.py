@@ -19,8 +19,10 @@ from grpo_jax.teachers import TeacherWeights
 
 
 def expert_misfits(c: ConfigDict, model: ModelConfig) -> list[str]:
-  """Checks the mesh against the experts of the model."""
+  """Checks the settings that are for a mixture of experts against the experts of the model."""
   axis, count = c.mesh.expert, model.experts
+  if c.train.freeze_router and not count:
+    return [f"train.freeze_router is true, and {c.model.source} has no router: set it to false"]
   if axis in (1, -1) or (count and count % axis == 0):
     return []
   has = f"{count} experts, which that does not divide" if count else "no experts"

@@ -30,7 +30,7 @@ from grpo_jax.learning.batch import everywhere, laid_out, rows_of, select, trim
 from grpo_jax.learning.step import Batch
 from grpo_jax.models.protocol import Params
 from grpo_jax.sampling.sampler import Generated, Sampler
-from grpo_jax.statistics import rollout_metrics
+from grpo_jax.statistics import count_routes, rollout_metrics, router_metrics
 from grpo_jax.tasks.base import Example, Prompt, StepRewards
 from grpo_jax.tasks.indexed import Indexed
 from grpo_jax.tasks.rewards.logs import as_json, mean_metrics
@@ -374,6 +374,10 @@ def assemble(
     arrays, order = _gather_all_hosts(scored, draws)
     batch, has_gradient = make_batch(scored, sampler, config, order)
   metrics = _metrics(arrays) | seconds
+  if getattr(scored.out, "routes", None) is not None:
+    model = sampler.model.config
+    counts = count_routes(scored.out.routes, scored.out.mask, model.layers, model.experts)
+    metrics |= router_metrics(hosts.gathered(counts=counts[None])["counts"].sum(0))
   if isinstance(scored.out, Episodes):
     metrics |= scored.out.metrics()
   if config.demonstrations is not None:

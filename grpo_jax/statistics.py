@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 
 def has_variance(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
@@ -88,3 +88,42 @@ def rollout_metrics(
 
 def _mean(values: Any) -> float:
   return float(np.mean(values)) if np.size(values) else math.nan
+
+
+ROUTER_METRICS = ("router/max_load", "router/unused")
+
+
+def count_routes(
+  routes: Integer[np.ndarray, "P G T C"], mask: Bool[np.ndarray, "P G T"], layers: int, experts: int
+) -> Integer[np.ndarray, "L E"]:
+  """Returns how many tokens each expert of each layer got.
+
+  Args:
+    routes: experts of each token, layer by layer, C = L k.
+    mask: true on tokens of completions. The last one of each is never read.
+
+  Example:
+    >>> routes = np.array([[[[0, 2], [1, 2], [0, 0]]]])  # three tokens, two layers, k = 1
+    >>> count_routes(routes, np.ones((1, 1, 3), bool), layers=2, experts=3).tolist()
+    [[1, 1, 0], [0, 0, 2]]
+  """
+  read = np.pad(mask[..., 1:], [(0, 0), (0, 0), (0, 1)])
+  by_layer = routes[read].reshape(int(read.sum()), layers, -1)
+  return np.stack([np.bincount(by_layer[:, i].ravel(), minlength=experts) for i in range(layers)])
+
+
+def router_metrics(counts: Integer[np.ndarray, "L E"]) -> dict[str, float]:
+  """Returns how evenly a router spreads tokens.
+
+  `router/max_load` is the number of tokens of the busiest expert, as a multiple of an even share,
+  and `router/unused` the share of experts without a token; both are means over layers.
+
+  Example:
+    >>> router_metrics(np.array([[1, 1, 0, 2], [1, 1, 1, 1]]))
+    {'router/max_load': 1.5, 'router/unused': 0.125}
+  """
+  shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+  return {
+    "router/max_load": float((shares.max(-1) * counts.shape[1]).mean()),
+    "router/unused": float((counts == 0).mean()),
+  }

@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax import config as configs
 from grpo_jax import misfits
+from grpo_jax.build import optimizer_of
 from grpo_jax.core.algorithms import ALGORITHMS
 from grpo_jax.core.logprobs import head_logprobs
 from grpo_jax.learning.batch import select, trim
@@ -45,14 +46,15 @@ def routed(params, data, routes=None):
   return head_logprobs(hidden, MODEL.head(params), data[2])[0]
 
 
-def sampled(params, length=40, compactions=2, layout=unstack):
+def sampled(params, length=40, compactions=2, layout=unstack, group=4, enders=16):
   """Samples completions that end at different lengths, with compactions of the rows."""
-  prompts = np.array([[0, 5, 6, 7], [1, 2, 3, 4]], np.int32)
+  prompts = jnp.array([[0, 5, 6, 7], [1, 2, 3, 4]])
   mask = prompts > 0
   table = np.zeros((2, 257), np.int32)
-  table[0, :16] = 1  # a sixteenth of the tokens end a completion
+  table[0, :enders] = 1  # of 257 tokens, these end a completion
   table[1] = 1
-  keys = row_keys(jax.random.key(2), jnp.arange(2), 4)
+  keys = row_keys(jax.random.key(2), jnp.arange(2), group)
+  table = jnp.asarray(table)
   out = jax.jit(
     lambda params: generate(
       MODEL, params, prompts, mask, keys, table,
@@ -85,7 +87,7 @@ def test_recorded_routes_are_those_of_the_update_through_compactions(params, lay
   jax.effects_barrier()
   rows = np.stack(seen, -2).reshape(2, 4 + 4 * 39, 4)  # [P, N + G (T - 1), L k]
   for p in range(2):
-    real = mask[p]
+    real = np.asarray(mask[p])
     np.testing.assert_array_equal(out.prompt_routes[p][real], rows[p, :4][real])
     for g in range(4):
       inputs = lengths[p, g] - 1  # the last token is never read
@@ -110,18 +112,18 @@ def test_replayed_routes_change_nothing_where_they_are_the_same(params):
   assert np.abs(gradients[1]["layers"]["router"]).max() > 1e-3  # it learns, through the weights
 
 
-def test_replay_keeps_the_experts_that_other_parameters_would_change(params):
-  """A sampler that rounds chooses other experts at near ties; replayed, only rounding is left."""
-  rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params)
-  prompts, mask, out = sampled(rounded, length=64)
+def test_replay_keeps_the_experts_that_another_rounding_would_change(params):
+  """A router that rounds chooses other experts near ties; replayed, only rounding is left."""
+  router = params["layers"]["router"].astype(jnp.bfloat16).astype(jnp.float32)
+  rounded = params | {"layers": params["layers"] | {"router": router}}
+  prompts, mask, out = sampled(rounded, length=64, group=16, enders=1)
   data = (prompts, mask, out.tokens)
   errors = {}
   for name, routes in (("fresh", None), ("replayed", (out.prompt_routes, out.routes))):
     logp = jax.jit(routed)(params, data, routes)
     errors[name] = np.abs(np.asarray(logp - out.logp))[np.asarray(out.mask)]
-  print({name: (e.mean(), e.max()) for name, e in errors.items()})
-  assert errors["replayed"].max() < 0.1 * errors["fresh"].max()
-  assert errors["replayed"].mean() < 0.5 * errors["fresh"].mean()
+  print({name: (len(e), e.mean(), e.max()) for name, e in errors.items()})
+  assert errors["replayed"].max() < 0.2 * errors["fresh"].max()
 
 
 # --- the pipeline ---------------------------------------------------------------------------------
@@ -133,9 +135,12 @@ def reward(prompts, completions, **columns):
 
 def test_a_rollout_carries_routes_to_the_update(params):
   sampler = Sampler(MODEL, ByteTokenizer(), 8, 12)
-  examples = [Example(text) for text in ("ab", "abcdef", "x")]
+  examples = [Example(text, {}, text) for text in ("ab", "abcdef", "x")]
   config = RolloutConfig(group_size=2, replay_routes=True)
-  batch = collect(sampler, params, examples, score_with(reward), jax.random.key(1), config).batch
+  rollout = collect(sampler, params, examples, score_with(reward), jax.random.key(1), config)
+  batch = rollout.batch
+  assert 1 <= rollout.metrics["router/max_load"] <= 3  # one of six experts, of two a token
+  assert 0 <= rollout.metrics["router/unused"] < 1
   n, t = batch.prompts.shape[1], batch.completions.shape[2]
   assert batch.routes.shape == (3, 2, t, 4)
   assert batch.prompt_routes.shape == (3, n, 4)
@@ -146,7 +151,7 @@ def test_a_rollout_carries_routes_to_the_update(params):
   other = jax.jit(lambda p, b: score_batch(MODEL, p, b)[0])(params, wrong)
   assert np.abs(other - again).max() > 0.01
   optimizer = optax.sgd(0.1)
-  step = make_train_step(MODEL, ALGORITHMS["grpo"], optimizer, lambda count: 0.1)
+  step = make_train_step(MODEL, ALGORITHMS["dapo"], optimizer, lambda count: 0.1)
   state, metrics = step(TrainState.create(params, optimizer), batch)
   assert np.isfinite(metrics["loss"])
   assert int(state.step) == 1
@@ -155,7 +160,7 @@ def test_a_rollout_carries_routes_to_the_update(params):
 
 def test_batches_are_cut_with_their_routes(params):
   sampler = Sampler(MODEL, ByteTokenizer(), 64, 64)
-  examples = [Example("a" * n) for n in (3, 40)]
+  examples = [Example("a" * n, {}, str(n)) for n in (3, 40)]
   config = RolloutConfig(group_size=2, replay_routes=True)
   out = sampler(params, [e.prompt for e in examples], jax.random.key(1), group=2)
   batch, _ = make_batch(score(score_with(reward), examples, out), sampler, config)
@@ -167,6 +172,16 @@ def test_batches_are_cut_with_their_routes(params):
   np.testing.assert_array_equal(short.prompt_routes, batch.prompt_routes[:1, -n:])
 
 
+def test_a_frozen_router_stays_bit_for_bit_as_it_is(params):
+  c = configs.default_config()
+  c.optimizer.weight_decay, c.train.freeze_router = 0.1, True
+  _, optimizer = optimizer_of(c, 0.1)
+  gradients = jax.tree.map(jnp.ones_like, params)
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    assert np.any(update) == ("router" not in jax.tree_util.keystr(path))
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -174,7 +189,7 @@ def test_a_replay_without_recorded_routes_is_an_error_before_compiling(params):
   sampler = Sampler(Decoder(CONFIG), ByteTokenizer(), 8, 4)
   config = RolloutConfig(group_size=2, replay_routes=True)
   out = sampler(params, ["ab"], jax.random.key(1), group=2)
-  scored = score(score_with(reward), [Example("ab")], out)
+  scored = score(score_with(reward), [Example("ab", {}, "ab")], out)
   with pytest.raises(ValueError, match=r"no recorded routes: sample with Decoder\(record_routes"):
     make_batch(scored, sampler, config)
 
@@ -193,5 +208,4 @@ def test_a_config_says_whether_routes_are_replayed():
   c.train.routes = "fresh"
   assert not misfits.replays_routes(c, CONFIG)
   c.train.routes = "old"
-  with pytest.raises(configs.ConfigError, match=r"train\.routes is 'old'"):
-    configs.check(c)
+  assert "train.routes is 'old', it must be 'sampled' or 'fresh'" in configs.check(c, 1)

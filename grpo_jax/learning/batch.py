@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed.mesh import Sharding
@@ -74,8 +74,8 @@ class Batch:
   nll_weights: Float[Array, "P G T"] | None = None
   entropy_coef: Float[Array, "P"] | None = None
   staleness: Float[Array, "P"] | None = None
-  routes: Int[Array, "P G T C"] | None = None
-  prompt_routes: Int[Array, "P N C"] | None = None
+  routes: Integer[Array, "P G T C"] | None = None
+  prompt_routes: Integer[Array, "P N C"] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   def arrays(self) -> dict[str, jax.Array]:

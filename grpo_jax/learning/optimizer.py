@@ -1,6 +1,7 @@
 """Builds the optimizer behind a global-norm clip, and its schedule: a warm-up and a decay."""
 
 import inspect
+import re
 from collections.abc import Callable
 
 import jax
@@ -194,3 +195,32 @@ def _is_matrix(params: dict) -> dict:
     return leaf.ndim > 1 and "norm" not in name and "bias" not in name
 
   return jax.tree_util.tree_map_with_path(one, params)
+
+
+def frozen(optimizer: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
+  """Returns an optimizer that leaves some parameters as they are.
+
+  Their gradients count in no norm that the optimizer clips by, and they do not decay.
+
+  Args:
+    pattern: regular expression on the end of a parameter's path, such as `layers/router`.
+
+  Example:
+    >>> optimizer = frozen(optax.sgd(1.0), "router")
+    >>> params = {"router": jnp.ones(1), "q": jnp.ones(1)}
+    >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+    >>> updates["router"].tolist(), updates["q"].tolist()
+    ([0.0], [-1.0])
+  """
+
+  def matches(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: (
+        re.search(f"(^|/)(?:{pattern})$", jax.tree_util.keystr(path, simple=True, separator="/"))
+        is not None
+      ),
+      params,
+    )
+
+  zero = optax.masked(optax.set_to_zero(), matches)
+  return optax.chain(zero, optimizer, zero)

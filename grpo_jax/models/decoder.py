@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, DTypeLike, Float, Int
+from jaxtyping import Bool, DTypeLike, Float, Int, Integer
 
 from grpo_jax.core.checks import Array, lookup
 from grpo_jax.models.attention import (
@@ -317,7 +317,7 @@ class Decoder:
       prefix = (prefix, self._routes(routing)[:, None])
     return hidden[:, -1], prefix
 
-  def routes_of(self, cache: Cache) -> Int[Array, "R S C"] | None:
+  def routes_of(self, cache: Cache) -> Integer[Array, "R S C"] | None:
     """Returns the experts of each token in a cache, layer by layer, C = L k; None without them.
 
     Args:
@@ -325,7 +325,7 @@ class Decoder:
     """
     return cache[1][:, 0] if self.record_routes else None
 
-  def _routes(self, routing: Routing) -> Int[Array, "P S C"]:
+  def _routes(self, routing: Routing) -> Integer[Array, "P S C"]:
     """Returns the chosen experts of all layers in a compact dtype."""
     experts = jnp.moveaxis(routing.experts, 0, 2)  # [L, P, S, k] -> [P, S, L, k]
     return experts.reshape(*experts.shape[:2], -1).astype(route_dtype(self.config.experts))
@@ -494,7 +494,7 @@ class Decoder:
     prompts: Int[Array, "P N"],
     prompt_mask: Bool[Array, "P N"],
     completions: Int[Array, "P G T"],
-    routes: tuple[Int[Array, "P N C"], Int[Array, "P G T C"]] | None = None,
+    routes: tuple[Integer[Array, "P N C"], Integer[Array, "P G T C"]] | None = None,
   ) -> Float[Array, "P G T D"]:
     """Returns the hidden states that predict completion tokens: `hidden[p, g, t]` predicts token t.
 
@@ -538,7 +538,7 @@ class Decoder:
     return jnp.concatenate([first, grouped(hidden)], axis=2)
 
   def _chosen(
-    self, of_prompts: Int[Array, "P N C"], of_completions: Int[Array, "P GT C"]
+    self, of_prompts: Integer[Array, "P N C"], of_completions: Integer[Array, "P GT C"]
   ) -> Int[Array, "L P S k"]:
     """Returns the routes of whole rows, layer by layer."""
     c, routes = self.config, jnp.concatenate([of_prompts, of_completions], axis=1)
@@ -547,7 +547,8 @@ class Decoder:
         f"the routes have {routes.shape[-1]} experts a token, and the model chooses "
         f"{c.experts_per_token} in each of {c.layers} layers: they are of another model"
       )
-    return jnp.moveaxis(routes.reshape(*routes.shape[:2], c.layers, -1), 2, 0)
+    routes = routes.astype(jnp.int32).reshape(*routes.shape[:2], c.layers, -1)
+    return jnp.moveaxis(routes, 2, 0)
 
 
 def route_dtype(experts: int) -> DTypeLike:

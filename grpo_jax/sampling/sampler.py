@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed import mesh as meshes
@@ -50,8 +50,8 @@ class Generated:
   texts: list[list[str]]
   temperature: float = 1.0
   row_steps: Float[np.ndarray, "P"] | None = None
-  routes: Int[np.ndarray, "P G T C"] | None = None
-  prompt_routes: Int[np.ndarray, "P N C"] | None = None
+  routes: Integer[np.ndarray, "P G T C"] | None = None
+  prompt_routes: Integer[np.ndarray, "P N C"] | None = None
 
   @property
   def lengths(self) -> Int[np.ndarray, "P G"]:

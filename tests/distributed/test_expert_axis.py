@@ -129,6 +129,10 @@ def test_the_axis_must_divide_the_experts():
   assert misfits.expert_misfits(c, dense) == [
     "mesh.expert is 3, and a/b has no experts: set it to 1, and use mesh.fsdp or mesh.data"
   ]
+  c.train.freeze_router = True
+  assert misfits.expert_misfits(c, dense) == [
+    "train.freeze_router is true, and a/b has no router: set it to false"
+  ]
   c.mesh.expert = 4
   assert misfits.expert_misfits(c, CONFIG) == []
   assert configs.mesh_shape(c.mesh, 8) == (2, 1, 1, 4)

@@ -7,17 +7,15 @@ that a file omits have the defaults of the family's config class in transformers
 from __future__ import annotations
 
 import difflib
-import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_jax.models.config import MAX_LAYERS, ModelConfig, RopeScaling, check_numbers
+from grpo_jax.models.config import ModelConfig, check_numbers
+from grpo_jax.models.io.fields import Fields
+from grpo_jax.models.io.rope_fields import GLOBAL, LOCAL, rope_fields
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -40,87 +38,6 @@ class Family:
   defaults: Mapping[str, Any] = field(default_factory=dict)
   wraps: bool = False
   describes: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
-
-
-class Fields:
-  """Reads the fields of a config.json by name; errors name the file and the field.
-
-  Args:
-    raw: the fields.
-    defaults: values of missing fields.
-    where: name of the file in errors.
-  """
-
-  def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-    self.raw, self.where = {**defaults, **raw}, where
-
-  def get(self, name: str, default: Any = None) -> Any:
-    """Returns the value of a field, or `default` if it is missing or null."""
-    value = self.raw.get(name)
-    return default if value is None else value
-
-  def number(self, name: str, default: float | None = None) -> float:
-    """Returns the value of a numeric field; ValueError for any other value."""
-    value = self.get(name, default)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:
-      raise self._wrong(name, value, "a finite number")
-    return float(value)
-
-  def positive(self, name: str, default: float | None = None) -> float:
-    """Returns the value of a numeric field above 0; ValueError for any other value."""
-    if (value := self.number(name, default)) <= 0:
-      raise self._wrong(name, value, "a finite number above 0")
-    return value
-
-  def integer(self, name: str, default: int | None = None) -> int:
-    """Returns the value of a positive integer field; ValueError for any other value."""
-    value = self.get(name, default)
-    if type(value) is not int or value < 1:
-      raise self._wrong(name, value, "a positive integer")
-    if value >= 2**31:
-      raise self._wrong(name, value, "an integer below 2^31")
-    return value
-
-  @property
-  def layers(self) -> int:
-    """The number of layers; ValueError where it would make endless lists."""
-    if (value := self.integer("num_hidden_layers")) > MAX_LAYERS:
-      raise self._wrong("num_hidden_layers", value, f"at most {MAX_LAYERS}")
-    return value
-
-  def items(self, name: str) -> list[Any] | None:
-    """Returns the value of a list with one entry for each layer, or None if it is missing."""
-    value = self.get(name)
-    if value is not None and (not isinstance(value, list) or len(value) < self.layers):
-      raise self._wrong(name, value, f"a list of {self.layers} entries, one for each layer")
-    return value if value is None else value[: self.layers]
-
-  def flag(self, name: str, default: bool = False) -> bool:
-    """Returns the value of a true-or-false field; ValueError for any other value."""
-    value = self.get(name, default)
-    if not isinstance(value, bool):
-      raise self._wrong(name, value, "true or false")
-    return value
-
-  def group(self, name: str) -> dict[str, Any]:
-    """Returns the fields of a group, none if it is missing; ValueError for any other value."""
-    value = self.get(name, {})
-    if not isinstance(value, dict):
-      raise self._wrong(name, value, "an object")
-    return value
-
-  def _wrong(self, name: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{self.where}: {name} must be given as {allowed}, got {repr(value)[:80]}")
-
-  def cap(self, name: str) -> float | None:
-    """Returns a soft cap, or None if the field is missing, null or 0."""
-    return self.number(name, 0.0) or None
-
-  def refuse(self, name: str, reason: str) -> None:
-    """Raises ValueError if the field is set."""
-    if self.get(name):
-      raise ValueError(f"{self.where}: {name} {self.raw[name]!r} is not supported: {reason}")
 
 
 # --- differences between the families -------------------------------------------------------------
@@ -540,7 +457,7 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
     labels=_labels(top) if is_classifier else 0,
     activation=_ACTIVATIONS[activation],
     **({"mlp": f.integer("intermediate_size")} if "mlp" not in overrides else {}),
-    **_rope(f, local=bool(overrides.get("local_layers")), partial="rotary" in overrides),
+    **rope_fields(f, local=bool(overrides.get("local_layers")), partial="rotary" in overrides),
     **overrides,
   )
   check_numbers(config, where)
@@ -593,103 +510,3 @@ def _nearest(asked: list[Any], known: list[str]) -> str:
 def _labels(top: Fields) -> int:
   """Returns the number of labels of a classifier; by default 2, as in transformers."""
   return len(top.group("id2label")) or top.integer("num_labels", 2)
-
-
-def _rope(f: Fields, local: bool, partial: bool) -> dict[str, Any]:
-  """Returns the rotary fields of ModelConfig.
-
-  transformers 5 writes rope_parameters (one set, or one for each kind of layer); older versions
-  write rope_theta, rope_scaling and, for Gemma 3, rope_local_base_freq.
-
-  Args:
-    local: whether the model has local layers.
-    partial: whether a part of a head may rotate alone.
-  """
-  parameters, scaling = f.group("rope_parameters"), f.group("rope_scaling")
-  kinds = Fields(parameters, {}, f.where)
-  by_kind = GLOBAL in parameters or LOCAL in parameters
-  chosen = kinds.group(GLOBAL) | scaling if by_kind else scaling or parameters
-  p = Fields(chosen, {"rope_theta": f.get("rope_theta", 10_000.0)}, f.where)
-  share = p.get("partial_rotary_factor", f.get("partial_rotary_factor", 1.0))
-  if share != 1.0 and not partial:
-    raise ValueError(
-      f"{f.where}: partial_rotary_factor is not supported for this family, only 1.0; got {share!r}"
-    )
-  fields = {"rope_theta": p.positive("rope_theta"), "rope_scaling": _scaling(f, p)}
-  if not local:
-    return fields
-  local_parameters = kinds.group(LOCAL) if by_kind else {}
-  if local_parameters.get("rope_type", "default") != "default":
-    raise ValueError(f"{f.where}: rope scaling of {LOCAL} is not supported, got {local_parameters}")
-  other = Fields(local_parameters, {"rope_theta": f.get("rope_local_base_freq")}, f.where)
-  if other.get("rope_theta") is None:
-    return fields
-  theta = other.positive("rope_theta")
-  same = theta == fields["rope_theta"] and fields["rope_scaling"] is None
-  return fields if same else fields | {"local_rope_theta": theta}
-
-
-def _scaling(f: Fields, p: Fields) -> RopeScaling | None:
-  """Returns the scaling in the rotary parameters `p` of a config with the fields `f`."""
-  kind = p.get("rope_type", p.get("type", "default"))
-  if p.get("short_factor") is not None:
-    kind = "longrope"  # early files call it "su"
-  if not isinstance(kind, str) or kind not in _ROPES:
-    reason = " (its frequencies change with the longest sequence)" if kind == "dynamic" else ""
-    raise ValueError(
-      f"{f.where}: rope scaling {kind!r} is not supported{reason}; known: {', '.join(_ROPES)}"
-    )
-  if kind == "default":
-    return None
-  if kind == "linear":
-    return RopeScaling("linear", p.positive("factor"))
-  context = f.integer("max_position_embeddings", 2048)
-  name = "original_max_position_embeddings"
-  original = f.integer(name) if f.get(name) else p.integer(name, context)
-  if kind == "longrope":
-    return _longrope(p, original, context)
-  if kind == "llama3":
-    low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
-    return RopeScaling("llama3", p.positive("factor"), original, low, high)
-  factor = p.positive("factor", context / original)
-
-  def amplitude(strength: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
-
-  if p.get("mscale") and p.get("mscale_all_dim"):
-    default = amplitude(p.positive("mscale")) / amplitude(p.positive("mscale_all_dim"))
-  else:
-    default = amplitude(1.0)
-  return RopeScaling(
-    "yarn",
-    factor,
-    original,
-    low=p.number("beta_slow", 1.0) or 1.0,
-    high=p.number("beta_fast", 32.0) or 32.0,
-    amplitude=p.positive("attention_factor", default),
-    rounded=p.flag("truncate", True),
-  )
-
-
-def _longrope(p: Fields, original: int, context: int) -> RopeScaling:
-  """Returns the scaling of Phi-3: a divisor of each frequency, and an amplitude."""
-
-  def divisors(name: str) -> tuple[float, ...]:
-    value = p.get(name)
-    numbers = isinstance(value, list) and all(
-      isinstance(each, int | float) and not isinstance(each, bool) for each in value
-    )
-    if not numbers:
-      raise ValueError(f"{p.where}: {name} must be a list of numbers, got {repr(value)[:80]}")
-    return tuple(map(float, value))
-
-  factor = p.positive("factor", context / original)
-  default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-  return RopeScaling(
-    "longrope",
-    factor=1.0,
-    original=original,
-    amplitude=p.positive("attention_factor", default),
-    short=divisors("short_factor"),
-    long=divisors("long_factor"),
-  )

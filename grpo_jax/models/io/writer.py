@@ -13,8 +13,9 @@ from jaxtyping import Array
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
-from grpo_jax.models.io.families import FAMILIES, GLOBAL, LOCAL
+from grpo_jax.models.io.families import FAMILIES
 from grpo_jax.models.io.json_files import write_json
+from grpo_jax.models.io.rope_fields import GLOBAL, LOCAL
 from grpo_jax.models.io.weights import file_shape, rows_of, shapes_of
 from grpo_jax.models.protocol import Params
 
