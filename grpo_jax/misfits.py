@@ -46,6 +46,11 @@ def run_misfits(
 ) -> list[str]:
   """Checks settings that are valid alone but not together."""
   problems = expert_misfits(c, model)
+  if replays_routes(c, model) and c.rollout.cache_gib:
+    problems.append(
+      "train.routes is 'sampled', and sampling within rollout.cache_gib records no routes: "
+      "set --config.train.routes=fresh, or rollout.cache_gib=0"
+    )
   if replays_routes(c, model) and task.environment is not None:
     problems.append(
       "train.routes is 'sampled', and episodes of several turns record no routes of experts: set "
