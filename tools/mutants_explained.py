@@ -53,9 +53,6 @@ EXPLAINED: dict[str, dict[str, str]] = {
     "1.0 -> 2": "divides values that are all 0",
     "1.0 -> 0": "divides values that are all 0",
   },
-  "values.py: return gae_whitened(rewards, jnp.zeros_like(rewards), mask, lam=1.0, eps=eps)": {
-    "jnp.zeros_like(rewards) -> jnp.ones_like(rewards)": "a constant, which whitening takes away",
-  },
   "values.py: return jax.lax.stop_gradient(jnp.where(mask, value, 0.0))": {
     "0.0 -> 1": "the errors of masked slots are replaced; it has to be finite",
   },
