@@ -277,7 +277,7 @@ def test_every_algorithm_gets_its_rewards_and_weights(episodes, scored, name):
   config = RolloutConfig(6, algorithm, reward_weights=(2.0, 1.0))
   batch, _ = make_batch(scored, make_sampler(), config)
   total = 2 * rewards[0] + rewards[1]
-  if "values" in algorithm.rewards:  # the critic gives the advantages, from the rewards of turns
+  if algorithm.of_token_rewards:  # the learner computes advantages, from the rewards of turns
     np.testing.assert_allclose(batch.token_rewards.sum(-1), total, rtol=1e-5)
     given = np.nonzero(~e.failed[..., None] & (np.asarray(batch.token_rewards) != 0))
     assert all(t in e.turn_ends[p, g] for p, g, t in zip(*given))

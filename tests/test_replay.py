@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import replay, train
+from grpo_jax import ahead, replay, train
 from grpo_jax.build import build
 from grpo_jax.config import ConfigError, load
 from grpo_jax.learning.updates import SkippedError
@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
   """
   folder = tmp_path_factory.mktemp("skipped")
   whole, parts = folder / "whole", folder / "parts"
-  collect = train.collect
+  collect = ahead.collect
 
   def poisoned(*args, **kwargs):
     rollout = collect(*args, **kwargs)
@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
   run_key = jax.random.key(c.seed)
   keys = {int(jax.random.key_data(jax.random.fold_in(run_key, step))[1]) for step in POISONED}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "collect", poisoned)
+    patch.setattr(ahead, "collect", poisoned)
     train.run(c, whole)
     fewer = load("experiments/tiny.py", [*OPTIONS, "--config.train.max_skipped=2"])
     with pytest.raises(SkippedError) as caught:
@@ -136,7 +136,7 @@ def test_the_fields_are_checked(tmp_path):
 @pytest.mark.slow
 def test_an_update_beside_a_critic_is_replayed(tmp_path):
   """The critic is not part of the dump: the batch holds the advantages it gave."""
-  collect = train.collect
+  collect = ahead.collect
 
   def poisoned(*args, **kwargs):
     rollout = collect(*args, **kwargs)
@@ -147,7 +147,7 @@ def test_an_update_beside_a_critic_is_replayed(tmp_path):
   small = ("steps=1", "algorithm.name=ppo", "rollout.completion_length=3", "rewards.workers=0")
   options = [f"--config.{change}" for change in (*small, "task.settings.eval_size=0")]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "collect", poisoned)
+    patch.setattr(ahead, "collect", poisoned)
     train.run(load("experiments/tiny.py", options), tmp_path)
   row = next(row for row in read_metrics(tmp_path) if "loss" in row)
   assert row["update/skipped"] == row["critic/skipped"] == 1

@@ -69,8 +69,8 @@ def route(
 
   Example:
     >>> routing = route(jnp.log(jnp.array([[0.1, 0.6, 0.3]])), 2, normalized=True)
-    >>> routing.experts.tolist(), routing.weights.round(3).tolist()
-    ([[1, 2]], [[0.6669999957084656, 0.3330000042915344]])
+    >>> routing.experts.tolist(), (3 * routing.weights).round().tolist()
+    ([[1, 2]], [[2.0, 1.0]])
     >>> route(jnp.zeros((1, 3)), 2, False, chosen=jnp.array([[2, 0]])).experts.tolist()
     [[2, 0]]
   """

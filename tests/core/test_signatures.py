@@ -54,6 +54,7 @@ CALLS = {
   "kl_k2": lambda f: f(LOGP, LOGP),
   "kl_k3": lambda f: f(LOGP, LOGP),
   "gae": lambda f: f(LOGP, LOGP, MASK, gamma=0.9, lam=0.5),
+  "returns_whitened": lambda f: f(LOGP, MASK),
   "value_loss": lambda f: f(LOGP, LOGP, MASK, old_values=LOGP, clip=0.1, weights=LOGP),
   "preference_loss": lambda f: f(REWARDS, REWARDS, margin=REWARDS, center=0.1, weights=REWARDS),
   "grpo_loss": lambda f: f(LOGP, REWARDS, MASK, old_logp=LOGP, ref_logp=LOGP, beta=0.1),

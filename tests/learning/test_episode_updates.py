@@ -150,7 +150,7 @@ def paper_loss(a, logp, advantages, old, sampler, ref, teacher):
   def mean(x):
     return jnp.where(REAL, x, 0).sum(1, keepdims=True) / np.maximum(lengths, 1)
 
-  if a.kl_in == "reward":  # RLOO, eq. 3
+  if a.penalizes == "advantages":  # RLOO, eq. 3
     advantages = advantages - a.beta * later_penalties(old - ref)
   advantages = advantages + a.teacher_weight * (teacher - old)
   anchor = sampler if a.anchor == "sampler" else old

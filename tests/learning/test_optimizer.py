@@ -247,9 +247,12 @@ def test_only_matrices_decay_in_every_shape_of_the_model():
       params["layers"][row.path.removeprefix("layers/")] = jnp.ones((4, *shape))
     else:
       params[row.path] = jnp.ones(shape)
-  matrices = {row.path for row in ROWS if len(row.dims) == 2}
+  every = (*ROWS, *(row for rows in NAMES.values() for row in rows))
+  matrices = {row.path for row in every if len(row.dims) == 2}
+  experts = ("router", "experts_gate", "experts_up", "experts_down")
   assert decayed(params) == matrices == {
-    "embed", "head", "score", *(f"layers/{n}" for n in ("q", "k", "v", "o", "gate", "up", "down")),
+    "embed", "head", "score",
+    *(f"layers/{n}" for n in ("q", "k", "v", "o", "gate", "up", "down", *experts)),
   }  # fmt: skip
 
 
