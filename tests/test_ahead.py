@@ -90,7 +90,7 @@ def test_staleness_shows_in_the_ratios_and_the_effective_sample_size(whole):
   assert not any(set(STALENESS) & set(row) for row in whole[0][1])
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_or_made_longer_is_bit_for_bit_the_whole_one(whole, folder, k):
   killed, longer = folder / f"killed {k}", folder / f"longer {k}"
   shutil.copytree(folder / str(k), killed)
@@ -122,7 +122,9 @@ def test_the_last_devices_of_each_host_sample():
     meshes.split_devices(3, devices)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+  "layout", ["data", pytest.param("fsdp and tensor", marks=pytest.mark.slow)]
+)
 def test_four_devices_that_sample_for_four_that_learn_change_no_number(folder, layout):
   """Against the same four devices doing both."""
   together, apart = folder / f"together {layout}", folder / f"apart {layout}"
@@ -163,7 +165,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_rollout_goes_on_after_a_kill(tmp_path, kind, devices):
   """With two devices, one of them samples."""

@@ -20,7 +20,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
+@pytest.fixture(scope="module", params=["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def faults(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp("stores") / request.param
   with pytest.MonkeyPatch.context() as patch, served(request.param, patch) as store:

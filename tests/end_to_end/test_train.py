@@ -229,7 +229,7 @@ def test_all_options_at_once_and_resumed(tmp_path):
   assert {"dynamic_sampling/kept", "dynamic_sampling/resamples", "rewards/missing"} <= set(rows[0])
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_adapters_of_a_quantized_base(tmp_path, scheme):
   """Sampler and trainer read the same few bits; a resumed run is the same; the export is merged."""
   changes = [
@@ -265,7 +265,7 @@ def test_only_a_frozen_base_is_quantized(tmp_path):
     train.run(load(TINY, ["--config.lora.quantize=int8"]), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
 def test_other_optimizers_resume_bit_for_bit(tmp_path, name):
   changes = [f"--config.optimizer.name={name}", "--config.mesh.data=2", "--config.mesh.fsdp=4"]
   for workdir, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
