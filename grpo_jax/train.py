@@ -183,9 +183,7 @@ def _train(
     out.print("compiling  sampling, evaluation and update, once each; later steps are faster")
     for finding in doctor.before(run):
       out.print(f"doctor     {finding.seen}: {finding.reason}")
-    limit = skipped.LIMIT if out.is_shared else 0
-    about = configs.to_saved(run.config)
-    recorder = skipped.Recorder(out.workdir, about, run.mesh, out.print, limit)
+    recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)
     update = run.learner(on_skip=recorder)
     session["memory"] = record.memory_of(update.held(state))
     for step in range(start, run.steps):

@@ -369,8 +369,6 @@ def train(run: RewardRun, workdir: str | Path | mirror.Place) -> dict[str, float
         out.write_evaluation(c.steps, Evaluation(results, []))
       out.save(c.steps, state)
       out.draw_curve()
-    if place.mirror:
-      place.mirror.fetch_newest()
     write_model(run, workdir)
   return results
 

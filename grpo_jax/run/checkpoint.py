@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,6 @@ DAMAGED = "damaged"  # folder of a work directory that damaged checkpoints are m
 # digests; nothing is read from it.
 UNCHECKED = (DIGESTS, "_CHECKPOINT_METADATA")
 _COMMIT = "commit_success.txt"  # in the folder itself, orbax makes it after the digests
-
-
-# Each host writes its shards to a folder of its own.
-_EACH_HOST = ocp.options.MultiprocessingOptions(primary_host=None)
 
 
 class SaveError(OSError):
@@ -80,9 +76,8 @@ class Checkpoints:
     workdir: the work directory.
     keep: number of checkpoints to keep, the newest ones; more while others are being read.
     read_only: change nothing in the directory. Beside a run that writes, use `reading`.
-    publish: called with the folder of each checkpoint that is written, and its step, before it
-      counts here; it makes the digests. Each host then has a work directory of its own, which holds
-      its files of a checkpoint, and calls it.
+    publish: called by the first host with the folder of each checkpoint that is written, and its
+      step, before it counts here; it makes the digests.
 
   Attributes:
     pending: rollouts ahead of the updates, from the checkpoint that was restored last; see `save`.
@@ -97,15 +92,12 @@ class Checkpoints:
   ) -> None:
     self._folder, self._read_only = folder(workdir), read_only
     self.pending: dict[str, np.ndarray] = {}
-    self._publish = publish
-    self._alone = publish is not None and jax.process_count() > 1
+    self._publish = publish or (lambda path, step: write_digests(path))
     self._saving: int | None = None  # step of the checkpoint that is being written
     self._bytes = 0  # size of a checkpoint
-    if self._alone:
-      self._folder.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
       preservation_policy=KeepNewest(self._folder, DIGESTS, keep),
-      create=not read_only and not self._alone,
+      create=not read_only,
       cleanup_tmp_directories=not read_only,
       enable_async_checkpointing=True,
       async_options=ocp.AsyncOptions(
@@ -113,13 +105,8 @@ class Checkpoints:
         # orbax: if this fails in the background, the process cannot end for minutes.
         create_directories_asynchronously=False,
       ),
-      **({"multiprocessing_options": _EACH_HOST} if self._alone else {}),
     )
-    handler = None
-    if self._alone:
-      # One file for each shard of an array: the files of all hosts together are a checkpoint.
-      handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=_EACH_HOST)
-    self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint, damaged or not; None if there is none."""
@@ -149,8 +136,7 @@ class Checkpoints:
       if pending:
         tree[PENDING] = pending
       self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-      save = ocp.args.PyTreeSave if self._alone else ocp.args.StandardSave
-      self._manager.save(step, args=save(tree))
+      self._manager.save(step, args=ocp.args.StandardSave(tree))
 
   def check(self) -> None:
     """Checks for errors in the background without waiting.
@@ -177,12 +163,7 @@ class Checkpoints:
     if PENDING in saved:
       tree[PENDING] = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), saved[PENDING])
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-    if self._alone:
-      how = ocp.checkpoint_utils.construct_restore_args(abstract)
-      arguments = ocp.args.PyTreeRestore(abstract, restore_args=how)
-    else:
-      arguments = ocp.args.StandardRestore(abstract)
-    tree = self._manager.restore(step, args=arguments)
+    tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
     self.pending = jax.tree.map(np.asarray, tree.pop(PENDING, {}))
     state = TrainState.from_dict(tree)
     if state.history is None:
@@ -258,18 +239,18 @@ class Checkpoints:
 
   def _before_rename(self) -> None:
     """Adds the digests; orbax calls this after it wrote all files and before the rename."""
-    if hosts.is_first() or self._publish:
+    if hosts.is_first():
       names = (str(self._saving), f"{self._saving}.")
       for path in self._folder.iterdir():
         if path.name == names[0] or path.name.startswith(names[1]):
-          self._publish(path, self._saving) if self._publish else write_digests(path)
+          self._publish(path, self._saving)
 
   def _set_aside(self, step: int) -> str:
     """Moves a checkpoint to `damaged/`, if that is allowed; returns a phrase about it."""
     if self._read_only:
       return "it is skipped"
     target = self._folder.parent / DAMAGED / str(step)
-    if hosts.is_first() or self._alone:
+    if hosts.is_first():
       number = 1
       while target.exists():
         number += 1
@@ -316,18 +297,11 @@ def remedy(error: BaseException) -> str:
 def write_digests(checkpoint: Path) -> None:
   """Writes the size and the SHA-256 of every file of a checkpoint to `sha256.json` in it."""
   sizes, _ = _list_files(checkpoint)
-  digests = digests_of(checkpoint, sorted(sizes))
-  workdirs.write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=1) + "\n")
-
-
-def digests_of(checkpoint: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-  """Returns the size and the SHA-256 of those files of a checkpoint that have digests."""
-  names = [name for name in names if _is_checked(name)]
+  names = [name for name in sorted(sizes) if _is_checked(name)]
   with ThreadPoolExecutor() as pool:
     hashes = pool.map(lambda name: _digest(checkpoint / name), names)
-    return {
-      name: ((checkpoint / name).stat().st_size, digest) for name, digest in zip(names, hashes)
-    }
+    digests = {name: (sizes[name], digest) for name, digest in zip(names, hashes)}
+  workdirs.write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=1) + "\n")
 
 
 def names_in(digests: bytes) -> list[str]:

@@ -3,20 +3,17 @@
 A run works in the folder as in any other. `opened` takes the lease and downloads what the run
 reads; files that change are uploaded whole, every `PERIOD` seconds and before a checkpoint counts.
 A checkpoint counts from when its digests are there, which are uploaded last. Runs of several hosts
-are refused: the upload of each host's own files is here, but orbax hung in the save that followed a
-restore where hosts share no folder.
+are refused.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -31,13 +28,10 @@ from grpo_jax.run.workdir import LOCK, WorkdirError, path_of
 
 CHECKPOINTS = "checkpoints"
 PERIOD = 30.0  # seconds between uploads of changed files
-PEERS = 600.0  # seconds until the other hosts must have uploaded their files of a checkpoint
 STAGES = "GRPO_JAX_STAGES"  # environment variable: the parent of the folders of this machine
 ATTEMPTS = 10  # checkpoints that a run may remove while they are copied
 _LARGE = 8 * 2**20  # bytes from which a file is uploaded in parts
 _CLOSING = 10.0  # seconds for the last requests after a failure
-# Files of a checkpoint that all hosts write alike: those of the first host are uploaded.
-_COMMON = {"_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "_sharding"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +60,8 @@ def place_of(workdir: str | Path | Address) -> Path | Address:
   return place if isinstance(place, Address) else path_of(workdir)
 
 
-def folder_of(workdir: Path | Address, index: int = 0) -> Path:
-  """Returns the folder of this machine that a work directory is staged in, or is.
-
-  Args:
-    index: of the process, of several on this machine that have their own.
-  """
+def folder_of(workdir: Path | Address) -> Path:
+  """Returns the folder of this machine that a work directory is staged in, or is."""
   if isinstance(workdir, Path):
     return workdir
   parent = os.environ.get(STAGES)
@@ -79,7 +69,7 @@ def folder_of(workdir: Path | Address, index: int = 0) -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parent = Path(caches) / "grpo_jax" / "stages"
   name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
-  return Path(parent) / (f"{name}-{index}" if index else name) / PurePosixPath(workdir.prefix).name
+  return Path(parent) / name / PurePosixPath(workdir.prefix).name
 
 
 @contextlib.contextmanager
@@ -96,20 +86,15 @@ def opened(workdir: str | Path | Address | Place) -> Iterator[Place]:
   if isinstance(address, Path):
     yield Place(address)
     return
-  index, count = hosts.own_shard()
-  if count > 1:
+  if hosts.own_shard()[1] > 1:
     raise WorkdirError(
       f"{address}: a run of several hosts cannot use a store yet; give a --workdir on a file "
       "system that all of them share"
     )
-  folder = folder_of(address, index)
-  with contextlib.ExitStack() as stack, _named(folder, address):
-    with hosts.together("taking the work directory"):
-      lease = stack.enter_context(_leased(open_store(address))) if hosts.is_first() else None
-    [token] = hosts.gathered_json([lease.token] if lease else [])
-    mirror = Mirror(open_store(address), folder, lease, (index, count), token)
-    with hosts.together("reading the work directory"):
-      mirror.download()
+  folder = folder_of(address)
+  with _named(folder, address), _leased(open_store(address)) as lease:
+    mirror = Mirror(open_store(address), folder, lease)
+    mirror.download()
     with mirror:
       yield Place(folder, mirror)
 
@@ -147,24 +132,14 @@ class Mirror:
   Args:
     store: the folder of the store.
     folder: the one of this machine.
-    lease: held by this process; None for hosts that upload nothing but checkpoints.
-    shard: index and number of the hosts.
-    token: of this session, the same on all hosts.
+    lease: of the work directory, held by this process.
   """
 
-  def __init__(
-    self, store: Store, folder: Path, lease: Lease | None, shard: tuple[int, int], token: str
-  ) -> None:
-    self.store, self.folder, self._lease, self._token = store, folder, lease, token
-    self._index, self._count = shard
+  def __init__(self, store: Store, folder: Path, lease: Lease) -> None:
+    self.store, self.folder, self._lease = store, folder, lease
     self._alike: dict[str, tuple[int, int]] = {}  # stamps of the files that the store has
     self._lock, self._ended = threading.Lock(), threading.Event()
     self._failing = ""  # the error of the last upload of changed files
-
-  @property
-  def is_shared(self) -> bool:
-    """True if several hosts write one checkpoint."""
-    return self._count > 1
 
   # --- from the store
 
@@ -191,10 +166,9 @@ class Mirror:
     files = [entry for entry in entries if not _of_checkpoint(entry.name)]
     in_parallel(get, files)
     self._alike = {entry.name: _stamp(self.folder / entry.name) for entry in files}
-    if self._lease:
-      whole = {f"{CHECKPOINTS}/{step}/" for step in steps}
-      parts = [entry.name for entry in entries if _of_checkpoint(entry.name)]
-      in_parallel(self.store.remove, [name for name in parts if not name.startswith(tuple(whole))])
+    whole = tuple(f"{CHECKPOINTS}/{step}/" for step in steps)
+    parts = [entry.name for entry in entries if _of_checkpoint(entry.name)]
+    in_parallel(self.store.remove, [name for name in parts if not name.startswith(whole)])
     chosen = fetch_checkpoint(self.store, self.folder, entries)
     _remove_others(self.folder / CHECKPOINTS, set(map(str, chosen)))
 
@@ -207,8 +181,6 @@ class Mirror:
       LeaseLost: another run has taken the work directory; nothing is written.
       StoreError: the store does not answer.
     """
-    if self._lease is None:
-      return
     with self._lock:
       self._lease.confirm()
       stamps = {}
@@ -234,44 +206,28 @@ class Mirror:
   def publish(self, folder: Path, step: int, keep: int) -> None:
     """Uploads a checkpoint that is written, so that it counts, and removes older ones.
 
-    All hosts call it; everything else that has changed is uploaded first.
+    Everything else that has changed is uploaded before it counts.
 
     Args:
-      folder: holds its files, on several hosts those of this one.
+      folder: holds its files.
       keep: number of checkpoints to keep.
     """
     root = f"{CHECKPOINTS}/{step}"
-    if not self.is_shared:
-      checkpoint.write_digests(folder)
+    checkpoint.write_digests(folder)
     names = [
       path.relative_to(folder).as_posix()
       for path in sorted(folder.rglob("*"))
       if path.is_file() and path.name != checkpoint.DIGESTS
     ]
-    if self._index:
-      names = [name for name in names if PurePosixPath(name).name not in _COMMON]
     in_parallel(lambda name: self._write(f"{root}/{name}", folder / name), names)
-    if self.is_shared:
-      own = checkpoint.digests_of(folder, names)
-      self.store.write(self._part(root, self._index), json.dumps(own).encode())
-    if self._lease is None:
-      return
-    if self.is_shared:
-      digests = json.dumps(self._digests_of_all(root), indent=1).encode() + b"\n"
-    else:
-      digests = (folder / checkpoint.DIGESTS).read_bytes()
     self.sync()
     self._lease.confirm()
-    self.store.write(f"{root}/{checkpoint.DIGESTS}", digests)
-    for index in range(self._count if self.is_shared else 0):
-      self.store.remove(self._part(root, index))
+    self.store.write(f"{root}/{checkpoint.DIGESTS}", (folder / checkpoint.DIGESTS).read_bytes())
     entries = self.store.list(f"{CHECKPOINTS}/")
     self._remove_checkpoints([old for old in _steps(entries) if old < step][: 1 - keep or None])
 
   def resumed(self, step: int) -> None:
     """Removes checkpoints after `step` from the store: they are damaged, and kept elsewhere."""
-    if self._lease is None:
-      return
     newer = [other for other in _steps(self.store.list(f"{CHECKPOINTS}/")) if other > step]
     if newer:
       self.sync()  # with the folder of damaged checkpoints
@@ -281,38 +237,15 @@ class Mirror:
     """Returns a text with the address in place of the folder."""
     return text.replace(str(self.folder), str(self.store.address))
 
-  def fetch_newest(self) -> None:
-    """Copies the newest checkpoint, of which this host has only its own files."""
-    if self.is_shared:
-      fetch_checkpoint(self.store, self.folder, self.store.list(f"{CHECKPOINTS}/"))
-
   def check(self) -> None:
     """Raises LeaseLost if it is known that another run has taken the work directory."""
-    if self._lease:
-      self._lease.check()
+    self._lease.check()
 
   def _remove_checkpoints(self, steps: list[int]) -> None:
     for step in steps:
       root = f"{CHECKPOINTS}/{step}"
       self.store.remove(f"{root}/{checkpoint.DIGESTS}")  # from now on it does not count
       in_parallel(self.store.remove, [entry.name for entry in self.store.list(f"{root}/")])
-
-  def _part(self, root: str, index: int) -> str:
-    return f"{root}/.host-{self._token}-{index}"
-
-  def _digests_of_all(self, root: str) -> dict[str, tuple[int, str]]:
-    """Returns the digests of the files of all hosts, once they have uploaded them."""
-    digests, deadline = {}, time.monotonic() + PEERS
-    for index in range(self._count):
-      while (content := self.store.read(self._part(root, index))) is None:
-        if time.monotonic() > deadline:
-          raise StoreError(
-            f"{self.store.address}: host {index} has not uploaded its part of {root} in "
-            f"{PEERS:g} s. See its log; the same command continues"
-          )
-        time.sleep(0.2)
-      digests |= json.loads(content)
-    return dict(sorted(digests.items()))
 
   def _write(self, name: str, path: Path) -> None:
     """Uploads a file: a small one as it is at one moment."""

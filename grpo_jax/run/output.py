@@ -128,11 +128,6 @@ class Output(contextlib.AbstractContextManager):
     """Prints lines of text above the progress bar."""
     self._writer.print(self._shown(text))
 
-  @property
-  def is_shared(self) -> bool:
-    """True if all hosts see the files of the work directory."""
-    return self._mirror is None or not self._mirror.is_shared
-
   def _shown(self, text: str) -> str:
     return self._mirror.shown(text) if self._mirror else text
 

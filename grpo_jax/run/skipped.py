@@ -76,7 +76,6 @@ class Recorder:
   Args:
     config: config of the run, to be read by `grpo_jax.replay`.
     log: called with one line per skipped update.
-    limit: number of dumps in the work directory from which on none is written.
   """
 
   def __init__(
@@ -85,10 +84,8 @@ class Recorder:
     config: dict[str, Any],
     mesh: Mesh,
     log: Callable[[str], object] = print,
-    limit: int = LIMIT,
   ) -> None:
     self._workdir, self._config, self._mesh, self._log = workdir, config, mesh, log
-    self._limit = limit
     self._state_of: str | None = None  # the dump that holds the current state
 
   def __call__(self, skipped: SkippedUpdate) -> None:
@@ -104,9 +101,8 @@ class Recorder:
       self._state_of = read(path).recorded["state_of"]
     else:
       self._state_of = self._state_of or path.name
-      if len(dumps) >= self._limit:
-        full = f"{path.parent} holds {len(dumps)} already"
-        self._log(f"{text}; not written, {full if self._limit else 'the hosts share no folder'}")
+      if len(dumps) >= LIMIT:
+        self._log(f"{text}; not written, {path.parent} holds {len(dumps)} already")
         return
       recorded = {
         "step": skipped.step,
@@ -123,8 +119,6 @@ class Recorder:
 
   def advice(self) -> str:
     """Returns a sentence that says how to look into the skipped updates."""
-    if not self._limit:
-      return "Run the same on one host, or with a work directory that the hosts share, to see why"
     paths = ", ".join(str(path) for path in complete(self._workdir))
     return f"See why: python -m grpo_jax.replay DUMP, for {paths}"
 

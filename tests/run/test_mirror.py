@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.run import checkpoint, mirror, stores
-from grpo_jax.run.lease import Lease, LeaseLost
-from grpo_jax.run.mirror import Mirror
+from grpo_jax.run.lease import LeaseLost
 from grpo_jax.run.stores import StoreError, open_store
 from grpo_jax.run.workdir import LOCK, WorkdirError
 from tests.helpers.stores import served
@@ -230,40 +229,11 @@ def test_a_reader_gets_a_copy_and_changes_nothing(server, address):
     pass
 
 
-def test_several_hosts_upload_their_own_files(server, address, tmp_path):
-  """The first host makes a checkpoint count when the files of the second one are there."""
-  store = open_store(address)
-  lease = Lease(store)
-  lease.acquire()
-  mirrors = []
-  for index in range(2):
-    folder = tmp_path / f"host{index}"
-    mirrors.append(Mirror(store, folder, None if index else lease, (index, 2), "t"))
-    path = saved(folder, 2, text="of the first")
-    (path / "default" / f"of_{index}").write_text(str(index))
-  (tmp_path / "host1/checkpoints/2.partial/default/data").unlink()
-  for index in (1, 0):
-    path = tmp_path / f"host{index}" / "checkpoints" / "2.partial"
-    mirrors[index].publish(path, 2, keep=2)
-    if index:
-      assert f"checkpoints/2/{checkpoint.DIGESTS}" not in server.contents(address)
-  lease.release()
-  with mirror.fetched(address, checkpoints=True) as folder:
-    assert not checkpoint.find_damage(folder / "checkpoints" / "2")
-    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-  assert files == {
-    f"checkpoints/2/{name}"
-    for name in ("_CHECKPOINT_METADATA", "default/data", "default/of_0", "default/of_1",
-                 checkpoint.DIGESTS)
-  }  # fmt: skip
-
-
 def test_the_stage_of_a_url_is_its_own(tmp_path, monkeypatch):
   monkeypatch.setenv(mirror.STAGES, str(tmp_path))
   one, other = (mirror.place_of(f"gs://bucket/{name}/run") for name in "ab")
   assert mirror.folder_of(one) != mirror.folder_of(other)
   assert mirror.folder_of(one).name == "run"
-  assert mirror.folder_of(one, 1) != mirror.folder_of(one)
   monkeypatch.delenv(mirror.STAGES)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   assert mirror.folder_of(one).is_relative_to(tmp_path / "cache" / "grpo_jax" / "stages")
