@@ -198,8 +198,7 @@ class Run:
       return make_to_sampling_params(
         self.model, self.mesh, self.weights.shapes, self.chunks, self.rollout_mesh
       )
-    adapters = jax.eval_shape(self.new_adapters, jax.random.key(0))
-    return beside_quantized(self.rollout_mesh or self.mesh, self.base.shapes, adapters)
+    return beside_quantized(self.mesh, self.rollout_mesh or self.mesh, self.base_params)
 
   def matmul_precision(self) -> contextlib.AbstractContextManager[object]:
     """Sets the precision of matmuls for everything that is traced inside; see the config."""
@@ -700,21 +699,28 @@ def to_sampling_params(
 
 
 def beside_quantized(
-  mesh: Mesh, shapes: Params, adapters: Params
+  mesh: Mesh, rollout_mesh: Mesh, base: Params
 ) -> Callable[[Params, Params], Params]:
   """Returns `to_sampling_params` for a quantized base: the base as it is, and adapters beside it.
 
-  Merged, the matrices would be wide. Arrays that lie as the sampler needs them are not copied.
+  Merged, the matrices would be wide. Arrays that lie as the sampler needs them are not copied. To
+  devices that only sample, the base moves once, since it never changes.
 
   Args:
-    shapes, adapters: shapes of the base and of the adapters.
+    mesh, rollout_mesh: as in `Run`.
+    base: the quantized base, on `mesh`.
   """
-  layout = meshes.param_shardings(mesh, lora.with_adapters(shapes, adapters), sampling=True)
 
-  def convert(base_params: Params, params: Params) -> Params:
-    return jax.device_put(lora.with_adapters(base_params, params), layout)
+  def placed(tree: Params) -> Params:
+    tree = jax.device_put(tree, meshes.param_shardings(mesh, tree, sampling=True))
+    if rollout_mesh == mesh:
+      return tree
+    return meshes.moved(tree, meshes.param_shardings(rollout_mesh, tree, sampling=True))
 
-  return convert
+  if rollout_mesh == mesh:
+    return lambda _, adapters: placed(lora.with_adapters(base, adapters))
+  there = placed(base)
+  return lambda _, adapters: lora.with_adapters(there, placed(adapters))
 
 
 def as_held(model: Decoder, params: Params) -> Params:

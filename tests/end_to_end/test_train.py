@@ -260,6 +260,22 @@ def test_adapters_of_a_quantized_base(tmp_path, scheme):
     np.testing.assert_allclose(exported["layers"][name], expected, atol=1e-5)
 
 
+def test_a_quantized_base_moves_once_to_devices_that_sample():
+  changes = ["--config.lora.quantize=int8", "--config.lora.rank=2", "--config.rollout.ahead=1",
+             "--config.mesh.rollout_devices=4", "--config.mesh.fsdp=2", "--config.mesh.data=2",
+             "--config.algorithm.anchor=sampler"]  # fmt: skip
+  run = build(load(TINY, changes))
+  adapters = run.initial_state().params
+  first, second = (run.to_sampling_params(tree) for tree in (adapters, adapters))
+  samplers = set(jax.devices()[4:])
+  for leaf in jax.tree.leaves(first):
+    assert leaf.devices() == samplers
+    assert leaf.sharding.is_fully_replicated
+  held, again = (params["layers"]["q"].values for params in (first, second))
+  assert held is again
+  np.testing.assert_array_equal(held, run.base_params["layers"]["q"].values)
+
+
 def test_only_a_frozen_base_is_quantized(tmp_path):
   with pytest.raises(ConfigError, match=r"lora.quantize is 'int8', but lora.rank is 0"):
     train.run(load(TINY, ["--config.lora.quantize=int8"]), tmp_path)
