@@ -44,7 +44,7 @@ def options(*changes):
 
 
 def same(a, b):
-  """Whether two runs agree: bits of the state, rows of metrics, completions."""
+  """Tells whether two runs agree: bits of the state, rows of metrics, completions."""
   np.testing.assert_equal(a[1], b[1])
   return a[0] == b[0] and a[2] == b[2]
 

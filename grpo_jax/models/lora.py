@@ -28,17 +28,11 @@ from grpo_jax.models.io.folders import new_folder
 from grpo_jax.models.io.json_files import read_json
 from grpo_jax.models.io.safetensors import read_whole
 from grpo_jax.models.io.sources import ADAPTER as _CONFIG
-from grpo_jax.models.io.weights import ROWS, rows_of, shapes_of
+from grpo_jax.models.io.weights import MATRICES, rows_of, shapes_of
 from grpo_jax.models.protocol import Params
 from grpo_jax.models.quantized import dequantized
 
 Adapters = dict[str, dict[str, Array]]
-# Weight matrices of a layer: name in the parameter tree -> name of its module in transformers.
-MATRICES: dict[str, str] = {
-  row.path.removeprefix("layers/"): row.hf.removesuffix(".weight")
-  for row in ROWS
-  if row.path.startswith("layers/") and row.hf.endswith("_proj.weight")
-}
 _WEIGHTS = "adapter_model.safetensors"
 
 

@@ -20,14 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from grpo_jax.core.checks import Array
-from grpo_jax.models.io.weights import ROWS, Part, Weights
+from grpo_jax.models.io.weights import MATRICES, Part, Weights
 from grpo_jax.models.protocol import Params
 
-# Names of the matrices of a layer, which are quantized; embedding, head and vectors stay as they
-# are.
-MATRICES = frozenset(
-  row.path.removeprefix("layers/") for row in ROWS if row.hf.endswith("_proj.weight")
-)
 # Quantiles of a normal distribution, of which one is 0, scaled to [-1, 1].
 NF4 = np.array([
   -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -200,7 +195,7 @@ def quantized_weights(weights: Weights, scheme: str) -> Weights:
     ValueError: as `quantized_shapes`.
   """
   shapes, layers = quantized_shapes(weights.shapes, scheme), dict(weights.parts["layers"])
-  for name in MATRICES & layers.keys():
+  for name in MATRICES.keys() & layers.keys():
     read = partial(_read_blocks, layers[name], weights.shapes["layers"][name].shape, scheme)
     layers[name] = Quantized(partial(read, "values"), partial(read, "scales"), scheme)
   return dataclasses.replace(weights, shapes=shapes, parts=weights.parts | {"layers": layers})

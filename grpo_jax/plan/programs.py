@@ -203,7 +203,7 @@ class Programs:
 
   @property
   def quantized(self) -> str:
-    """How the matrices of the base are quantized; empty without it."""
+    """Names the scheme of a quantized base; empty without one."""
     scheme = self.config.lora.quantize
     return "" if scheme == "none" else scheme
 
@@ -291,7 +291,7 @@ class Programs:
 
   @property
   def copied_for_sampling(self) -> Params:
-    """What the sampler's parameters need beside those that are trained.
+    """Returns what the sampler holds beside the arrays that are trained.
 
     A quantized base is not copied, unless it is split over `fsdp`.
     """

@@ -102,7 +102,7 @@ class Store:
 
   def __init__(self, address: Address, driver: Driver, seconds: float | None = None) -> None:
     self.address, self._driver = address, driver
-    self.seconds = float(os.environ.get(LIMIT, SECONDS)) if seconds is None else seconds
+    self.seconds = _seconds() if seconds is None else seconds
 
   def read(self, name: str) -> bytes | None:
     """Returns the content of an object; None if there is none."""
@@ -207,6 +207,17 @@ class Store:
       yield
     finally:
       self.seconds = before
+
+
+def _seconds() -> float:
+  text = os.environ.get(LIMIT, str(SECONDS))
+  try:
+    seconds = float(text)
+  except ValueError:
+    seconds = -1.0
+  if not 0 <= seconds < float("inf"):
+    raise StoreError(f"{LIMIT} is {text!r}, it must be a number of seconds of at least 0")
+  return seconds
 
 
 def in_parallel(do: Callable[[T], Any], items: Iterable[T]) -> None:

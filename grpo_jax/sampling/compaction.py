@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-_NOWHERE = 2**30  # index of an empty place; writes to it are dropped
+NOWHERE = 2**30  # index of an empty place; writes to it are dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RowMap:
   Attributes:
     prompt: [S, C], index of each chunk's prompt in its shard; chunks with rows are in its order.
     original_index: [S, C, g], index of the completion in its shard, prompt after prompt;
-      `_NOWHERE` for an empty place.
+      `NOWHERE` for an empty place.
     count: number of prompts of a shard.
   """
 
@@ -131,7 +131,7 @@ def regroup(row_map: RowMap, live: Bool[Array, "SC g"], shape: Shape) -> tuple[R
     source = jnp.full(size, live.size).at[jnp.where(live, place, size)]
     source = source.set(jnp.arange(live.size), mode="drop")
     valid, source = source < live.size, jnp.minimum(source, live.size - 1)
-    return source, jnp.where(valid, original_index[source], _NOWHERE), valid
+    return source, jnp.where(valid, original_index[source], NOWHERE), valid
 
   counts = _count_live(row_map, live)
   shards, _, width = row_map.original_index.shape

@@ -21,12 +21,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.protocol import Cache, Model, Params
-from grpo_jax.sampling.compaction import take
+from grpo_jax.sampling.compaction import NOWHERE, take
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.generate import Completions, pick
 
 MAX_COMPACTIONS = 5  # each one compiles one more loop
-_NOWHERE = 2**30  # index of an empty row; writes to it are dropped
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +34,7 @@ class Slots:
   """Holds the rows that are live, or empty.
 
   Attributes:
-    completion: [S, R], index of each row's completion in its shard; `_NOWHERE` for an empty row.
+    completion: [S, R], index of each row's completion in its shard; `NOWHERE` for an empty row.
     number: [S·R, 1], tokens of each row so far.
     token, state, keys: [S·R, 1], last token, state in the stop table, random key.
     cache: keys and values of the rows.
@@ -92,7 +91,7 @@ def generate_refilled(
     free = done(slots).reshape(shards, -1)
     entry = waiting[:, None] + jnp.cumsum(free, axis=-1) - 1
     fresh = free & (entry < total)
-    completion = jnp.where(fresh, entry, jnp.where(free, _NOWHERE, slots.completion))
+    completion = jnp.where(fresh, entry, jnp.where(free, NOWHERE, slots.completion))
     new = fresh.reshape(-1, 1)
     prompt = jnp.minimum(completion, total - 1) // group
     own = take(prefixes, prompt, -4, 1, (-1,))
@@ -131,7 +130,7 @@ def generate_refilled(
     token = jnp.where(live, token, pad_id)
     state = jnp.where(live, stop_table[slots.state, token], slots.state)
     number = slots.number + live
-    at = jnp.where(live.reshape(shards, -1), slots.completion, _NOWHERE)
+    at = jnp.where(live.reshape(shards, -1), slots.completion, NOWHERE)
     written = _written(written, at, slots.number, (token, logp, entropy), number, state == end)
     row_steps = row_steps + at.shape[1]
     new = {"number": number, "token": token, "state": state, "cache": cache}
@@ -147,7 +146,7 @@ def generate_refilled(
   nobody = jnp.zeros((shards * rows, 1), jnp.int32)
   dtype = stop_table.dtype
   slots = Slots(
-    completion=jnp.full((shards, rows), _NOWHERE, jnp.int32),
+    completion=jnp.full((shards, rows), NOWHERE, jnp.int32),
     number=nobody,
     token=nobody,
     state=jnp.full((shards * rows, 1), end, dtype),
@@ -216,7 +215,7 @@ def _written(
   """Returns the completions of all shards with one more token of each row.
 
   Args:
-    at: completion of each row; `_NOWHERE` for rows that write nothing.
+    at: completion of each row; `NOWHERE` for rows that write nothing.
     number: number of the token.
     lengths, ended: of each row, this token included.
   """

@@ -26,7 +26,7 @@ def test_two_slices_compute_what_one_does(one_slice, tmp_path):
 
 
 def test_slices_whose_devices_alternate_compute_what_one_does(one_slice, tmp_path, monkeypatch):
-  """As where the devices know their slices, and their ids do not follow them."""
+  """Groups devices as where the devices know their slices, and their ids do not follow them."""
   given = []
 
   def in_slices(devices, slices):

@@ -86,6 +86,13 @@ ROWS: tuple[Row, ...] = (
   Row("head", "lm_head.weight", "output.weight", "VD"),
   Row("score", "score.weight", "cls.output.weight", "CD"),
 )
+# Matrices of a layer, which LoRA adapts and `quantized` holds in few bits: name in the tree -> name
+# of its module in transformers.
+MATRICES: dict[str, str] = {
+  row.path.removeprefix("layers/"): row.hf.removesuffix(".weight")
+  for row in ROWS
+  if row.path.startswith("layers/") and row.hf.endswith("_proj.weight")
+}
 # Rows in which families differ, by ModelConfig.names. Norms of outputs are called by their place in
 # the block, so one name means different norms in different families.
 _POST_NORMS = (
