@@ -38,13 +38,11 @@ class Grouping(NamedTuple):
   Attributes:
     spread: maps tokens [n, D] to rows, an array [..., D] whose other axes are the form's own.
     product: maps rows [..., I] and matrices [E, I, O] to rows [..., O], each by its expert's.
-    biases: maps [E, O] to what is added to rows [..., O], each its expert's.
     combine: maps rows [..., D] to tokens [n, D], the weighted sums of their k experts.
   """
 
   spread: Callable[[Array], Array]
   product: Callable[[Array, Array], Array]
-  biases: Callable[[Array], Array]
   combine: Callable[[Array], Array]
 
 
@@ -98,7 +96,6 @@ def dense(routing: Routing, count: int) -> Grouping:
   return Grouping(
     spread=lambda h: jnp.broadcast_to(h, (count, *h.shape)),
     product=lambda rows, matrices: jnp.einsum("eni,eio->eno", rows, matrices.astype(rows.dtype)),
-    biases=lambda biases: biases[:, None],
     combine=combine,
   )
 
@@ -137,7 +134,7 @@ def blocked(routing: Routing, count: int) -> Grouping:
     rows = rows.reshape(blocks * size, -1)[place].reshape(tokens, k, -1)
     return jnp.einsum("nkd,nk->nd", rows, routing.weights.astype(rows.dtype))
 
-  return Grouping(spread, product, lambda biases: biases[expert][:, None], combine)
+  return Grouping(spread, product, combine)
 
 
 def ragged(routing: Routing, count: int) -> Grouping:
@@ -157,7 +154,6 @@ def ragged(routing: Routing, count: int) -> Grouping:
   return Grouping(
     spread=lambda h: h[order // k],
     product=lambda rows, matrices: jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), counts),
-    biases=lambda biases: biases[flat[order]],
     combine=combine,
   )
 

@@ -7,10 +7,12 @@ import threading
 import time
 import urllib.parse
 
+from tests.helpers.loopback import LoopbackServer
+
 SLOW = 0.3  # seconds
 
 
-class FaultProxy(http.server.ThreadingHTTPServer):
+class FaultProxy(LoopbackServer):
   """Forwards requests to a port of this machine; a context manager.
 
   Attributes:
@@ -20,27 +22,9 @@ class FaultProxy(http.server.ThreadingHTTPServer):
     requests: (method, name, what happened) of each request so far.
   """
 
-  daemon_threads = True
-  request_queue_size = 64
-
   def __init__(self, target, plan=lambda method, path, name: None):
-    super().__init__(("127.0.0.1", 0), Handler)
+    super().__init__(Handler)
     self.target, self.plan, self.requests, self.before = target, plan, [], {}
-
-  @property
-  def port(self):
-    return self.server_address[1]
-
-  def __enter__(self):
-    threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-    return self
-
-  def __exit__(self, *_):
-    self.shutdown()
-    self.server_close()
-
-  def handle_error(self, request, client_address):
-    """Says nothing of clients that were killed."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

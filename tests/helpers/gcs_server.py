@@ -10,10 +10,12 @@ import urllib.parse
 
 import google_crc32c
 
+from tests.helpers.loopback import LoopbackServer
+
 PAGE = 50  # objects of a page of a listing
 
 
-class GcsServer(http.server.ThreadingHTTPServer):
+class GcsServer(LoopbackServer):
   """Serves buckets on a free port; a context manager.
 
   Attributes:
@@ -21,29 +23,11 @@ class GcsServer(http.server.ThreadingHTTPServer):
     read_only: buckets that refuse writes.
   """
 
-  daemon_threads = True
-  request_queue_size = 64
-
   def __init__(self, *buckets):
-    super().__init__(("127.0.0.1", 0), Handler)
+    super().__init__(Handler)
     self.buckets = {bucket: {} for bucket in buckets}
     self.read_only, self.uploads, self.lock = set(), {}, threading.RLock()
     self.generation = 0
-
-  @property
-  def port(self):
-    return self.server_address[1]
-
-  def __enter__(self):
-    threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-    return self
-
-  def __exit__(self, *_):
-    self.shutdown()
-    self.server_close()
-
-  def handle_error(self, request, client_address):
-    """Says nothing of clients that were killed."""
 
 
 class Problem(Exception):

@@ -24,7 +24,6 @@ def arguments(tokens, count, seed=0):
     "h": (tokens, D),
     "router": (D, count),
     "up": (count, D, F),
-    "up_bias": (count, F),
     "down": (count, F, D),
   }
   return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
@@ -34,7 +33,7 @@ def mixture(a, k, form, normalized=True, chosen=None):
   count = a["router"].shape[1]
   routing = experts.route(a["h"] @ a["router"], k, normalized, chosen)
   group = form(routing, count)
-  rows = jnp.tanh(group.product(group.spread(a["h"]), a["up"]) + group.biases(a["up_bias"]))
+  rows = jnp.tanh(group.product(group.spread(a["h"]), a["up"]))
   return group.combine(group.product(rows, a["down"]))
 
 
@@ -48,7 +47,7 @@ def definition(a, k, normalized=True, chosen=None):
     probs /= probs.sum()
     own = np.argsort(-probs)[:k] if chosen is None else np.asarray(chosen)[number]
     weights = probs[own] / (probs[own].sum() if normalized else 1)
-    parts = [np.tanh(token @ a["up"][e] + a["up_bias"][e]) @ a["down"][e] for e in own]
+    parts = [np.tanh(token @ a["up"][e]) @ a["down"][e] for e in own]
     out.append(sum(w * part for w, part in zip(weights, parts)))
   return np.stack(out)
 

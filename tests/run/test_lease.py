@@ -14,15 +14,8 @@ from grpo_jax.run.lease import Lease, LeaseLost
 from grpo_jax.run.stores import StoreError, open_store
 from grpo_jax.run.workdir import LOCK, WorkdirError
 from tests.helpers.fault_proxy import each_once, name_of
-from tests.helpers.stores import served
 
 ELSEWHERE = {"process": 7, "host": "other", "since": "2026-01-01", "machine": "b", "started": "1"}
-
-
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def server(request):
-  with pytest.MonkeyPatch.context() as patch, served(request.param, patch) as found:
-    yield found
 
 
 @pytest.fixture

@@ -9,13 +9,6 @@ from grpo_jax.run import checkpoint, mirror, stores
 from grpo_jax.run.lease import LeaseLost
 from grpo_jax.run.stores import StoreError, open_store
 from grpo_jax.run.workdir import LOCK, WorkdirError
-from tests.helpers.stores import served
-
-
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def server(request):
-  with pytest.MonkeyPatch.context() as patch, served(request.param, patch) as found:
-    yield found
 
 
 @pytest.fixture

@@ -8,13 +8,7 @@ from grpo_jax.addresses import Address
 from grpo_jax.run import stores
 from grpo_jax.run.stores import StoreError, open_store
 from tests.helpers.fault_proxy import each_once
-from tests.helpers.stores import BUCKET, served
-
-
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def server(request):
-  with pytest.MonkeyPatch.context() as patch, served(request.param, patch) as found:
-    yield found
+from tests.helpers.stores import BUCKET
 
 
 @pytest.fixture
