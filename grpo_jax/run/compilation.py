@@ -37,6 +37,10 @@ def use_cache(setting: str, workdir: str | Path, inside: bool = False) -> Path |
   beside = (absolute if inside else absolute.parent) / FOLDER
   folder = beside if setting == "auto" else addresses.local(setting, "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+  if inside:
+    # jax: the caches of XLA, which are for GPUs, put the path of the folder into the key of a
+    # program, and another machine has another path.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   # Small programs too: there are many, and without them a continued run still compiles.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

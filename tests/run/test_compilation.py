@@ -58,6 +58,30 @@ def test_a_watch_counts_until_its_first_report():
 
 
 @pytest.mark.slow
+def test_a_fresh_machine_compiles_nothing(server, tmp_path):
+  """Two steps on a store, and two more with another folder of the machine, of another path."""
+  address, options = server.new(), ["checkpoint.every=2", "rollout.completion_length=5",
+                                    "task.settings.eval_size=0", "rewards.workers=0"]  # fmt: skip
+  counts = []
+  for steps, stage in ((2, "a"), (4, "another")):
+    command = [sys.executable, "-m", "grpo_jax.train", "--config", "experiments/tiny.py"]
+    command += ["--workdir", str(address), f"--config.steps={steps}"]
+    command += [f"--config.{option}" for option in options]
+    environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    environment["GRPO_JAX_STAGES"] = str(tmp_path / stage)
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    completed = subprocess.run(
+      command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert completed.returncode == 0, completed.stdout
+    found = re.search(r"(\d+) of them compiled, (\d+) from the cache", completed.stdout)
+    counts.append([int(n) for n in found.groups()])
+  assert counts[0][0] > 20
+  assert counts[1][0] == 0
+  assert counts[1][1] > 20
+
+
+@pytest.mark.slow
 def test_a_continued_run_compiles_nothing(tmp_path):
   """Runs four steps, removes two of the checkpoints, and runs these steps in another process."""
   environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
