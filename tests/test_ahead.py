@@ -166,7 +166,13 @@ KINDS = {
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind",
+  [
+    pytest.param("curriculum, further draws and several updates", marks=pytest.mark.slow),
+    "episodes",
+  ],
+)
 def test_every_kind_of_rollout_goes_on_after_a_kill(tmp_path, kind, devices):
   """With two devices, one of them samples."""
   more = ["rollout.ahead=2", "eval.every=0", *KINDS[kind], f"mesh.rollout_devices={devices - 1}"]
@@ -268,7 +274,7 @@ def test_completions_survive_the_archive_bit_for_bit():
 # --- a budget of cache memory ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_budget_of_the_cache_changes_no_completion(whole, folder, width):
   """Room for 5 of the 32 completions of a step, or of the 16 of each device."""
   row = build_row_bytes(load(TINY, options()))

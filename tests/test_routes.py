@@ -64,7 +64,11 @@ def sampled(params, length=40, compactions=2, layout=unstack, group=4, enders=16
   return prompts, mask, out
 
 
-@pytest.mark.parametrize("layout", [unstack, lambda params: params], ids=["unstacked", "stacked"])
+@pytest.mark.parametrize(
+  "layout",
+  [unstack, pytest.param(lambda params: params, marks=pytest.mark.slow)],
+  ids=["unstacked", "stacked"],
+)
 def test_recorded_routes_are_those_of_the_update_through_compactions(params, layout):
   prompts, mask, out = sampled(params, layout=layout)
   lengths = np.asarray(out.mask.sum(-1))

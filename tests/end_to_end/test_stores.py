@@ -39,6 +39,7 @@ def test_a_killed_run_goes_on_from_a_fresh_machine_bit_for_bit(faults):
   assert counted == ["none", "none", "none", "2"]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_work_directory(faults):
   if faults.store.scheme == "s3":
     pytest.skip("the same as on gs, which takes ten seconds; make test-faults does both")
@@ -51,6 +52,7 @@ def test_a_store_that_goes_down_ends_the_run_and_the_same_command_continues(faul
   assert "exit code 74" in faults.down()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_in_the_store(faults):
   if faults.store.scheme == "s3":
     pytest.skip("the same as on gs")

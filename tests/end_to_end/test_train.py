@@ -281,7 +281,8 @@ def test_only_a_frozen_base_is_quantized(tmp_path):
     train.run(load(TINY, ["--config.lora.quantize=int8"]), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_other_optimizers_resume_bit_for_bit(tmp_path, name):
   changes = [f"--config.optimizer.name={name}", "--config.mesh.data=2", "--config.mesh.fsdp=4"]
   for workdir, steps in (("whole", 2), ("parts", 1), ("parts", 2)):

@@ -141,7 +141,7 @@ def test_the_table_alone_needs_the_directory_only(tmp_path, capsys):
 @pytest.mark.parametrize(
   "number",
   [
-    signal.SIGINT,
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
     pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
     pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
   ],
@@ -267,6 +267,7 @@ def test_a_sweep_does_not_run_within_a_cluster(tmp_path, capsys, monkeypatch):
 # --- on stores ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_store_is_continued_from_a_fresh_machine(tmp_path, monkeypatch):
   with served("gs", monkeypatch) as store:
     address = str(store.new("sweep"))

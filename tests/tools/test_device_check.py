@@ -16,6 +16,7 @@ def results(out):
   return json.loads((out / "device.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_everything(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("XLA_FLAGS", xla_flags())
   assert tool.main(["--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
