@@ -22,6 +22,7 @@ from benchmarks import (
   alternate,
   cost,
   logprobs,
+  pass_rates,
   plans,
   sampling,
   settings,
@@ -30,8 +31,10 @@ from benchmarks import (
   tails,
 )
 from grpo_jax.environments.sandbox import layers as isolated
+from grpo_jax.evaluate import Answers
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
+from grpo_jax.tasks.base import Example, Task
 from tests.helpers.processes import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +152,51 @@ def test_a_timeline_has_a_letter_for_each_step():
     "rewards   ......bb....",
     "update    aaaa....bbbb",
   ]
+
+
+def answers(right: list[list[int]]) -> Answers:
+  """Returns judged completions of which only the verdicts matter."""
+  verdicts = np.array(right, float)
+  ones = np.ones_like(verdicts)
+  return Answers(verdicts, ones, ones > 0, ones, [], 0, [])
+
+
+def test_pass_rates_by_hand():
+  problems = [Example("?", {"answer": gold}, str(n)) for n, gold in enumerate(["a", "b", "a", "c"])]
+  task = Task("letters", {"train": problems}, {}, None)
+  sampled = answers([[1] * 8, [0] * 8, [1] + [0] * 7, [1, 1, 1, 1] + [0] * 4])
+  row = pass_rates.row_of(task, answers([[1], [0], [0], [1]]), sampled)
+  assert row["greedy"] == 0.5
+  assert row["pass@1"] == (8 + 0 + 1 + 4) / 32
+  assert row["pass@8"] == 3 / 4  # only the second problem has no right completion
+  assert row["mixed"] == 2 / 4  # the third and the fourth
+  assert row["constant"] == 2 / 4  # "a"
+  # Of 1, 0, 1, 1 the variance is 1/4, and the error of the mean the root of 1/16.
+  assert row["pass@8_se"] == 0.25
+
+
+def test_the_table_of_pass_rates_begins_with_the_highest_and_ends_with_the_reasons():
+  numbers = dict.fromkeys(("greedy", "pass@1", "pass@8_se", "mixed", "constant"), 0.25)
+  rows = [
+    {"dataset": "low", "prompt": 9, "pass@8": 0.1, **numbers},
+    {"dataset": "long", "skipped": "prompts of up to 900 tokens"},
+    {"dataset": "high", "prompt": 9, "pass@8": 0.5, **numbers},
+  ]
+  lines = pass_rates.table(rows).splitlines()
+  assert [line.split()[1] for line in lines[2:4]] == ["high", "low"]
+  assert lines[-1] == "- long: prompts of up to 900 tokens"
+
+
+@pytest.mark.slow
+def test_pass_rates_are_measured_once(run, tmp_path, monkeypatch, capsys):
+  sizes = ["--problems", "4", "--tokens", "3", "--out", str(tmp_path / "rates.jsonl")]
+  pass_rates.main(["--model", "random:tiny", *sizes, "--datasets", "chain_sum", "maze"])
+  first, second = map(json.loads, (tmp_path / "rates.jsonl").read_text().splitlines())
+  assert (first["dataset"], first["problems"], first["missing"]) == ("chain_sum", 4, 0)
+  assert second == {"dataset": "maze", "skipped": second["skipped"]}  # its prompts are long
+  monkeypatch.setattr(pass_rates, "measure", None)  # a second measurement would raise
+  pass_rates.main(["--model", "random:tiny", *sizes, "--datasets", "chain_sum"])
+  assert "| chain_sum |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
