@@ -1,4 +1,4 @@
-"""Samples rollouts ahead of the updates, on a fixed schedule.
+"""Gives the rollouts of a run; samples them ahead of the updates, on a fixed schedule.
 
 With `rollout.ahead = k`, the rollout of step n has the parameters after step n - k (the first k
 have the initial ones). It is sampled and scored while earlier updates run. Which parameters a
@@ -37,6 +37,7 @@ from grpo_jax.episodes import Episodes, EpisodeSampler
 from grpo_jax.learning.batch import laid_out
 from grpo_jax.learning.step import Batch, TrainState
 from grpo_jax.models.protocol import Params
+from grpo_jax.partial import Pool
 from grpo_jax.rollout import Rollout, Scored, assemble, begin, collect, score
 from grpo_jax.sampling.sampler import Generated
 from grpo_jax.tasks.base import Example
@@ -75,7 +76,8 @@ class Ahead:
 class Rollouts:
   """Gives the rollouts of a run in order, each begun `rollout.ahead` steps before it is needed.
 
-  Use it as a context manager, inside that of the scorer. All hosts call its methods alike.
+  With `rollout.partial_tokens`, a `partial.Pool` samples them. Use it as a context manager, inside
+  that of the scorer. All hosts call its methods alike.
 
   Args:
     run: the run.
@@ -85,6 +87,7 @@ class Rollouts:
   def __init__(self, run: Run, scorer: Scorer) -> None:
     self._run, self._scorer, self._ahead = run, scorer, run.config.rollout.ahead
     self._rollouts: dict[int, Ahead] = {}
+    self._pool = Pool(run) if run.config.rollout.partial_tokens else None
     self._sampling, self._scoring = _Worker(run), _Worker(run)
 
   def take(self, step: int, state: TrainState) -> Rollout:
@@ -99,6 +102,8 @@ class Rollouts:
         that it can be saved and scored again.
     """
     run = self._run
+    if self._pool is not None:
+      return self._pool.take(step, state, self.scorer(step))
     if not self._ahead:
       params, examples = run.to_sampling_params(state.params), run.examples(step, state.counts)
       config = run.rollout_at(step)
@@ -131,7 +136,7 @@ class Rollouts:
     It waits for the sampler, and with `rollout.max_resamples` also for rewards and further draws,
     whose parameters are not saved. One that could not be sampled is left out.
     """
-    saved = {}
+    saved = {} if self._pool is None else self._pool.saved()
     for step, ahead in self._rollouts.items():
       if self._run.rollout.max_resamples:
         with contextlib.suppress(Exception):  # it is raised again when this rollout is due
@@ -142,6 +147,8 @@ class Rollouts:
 
   def restore(self, saved: Mapping[str, np.ndarray]) -> None:
     """Takes up the rollouts of a checkpoint: their completions are scored again."""
+    if self._pool is not None:
+      self._pool.restore(saved)
     if not self._ahead:
       return
     for step, content in sorted((int(step), content) for step, content in saved.items()):

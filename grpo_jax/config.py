@@ -67,6 +67,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "rollout.max_resamples": (0, LARGEST, "at least 0"),
   "rollout.ahead": (0, 64, "at least 0 steps"),
   "rollout.cache_gib": (0, 10**6, "at least 0 GiB"),
+  "rollout.partial_tokens": (0, LARGEST, "at least 0 tokens"),
+  "rollout.partial_prompts": (0, LARGEST, "at least 0"),
   "episode.turns": (1, 1000, "at least 1"),
   "episode.turn_length": (0, LARGEST, "at least 0 tokens"),
   "episode.observation_length": (0, LARGEST, "at least 0 tokens"),
@@ -292,6 +294,11 @@ def default_config() -> ConfigDict:
   # GiB of each device for keys and values of completions while sampling: a completion that ends
   # makes room for the next one, and completions stay the same. 0: room for all of a step at once.
   c.rollout.cache_gib = 0.0
+  # Tokens that a round of sampling adds to each completion; a step takes rounds until enough
+  # prompts are complete, and the others go on in the next step. 0: a step samples whole
+  # completions. See docs/scale.md.
+  c.rollout.partial_tokens = 0
+  c.rollout.partial_prompts = 0  # with it: prompts under way beyond those of a step
 
   c.episode = Section()  # of tasks with tools or an environment; completion_length is its budget
   c.episode.turns = 4  # turns of the policy at most
@@ -754,6 +761,11 @@ def _check_division(c: ConfigDict, device_count: int) -> list[str]:
       f"train.mini_batches={c.train.mini_batches} x train.micro_batches={c.train.micro_batches} "
       f"parts over mesh data={data} x fsdp={fsdp}{f' x expert={expert[0]}' if expert else ''}; "
       f"{_changes_that_divide(c, shards)}"
+    ]
+  if c.rollout.partial_prompts % shards:
+    return [
+      f"rollout.partial_prompts is {c.rollout.partial_prompts}, it must be a multiple of {shards}, "
+      "since the mesh splits prompts that many ways"
     ]
   return []
 

@@ -17,6 +17,7 @@ from grpo_jax.learning.critic import CRITIC_METRICS, VALUE_METRICS
 from grpo_jax.learning.skipping import SKIPPED
 from grpo_jax.learning.step import STALENESS
 from grpo_jax.run.ending import Condition
+from grpo_jax.sampling import partial
 from grpo_jax.statistics import ROUTER_METRICS, rollout_metrics
 from grpo_jax.tasks.base import Task, unknown_name
 
@@ -54,6 +55,8 @@ def metric_names(
     names.update(ROUTER_METRICS)
   if c.rollout.ahead:
     names.update(STALENESS, ["time/waiting"])
+  if c.rollout.partial_tokens:
+    names.update(STALENESS, partial.METRICS)
   if c.data.curriculum != curricula.OFF:
     names.update(curricula.METRICS)
   if "values" in algorithm.rewards:

@@ -10,6 +10,7 @@ from grpo_jax import curriculum as curricula
 from grpo_jax import tokens
 from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.demonstrations import Demonstrations
+from grpo_jax.distributed import hosts
 from grpo_jax.environments.tools import ToolEpisodes
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.weights import Weights
@@ -51,6 +52,7 @@ def run_misfits(
       "train.routes is 'sampled', and sampling within rollout.cache_gib records no routes: "
       "set --config.train.routes=fresh, or rollout.cache_gib=0"
     )
+  problems += partial_misfits(c, model, task)
   if replays_routes(c, model) and task.environment is not None:
     problems.append(
       "train.routes is 'sampled', and episodes of several turns record no routes of experts: set "
@@ -189,14 +191,66 @@ def check_observations(task: Task, tokenizer: tokens.AnyTokenizer) -> None:
 def ahead_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:
   """Checks that the loss makes up for rollouts of earlier parameters, or leaves it out by name."""
   named = c.algorithm.correction == "none"
-  if not c.rollout.ahead or algorithm.compares_with_sampler or named:
+  fields = [name for name in ("ahead", "partial_tokens") if c.rollout[name]]
+  if algorithm.compares_with_sampler or named:
     return []
   return [
-    f"rollout.ahead is {c.rollout.ahead}, but algorithm {c.algorithm.name!r} takes rollouts to be "
+    f"rollout.{name} is {c.rollout[name]}, but algorithm {c.algorithm.name!r} takes rollouts to be "
     "from the policy it updates: set algorithm.correction='token_truncate' with "
     "algorithm.correction_max=2.0; or algorithm.anchor='sampler', which compares with the policy "
     "that sampled; or algorithm.correction='none', by name, to learn from them as they are"
+    for name in fields
   ]
+
+
+def partial_misfits(c: ConfigDict, model: ModelConfig, task: Task) -> list[str]:
+  """Checks the settings of completions that go on in later steps."""
+  r, defaults = c.rollout, configs.default_config()
+  tokens, prompts = r.partial_tokens, r.partial_prompts
+  if not tokens:
+    return [
+      f"rollout.partial_prompts is {prompts}, but rollout.partial_tokens is 0, which samples whole "
+      "completions: set it to the tokens of a round, or partial_prompts to 0"
+    ] * bool(prompts)
+  problems, shown = [], f"rollout.partial_tokens is {tokens}"
+  if tokens >= r.completion_length:
+    problems.append(
+      f"{shown}, it must be below rollout.completion_length={r.completion_length}, or every round "
+      "samples whole completions; lower it, or set it to 0"
+    )
+  if not prompts:
+    problems.append(
+      f"{shown}, but rollout.partial_prompts is 0, so that a step would wait for all of its "
+      f"completions: set it to {r.prompts_per_step}, for example, or partial_tokens to 0"
+    )
+  names = {
+    "rollout.ahead": r.ahead, "rollout.max_resamples": r.max_resamples,
+    "rollout.cache_gib": r.cache_gib, "data.curriculum": c.data.curriculum,
+    "train.reduction": c.train.reduction,
+  }  # fmt: skip
+  for name, value in names.items():
+    section, field = name.split(".")
+    if value != (default := defaults[section][field]):
+      problems.append(
+        f"{shown}, which does not go together with {name}={value!r}: set {name}={default!r}, or "
+        "partial_tokens=0"
+      )
+  if replays_routes(c, model):
+    problems.append(
+      f"{shown}, and train.routes is 'sampled', but a completion that goes on is read again, with "
+      "other experts: set --config.train.routes=fresh, or partial_tokens=0"
+    )
+  if task.environment is not None:
+    problems.append(
+      f"{shown}, it must be 0 for the episodes of task {task.name!r}: an environment plays them to "
+      "their end"
+    )
+  if (count := hosts.own_shard()[1]) > 1:
+    problems.append(
+      f"{shown}, it must be 0 on several hosts ({count} here): the prompts of a host would not be "
+      "complete at the same time as those of the others"
+    )
+  return problems
 
 
 def teacher_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:

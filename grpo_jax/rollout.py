@@ -290,6 +290,7 @@ def make_batch(
   host = {
     "batch": (out.prompts, out.prompt_mask, out.tokens, out.mask, out.logp),
     "routes": routes if config.replay_routes else None,
+    "staleness": getattr(out, "staleness", None),
     "entropy": None if algorithm.entropy_share is None else out.entropy,
     "ended": out.ended | (not config.mask_truncated),
     "rewards": {
@@ -522,6 +523,8 @@ def _make_batch(
   if arrays["routes"] is not None:
     routes, prompt_routes = arrays["routes"]
     batch = dataclasses.replace(batch, routes=routes, prompt_routes=prompt_routes)
+  if arrays["staleness"] is not None:
+    batch = dataclasses.replace(batch, staleness=arrays["staleness"])
   has_gradient = learns.any(range(1, learns.ndim)) & mask.any((-2, -1))
   if "teacher" in arrays:
     tokens, token_mask, taught = arrays["teacher"]

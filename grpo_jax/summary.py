@@ -64,6 +64,7 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
       f"each step  {c.rollout.prompts_per_step} prompts x {c.rollout.group_size} completions, "
       f"prompts of {run.sampler.prompt_length} and {rows} {c.rollout.completion_length} tokens",
       *([f"ahead      {_ahead(c, run)}"] if c.rollout.ahead else []),
+      *([f"partial    {_partial(c)}"] if c.rollout.partial_tokens else []),
       f"steps      {start} to {c.steps} on {hardware}, about {format_duration(seconds)} by a speed "
       "probe",
       *([f"epochs     {_epochs(c, train)}"] if c.epochs else []),
@@ -76,6 +77,15 @@ def _ahead(c: ConfigDict, run: Run) -> str:
   count, steps = c.rollout.ahead, "step" if c.rollout.ahead == 1 else "steps"
   apart = f", on {run.rollout_mesh.devices.size} devices of its own" * run.has_rollout_devices
   return f"sampling is {count} {steps} ahead of the updates{apart}"
+
+
+def _partial(c: ConfigDict) -> str:
+  """Says how completions go on in later steps."""
+  r = c.rollout
+  return (
+    f"rounds of {r.partial_tokens} tokens of {r.prompts_per_step + r.partial_prompts} prompts, "
+    "which go on in later steps"
+  )
 
 
 def _curriculum(c: ConfigDict) -> str:

@@ -61,6 +61,7 @@ ALLOWED = {
   "grpo_jax.sampling.turns": (
     f"{ENGINE} grpo_jax.sampling grpo_jax.tokens grpo_jax.learning.deterministic {HELPERS} {ARRAYS}"
   ),
+  "grpo_jax.sampling.partial": (f"{ENGINE} grpo_jax.sampling grpo_jax.tokens {HELPERS} {ARRAYS}"),
   "grpo_jax.sampling*": f"{ENGINE} grpo_jax.sampling {HELPERS} {ARRAYS}",
   # What stands between text and arrays.
   "grpo_jax.tokens": (

@@ -47,8 +47,9 @@ class Batch:
       such a term.
     entropy_coef: [P], the coefficient of an adaptive entropy bonus, the same for all prompts, which
       the step fills in; None without one.
-    staleness: [P], steps between the parameters that sampled and those before the updates, for
-      metrics; None for a rollout that was not sampled ahead.
+    staleness: [P], or [P, G, T] where completions were sampled in parts: steps between the
+      parameters that sampled and those before the updates, for metrics; None where they are the
+      same.
     routes, prompt_routes: [P, G, T, C] and [P, N, C], the experts that were chosen while sampling,
       which the update then uses; None chooses them again.
     temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
@@ -73,7 +74,7 @@ class Batch:
   taught: Bool[Array, "P G T"] | None = None
   nll_weights: Float[Array, "P G T"] | None = None
   entropy_coef: Float[Array, "P"] | None = None
-  staleness: Float[Array, "P"] | None = None
+  staleness: Float[Array, "P ..."] | None = None
   routes: Integer[Array, "P G T C"] | None = None
   prompt_routes: Integer[Array, "P N C"] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})

@@ -418,7 +418,7 @@ def make_loss(
   return loss
 
 
-# Metrics of a rollout that was sampled ahead.
+# Metrics of a rollout whose parameters are not those before the updates.
 STALENESS = ("sampling/staleness", "sampling/effective_sample_size")
 
 
@@ -430,7 +430,8 @@ def staleness_metrics(batch: Batch, logp: Float[Array, "P G T"]) -> dict[str, ja
     logp: log-probs under the policy before the updates, unless the batch has them.
   """
   now = jax.lax.stop_gradient(logp) if batch.old_logp is None else batch.old_logp
-  ages = jnp.broadcast_to(batch.staleness[:, None, None], batch.mask.shape)
+  ages = batch.staleness if batch.staleness.ndim == 3 else batch.staleness[:, None, None]
+  ages = jnp.broadcast_to(ages, batch.mask.shape)
   share = effective_sample_size(now - batch.sampler_logp, batch.mask)
   return dict(zip(STALENESS, (masked_mean(ages, batch.mask), share)))
 

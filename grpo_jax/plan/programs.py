@@ -482,6 +482,11 @@ def open_programs(
       f"train.reduction is {c.train.reduction!r}, which the plan does not support; use "
       "--config.train.reduction=fast"
     )
+  if c.rollout.partial_tokens:
+    problems.append(
+      f"rollout.partial_tokens is {c.rollout.partial_tokens}, which the plan does not support; use "
+      "--config.rollout.partial_tokens=0"
+    )
   if problems:
     raise configs.ConfigError(problems)
   learners = topology.devices

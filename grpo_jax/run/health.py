@@ -399,7 +399,7 @@ LIMITS: dict[str, Limit] = {
 def _beyond(name: str, h: History) -> Finding | None:
   """Finds a metric beyond its limit."""
   limit = LIMITS[name]
-  if name == "mismatch" and h.config.rollout.ahead:
+  if name == "mismatch" and (h.config.rollout.ahead or h.config.rollout.partial_tokens):
     return None  # the sampler has earlier parameters
   value = h.now(limit.metric)
   if not (level := level_of(value, limit.limits)):

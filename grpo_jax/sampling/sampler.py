@@ -38,6 +38,8 @@ class Generated:
       are not counted.
     routes, prompt_routes: [P, G, T, C] and [P, N, C], the experts that were chosen, as in
       `generate.Completions`; None where they are not recorded.
+    staleness: [P, G, T], steps between the parameters that drew each token and those of the step;
+      None if all tokens are from the same ones.
   """
 
   prompts: Int[np.ndarray, "P N"]
@@ -52,6 +54,7 @@ class Generated:
   row_steps: Float[np.ndarray, "P"] | None = None
   routes: Integer[np.ndarray, "P G T C"] | None = None
   prompt_routes: Integer[np.ndarray, "P N C"] | None = None
+  staleness: Float[np.ndarray, "P G T"] | None = None
 
   @property
   def lengths(self) -> Int[np.ndarray, "P G"]:
@@ -219,16 +222,31 @@ class Sampler:
       ValueError: a prompt is too long, or the temperature is out of range.
     """
     temperature = self.temperature if temperature is None else check_temperature(temperature)
-    tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
-    longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
-    start = self.prompt_length - padded_length(int(longest), self.prompt_length)
-    tokens, mask = tokens[:, start:], mask[:, start:]
+    tokens, mask = self.encode(prompts)
     ids = first_prompt + hosts.own_shard()[0] * len(tokens) + np.arange(len(tokens))
     *on_device, ids = hosts.to_global((tokens, mask, ids), self.prompt_sharding)
     if token_filter is not None and token_filter.is_off:
       token_filter = None
     how = {"temperature": temperature, "token_filter": token_filter}
     return Prepared(tokens, mask, (*on_device, _row_keys(key, ids, group)), self._table, how)
+
+  def encode(
+    self, prompts: Sequence[str | Messages]
+  ) -> tuple[Int[np.ndarray, "P N"], Bool[np.ndarray, "P N"]]:
+    """Returns the tokens of prompts and their mask, left-padded to `padded_length`.
+
+    Raises:
+      ValueError: a prompt is too long.
+    """
+    tokens, mask, _ = encode_prompts(self.tokenizer, prompts, self.prompt_length)
+    longest = hosts.gathered(longest=mask.sum(-1).max(keepdims=True))["longest"].max()
+    start = self.prompt_length - padded_length(int(longest), self.prompt_length)
+    return tokens[:, start:], mask[:, start:]
+
+  @property
+  def table(self) -> Int[np.ndarray, "S V"]:
+    """The stop table in use: that of the stops, or the one that replaces it."""
+    return self._table
 
   def texts(
     self, tokens: Int[np.ndarray, "P G T"], mask: Bool[np.ndarray, "P G T"]

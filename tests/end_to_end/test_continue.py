@@ -271,6 +271,7 @@ OTHERS = [
   ("algorithm.entropy_target=9.0", "algorithm.entropy_delta=0.01", "algorithm.nll_weight=0.1",
    "algorithm.anchor=sampler", "algorithm.correction=geometric_mask+off_policy_mask",
    "algorithm.geometric_min=0.9", "algorithm.geometric_max=1.1", "algorithm.off_policy_max=0.5"),
+  ("rollout.partial_tokens=1", "rollout.partial_prompts=8", "algorithm.anchor=sampler"),
 ]  # fmt: skip
 
 
