@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +22,11 @@ from benchmarks import (
   ahead,
   alternate,
   cost,
+  learning,
   logprobs,
   pass_rates,
   plans,
+  problems,
   sampling,
   settings,
   slots,
@@ -152,6 +155,67 @@ def test_a_timeline_has_a_letter_for_each_step():
     "rewards   ......bb....",
     "update    aaaa....bbbb",
   ]
+
+
+@pytest.mark.slow
+def test_learning_is_measured_once(tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", xla_flags())  # of one device
+  out = tmp_path / "learning.jsonl"
+  sizes = ["--task", "smallest", "--every", "1", "--held-out", "4", "--out", str(out)]
+  learning.main(["--model", "random:tiny", "--seeds", "0", *sizes])
+  (run,) = map(json.loads, out.read_text().splitlines())
+  assert [point["step"] for point in run["curve"]] == [0, 1, 2]
+  tokens = [point["tokens"] for point in run["curve"]]
+  assert tokens[0] == 0 < tokens[1] < tokens[2] <= 2 * 2 * 2 * 3  # steps x P x G x T
+  seconds = [point["seconds"] for point in run["curve"]]
+  assert 0 <= seconds[0] < seconds[1] < seconds[2]
+  learning.main(["--seeds", "0", *sizes, "--figure", str(tmp_path / "curves.png")])
+  assert len(out.read_text().splitlines()) == 1
+  assert "| grpo_jax | smallest |" in capsys.readouterr().out
+  assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_the_time_to_an_accuracy_is_a_median_that_counts_runs_without_it():
+  def run(seed: int, accuracies: list[float]) -> dict:
+    points = zip((0, 10, 20), accuracies)
+    curve = [{**dict.fromkeys(learning.AXES, x), "accuracy": y} for x, y in points]
+    return {"engine": "e", "task": "t", "learning_rate": 1.0, "precision": "", "seed": seed,
+            "curve": curve}  # fmt: skip
+
+  # 0.7 is reached after 10 * 4 / 5, never, and after 10 + 10 * 2 / 3 seconds; 0.8 once.
+  runs = [run(0, [0.3, 0.8, 0.8]), run(1, [0.3, 0.4, 0.5]), run(2, [0.3, 0.5, 0.8 - 1e-9])]
+  cells = [cell.strip() for cell in learning.table(runs).splitlines()[-1].split("|")]
+  assert cells[4:9] == ["3", *["17 (8 to -)"] * 3, "-"]
+  assert cells[-2] == "0.800 (0.500 to 0.800)"
+
+
+def test_units_of_work_sum_up_to_a_curve():
+  records = [{"seconds": 1.0, "cpu_seconds": 2.0, "step": n, "tokens": 7 * n, "accuracy": 0.1 * n}
+             for n in range(3)]  # fmt: skip
+  last = learning.curve_of(records)[-1]
+  assert (last["seconds"], last["cpu_seconds"], last["tokens"], last["step"]) == (3.0, 6.0, 14, 2)
+
+
+@pytest.mark.parametrize("name", problems.TASKS)
+def test_problems_to_learn_are_split_and_judged(name):
+  task = problems.TASKS[name]
+  train, held_out = problems.make_problems(task)
+  assert (len(train), len(held_out)) == (3800, 200)
+  text = str if task.chat else lambda prompt: prompt.splitlines()[-1]
+  pairs = {}
+  for split, rows in (("train", train), ("held out", held_out)):
+    for row in rows:
+      a, b = map(int, re.findall(r"\d+", text(row["prompt"])))
+      assert row["answer"] == str(a + b)
+      pairs[tuple(sorted((a, b)))] = split
+  assert len(pairs) == 4000  # so no pair is in both, in either order
+  right = [f" {row['answer']}\n1 + 1 = 2" for row in held_out]
+  if task.chat:
+    right = [[{"role": "assistant", "content": f"It is {row['answer']}."}] for row in held_out]
+  prompts, answers = zip(*((row["prompt"], row["answer"]) for row in held_out))
+  assert set(problems.reward(prompts, right, answers)) == {1.0}
+  assert set(problems.reward(prompts, right[::-1], answers)) <= {0.0, 1.0}
+  assert sum(problems.reward(prompts, [right[0]] * 200, answers)) < 20
 
 
 def answers(right: list[list[int]]) -> Answers:
