@@ -777,7 +777,10 @@ def new_adapters_of(settings: ConfigDict, weights: Weights) -> Callable[[jax.Arr
       )
     return None
   if settings.quantize != "none":
-    quantized_shapes(weights.shapes, settings.quantize)
+    try:
+      quantized_shapes(weights.shapes, settings.quantize, weights.stored)
+    except ValueError as error:
+      raise ValueError(f"lora.quantize is {settings.quantize!r}: {error}") from error
   make = partial(lora.init, shapes=weights.shapes, pattern=settings.targets, rank=settings.rank)
   jax.eval_shape(make, jax.random.key(0))
   return make

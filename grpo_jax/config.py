@@ -35,7 +35,7 @@ VALUES = {
   "rollout.overlong": ("error", "drop"),
   "teacher.shows": ("sibling", "answer"),
   "rewards.on_error": ("raise", "skip"),
-  "lora.quantize": ("none", "int8", "nf4"),
+  "lora.quantize": ("none", "int8", "nf4", "file"),
   "optimizer.name": ("adamw", "adafactor", "muon"),
   "optimizer.schedule": ("constant", "linear", "cosine"),
   "train.reduction": ("fast", "deterministic"),
@@ -255,7 +255,9 @@ def default_config() -> ConfigDict:
   c.lora = Section()  # train low-rank adapters instead of the weights
   c.lora.rank = 0  # 0 = train all weights
   c.lora.alpha = 16.0  # adapters are scaled by alpha / rank
-  c.lora.quantize = "none"  # bits of the frozen matrices: int8 or nf4 (QLoRA), or none: as they are
+  # How the frozen matrices are held (QLoRA): int8, nf4 (4 bits), file (the blocks of a GGUF file,
+  # as they are) or none (float32).
+  c.lora.quantize = "none"
   # Folder of adapters to start from, as `peft` and `export --adapter` write it. Its rank, alpha and
   # matrices replace the fields above and below.
   c.lora.source = ""

@@ -44,6 +44,8 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"layers/(o|down)_lora_a$", P(None, "tensor", None)),
   (r"layers/(o|down)_lora_b$", P(None, None, "fsdp")),
 )
+# Fields of a quantized matrix, at the end of a path: they are split like the matrix.
+FIELDS = r"/(values|(scale|minimum)(s|_levels))$"
 BATCH = P(("data", "fsdp"))
 # Specs of values inside a model, by kind. With weights split over `fsdp` and no such constraint,
 # the partitioner leaves the weights where they are and all devices compute on all prompts. With
@@ -175,7 +177,7 @@ def param_shardings(mesh: Mesh, tree: Any, *, sampling: bool = False) -> Any:
   def sharding_of(path: tuple, leaf: Any) -> NamedSharding:
     if leaf.ndim == 0:
       return NamedSharding(mesh, P())
-    name = _name(path).removesuffix("/values").removesuffix("/scales")  # of a quantized matrix
+    name = re.sub(FIELDS, "", _name(path))
     stacked_name = re.sub(r"layers/\d+/", "layers/", name)
     for pattern, spec in RULES:
       if re.search(pattern, stacked_name):

@@ -3,13 +3,14 @@
 A matrix [in, out] is cut into blocks of its inputs. A block of an output has a scale, and each of
 its numbers is a level times that scale. `quantized_matmul` dequantizes one matrix of one layer, in
 the forward pass and again in the backward pass, so that a wide copy of the model never exists.
+Matrices are quantized as they are read, or keep the blocks that a GGUF file has.
 
 References:
   Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E (NF4).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from grpo_jax.core.checks import Array
+from grpo_jax.models.io.gguf_blocks import TYPES, Stored, StoredMatrix, stacked
 from grpo_jax.models.io.weights import MATRICES, Part, Weights
 from grpo_jax.models.protocol import Params
 
@@ -35,27 +37,41 @@ NF4 = np.array([
 BLOCKS = {"int8": 32, "nf4": 64}
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["scheme"])
+FROM_FILE = "file"  # in the place of a scheme: blocks as a GGUF file has them
+PACKED = ("nf4", "uint4", "int4")  # schemes with two numbers in a byte
+FIELDS = ("values", "scales", "minimums", "scale_levels", "minimum_levels")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=FIELDS, meta_fields=["scheme"])
 @dataclasses.dataclass(frozen=True)
 class Quantized:
   """A matrix [in, out], or a stack of them [L, in, out], in few bits.
 
+  Blocks of GGUF files may have minimums, which are added. Those of some types are blocks of smaller
+  ones, whose scales (and minimums) are small integers times those of the large block.
+
   Attributes:
-    values: levels. `int8`: [L, in, out], from -127 to 127. `nf4`: [L, in / 2, out], two indices
-      into `NF4` in a byte; the lower four bits are those of the first of two inputs.
-    scales: float32 [L, in / block, out].
-    scheme: a key of `BLOCKS`.
+    values: levels. `int8`: [L, in, out], from -128 to 127. Others: [L, in / 2, out] in uint8, the
+      lower four bits for the first of two inputs: indices into `NF4` (`nf4`), numbers from 0 to 15
+      (`uint4`), or these minus 8 (`int4`).
+    scheme: the form of the values.
+    scales: [L, in / block, out]; float32, or float16 from a file.
+    minimums: as the scales.
+    scale_levels, minimum_levels: int8 [L, in / small block, out].
   """
 
   values: Any
   scales: Any
   scheme: str
+  minimums: Any = None
+  scale_levels: Any = None
+  minimum_levels: Any = None
 
   @property
   def shape(self) -> tuple[int, ...]:
     """The shape of the matrix."""
     *stack, rows, columns = self.values.shape
-    return (*stack, rows * (2 if self.scheme == "nf4" else 1), columns)
+    return (*stack, rows * (2 if self.scheme in PACKED else 1), columns)
 
   @property
   def ndim(self) -> int:
@@ -116,7 +132,7 @@ def quantize(matrix: Float[np.ndarray, "... I O"], scheme: str) -> Quantized:
 
 
 def dequantize(matrix: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... I O"]:
-  """Returns the matrix that `quantize` stored, level times scale, computed in float32.
+  """Returns the matrix that is stored, level times scale plus minimum, computed in float32.
 
   Args:
     matrix: [in, out] or [L, in, out].
@@ -126,10 +142,25 @@ def dequantize(matrix: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array
     levels = matrix.values.astype(jnp.float32)
   else:
     pair = jnp.stack([matrix.values & 15, matrix.values >> 4], axis=-2)
-    levels = jnp.asarray(NF4)[pair]
-  *stack, blocks, outputs = matrix.scales.shape
-  blocked = levels.reshape(*stack, blocks, -1, outputs) * matrix.scales[..., None, :]
-  return blocked.reshape(matrix.shape).astype(dtype)
+    levels = jnp.asarray(NF4)[pair] if matrix.scheme == "nf4" else pair.astype(jnp.float32)
+    levels = levels.reshape(matrix.shape) - (8 if matrix.scheme == "int4" else 0)
+  wide = _scaled(levels, _scaled(matrix.scale_levels, matrix.scales))
+  if matrix.minimums is not None:
+    minimums = _scaled(matrix.minimum_levels, matrix.minimums)
+    wide = wide + _scaled(jnp.ones_like(levels), minimums)
+  return wide.astype(dtype)
+
+
+def _scaled(
+  numbers: Float[Array, "... I O"] | None, scales: Float[Array, "... B O"]
+) -> Float[Array, "... I O"]:
+  """Returns numbers times the scales of their blocks, or the scales if there are no numbers."""
+  scales = scales.astype(jnp.float32)
+  if numbers is None:
+    return scales
+  *stack, blocks, outputs = scales.shape
+  blocked = numbers.astype(jnp.float32).reshape(*stack, blocks, -1, outputs)
+  return (blocked * scales[..., None, :]).reshape(numbers.shape)
 
 
 @jax.custom_vjp
@@ -161,11 +192,19 @@ quantized_matmul.defvjp(_forward, _backward)
 # --- whole models ---------------------------------------------------------------------------------
 
 
-def quantized_shapes(shapes: Params, scheme: str) -> Params:
+def quantized_shapes(
+  shapes: Params, scheme: str, stored: Mapping[str, Sequence[Stored]] | None = None
+) -> Params:
   """Returns the shapes of the parameters of a model whose layers' matrices are quantized.
 
+  Args:
+    shapes: of the parameters that are read.
+    scheme: as in `quantize`, or `file`.
+    stored: as in `Weights`; needed for `file`. Matrices that have no blocks in the file stay wide.
+
   Raises:
-    ValueError: as `block_of`; the message names the matrix.
+    ValueError: as `block_of`, and for `file`: no matrix of the model has blocks, or they are of
+      another type than in `gguf_blocks.TYPES`. The message names the matrix.
   """
 
   def one(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
@@ -181,7 +220,38 @@ def quantized_shapes(shapes: Params, scheme: str) -> Params:
     scales = jax.ShapeDtypeStruct((*stack, inputs // block, outputs), jnp.float32)
     return Quantized(values, scales, scheme)
 
-  return shapes | {"layers": {name: one(name, leaf) for name, leaf in shapes["layers"].items()}}
+  def as_stored(matrix: StoredMatrix) -> Quantized:
+    count, inputs, outputs = matrix.shape
+    return Quantized(scheme=matrix.scheme, **{
+      name: jax.ShapeDtypeStruct((count, inputs // per, outputs), dtype)
+      for name, (per, dtype) in matrix.fields.items()
+    })  # fmt: skip
+
+  layers = shapes["layers"]
+  if scheme == FROM_FILE:
+    kept = stored_matrices(shapes, stored or {})
+    return shapes | {"layers": layers | {name: as_stored(kept[name]) for name in kept}}
+  return shapes | {"layers": {name: one(name, leaf) for name, leaf in layers.items()}}
+
+
+def stored_matrices(
+  shapes: Params, stored: Mapping[str, Sequence[Stored]]
+) -> dict[str, StoredMatrix]:
+  """Returns the matrices that have blocks in a GGUF file, by name.
+
+  Raises:
+    ValueError: as `quantized_shapes`.
+  """
+  matrices = {
+    name: stacked(name, layers, shapes["layers"][name].shape) for name, layers in stored.items()
+  }
+  kept = {name: matrix for name, matrix in matrices.items() if matrix is not None}
+  if not kept:
+    raise ValueError(
+      "no matrix of the layers is quantized in the model's files: keeping quantized blocks needs a "
+      f"GGUF file that has them ({', '.join(TYPES)}); {' and '.join(BLOCKS)} quantize any model"
+    )
+  return kept
 
 
 def quantized_weights(weights: Weights, scheme: str) -> Weights:
@@ -189,15 +259,21 @@ def quantized_weights(weights: Weights, scheme: str) -> Weights:
 
   Args:
     weights: the model in its files.
-    scheme: as in `quantize`.
+    scheme: as in `quantize`, or `file`: the blocks of a GGUF file are kept.
 
   Raises:
     ValueError: as `quantized_shapes`.
   """
-  shapes, layers = quantized_shapes(weights.shapes, scheme), dict(weights.parts["layers"])
-  for name in MATRICES.keys() & layers.keys():
-    read = partial(_read_blocks, layers[name], weights.shapes["layers"][name].shape, scheme)
-    layers[name] = Quantized(partial(read, "values"), partial(read, "scales"), scheme)
+  shapes = quantized_shapes(weights.shapes, scheme, weights.stored)
+  layers = dict(weights.parts["layers"])
+  if scheme == FROM_FILE:
+    for name, matrix in stored_matrices(weights.shapes, weights.stored).items():
+      fields = {field: partial(matrix.read, field) for field in matrix.fields}
+      layers[name] = Quantized(scheme=matrix.scheme, **fields)
+  else:
+    for name in MATRICES.keys() & layers.keys():
+      read = partial(_read_blocks, layers[name], weights.shapes["layers"][name].shape, scheme)
+      layers[name] = Quantized(partial(read, "values"), partial(read, "scales"), scheme)
   return dataclasses.replace(weights, shapes=shapes, parts=weights.parts | {"layers": layers})
 
 

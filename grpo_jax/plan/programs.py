@@ -6,7 +6,7 @@ The programs are those of the run: the factories of `learning.updates`, `samplin
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -35,10 +35,12 @@ from grpo_jax.learning.updates import (
 )
 from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder, route_dtype
+from grpo_jax.models.io.gguf_blocks import Stored
 from grpo_jax.models.io.presets import config_of
 from grpo_jax.models.io.weights import Weights, shapes_of, with_value_head
+from grpo_jax.models.load import open_weights
 from grpo_jax.models.protocol import Cache, Model, Params
-from grpo_jax.models.quantized import quantized_shapes
+from grpo_jax.models.quantized import FROM_FILE, quantized_shapes
 from grpo_jax.plan.hardware import Topology
 from grpo_jax.sampling.sampler import make_generate
 from grpo_jax.sampling.stopping import stop_table
@@ -109,6 +111,7 @@ class Programs:
       unless some devices do nothing else.
     new_adapters: key -> LoRA adapters, as in `build.Run`; None if all weights are trained.
     prompts: what the task determines.
+    stored: as in `Weights`.
     critic: as in `build.Run`.
     teachers: models that the policy learns from, the largest first.
   """
@@ -122,6 +125,7 @@ class Programs:
   optimizer: optax.GradientTransformation
   new_adapters: Callable[[jax.Array], Params] | None
   prompts: Prompts
+  stored: Mapping[str, Sequence[Stored]] = dataclasses.field(default_factory=dict)
   critic: Critic | ValueHead | None = None
   teachers: tuple[Decoder, ...] = ()
   rollout_mesh: Mesh | None = None
@@ -196,7 +200,7 @@ class Programs:
     if not self.new_adapters:
       return None
     return (
-      self._params(quantized_shapes(self.weights, self.quantized))
+      self._params(quantized_shapes(self.weights, self.quantized, self.stored))
       if self.quantized
       else self.weights
     )
@@ -463,7 +467,9 @@ def open_programs(
   shape = attempt(lambda: config_of(c.model.source))
   c, _ = (shape and attempt(lambda: build.with_lora_source(c, shape))) or (c, None)
   weights = Weights(shape, shapes_of(shape), None) if shape else None
-  adapters = attempt(lambda: build.new_adapters_of(c.lora, weights)) if shape else None
+  if shape and c.lora.quantize == FROM_FILE:  # the types of its tensors count
+    weights = attempt(lambda: open_weights(c.model.source))
+  adapters = attempt(lambda: build.new_adapters_of(c.lora, weights)) if weights else None
   values = None
   if algorithm and "values" in algorithm.rewards and c.critic.trunk == "own":
     values = attempt(lambda: config_of(configs.critic_source(c)))
@@ -520,6 +526,7 @@ def open_programs(
     schedule=schedule,
     optimizer=optimizer,
     new_adapters=adapters,
+    stored=weights.stored,
     prompts=prompts,
     critic=build.critic_of(c, algorithm, values, mesh, longest),
     teachers=tuple(sorted(teachers, key=_size, reverse=True)),

@@ -9,6 +9,7 @@ from grpo_jax.models.decoder import LANES
 from grpo_jax.plan.hardware import open_topology
 from grpo_jax.plan.programs import bytes_of, open_programs, read_prompts
 from grpo_jax.sampling.stopping import stop_table
+from tests.helpers import tiny_gguf
 from tests.helpers.plans import load
 
 KL = ("algorithm.name=grpo", "algorithm.beta=0.1")
@@ -112,6 +113,15 @@ def test_a_quantized_base_takes_fewer_bytes_and_has_no_copy_for_the_sampler():
   assert programs_of(
     "lora.rank=2", "lora.quantize=int8", "mesh.data=4", "mesh.fsdp=2"
   ).copied_for_sampling
+
+
+def test_the_types_of_a_file_are_planned(tmp_path):
+  """Matrices of 64 x 64: q in Q4_1 has 5 bits a number, k in float16 is held in float32."""
+  tiny_gguf.write(tmp_path / "model.gguf")
+  source = f"model.source={tmp_path / 'model.gguf'}"
+  layers = programs_of(source, "lora.rank=2", "lora.quantize=file").base_params["layers"]
+  assert bytes_of(layers["q"]) == 2 * 64 * 64 * 5 / 8
+  assert bytes_of(layers["k"]) == 2 * 64 * 32 * 4
 
 
 TAUGHT = ("algorithm.name=opd", "teacher.source=['random:tiny','random:tiny']")

@@ -15,6 +15,7 @@ import numpy as np
 from grpo_jax import extras
 from grpo_jax.errors import first_line
 from grpo_jax.models.config import MAX_LAYERS, ModelConfig, RopeScaling, check_numbers
+from grpo_jax.models.io.gguf_blocks import Stored
 from grpo_jax.models.io.gguf_header import check_header
 from grpo_jax.models.io.safetensors import Index, Tensor
 from grpo_jax.models.rope import frequencies
@@ -243,16 +244,19 @@ def _tensor(tensor: Any, config: ModelConfig, architecture: str, path: Path) -> 
   except Exception as error:  # of a type that is not supported, or without any data
     raise ValueError(f"{path}: {tensor.name}: {first_line(error)}") from error
 
-  def read(index: Index) -> np.ndarray:
-    if heads:
-      values = quants.dequantize(tensor.data, tensor.tensor_type)
-      return undo_rope_order(values, heads)[index]
+  def rows(part: slice) -> np.ndarray:
     # Each row is stored by itself, as a sequence of quantized blocks.
-    values = quants.dequantize(tensor.data[index[0]], tensor.tensor_type)
+    if heads:
+      return tensor.data[undo_rope_order(np.arange(len(tensor.data)), heads)[part]]
+    return tensor.data[part]
+
+  def read(index: Index) -> np.ndarray:
+    values = quants.dequantize(rows(index[0]), tensor.tensor_type)
     return values[(slice(None), *index[1:])] - np.float32(offset)
 
   # GGUF lists dimensions from the innermost to the outermost.
-  return Tensor(tuple(int(n) for n in reversed(tensor.shape)), read)
+  shape = tuple(int(n) for n in reversed(tensor.shape))
+  return Tensor(shape, read, Stored(tensor.tensor_type.name, rows))
 
 
 def undo_rope_order(kernel: np.ndarray, heads: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io import families
+from grpo_jax.models.io.gguf_blocks import Stored
 from grpo_jax.models.io.json_files import read_json
 
 # Buffers that old exports store with the weights; the config determines them.
@@ -33,10 +34,14 @@ Index = tuple[slice, ...]
 
 
 class Tensor(NamedTuple):
-  """Holds the shape of a tensor in a file, and a function that reads the part at an index."""
+  """Holds the shape of a tensor in a file, and a function that reads the part at an index.
+
+  `stored` gives the bytes of a matrix in a GGUF file.
+  """
 
   shape: tuple[int, ...]
   read: Callable[[Index], np.ndarray]
+  stored: Stored | None = None
 
 
 def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -7,8 +7,8 @@ silently ignored. `models.load.open_weights` opens any source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.io.gguf import read_gguf
+from grpo_jax.models.io.gguf_blocks import Stored
 from grpo_jax.models.io.safetensors import Index, Tensor, read_folder
 from grpo_jax.models.io.sources import Source
 from grpo_jax.models.protocol import Params
@@ -163,12 +164,14 @@ class Weights:
     shapes: parameter tree of float32 ShapeDtypeStructs.
     parts: the same tree of functions that read a part of a parameter.
     where: the file or folder in errors.
+    stored: matrices of the layers as they lie in a GGUF file: name -> a tensor for each layer.
   """
 
   config: ModelConfig
   shapes: PyTree[jax.ShapeDtypeStruct]
   parts: PyTree[Part]
   where: str = "the model"
+  stored: Mapping[str, Sequence[Stored]] = field(default_factory=dict)
 
   def read(self, shardings: PyTree[Sharding] | None = None) -> Params:
     """Returns the parameters as numpy arrays, or as jax arrays with the given shardings.
@@ -278,7 +281,8 @@ def open_files(source: Source) -> Weights:
   config, tensors = read(Path(source.location))
   names = "gguf" if source.kind == "gguf" else "hf"
   parts = _parts(config, tensors, names, source.location)
-  return Weights(config, shapes_of(config), parts, source.location)
+  stored = _stored(config, tensors) if source.kind == "gguf" else {}
+  return Weights(config, shapes_of(config), parts, source.location, stored)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -380,6 +384,15 @@ def _parts(
       parts[row.path] = _single(name, tensors)
   _check(expected, tensors, where)
   return parts
+
+
+def _stored(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Stored, ...]]:
+  """Returns the matrices of the layers as they lie in a GGUF file."""
+  return {
+    name: tuple(tensors[row.gguf.format(layer)].stored for layer in range(config.layers))
+    for row in rows_of(config)
+    if (name := row.path.removeprefix("layers/")) in MATRICES
+  }
 
 
 def _single(name: str, tensors: Mapping[str, Tensor]) -> Part:
