@@ -183,7 +183,8 @@ def _train(
     out.print("compiling  sampling, evaluation and update, once each; later steps are faster")
     for finding in doctor.before(run):
       out.print(f"doctor     {finding.seen}: {finding.reason}")
-    recorder = skipped.Recorder(out.workdir, configs.to_saved(run.config), run.mesh, out.print)
+    saved = configs.to_saved(run.config)
+    recorder = skipped.Recorder(out.workdir, saved, run.mesh, out.print, out.share)
     update = run.learner(on_skip=recorder)
     session["memory"] = record.memory_of(update.held(state))
     for step in range(start, run.steps):

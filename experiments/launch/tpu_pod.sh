@@ -5,13 +5,14 @@
 #   experiments/launch/tpu_pod.sh setup        # copies this folder (a fresh clone) to all hosts
 #   experiments/launch/tpu_pod.sh train CONFIG WORKDIR [--config.a.b=value ...]
 #
-# WORKDIR must be on a file system that all hosts share (NFS, or a bucket mounted with gcsfuse):
-# every host writes its part of a checkpoint there. The same command continues a run.
+# WORKDIR is in a bucket (gs://BUCKET/PATH), to which the service account of the TPU can write, or on a
+# file system that all hosts share: every host writes its part of a checkpoint there. The same
+# command continues a run.
 # DRY_RUN=1 prints the commands instead of running them.
 set -euo pipefail
 
 usage() {
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 

@@ -369,7 +369,7 @@ def train(run: RewardRun, workdir: str | Path | mirror.Place) -> dict[str, float
         out.write_evaluation(c.steps, Evaluation(results, []))
       out.save(c.steps, state)
       out.draw_curve()
-    write_model(run, workdir)
+    write_model(run, place)
   return results
 
 
@@ -402,10 +402,13 @@ def _steps(run: RewardRun, out: Output, start: int, state: TrainState) -> TrainS
   return state
 
 
-def write_model(run: RewardRun, workdir: Path) -> None:
+def write_model(run: RewardRun, place: mirror.Place) -> None:
   """Writes the parameters of the newest checkpoint as a Hugging Face folder; all hosts call it."""
+  workdir = place.folder
   with hosts.together("writing the model"):
     if hosts.is_first() and not (workdir / MODEL).exists():
+      if place.mirror:  # of several hosts, this one has only its own shards
+        place.mirror.fetch_newest()
       _, params = reading.read_params(workdir)
       s = run.settings
       export_model(run.weights.config, params, s.model, workdir / MODEL, s.dtype, pad_id=run.pad_id)

@@ -76,8 +76,9 @@ class Checkpoints:
     workdir: the work directory.
     keep: number of checkpoints to keep, the newest ones; more while others are being read.
     read_only: change nothing in the directory. Beside a run that writes, use `reading`.
-    publish: called by the first host with the folder of each checkpoint that is written, and its
-      step, before it counts here; it makes the digests.
+    publish: called with the folder of each checkpoint that is written, and its step, before it
+      counts here; it makes the digests. Several hosts then have a work directory each: a host
+      writes its shards of a checkpoint to its own, calls `publish`, and waits for no other host.
 
   Attributes:
     pending: rollouts ahead of the updates, from the checkpoint that was restored last; see `save`.
@@ -93,11 +94,16 @@ class Checkpoints:
     self._folder, self._read_only = folder(workdir), read_only
     self.pending: dict[str, np.ndarray] = {}
     self._publish = publish or (lambda path, step: write_digests(path))
+    self._alone = publish is not None and jax.process_count() > 1
     self._saving: int | None = None  # step of the checkpoint that is being written
     self._bytes = 0  # size of a checkpoint
+    handler, own = None, {}
+    if self._alone:
+      handler, own = alone()
+      self._folder.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
       preservation_policy=KeepNewest(self._folder, DIGESTS, keep),
-      create=not read_only,
+      create=not read_only and not self._alone,
       cleanup_tmp_directories=not read_only,
       enable_async_checkpointing=True,
       async_options=ocp.AsyncOptions(
@@ -105,8 +111,9 @@ class Checkpoints:
         # orbax: if this fails in the background, the process cannot end for minutes.
         create_directories_asynchronously=False,
       ),
+      **own,
     )
-    self._manager = ocp.CheckpointManager(self._folder, options=options)
+    self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint, damaged or not; None if there is none."""
@@ -136,7 +143,8 @@ class Checkpoints:
       if pending:
         tree[PENDING] = pending
       self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-      self._manager.save(step, args=ocp.args.StandardSave(tree))
+      save = ocp.args.PyTreeSave if self._alone else ocp.args.StandardSave
+      self._manager.save(step, args=save(tree))
 
   def check(self) -> None:
     """Checks for errors in the background without waiting.
@@ -163,7 +171,12 @@ class Checkpoints:
     if PENDING in saved:
       tree[PENDING] = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), saved[PENDING])
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-    tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    if self._alone:
+      how = ocp.checkpoint_utils.construct_restore_args(abstract)
+      arguments = ocp.args.PyTreeRestore(abstract, restore_args=how)
+    else:
+      arguments = ocp.args.StandardRestore(abstract)
+    tree = self._manager.restore(step, args=arguments)
     self.pending = jax.tree.map(np.asarray, tree.pop(PENDING, {}))
     state = TrainState.from_dict(tree)
     if state.history is None:
@@ -182,7 +195,7 @@ class Checkpoints:
 
     Newer, damaged checkpoints are moved to `damaged/`: their steps are run and saved again. A
     checkpoint without digests (from an earlier version) counts as damaged if it cannot be read. All
-    hosts have to call this; each checks its share of the files.
+    hosts have to call this; each checks its share of the files, or all of a copy of its own.
 
     Args:
       like: state with the shapes, dtypes and shardings to restore to.
@@ -196,7 +209,8 @@ class Checkpoints:
     """
     damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      problems = find_damage(self._folder / str(step), *hosts.own_shard())
+      shard = () if self._alone else hosts.own_shard()
+      problems = find_damage(self._folder / str(step), *shard)
       state, problem = None, next(iter(hosts.gathered_json(problems or [])), "")
       if not problem:
         try:
@@ -239,7 +253,7 @@ class Checkpoints:
 
   def _before_rename(self) -> None:
     """Adds the digests; orbax calls this after it wrote all files and before the rename."""
-    if hosts.is_first():
+    if hosts.is_first() or self._alone:
       names = (str(self._saving), f"{self._saving}.")
       for path in self._folder.iterdir():
         if path.name == names[0] or path.name.startswith(names[1]):
@@ -250,7 +264,7 @@ class Checkpoints:
     if self._read_only:
       return "it is skipped"
     target = self._folder.parent / DAMAGED / str(step)
-    if hosts.is_first():
+    if hosts.is_first() or self._alone:
       number = 1
       while target.exists():
         number += 1
@@ -277,6 +291,24 @@ class Checkpoints:
         f"{self._bytes / 2**20:.1f} MiB; {workdirs.free_space(self._folder)}. Earlier checkpoints "
         "are intact"
       ) from error
+
+
+def alone() -> tuple[ocp.PyTreeCheckpointHandler, dict[str, Any]]:
+  """Returns a handler and options with which orbax in this process never waits for the other ones.
+
+  It writes a file for each shard of this process, every shard on one process only: the files of all
+  together are a checkpoint. It reads what it needs from a whole copy.
+  """
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=None, active_processes={jax.process_index()}
+  )
+  # orbax: the handlers of types that all its objects share wait for the first process once another
+  # object has been made, so these are our own.
+  types = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+  )
+  own = {"multiprocessing_options": options}
+  return ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=types, **own), own
 
 
 def folder(workdir: str | Path) -> Path:

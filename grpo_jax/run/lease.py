@@ -176,6 +176,18 @@ class Lease:
     )
 
 
+def confirm_token(store: Store, token: str) -> None:
+  """Checks that a lease is held, in a process that does not hold it itself.
+
+  Raises:
+    LeaseLost: it has another token, or was released.
+    StoreError: the store does not answer.
+  """
+  content, _ = store.read_version(LOCK)
+  if content is None or _parse(content).get("token") != token:
+    raise LeaseLost(f"{store.address} is not this run's any more: its first host has lost it")
+
+
 # --- who holds it ---------------------------------------------------------------------------------
 
 

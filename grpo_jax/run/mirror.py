@@ -2,18 +2,21 @@
 
 A run works in the folder as in any other. `opened` takes the lease and downloads what the run
 reads; files that change are uploaded whole, every `PERIOD` seconds and before a checkpoint counts.
-A checkpoint counts from when its digests are there, which are uploaded last. Runs of several hosts
-are refused.
+A checkpoint counts from when its digests are there, which are uploaded last. Several hosts have a
+folder each: all download, each uploads its shards of a checkpoint, and the first one, which holds
+the lease, uploads everything else and makes the checkpoint count.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -22,16 +25,22 @@ from grpo_jax import addresses
 from grpo_jax.addresses import Address
 from grpo_jax.distributed import hosts
 from grpo_jax.run import checkpoint
-from grpo_jax.run.lease import PROBE, Lease, LeaseLost
+from grpo_jax.run.lease import PROBE, Lease, LeaseLost, confirm_token
 from grpo_jax.run.stores import Entry, Store, StoreError, in_parallel, open_store
 from grpo_jax.run.workdir import LOCK, WorkdirError, path_of
 
 CHECKPOINTS = "checkpoints"
 PERIOD = 30.0  # seconds between uploads of changed files
+PEERS = 1800.0  # seconds until the other hosts must have uploaded their files of a checkpoint
 STAGES = "GRPO_JAX_STAGES"  # environment variable: the parent of the folders of this machine
 ATTEMPTS = 10  # checkpoints that a run may remove while they are copied
 _LARGE = 8 * 2**20  # bytes from which a file is uploaded in parts
 _CLOSING = 10.0  # seconds for the last requests after a failure
+_POLL = 0.2  # seconds between looks at what the other hosts have uploaded
+# Files that all hosts write alike, or each for itself: only the first host uploads its own.
+_COMMON = {
+  checkpoint.DIGESTS, "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "commit_success.txt",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +69,12 @@ def place_of(workdir: str | Path | Address) -> Path | Address:
   return place if isinstance(place, Address) else path_of(workdir)
 
 
-def folder_of(workdir: Path | Address) -> Path:
-  """Returns the folder of this machine that a work directory is staged in, or is."""
+def folder_of(workdir: Path | Address, index: int = 0) -> Path:
+  """Returns the folder of this machine that a work directory is staged in, or is.
+
+  Args:
+    index: of the process, of several on this machine that have their own.
+  """
   if isinstance(workdir, Path):
     return workdir
   parent = os.environ.get(STAGES)
@@ -69,7 +82,7 @@ def folder_of(workdir: Path | Address) -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     parent = Path(caches) / "grpo_jax" / "stages"
   name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
-  return Path(parent) / name / PurePosixPath(workdir.prefix).name
+  return Path(parent) / (f"{name}-{index}" if index else name) / PurePosixPath(workdir.prefix).name
 
 
 @contextlib.contextmanager
@@ -86,15 +99,18 @@ def opened(workdir: str | Path | Address | Place) -> Iterator[Place]:
   if isinstance(address, Path):
     yield Place(address)
     return
-  if hosts.own_shard()[1] > 1:
-    raise WorkdirError(
-      f"{address}: a run of several hosts cannot use a store yet; give a --workdir on a file "
-      "system that all of them share"
-    )
-  folder = folder_of(address)
-  with _named(folder, address), _leased(open_store(address)) as lease:
-    mirror = Mirror(open_store(address), folder, lease)
-    mirror.download()
+  index, count = hosts.own_shard()
+  folder = folder_of(address, index)
+  with contextlib.ExitStack() as stack, _named(folder, address):
+    with hosts.together("taking the work directory"):
+      lease = stack.enter_context(_leased(open_store(address))) if hosts.is_first() else None
+    [token] = hosts.gathered_json([lease.token] if lease else [])
+    mirror = Mirror(open_store(address), folder, lease, (index, count), token)
+    with hosts.together("reading the work directory"):
+      steps = mirror.download()
+    steps = hosts.gathered_json(steps if lease else [])
+    with hosts.together("reading the checkpoints"):
+      mirror.take_checkpoints(steps)
     with mirror:
       yield Place(folder, mirror)
 
@@ -132,22 +148,30 @@ class Mirror:
   Args:
     store: the folder of the store.
     folder: the one of this machine.
-    lease: of the work directory, held by this process.
+    lease: of the work directory, held by the first host; None on the others.
+    shard: index and number of the hosts.
+    token: of the lease.
   """
 
-  def __init__(self, store: Store, folder: Path, lease: Lease) -> None:
-    self.store, self.folder, self._lease = store, folder, lease
+  def __init__(
+    self, store: Store, folder: Path, lease: Lease | None, shard: tuple[int, int], token: str
+  ) -> None:
+    self.store, self.folder, self._lease, self._token = store, folder, lease, token
+    self._index, self._count = shard
     self._alike: dict[str, tuple[int, int]] = {}  # stamps of the files that the store has
     self._lock, self._ended = threading.Lock(), threading.Event()
     self._failing = ""  # the error of the last upload of changed files
 
   # --- from the store
 
-  def download(self) -> None:
+  def download(self) -> list[int]:
     """Makes the folder what the store has: files that runs read, and the newest whole checkpoint.
 
     Other files become empty ones, which stand for those of the store. Parts of a checkpoint that
     was never whole are removed from the store.
+
+    Returns:
+      The steps of the checkpoints that are in the folder now: a whole one, and newer, damaged ones.
     """
     entries = [entry for entry in self.store.list() if _is_file(entry.name)]
     steps = _steps(entries)
@@ -166,21 +190,39 @@ class Mirror:
     files = [entry for entry in entries if not _of_checkpoint(entry.name)]
     in_parallel(get, files)
     self._alike = {entry.name: _stamp(self.folder / entry.name) for entry in files}
-    whole = tuple(f"{CHECKPOINTS}/{step}/" for step in steps)
-    parts = [entry.name for entry in entries if _of_checkpoint(entry.name)]
-    in_parallel(self.store.remove, [name for name in parts if not name.startswith(whole)])
+    if self._lease:
+      whole = tuple(f"{CHECKPOINTS}/{step}/" for step in steps)
+      parts = [entry.name for entry in entries if _of_checkpoint(entry.name)]
+      in_parallel(self.store.remove, [name for name in parts if not name.startswith(whole)])
     chosen = fetch_checkpoint(self.store, self.folder, entries)
     _remove_others(self.folder / CHECKPOINTS, set(map(str, chosen)))
+    return chosen
+
+  def take_checkpoints(self, steps: list[int]) -> None:
+    """Makes the checkpoints in the folder those that the first host has chosen, if they differ."""
+    folder = self.folder / CHECKPOINTS
+    _remove_others(folder, set(map(str, steps)))
+    for step in steps:
+      if not (folder / str(step)).exists():
+        _fetch(self.store, folder / str(step), step, self.store.list(f"{CHECKPOINTS}/"))
+
+  def fetch_newest(self) -> None:
+    """Makes the newest checkpoint of the store whole in the folder."""
+    fetch_checkpoint(self.store, self.folder, self.store.list(f"{CHECKPOINTS}/"))
 
   # --- to the store
 
   def sync(self) -> None:
     """Uploads files that have changed, and removes those from the store that are gone.
 
+    Does nothing on hosts other than the first.
+
     Raises:
       LeaseLost: another run has taken the work directory; nothing is written.
       StoreError: the store does not answer.
     """
+    if not self._lease:
+      return
     with self._lock:
       self._lease.confirm()
       stamps = {}
@@ -206,28 +248,35 @@ class Mirror:
   def publish(self, folder: Path, step: int, keep: int) -> None:
     """Uploads a checkpoint that is written, so that it counts, and removes older ones.
 
-    Everything else that has changed is uploaded before it counts.
+    Everything else that has changed is uploaded before it counts. All hosts call it, and none waits
+    but the first one, which adds the digests when those of the other hosts are in the store.
 
     Args:
-      folder: holds its files.
+      folder: holds the files that this host has written.
       keep: number of checkpoints to keep.
+
+    Raises:
+      LeaseLost: another run has taken the work directory.
+      StoreError: the store does not answer, or another host did not upload its files in time.
     """
     root = f"{CHECKPOINTS}/{step}"
     checkpoint.write_digests(folder)
-    names = [
-      path.relative_to(folder).as_posix()
-      for path in sorted(folder.rglob("*"))
-      if path.is_file() and path.name != checkpoint.DIGESTS
-    ]
-    in_parallel(lambda name: self._write(f"{root}/{name}", folder / name), names)
+    self._upload(folder, root)
+    own = (folder / checkpoint.DIGESTS).read_bytes()
+    if not self._lease:
+      self.store.write(self._part(root, self._index), own)
+      return
+    digests = self._with_others(own, root)
     self.sync()
     self._lease.confirm()
-    self.store.write(f"{root}/{checkpoint.DIGESTS}", (folder / checkpoint.DIGESTS).read_bytes())
+    self.store.write(f"{root}/{checkpoint.DIGESTS}", digests)
     entries = self.store.list(f"{CHECKPOINTS}/")
     self._remove_checkpoints([old for old in _steps(entries) if old < step][: 1 - keep or None])
 
   def resumed(self, step: int) -> None:
     """Removes checkpoints after `step` from the store: they are damaged, and kept elsewhere."""
+    if not self._lease:
+      return
     newer = [other for other in _steps(self.store.list(f"{CHECKPOINTS}/")) if other > step]
     if newer:
       self.sync()  # with the folder of damaged checkpoints
@@ -237,15 +286,64 @@ class Mirror:
     """Returns a text with the address in place of the folder."""
     return text.replace(str(self.folder), str(self.store.address))
 
+  def share(self, folder: Path) -> None:
+    """Uploads a folder in the work directory that every host has written its part of.
+
+    All hosts call it. Files of an earlier one of this name are removed from the store first.
+    """
+    with hosts.together("uploading files"):
+      self.sync()
+    with hosts.together("uploading files of each host"):
+      if not self._lease:
+        self._upload(folder, folder.relative_to(self.folder.absolute()).as_posix())
+
   def check(self) -> None:
     """Raises LeaseLost if it is known that another run has taken the work directory."""
-    self._lease.check()
+    if self._lease:
+      self._lease.check()
 
   def _remove_checkpoints(self, steps: list[int]) -> None:
     for step in steps:
       root = f"{CHECKPOINTS}/{step}"
       self.store.remove(f"{root}/{checkpoint.DIGESTS}")  # from now on it does not count
       in_parallel(self.store.remove, [entry.name for entry in self.store.list(f"{root}/")])
+
+  def _upload(self, folder: Path, root: str) -> None:
+    """Uploads the files that this host has written to a folder, but no digests."""
+    if not self._lease:
+      confirm_token(self.store, self._token)
+    names = [
+      path.relative_to(folder).as_posix()
+      for path in sorted(folder.rglob("*"))
+      if path.is_file() and path.name not in (_COMMON if self._index else {checkpoint.DIGESTS})
+    ]
+    in_parallel(lambda name: self._write(f"{root}/{name}", folder / name), names)
+
+  def _part(self, root: str, index: int) -> str:
+    return f"{root}/.host-{self._token}-{index}"
+
+  def _with_others(self, own: bytes, root: str) -> bytes:
+    """Returns the digests of the files of all hosts, once the others have uploaded theirs.
+
+    Args:
+      own: the digests of this host.
+    """
+    if self._count == 1:
+      return own
+    digests, deadline = {}, time.monotonic() + PEERS
+    parts = [self._part(root, index) for index in range(1, self._count)]
+    for index, part in enumerate(parts, 1):
+      while (content := self.store.read(part)) is None:
+        if time.monotonic() > deadline:
+          raise StoreError(
+            f"{self.store.address}: host {index} has not uploaded its files of {root} in {PEERS:g} "
+            "s. See its log; the same command continues"
+          )
+        time.sleep(_POLL)
+      digests |= json.loads(content)
+    in_parallel(self.store.remove, parts)
+    digests |= json.loads(own)
+    return json.dumps(dict(sorted(digests.items())), indent=1).encode() + b"\n"
 
   def _write(self, name: str, path: Path) -> None:
     """Uploads a file: a small one as it is at one moment."""

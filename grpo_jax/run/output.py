@@ -128,6 +128,11 @@ class Output(contextlib.AbstractContextManager):
     """Prints lines of text above the progress bar."""
     self._writer.print(self._shown(text))
 
+  @property
+  def share(self) -> Callable[[Path], object] | None:
+    """Uploads a folder that every host has written its part of; None if they share a folder."""
+    return self._mirror.share if self._mirror and jax.process_count() > 1 else None
+
   def _shown(self, text: str) -> str:
     return self._mirror.shown(text) if self._mirror else text
 

@@ -20,6 +20,7 @@ from grpo_jax.distributed.mesh import Sharding
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.step import TrainState
 from grpo_jax.learning.updates import SkippedUpdate
+from grpo_jax.run import checkpoint
 
 FOLDER = "skipped"  # of a work directory
 LIMIT = 3  # dumps per work directory; later skipped updates are logged but not written
@@ -76,6 +77,7 @@ class Recorder:
   Args:
     config: config of the run, to be read by `grpo_jax.replay`.
     log: called with one line per skipped update.
+    share: as in `write`.
   """
 
   def __init__(
@@ -84,8 +86,10 @@ class Recorder:
     config: dict[str, Any],
     mesh: Mesh,
     log: Callable[[str], object] = print,
+    share: Callable[[Path], object] | None = None,
   ) -> None:
     self._workdir, self._config, self._mesh, self._log = workdir, config, mesh, log
+    self._share = share
     self._state_of: str | None = None  # the dump that holds the current state
 
   def __call__(self, skipped: SkippedUpdate) -> None:
@@ -114,7 +118,7 @@ class Recorder:
         "device": self._mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
       }
-      write(path, self._config, skipped.state, skipped.batch, recorded)
+      write(path, self._config, skipped.state, skipped.batch, recorded, self._share)
     self._log(f"{text}; see why: python -m grpo_jax.replay {path}")
 
   def advice(self) -> str:
@@ -129,7 +133,12 @@ def folder(workdir: str | Path, step: int, update: int) -> Path:
 
 
 def write(
-  path: Path, config: dict[str, Any], state: TrainState, batch: Batch, recorded: dict[str, Any]
+  path: Path,
+  config: dict[str, Any],
+  state: TrainState,
+  batch: Batch,
+  recorded: dict[str, Any],
+  share: Callable[[Path], object] | None = None,
 ) -> None:
   """Writes a dump; all processes call it.
 
@@ -138,20 +147,32 @@ def write(
   Args:
     state: the state that the update left, which is the one it met; written unless
       `recorded["state_of"]` names another dump.
+    share: called by all hosts with the folder, to which each has then written its part, where they
+      have no folder in common.
   """
-  if hosts.is_first():
+  writes = hosts.is_first() or share is not None
+  if writes:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
   hosts.exchange()
-  with ocp.StandardCheckpointer() as checkpointer, jax.transfer_guard("allow"):
-    checkpointer.save(path / "batch", batch.arrays())
+  with _writer(alone=share is not None) as checkpointer, jax.transfer_guard("allow"):
+    checkpointer.save(path / "batch", args=ocp.args.PyTreeSave(batch.arrays()))
     if recorded["state_of"] == path.name:
-      checkpointer.wait_until_finished()
-      checkpointer.save(path / "state", _tree(state))
-  if hosts.is_first():
+      checkpointer.save(path / "state", args=ocp.args.PyTreeSave(_tree(state)))
+  if share:
+    share(path)
+  if writes:
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     (path / RECORDED).write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
   hosts.exchange()  # so that every process sees the complete dump
+
+
+def _writer(alone: bool) -> ocp.Checkpointer:
+  """Returns what writes arrays of all processes; `alone`, each to a folder of its own."""
+  if not alone:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  handler, options = checkpoint.alone()
+  return ocp.Checkpointer(handler, **options)
 
 
 def read(path: str | Path) -> Dump:

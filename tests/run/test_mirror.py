@@ -1,12 +1,14 @@
 """Tests that a folder and one of a store are kept alike, and what readers get of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from grpo_jax.run import checkpoint, mirror, stores
-from grpo_jax.run.lease import LeaseLost
+from grpo_jax.run.lease import Lease, LeaseLost
+from grpo_jax.run.mirror import Mirror
 from grpo_jax.run.stores import StoreError, open_store
 from grpo_jax.run.workdir import LOCK, WorkdirError
 
@@ -222,19 +224,104 @@ def test_a_reader_gets_a_copy_and_changes_nothing(server, address):
     pass
 
 
+@pytest.fixture
+def hosts(server, address, tmp_path):
+  """Yields what two hosts have, which share no folder; the first one holds the lease."""
+  store = open_store(address)
+  lease = Lease(store)
+  lease.acquire()
+  yield [
+    Mirror(store, tmp_path / f"host{index}", None if index else lease, (index, 2), lease.token)
+    for index in range(2)
+  ]
+  lease.release()
+
+
+def saved_by_host(place, index):
+  path = saved(place.folder, 2, text="of the first")
+  (path / "default" / f"of_{index}").write_text(str(index))
+  (path / "default" / "_METADATA").write_text(f"of {index}")
+  if index:
+    (path / "default" / "data").unlink()
+  return path
+
+
+def test_several_hosts_upload_their_own_files(server, address, hosts):
+  """The first host makes a checkpoint count when the files of the second one are there."""
+  paths = [saved_by_host(place, index) for index, place in enumerate(hosts)]
+  hosts[1].publish(paths[1], 2, keep=2)
+  assert f"checkpoints/2/{checkpoint.DIGESTS}" not in server.contents(address)
+  hosts[0].publish(paths[0], 2, keep=2)
+  with mirror.fetched(address, checkpoints=True) as folder:
+    assert not checkpoint.find_damage(folder / "checkpoints" / "2")
+    files = {
+      p.relative_to(folder / "checkpoints" / "2").as_posix(): p.read_text()
+      for p in folder.rglob("*")
+      if p.is_file() and p.name != checkpoint.DIGESTS
+    }
+  assert files == {
+    "_CHECKPOINT_METADATA": "{}", "default/_METADATA": "of 0", "default/data": "of the first",
+    "default/of_0": "0", "default/of_1": "1",
+  }  # fmt: skip
+  assert set(server.contents(address)) - {LOCK} == {
+    f"checkpoints/2/{name}" for name in (*files, checkpoint.DIGESTS)
+  }
+
+
+def test_the_first_host_names_one_that_does_not_upload(server, address, hosts, monkeypatch):
+  monkeypatch.setattr(mirror, "PEERS", 0.0)
+  with pytest.raises(StoreError, match="host 1 has not uploaded its files of checkpoints/2 in 0 s"):
+    hosts[0].publish(saved_by_host(hosts[0], 0), 2, keep=2)
+  assert f"checkpoints/2/{checkpoint.DIGESTS}" not in server.contents(address)
+
+
+def test_another_host_writes_nothing_without_the_lease_of_its_first_one(server, address, hosts):
+  open_store(address).write(LOCK, json.dumps({"token": "x"}).encode())
+  with pytest.raises(LeaseLost, match="is not this run's any more: its first host has lost it"):
+    hosts[1].publish(saved_by_host(hosts[1], 1), 2, keep=2)
+  assert set(server.contents(address)) == {LOCK}
+
+
+def test_several_hosts_share_a_folder_that_each_has_written_a_part_of(server, address, hosts):
+  """Files of an attempt before, which the first host has as empty ones, are gone."""
+  open_store(address).write("skipped/a/of_1", b"old")
+  open_store(address).write("skipped/a/of_2", b"old")
+  hosts[0].download()
+  for index, place in enumerate(hosts):
+    folder = place.folder / "skipped" / "a"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / f"of_{index}").write_text("new")
+    place.share(folder)
+  (hosts[0].folder / "skipped/a/recorded.json").write_text("{}")
+  hosts[0].sync()
+  contents = server.contents(address)
+  del contents[LOCK]
+  assert contents == {
+    "skipped/a/of_0": b"new", "skipped/a/of_1": b"new", "skipped/a/recorded.json": b"{}"
+  }  # fmt: skip
+
+
+def test_a_host_takes_the_checkpoints_that_the_first_one_has_chosen(server, address, hosts):
+  for step in (2, 4):
+    path = saved(hosts[0].folder, step)
+    checkpoint.write_digests(path)
+    for file in (p for p in path.rglob("*") if p.is_file()):
+      name = f"checkpoints/{step}/{file.relative_to(path).as_posix()}"
+      open_store(address).write(name, file)
+  assert hosts[1].download() == [4]
+  hosts[1].take_checkpoints([2])
+  [path] = (hosts[1].folder / "checkpoints").iterdir()
+  assert path.name == "2"
+  assert checkpoint.find_damage(path) == []
+
+
 def test_the_stage_of_a_url_is_its_own(tmp_path, monkeypatch):
   monkeypatch.setenv(mirror.STAGES, str(tmp_path))
   one, other = (mirror.place_of(f"gs://bucket/{name}/run") for name in "ab")
   assert mirror.folder_of(one) != mirror.folder_of(other)
   assert mirror.folder_of(one).name == "run"
+  assert mirror.folder_of(one, 1) != mirror.folder_of(one)
   monkeypatch.delenv(mirror.STAGES)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   assert mirror.folder_of(one).is_relative_to(tmp_path / "cache" / "grpo_jax" / "stages")
-
-
-def test_several_hosts_are_refused_before_anything_is_touched(server, address, monkeypatch):
-  monkeypatch.setattr(mirror.hosts, "own_shard", lambda: (1, 2))
-  opened = mirror.opened(address)
-  with pytest.raises(WorkdirError, match="a run of several hosts cannot use a store yet"), opened:
-    pass
-  assert server.contents(address) == {}
