@@ -64,6 +64,7 @@ spec:
           template:
             spec:
               restartPolicy: Never
+              terminationGracePeriodSeconds: 120 # for the step, the save and its upload
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice # kind of chip
                 cloud.google.com/gke-tpu-topology: 4x4 # shape of the slice

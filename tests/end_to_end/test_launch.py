@@ -128,8 +128,11 @@ def test_the_job_set_is_consistent():
   for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
     chips *= int(size)
   assert chips == job["completions"] * container["resources"]["limits"]["google.com/tpu"]
-  mounts = {mount["name"] for mount in container["volumeMounts"]}
-  assert mounts == {volume["name"] for volume in pod["volumes"]}
+  # No volume: the hosts share nothing but the bucket.
+  [workdir] = [a for a in container["args"] if a.startswith("--workdir=")]
+  assert workdir.startswith("--workdir=gs://")
+  assert not {"volumes", "volumeMounts"} & (set(pod) | set(container))
+  assert pod["terminationGracePeriodSeconds"] > 30
   assert container["command"][-1] == "grpo_jax.train"
   config = next(a for a in container["args"] if a.startswith("--config="))
   assert Path(config.removeprefix("--config=")).is_file()

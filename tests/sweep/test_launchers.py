@@ -58,7 +58,7 @@ def test_each_task_of_the_array_starts_its_run(tmp_path):
 
 
 def test_there_is_a_job_set_for_each_run():
-  """They differ from the one in `experiments/launch` in their name, volume path and arguments."""
+  """They differ from the one in `experiments/launch` in their name, arguments and volume."""
   sets = list(yaml.safe_load_all(LAUNCHERS["jobset"](COMMANDS)))
   assert [s["metadata"]["annotations"]["grpo-jax/run"] for s in sets] == list(COMMANDS)
   assert len({s["metadata"]["name"] for s in sets}) == 2
@@ -70,15 +70,22 @@ def test_there_is_a_job_set_for_each_run():
     assert container["args"] == arguments
     assert container["env"][0]["value"] == f"{name}-hosts-0-0.{name}:8476"
     container["args"] = container["env"][0]["value"] = None
+    [mount] = container.pop("volumeMounts")
+    [volume] = pod_of(single).pop("volumes")
+    assert mount["name"] == volume["name"]
   container = container_of(model)
   container["args"] = container["env"][0]["value"] = None
   del model["metadata"]["name"]
   assert sets == [model, model]
 
 
-def container_of(job_set):
+def pod_of(job_set):
   job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
-  return job["template"]["spec"]["containers"][0]
+  return job["template"]["spec"]
+
+
+def container_of(job_set):
+  return pod_of(job_set)["containers"][0]
 
 
 def test_a_bucket_needs_no_volume():
@@ -86,6 +93,5 @@ def test_a_bucket_needs_no_volume():
   [single] = yaml.safe_load_all(LAUNCHERS["jobset"]({"seed=0": command}))
   container = container_of(single)
   assert "volumeMounts" not in container
-  pod = single["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-  assert "volumes" not in pod
+  assert "volumes" not in pod_of(single)
   assert container["args"] == command
