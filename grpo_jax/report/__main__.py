@@ -26,6 +26,7 @@ from grpo_jax.run.workdir import write_whole
 
 NAME = "report.html"
 PERIOD = 15.0  # seconds between looks at a store
+_CLOSING = 5.0  # seconds for the last look to end
 
 
 @console.guarded()
@@ -81,16 +82,22 @@ def write(folders: list[str], out: Path | None, limit: float) -> int:
 
 @contextlib.contextmanager
 def refreshed(copies: Sequence[mirror.Followed]) -> Iterator[None]:
-  """Copies what changes on stores every `PERIOD` seconds while the body runs."""
-  ended = threading.Event()
+  """Copies what changes on stores every `PERIOD` seconds while the body runs.
+
+  An error is said once, and again when it has changed.
+  """
+  ended, said = threading.Event(), [""] * len(copies)
 
   def follow() -> None:
     while not ended.wait(PERIOD):
-      for copy in copies:
+      for number, copy in enumerate(copies):
         try:
           copy.refresh()
+          said[number] = ""
         except ValueError as error:
-          print(f"warning: {error}", file=sys.stderr)
+          if str(error) != said[number]:
+            print(f"warning: {error}. Trying again", file=sys.stderr)
+          said[number] = str(error)
 
   thread = threading.Thread(target=follow, daemon=True)
   thread.start()
@@ -98,6 +105,7 @@ def refreshed(copies: Sequence[mirror.Followed]) -> Iterator[None]:
     yield
   finally:
     ended.set()
+    thread.join(_CLOSING)  # the copies go with the body
 
 
 def serve(folders: list[str], port: int) -> int:

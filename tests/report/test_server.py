@@ -4,10 +4,14 @@ import gzip
 import http.client
 import json
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from grpo_jax.report import __main__ as report
 from grpo_jax.report.server import HOST, Server
+from grpo_jax.run import mirror
 from tests.helpers.work_directories import make_run
 
 
@@ -52,6 +56,25 @@ def test_data_is_sent_again_when_it_has_changed(server):
   status, body, _ = ask(server, "/data", If_None_Match=headers["ETag"])
   assert status == 200
   assert json.loads(body)["runs"][0]["metrics"]["reward"][0] == [0, 1, 2, 3]
+
+
+def test_what_is_on_a_store_is_copied_again_until_the_end(monkeypatch, capsys):
+  monkeypatch.setattr(report, "PERIOD", 0.001)
+  asked, enough = [], threading.Event()
+
+  def refresh():
+    asked.append(0)
+    if len(asked) == 20:
+      enough.set()
+    if len(asked) in (3, 4, 5, 9):
+      raise ValueError("the store is down")
+
+  with report.refreshed([mirror.Followed(Path("copy"), refresh)]):
+    assert enough.wait(60)
+  count = len(asked)
+  assert capsys.readouterr().err == 2 * "warning: the store is down. Trying again\n"
+  time.sleep(0.05)
+  assert len(asked) == count
 
 
 def test_samples(server):
