@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -406,9 +407,11 @@ def write_model(run: RewardRun, place: mirror.Place) -> None:
   """Writes the parameters of the newest checkpoint as a Hugging Face folder; all hosts call it."""
   workdir = place.folder
   with hosts.together("writing the model"):
-    if hosts.is_first() and not (workdir / MODEL).exists():
-      if place.mirror:  # of several hosts, this one has only its own shards
-        place.mirror.fetch_newest()
+    if hosts.is_first() and (place.mirror or not (workdir / MODEL).exists()):
+      if place.mirror:
+        # The upload of an earlier one may have been cut off.
+        shutil.rmtree(workdir / MODEL, ignore_errors=True)
+        place.mirror.fetch_newest()  # several hosts have only their own shards
       _, params = reading.read_params(workdir)
       s = run.settings
       export_model(run.weights.config, params, s.model, workdir / MODEL, s.dtype, pad_id=run.pad_id)

@@ -114,9 +114,9 @@ def _read(folder: Path, read: Callable[[Path], T]) -> tuple[str, Exception | Non
 
 
 def _params(folder: Path, like: Any) -> Any:
-  """Reads the parameters in the folder of a checkpoint."""
-  handler = ocp.PyTreeCheckpointHandler()
-  with ocp.Checkpointer(handler) as reader:
+  """Reads the parameters in the folder of a checkpoint, whatever other processes do."""
+  handler, options = checkpoint.alone()
+  with ocp.Checkpointer(handler, **options) as reader:
     if like is None:
       saved = handler.metadata(folder / "default").tree["params"]
       item = jax.tree.map(lambda _: 0, saved)
