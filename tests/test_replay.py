@@ -13,7 +13,9 @@ from grpo_jax.config import ConfigError, load
 from grpo_jax.learning.updates import SkippedError
 from grpo_jax.run import checkpoint, skipped
 from grpo_jax.run.metrics import read_metrics
+from grpo_jax.run.stores import open_store
 from tests.helpers.learning import bits
+from tests.helpers.stores import served
 
 OPTIONS = [
   "--config.steps=5",
@@ -118,6 +120,26 @@ def test_a_dump_is_replayed_exactly_and_names_the_culprit(runs, capsys):
   recorded = dict(replayed.recorded, grad_norm=1.0, kl=replayed.recorded["kl"] + 1e-9)
   other = dataclasses.replace(replayed, recorded=recorded)
   assert other.differing() == ["grad_norm", "kl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_dump_on_a_store_is_replayed(runs, scheme, capsys):
+  whole, *_ = runs
+  second = skipped.complete(whole)[1]
+  with pytest.MonkeyPatch.context() as patch, served(scheme, patch) as store:
+    address = store.new()
+    files = [path for path in (whole / skipped.FOLDER).rglob("*") if path.is_file()]
+    for path in files:
+      open_store(address).write(path.relative_to(whole).as_posix(), path)
+    assert replay.main([f"{address}/skipped/{second.name}"]) == 0
+    text = capsys.readouterr().out
+    assert "equal: yes, bit for bit" in text
+    assert "first non-finite: token advantages, at [3, 1, 0]" in text
+    assert replay.main([f"{address}/skipped/other"]) == 2
+    assert "holds no recorded.json" in capsys.readouterr().err
+    assert replay.main([f"{store.new()}/skipped/other"]) == 2
+    assert "holds nothing: give the work directory of a run" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_a_dump_is_refused(tmp_path, capsys):

@@ -487,7 +487,8 @@ def followed(workdir: str | Path | Address) -> Iterator[Followed]:
   if isinstance(address, Path):
     yield Followed(address, lambda: None)
     return
-  with tempfile.TemporaryDirectory(prefix="grpo_jax_") as parent:
+  # A refresh in another thread may still write to it.
+  with tempfile.TemporaryDirectory(prefix="grpo_jax_", ignore_cleanup_errors=True) as parent:
     copy = Copy(address, Path(parent))
     refresh = partial(copy.refresh, _of_report)
     with _named(copy.folder, address):

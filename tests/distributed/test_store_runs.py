@@ -7,11 +7,14 @@ import re
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 
-from grpo_jax.run import checkpoint, mirror
+from grpo_jax.run import checkpoint, mirror, skipped
 from grpo_jax.run.stores import open_store
-from tests.helpers.host_runs import rows_of, samples_of, state_of, train
+from tests.helpers import preferences
+from tests.helpers.host_runs import SMALL, rows_of, samples_of, state_of, train
 from tests.helpers.processes import finish, free_port, run, start
 from tests.helpers.stores import served
 
@@ -79,7 +82,8 @@ def together(program, count, folder, devices=4, **variables):
 def whole_steps(store, address):
   """Returns the steps of the checkpoints that count, each of them checked."""
   names = store.contents(address)
-  steps = sorted(int(n.split("/")[1]) for n in names if n.endswith(f"/{checkpoint.DIGESTS}"))
+  found = (re.fullmatch(rf"checkpoints/(\d+)/{checkpoint.DIGESTS}", name) for name in names)
+  steps = sorted(int(match.group(1)) for match in found if match)
   for step in steps:
     listed = {n for n in names if n.startswith(f"checkpoints/{step}/")}
     with mirror.fetched(address, checkpoints=True, step=step) as folder:
@@ -121,12 +125,104 @@ def test_another_number_of_hosts_restores_what_the_hosts_saved(store, tmp_path):
   assert len(kept) > 8
 
 
-# --- whole runs -----------------------------------------------------------------------------------
-
 MESH = [
   "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.task.settings.eval_size=5",
   "--config.rollout.ahead=1", "--config.algorithm.correction=none",
 ]  # fmt: skip
+
+SKIPS = """
+import dataclasses, sys
+import jax
+import jax.numpy as jnp
+from grpo_jax import ahead, train
+from grpo_jax.config import load
+from grpo_jax.distributed import hosts
+from grpo_jax.learning.updates import SkippedError
+
+collect = ahead.collect
+
+def poisoned(*args, **kwargs):
+  rollout = collect(*args, **kwargs)
+  old = rollout.batch.advantages
+  advantages = jax.device_put(old.at[3, 1].set(jnp.inf), old.sharding)
+  return dataclasses.replace(
+    rollout, batch=dataclasses.replace(rollout.batch, advantages=advantages)
+  )
+
+ahead.collect = poisoned
+with hosts.session(heartbeat=10):
+  try:
+    train.run(load("experiments/tiny.py", sys.argv[2:]), sys.argv[1])
+  except SkippedError as error:
+    print(error)
+"""
+
+
+def arrays_in(path):
+  """Reads what orbax has saved as NumPy arrays."""
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.Checkpointer(handler) as reader:
+    item = jax.tree.map(lambda _: 0, handler.metadata(path).tree)
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    return reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
+
+
+@pytest.mark.slow
+def test_a_skipped_update_of_two_hosts_is_whole_in_the_store(store, tmp_path):
+  """It holds what two hosts write that share a folder."""
+  if store.scheme == "s3":
+    pytest.skip("the same as on gs")
+  settings = [*SMALL[1:], *MESH[:3], "--config.train.max_skipped=2"]
+  address = store.new()
+  open_store(address).write("skipped/step_000000_update_0/batch/left_over", b"of a killed run")
+  for target in (address, tmp_path / "shared"):
+    for code, output in together(["-c", SKIPS, str(target), *settings], 2, tmp_path):
+      assert code == 0, output
+      assert "See why: python -m grpo_jax.replay DUMP, for " in output
+  paths = skipped.complete(tmp_path / "shared")
+  assert [path.name for path in paths] == ["step_000000_update_0", "step_000001_update_0"]
+  with mirror.fetched(address) as copy:
+    assert [path.name for path in skipped.complete(copy)] == [path.name for path in paths]
+    assert not list(copy.rglob("left_over"))
+    for part in ("step_000000_update_0/batch", "step_000000_update_0/state",
+                 "step_000001_update_0/batch"):  # fmt: skip
+      one, other = (arrays_in(root / "skipped" / part) for root in (copy, tmp_path / "shared"))
+      assert jax.tree.structure(one) == jax.tree.structure(other)
+      for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_two_hosts_write_a_reward_model_to_a_store(store, tmp_path):
+  """The model of one host is within rounding of it; a part of one is written again."""
+  if store.scheme == "s3":
+    pytest.skip("the same as on gs")
+  address = store.new()
+  data = preferences.write(tmp_path / "pairs.jsonl", preferences.shorter_wins(40))
+  program = [
+    "-m", "grpo_jax.reward_model", "--model", "random:tiny", "--data", data, "--pairs-per-step=16",
+    "--config.epochs=0.5", "--config.chat.date=2026-01-01", "--config.hosts.heartbeat=10",
+  ]  # fmt: skip
+  for _ in range(2):
+    for code, output in together([*program, "--workdir", str(address)], 2, tmp_path, devices=2):
+      assert code == 0, output
+    first = store.contents(address)
+    assert {"model/config.json", "model/model.safetensors", "metrics.jsonl"} <= set(first)
+    open_store(address).remove("model/model.safetensors")
+  [(code, output)] = run([*program, "--workdir", str(tmp_path / "one")], 1, devices=2)
+  assert code == 0, output
+  (tmp_path / "two.safetensors").write_bytes(first["model/model.safetensors"])
+  one, two = (
+    load_file(file)
+    for file in (tmp_path / "one" / "model" / "model.safetensors", tmp_path / "two.safetensors")
+  )
+  assert one.keys() == two.keys()
+  for name in one:
+    np.testing.assert_allclose(one[name], two[name], atol=1e-5)
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
 LIKE = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]  # for the devices of this process
 
 
@@ -175,7 +271,7 @@ def test_two_hosts_that_are_killed_while_they_save_go_on_bit_for_bit(store, whol
     assert code == 0, output
   assert whole_steps(store, address) == [2, 3]
   names = set(store.contents(address))
-  assert not [name for name in names if re.search(r"(^|/)(lock|\.[^/]*)$", name)]
+  assert not [name for name in names if re.search(r"(^lock|^\.probe.*|/\.host.*)$", name)]
   assert {name for name in names if name.startswith("samples/")} == {
     f"samples/{name}" for name in samples_of(whole)
   }
