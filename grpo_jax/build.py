@@ -426,9 +426,7 @@ def build(config: ConfigDict) -> Run:
       c,
       task,
       Sampler(
-        model=model
-        if rollout_mesh is mesh
-        else make_model(c, weights.config, rollout_mesh, longest),
+        model=make_sampler_model(c, model, mesh, rollout_mesh, longest),
         tokenizer=tokenizer,
         prompt_length=prompt_length,
         completion_length=c.rollout.completion_length,
@@ -505,7 +503,7 @@ def cache_rows(c: ConfigDict, model: Decoder, mesh: Mesh, prompt_length: int) ->
   token = 2 * shape.layers * shape.kv_heads * shape.head_dim * jnp.dtype(model.dtype).itemsize
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own))
   size += token * prompt_length
-  split = mesh.shape["tensor"] if shape.kv_heads % mesh.shape["tensor"] == 0 else 1
+  split = meshes.cache_shards(mesh, shape.kv_heads)
   rows, group = int(c.rollout.cache_gib * 2**30 * split // size), c.rollout.group_size
   if rows < group:
     least = 1.005 * size * group / split / 2**30  # it is shown with three digits
@@ -554,11 +552,14 @@ def matmul_precision(c: ConfigDict) -> contextlib.AbstractContextManager[object]
   return jax.default_matmul_precision(choice)
 
 
-def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh, length: int = 0) -> Decoder:
+def make_model(
+  c: ConfigDict, shape: ModelConfig, mesh: Mesh, length: int = 0, *, sampling: bool = False
+) -> Decoder:
   """Returns the functions of a model of this shape with the config's options.
 
   Args:
     length: longest prompt with its completion, in tokens, by which some models scale their angles.
+    sampling: lays values out as the sampler's weights are.
   """
   # With the deterministic reduction each device computes alone: there is nothing to place.
   fast = c.train.reduction == "fast"
@@ -568,14 +569,29 @@ def make_model(c: ConfigDict, shape: ModelConfig, mesh: Mesh, length: int = 0) -
     dtype={"float32": jnp.float32, "bfloat16": jnp.bfloat16}[c.model.dtype],
     remat=c.model.remat,
     lora_scale=lora.scale(c.lora.rank, c.lora.alpha) if c.lora.rank else 1.0,
-    **({"place": meshes.placer(mesh)} if fast else {}),
+    **({"place": meshes.placer(mesh, sampling=sampling)} if fast else {}),
     prompt_shards=meshes.prompt_shards(batch) if fast else 1,
-    vocab_shards=meshes.vocab_shards(mesh, shape.vocab_size),
-    attention=attention_of(c, shape, mesh),
+    token_shards=1 if sampling else meshes.token_shards(mesh),
+    vocab_shards=meshes.vocab_shards(mesh, shape.vocab_size, sampling=sampling),
+    attention=attention_of(c, shape, mesh, sampling=sampling),
     form=grouping_of(mesh.devices.flat[0].platform),
     record_routes=misfits.replays_routes(c, shape),
     length=length if shape.rope_scaling and shape.rope_scaling.kind == "longrope" else 0,
   )
+
+
+def make_sampler_model(
+  c: ConfigDict, model: Decoder, mesh: Mesh, rollout_mesh: Mesh, length: int = 0
+) -> Decoder:
+  """Returns the model that samples: the one that learns, if it lies on the same devices alike.
+
+  Args:
+    model: the one that learns, on `mesh`.
+    rollout_mesh, length: as in `Run` and `make_model`.
+  """
+  if rollout_mesh is mesh and meshes.token_shards(mesh) == 1:
+    return model
+  return make_model(c, model.config, rollout_mesh, length, sampling=True)
 
 
 def open_critic(c: ConfigDict, policy: ModelConfig) -> Weights:
@@ -620,25 +636,31 @@ def critic_of(
   )
 
 
-def attention_of(c: ConfigDict, shape: ModelConfig, mesh: Mesh) -> Callable[..., jax.Array]:
+def attention_of(
+  c: ConfigDict, shape: ModelConfig, mesh: Mesh, *, sampling: bool = False
+) -> Callable[..., jax.Array]:
   """Returns `Decoder.attention` for these devices.
 
-  `auto` takes a kernel only where it is possible, and only for rows that are long enough.
+  `auto` takes a kernel only where it is possible, and only for rows that are long enough. Kernels
+  compute whole rows: where `context` splits them, attention is tiled.
 
   Raises:
     ValueError: the config names a kernel that the devices or the model do not support.
   """
   platform, choice = mesh.devices.flat[0].platform, c.model.attention
+  over_mesh = partial(meshes.over_mesh, mesh, sampling=sampling)
+  if meshes.token_shards(mesh) > 1 and not sampling:
+    return meshes.over_context(mesh, tiled_attention)
   if choice == "auto":
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
     if kernel is None or c.train.reduction == "deterministic" or _lacks(kernel, c, shape, platform):
       return tiled_attention
-    return for_long_rows(by_layer(meshes.over_mesh(mesh, KERNELS[kernel])))
+    return for_long_rows(by_layer(over_mesh(KERNELS[kernel])))
   if choice == "tiled":
     return tiled_attention
   if reason := _lacks(choice, c, shape, platform):
     raise ValueError(f"model.attention is {choice!r}, {reason}; set it to 'auto' or 'tiled'")
-  return by_layer(meshes.over_mesh(mesh, KERNELS[choice]))
+  return by_layer(over_mesh(KERNELS[choice]))
 
 
 def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str:

@@ -423,6 +423,7 @@ def default_config() -> ConfigDict:
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
   c.mesh.expert = 1  # splits the experts of a mixture, and the prompts
+  c.mesh.context = 1  # splits the tokens of a row in updates; heads while sampling, as tensor does
   # With rollout.ahead: the last devices (of each host), this many over all hosts, only sample, and
   # the axes above are those of the others. 0: all devices do both, in turn.
   c.mesh.rollout_devices = 0
@@ -747,21 +748,26 @@ def _one_of(names: tuple[str, ...]) -> str:
 def _check_division(c: ConfigDict, device_count: int) -> list[str]:
   """Checks the mesh against the devices, and the batch against the mesh and the micro-batches."""
   try:
-    data, fsdp, tensor, *expert = mesh_shape(c.mesh, device_count)
+    data, fsdp, tensor, expert, _ = mesh_sizes(c.mesh, device_count)
   except ValueError as error:
     return [str(error)]
   if problems := _check_rollout_devices(c):
     return problems
+  if c.mesh.context != 1 and c.model.attention not in ("auto", "tiled"):
+    return [
+      f"model.attention is {c.model.attention!r}, it must be 'auto' or 'tiled' with mesh.context="
+      f"{c.mesh.context}: kernels compute whole rows, which that axis splits"
+    ]
   if c.train.reduction == "deterministic":
     return _check_chunks(c, data * fsdp, tensor)
   parts = max(c.train.micro_batches, 1) * max(c.train.mini_batches, 1)
-  shards = data * fsdp * math.prod(expert)
+  shards = data * fsdp * expert
   unit = shards * parts
   if c.rollout.prompts_per_step % unit:
     return [
       f"rollout.prompts_per_step is {c.rollout.prompts_per_step}, it must be a multiple of {unit}: "
       f"train.mini_batches={c.train.mini_batches} x train.micro_batches={c.train.micro_batches} "
-      f"parts over mesh data={data} x fsdp={fsdp}{f' x expert={expert[0]}' if expert else ''}; "
+      f"parts over mesh data={data} x fsdp={fsdp}{f' x expert={expert}' if expert > 1 else ''}; "
       f"{_changes_that_divide(c, shards)}"
     ]
   if c.rollout.partial_prompts % shards:
@@ -797,11 +803,12 @@ def _check_rollout_devices(c: ConfigDict) -> list[str]:
       f"{shown}, it must be a multiple of mesh.tensor={tensor}, which must be given as a number: "
       "the sampler's weights are split over as many devices"
     ]
-  if c.mesh.expert != 1:
-    return [
-      f"{shown}, but mesh.expert is {c.mesh.expert}: weights go over to the sampler split over "
-      "mesh.tensor alone; set mesh.expert to 1, or rollout_devices to 0"
-    ]
+  for axis in ("expert", "context"):
+    if c.mesh[axis] != 1:
+      return [
+        f"{shown}, but mesh.{axis} is {c.mesh[axis]}: weights go over to the sampler split over "
+        f"mesh.tensor alone; set mesh.{axis} to 1, or rollout_devices to 0"
+      ]
   shards = count // tensor
   if c.rollout.prompts_per_step % shards:
     return [
@@ -838,10 +845,11 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
     )
   if tensor != 1:
     problems.append(f"mesh.tensor is {tensor}, it must be 1 with train.reduction='deterministic'")
-  if c.mesh.expert != 1:
-    problems.append(
-      f"mesh.expert is {c.mesh.expert}, it must be 1 with train.reduction='deterministic'"
-    )
+  problems += [
+    f"mesh.{axis} is {c.mesh[axis]}, it must be 1 with train.reduction='deterministic'"
+    for axis in ("expert", "context")
+    if c.mesh[axis] != 1
+  ]
   for name, off in (("micro_batches", 1), ("micro_batch_tokens", 0)):
     if c.train[name] != off:
       problems.append(
@@ -876,33 +884,38 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
 def mesh_shape(mesh: ConfigDict, device_count: int) -> tuple[int, ...]:
   """Returns (data, fsdp, tensor) with a -1 resolved; ValueError if they leave devices unused.
 
-  A mesh that splits experts has a fourth axis, expert.
+  A mesh that splits experts has a fourth axis, expert, and one that splits rows a fifth, context.
 
   The devices that only sample (`mesh.rollout_devices`) are not among them.
   """
+  sizes = mesh_sizes(mesh, device_count)
+  return sizes if sizes[4] > 1 else sizes[:4] if sizes[3] > 1 else sizes[:3]
+
+
+def mesh_sizes(mesh: ConfigDict, device_count: int) -> tuple[int, int, int, int, int]:
+  """Returns (data, fsdp, tensor, expert, context) with a -1 resolved; errors as in `mesh_shape`."""
   if mesh.rollout_devices >= device_count:
     raise ValueError(
       f"mesh.rollout_devices is {mesh.rollout_devices} of {device_count} device(s), which leaves "
       f"none to learn: it must be at most {device_count - 1}; 0 lets all devices do both"
     )
   device_count -= mesh.rollout_devices
-  sizes = [mesh.data, mesh.fsdp, mesh.tensor] + ([mesh.expert] if mesh.expert != 1 else [])
-  shown = f"mesh is data={mesh.data}, fsdp={mesh.fsdp}, tensor={mesh.tensor}"
-  shown += f", expert={mesh.expert}" if mesh.expert != 1 else ""
+  axes = ("data", "fsdp", "tensor", "expert", "context")
+  sizes = [mesh[axis] for axis in axes]
+  used = [axis for axis in axes if axis in axes[:3] or mesh[axis] != 1]
+  shown = f"mesh is {', '.join(f'{axis}={mesh[axis]}' for axis in used)}"
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(f"{shown}: sizes must be at least 1, and one of them may be -1")
-  product = 1
-  for size in sizes:
-    product *= size if size != -1 else 1
+  product = math.prod(size for size in sizes if size != -1)
   if device_count % product or (-1 not in sizes and product != device_count):
     raise ValueError(f"{shown}: that does not divide the {device_count} device(s) there are")
-  shape = tuple(device_count // product if size == -1 else size for size in sizes)
-  if (data := shape[0]) % max(mesh.slices, 1):
+  data, *others = (device_count // product if size == -1 else size for size in sizes)
+  if data % max(mesh.slices, 1):
     raise ValueError(
       f"mesh.slices is {mesh.slices}, it must divide mesh.data, which is {data} on {device_count} "
       "devices: every slice holds whole copies of the weights"
     )
-  return shape
+  return data, *others
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

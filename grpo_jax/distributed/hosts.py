@@ -240,7 +240,7 @@ def _unpack(content: bytes) -> dict[str, np.ndarray]:
 def check_mesh(mesh: Mesh) -> None:
   """Checks that the prompts of a batch lie on the hosts in order, in shards of equal size.
 
-  They do if the mesh lists the devices host by host and `tensor` stays within a host.
+  They do if the mesh lists the devices host by host and `tensor` and `context` stay within a host.
 
   Raises:
     ValueError: they do not, or the processes have not joined.
@@ -256,7 +256,8 @@ def check_mesh(mesh: Mesh) -> None:
   if rows % count or owners != [{row * count // rows} for row in range(rows)]:
     raise ValueError(
       f"the mesh {dict(mesh.shape)} does not fit {count} hosts of {jax.local_device_count()} "
-      "devices: mesh.tensor must divide the devices of a host, so that each prompt has one host"
+      "devices: mesh.tensor x mesh.context must divide the devices of a host, so that each prompt "
+      "has one host"
     )
 
 

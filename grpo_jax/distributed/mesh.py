@@ -2,8 +2,9 @@
 
 Mesh axes: `data` splits the prompts and replicates the parameters, `fsdp` splits both, `tensor`
 splits heads, MLP and vocabulary. A mesh may have a fourth, `expert`, which splits the prompts and
-the experts of a mixture. Models contain no sharding code: XLA's partitioner follows the
-shardings of the arrays it is given.
+the experts of a mixture, and a fifth, `context`, which splits the tokens of a row while learning,
+and what `tensor` splits while sampling. Models contain no sharding code: XLA's partitioner follows
+the shardings of the arrays it is given.
 """
 
 import math
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "tensor", "expert", "context")
 PROMPT_AXES = ("data", "fsdp", "expert")  # those that split the prompts
 # Sharding of an array; None leaves it to the compiler or to the default device.
 Sharding: TypeAlias = NamedSharding | None
@@ -51,20 +52,23 @@ BATCH = P(("data", "fsdp"))
 # the partitioner leaves the weights where they are and all devices compute on all prompts. With
 # hidden states kept with their prompts, it gathers the weights of one layer at a time.
 PLACES = {"hidden": BATCH, "table": P("tensor")}
-# Spec of queries, keys and values [P, S, heads, d] of a kernel, which the partitioner cannot split.
-HEADS = P(("data", "fsdp"), None, "tensor")
+# Axes that stand for one axis of the specs above, where the mesh has them. Beside tokens, `context`
+# splits the weights that `fsdp` splits; the sampler, which computes a token at a time, has its
+# heads, its MLP and its cache split over it.
+LEARNING: dict[str, tuple[str, ...]] = {"fsdp": ("fsdp", "context")}
+SAMPLING: dict[str, tuple[str, ...]] = {"fsdp": (), "tensor": ("tensor", "context")}
 
 
 def make_mesh(
   shape: tuple[int, ...], devices: Sequence[jax.Device] | None = None, slices: int = 1
 ) -> Mesh:
-  """Makes a mesh of axes data, fsdp, tensor, and expert if given, partitioned automatically.
+  """Makes a mesh of the first axes of `AXES`, partitioned automatically.
 
   The devices are in the order of their hosts, so that each host holds a contiguous shard of the
   prompts. Slices are outermost: `data` alone leads from one to another.
 
   Args:
-    shape: number of devices along each axis.
+    shape: number of devices along each axis; at least data, fsdp and tensor.
     devices: default: all devices of all hosts.
     slices: parts of the devices that a slower network connects; divides the first axis.
 
@@ -168,7 +172,7 @@ def param_shardings(mesh: Mesh, tree: Any, *, sampling: bool = False) -> Any:
 
   Args:
     tree: arrays or ShapeDtypeStructs, layers stacked or (for sampling) a tuple.
-    sampling: returns the sampler's layout: gathered over `fsdp`, split over `tensor`.
+    sampling: returns the sampler's layout: gathered over `fsdp`, split over `tensor` and `context`.
 
   Raises:
     ValueError: no rule matches a parameter; the message names it.
@@ -198,29 +202,40 @@ def _batch(mesh: Mesh) -> P:
   return P(tuple(axis for axis in PROMPT_AXES if axis in mesh.shape))
 
 
-def placer(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
-  """Returns `Decoder.place` for a mesh: constrains the sharding of values of a kind in `PLACES`."""
+def placer(mesh: Mesh, *, sampling: bool = False) -> Callable[[str, jax.Array], jax.Array]:
+  """Returns `Decoder.place` for a mesh: constrains the sharding of values of a kind in `PLACES`.
+
+  Args:
+    sampling: for the sampler, whose tokens are not split.
+  """
+  hidden = _batch(mesh) if sampling else P(*_batch(mesh), "context")
 
   def place(kind: str, array: jax.Array) -> jax.Array:
-    spec = _batch(mesh) if kind == "hidden" else PLACES[kind]
-    sharding = NamedSharding(mesh, _fit(mesh, spec, array.shape))
+    spec = hidden if kind == "hidden" else PLACES[kind]
+    sharding = NamedSharding(mesh, _fit(mesh, spec, array.shape, sampling))
     return jax.lax.with_sharding_constraint(array, sharding)
 
   return place
 
 
-def over_mesh(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def over_mesh(
+  mesh: Mesh, attention: Callable[..., jax.Array], *, sampling: bool = False
+) -> Callable[..., jax.Array]:
   """Maps `attention(q, k, v, prompt_mask, **options)` over the devices of a mesh.
 
   Each device computes its own prompts and heads. Heads stay with their keys, so that devices
   exchange nothing. Where an axis of the mesh does not divide its dimension (for heads: the number
   of query heads and of key-value heads), its devices repeat each other's work.
+
+  Args:
+    sampling: for the sampler, whose heads may be split further.
   """
 
   def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, prompt_mask: jax.Array, **options: Any
   ) -> jax.Array:
-    spec = _fit(mesh, P(*_batch(mesh), *HEADS[1:]), k.shape)  # an axis that divides K divides H
+    spec = P(*_batch(mesh), None, "tensor")  # an axis that divides K divides H
+    spec = _fit(mesh, spec, k.shape, sampling)
     mapped = jax.shard_map(
       partial(attention, **options),
       mesh=mesh,
@@ -233,18 +248,69 @@ def over_mesh(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., 
   return attend
 
 
+def over_context(mesh: Mesh, attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Maps attention over the devices of a mesh that splits the tokens of rows.
+
+  Each device computes the queries of its own tokens, and gathers the keys and values of its prompts
+  over `context`; the backward pass scatters their gradients back. Devices do equal work, since
+  `tiled_attention` computes all scores of a tile. With a kernel that skips what a causal mask
+  hides, those with the first tokens would wait for those with the last ones.
+
+  Args:
+    attention: `tiled_attention`, which takes a `shard` of rows in the order of `join_rows`. It gets
+      rows without completions as they are.
+  """
+
+  def attend(q, k, v, prompt_mask, local=None, *, group=0, **options):
+    if not group:
+      return attention(q, k, v, prompt_mask, local, **options)
+
+    def on_device(q, k, v, prompt_mask, local):
+      k, v = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k, v))
+      shard = jax.lax.axis_index("context"), mesh.shape["context"]
+      return attention(q, k, v, prompt_mask, local, group=group, shard=shard, **options)
+
+    spec = _fit(mesh, P(*_batch(mesh), "context", "tensor"), k.shape)
+    mapped = jax.shard_map(
+      on_device,
+      mesh=mesh,
+      in_specs=(spec,) * 3 + (P(spec[0]), P()),
+      out_specs=spec,
+      check_vma=False,  # where heads are not split, devices repeat each other's work
+    )
+    return mapped(q, k, v, prompt_mask, local)
+
+  return attend
+
+
 def prompt_shards(sharding: Sharding) -> int:
   """Returns the number of shards of the first axis, which divides the size of a batch."""
   return _parts(sharding.mesh, sharding.spec[0]) if sharding else 1
 
 
-def vocab_shards(mesh: Mesh, vocab: int) -> int:
+def token_shards(mesh: Mesh) -> int:
+  """Returns the number of shards of the tokens of a row while learning."""
+  return mesh.shape.get("context", 1)
+
+
+def vocab_shards(mesh: Mesh, vocab: int, *, sampling: bool = False) -> int:
   """Returns the number of vocabulary shards of a head, for `core.logprobs.head_logprobs`.
 
   Args:
     vocab: size of the vocabulary.
+    sampling: for the sampler.
   """
-  return _parts(mesh, _fit(mesh, PLACES["table"], (vocab,))[0] or ())
+  return _parts(mesh, _fit(mesh, PLACES["table"], (vocab,), sampling)[0] or ())
+
+
+def cache_axes(mesh: Mesh, kv_heads: int) -> str | tuple[str, ...] | None:
+  """Returns the axes that split the key-value heads of the sampler's cache."""
+  return _fit(mesh, P("tensor"), (kv_heads,), sampling=True)[0]
+
+
+def cache_shards(mesh: Mesh, kv_heads: int) -> int:
+  """Returns the number of shards of the key-value heads of the sampler's cache."""
+  return _parts(mesh, cache_axes(mesh, kv_heads) or ())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -300,13 +366,16 @@ def layout_of(tree: Any) -> Any:
 
 
 def _fit(mesh: Mesh, spec: Any, shape: tuple[int, ...], sampling: bool = False) -> P:
-  """Returns the spec without axes that do not divide their dimension, nor `fsdp` for sampling."""
-  axes = []
+  """Returns the spec in the axes of the mesh, without those that do not divide their dimension."""
+  roles, axes = SAMPLING if sampling else LEARNING, []
   for size, axis in zip(shape, tuple(spec) + (None,) * len(shape)):
-    if isinstance(axis, str) and axis not in mesh.shape:
-      axis = None
-    splits = axis is not None and size % _parts(mesh, axis) == 0
-    axes.append(axis if splits and not (sampling and axis == "fsdp") else None)
+    choices = [axis]
+    if isinstance(axis, str):
+      names = tuple(name for name in roles.get(axis, (axis,)) if name in mesh.shape)
+      choices = [names[:count] for count in range(len(names), 0, -1)]
+      choices = [names[0] if len(names) == 1 else names for names in choices]
+    divide = (names for names in choices if names and size % _parts(mesh, names) == 0)
+    axes.append(next(divide, None))
   return P(*axes)
 
 

@@ -105,7 +105,8 @@ def count_micro_batches(
 
   Args:
     prompts: number of prompts in the batch, a multiple of `prompt_shards * least`.
-    tokens: tokens of one prompt with its completions, padding included: N + G * T.
+    tokens: tokens of one prompt with its completions, padding included: N + G * T; those of one
+      device where `context` splits them.
     budget: tokens per device and micro-batch; 0 is no limit.
     prompt_shards: number of shards that devices hold the prompts in (`mesh.prompt_shards`).
     least: the smallest number of micro-batches.
@@ -127,18 +128,26 @@ class WithinBudget:
   Args:
     make: number of micro-batches -> a jitted function whose second argument is a batch.
     budget, prompt_shards, least: as in `count_micro_batches`.
+    token_shards: number of shards that devices hold the tokens of a row in.
   """
 
   def __init__(
-    self, make: Callable[[int], Callable], *, budget: int, prompt_shards: int, least: int = 1
+    self,
+    make: Callable[[int], Callable],
+    *,
+    budget: int,
+    prompt_shards: int,
+    token_shards: int = 1,
+    least: int = 1,
   ) -> None:
-    self._make = functools.cache(make)
+    self._make, self._token_shards = functools.cache(make), token_shards
     self._limits = {"budget": budget, "prompt_shards": prompt_shards, "least": least}
 
   def program(self, batch: Batch) -> Any:
     """Returns the function for batches of this shape."""
     (prompts, n), (_, group, t) = batch.prompts.shape, batch.mask.shape
-    return self._make(count_micro_batches(prompts, n + group * t, **self._limits))
+    tokens = -(-(n + group * t) // self._token_shards)
+    return self._make(count_micro_batches(prompts, tokens, **self._limits))
 
   def __call__(self, first: Any, batch: Batch, *rest: Any) -> Any:
     return self.program(batch)(first, batch, *rest)

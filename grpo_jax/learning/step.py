@@ -1,8 +1,9 @@
 """Builds one optimizer step: `(state, batch) -> (state, metrics)`.
 
 The model is an argument, as `models.protocol.Model` describes it. A model whose arrays are split
-over devices may also have `vocab_shards` and `prompt_shards`, the number of shards of its head and
-of its prompts, as `models.decoder.Decoder` does; they decide what is exchanged, not the result.
+over devices may also have `vocab_shards`, `prompt_shards` and `token_shards`, the number of shards
+of its head, of its prompts and of the tokens of its rows, as `models.decoder.Decoder` does; they
+decide what is exchanged, not the result.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from grpo_jax.core.algorithms import Algorithm, lookup_algorithm
 from grpo_jax.core.corrections import effective_sample_size
@@ -245,9 +246,10 @@ def score_batch(
   Raises:
     ValueError: the temperature is unknown, or it is not the one that the batch was sampled at.
   """
-  hidden = _hidden(model, params, batch)
-  options = _head_options(model, batch, temperature)
-  return head_logprobs(hidden, model.head(params), batch.completions, **options)
+  options, rows = _head_options(model, batch, temperature), RowOrder.of(model, batch)
+  hidden = rows.split(_hidden(model, params, batch))
+  found = head_logprobs(hidden, model.head(params), rows.split(batch.completions), **options)
+  return tuple(map(rows.join, found))
 
 
 def _hidden(model: Model, params: Params, batch: Batch) -> Float[Array, "P G T D"]:
@@ -257,15 +259,51 @@ def _hidden(model: Model, params: Params, batch: Batch) -> Float[Array, "P G T D
   return model.score(params, *rows, routes=(batch.prompt_routes, batch.routes))
 
 
+@dataclasses.dataclass(frozen=True)
+class RowOrder:
+  """Orders the rows of the head as the devices hold them, so that each computes its own.
+
+  Attributes:
+    shape: (P, G, T) of the batch.
+    prompts, tokens: number of shards along P, which divides it, and along T.
+  """
+
+  shape: tuple[int, int, int]
+  prompts: int
+  tokens: int
+
+  @classmethod
+  def of(cls, model: Model, batch: Batch) -> "RowOrder":
+    """Returns the order for a model and a batch."""
+    # Micro-batches that do not divide evenly over the devices are left to the partitioner.
+    prompts = math.gcd(getattr(model, "prompt_shards", 1), len(batch.prompts))
+    return cls(batch.mask.shape, prompts, getattr(model, "token_shards", 1))
+
+  def split(self, x: Shaped[Array, "P G T ..."]) -> Shaped[Array, "..."]:
+    """Returns [p, t, P / p, G, T / t, ...] with T padded; with one token shard the array itself."""
+    if self.tokens == 1:
+      return x
+    (count, group, length), rest = self.shape, x.shape[3:]
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -length % self.tokens), *((0, 0) for _ in rest)])
+    x = x.reshape(self.prompts, count // self.prompts, group, self.tokens, -1, *rest)
+    return jnp.moveaxis(x, 3, 1)
+
+  def join(self, x: Shaped[Array, "..."]) -> Shaped[Array, "P G T"]:
+    """Undoes `split`, for one number per token."""
+    if self.tokens == 1:
+      return x
+    return jnp.moveaxis(x, 1, 3).reshape(*self.shape[:2], -1)[:, :, : self.shape[2]]
+
+
 def _head_options(model: Model, batch: Batch, temperature: float | None) -> dict[str, Any]:
   """Returns the keyword arguments of `head_logprobs` and `head_divergence`."""
+  rows = RowOrder.of(model, batch)
   return {
     "temperature": _temperature_of(batch, temperature),
-    "where": batch.mask,
+    "where": rows.split(batch.mask),
     "softcap": model.config.softcap,
     "vocab_shards": getattr(model, "vocab_shards", 1),
-    # Micro-batches that do not divide evenly over the devices are left to the partitioner.
-    "row_shards": math.gcd(getattr(model, "prompt_shards", 1), len(batch.prompts)),
+    "row_shards": rows.prompts * rows.tokens,
   }
 
 
@@ -375,13 +413,14 @@ def make_loss(
       base_params, teacher_params = base_params
     params = with_adapters(base_params, params)
     hidden, head, divergence = _hidden(model, params, batch), model.head(params), None
-    options = _head_options(model, batch, temperature)
-    logp, entropy = head_logprobs(hidden, head, batch.completions, **options)
+    options, rows = _head_options(model, batch, temperature), RowOrder.of(model, batch)
+    mine, tokens = rows.split(hidden), rows.split(batch.completions)
+    logp, entropy = map(rows.join, head_logprobs(mine, head, tokens, **options))
     divergences = [
       head_divergence(
-        hidden,
+        mine,
         head,
-        _hidden(teacher, weights, batch),
+        rows.split(_hidden(teacher, weights, batch)),
         teacher.head(weights),
         beta=row.teacher_divergence,
         teacher_softcap=teacher.config.softcap,
@@ -390,7 +429,7 @@ def make_loss(
       for teacher, weights in zip(teachers, teacher_params, strict=True)
     ]
     if divergences:
-      divergence = sum(divergences) / len(divergences)
+      divergence = rows.join(sum(divergences) / len(divergences))
     coef = batch.entropy_coef
     total, metrics = policy_loss(
       row,

@@ -173,6 +173,7 @@ def _within_budget(
     make,
     budget=config.micro_batch_tokens,
     prompt_shards=getattr(model, "prompt_shards", 1),
+    token_shards=getattr(model, "token_shards", 1),
     least=config.micro_batches * times,
   )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, DTypeLike, Float, Int
+from jaxtyping import Bool, DTypeLike, Float, Int, Shaped
 
 from grpo_jax.core.checks import Array
 from grpo_jax.core.logprobs import soft_cap
@@ -38,8 +38,50 @@ def layer_window(local: Array | bool | None, window: int) -> Int[Array, ""] | No
   return None if local is None else jnp.where(local, window, UNLIMITED)
 
 
+def join_rows(
+  prompts: Shaped[Array, "P N ..."], completions: Shaped[Array, "P G T ..."], shards: int = 1
+) -> Shaped[Array, "P S ..."]:
+  """Returns rows: each prompt followed by its completions, S = N + G T.
+
+  Args:
+    shards: number of equal shards of each row, which divides N and T. Shard i holds part i of the
+      prompt, followed by part i of each completion.
+
+  Example:
+    >>> join_rows(jnp.array([[0, 1]]), jnp.array([[[2, 3], [4, 5]]]), shards=2).tolist()
+    [[0, 2, 4, 1, 3, 5]]
+  """
+  count, group, length, *rest = completions.shape
+  own = completions.reshape(count, group, shards, length // shards, *rest).swapaxes(1, 2)
+  own = own.reshape(count, shards, group * length // shards, *rest)
+  of_prompts = prompts.reshape(count, shards, prompts.shape[1] // shards, *rest)
+  rows = jnp.concatenate([of_prompts, own], axis=2)
+  return rows.reshape(count, prompts.shape[1] + group * length, *rest)
+
+
+def split_rows(
+  rows: Shaped[Array, "P S ..."], prompt: int, group: int, shards: int = 1
+) -> tuple[Shaped[Array, "P N ..."], Shaped[Array, "P G T ..."]]:
+  """Returns the prompts and completions of rows; undoes `join_rows`.
+
+  Args:
+    prompt: tokens of a prompt, N.
+    group: completions per prompt, G.
+
+  Example:
+    >>> [x.tolist() for x in split_rows(jnp.array([[0, 2, 4, 1, 3, 5]]), 2, 2, shards=2)]
+    [[[0, 1]], [[[2, 3], [4, 5]]]]
+  """
+  count, slots, *rest = rows.shape
+  length = (slots - prompt) // group
+  parts = rows.reshape(count, shards, slots // shards, *rest)
+  of_prompts = parts[:, :, : prompt // shards].reshape(count, prompt, *rest)
+  own = parts[:, :, prompt // shards :].reshape(count, shards, group, length // shards, *rest)
+  return of_prompts, own.swapaxes(1, 2).reshape(count, group, length, *rest)
+
+
 def tiled_attention(
-  q: Float[Array, "P S H d"],
+  q: Float[Array, "P Q H d"],
   k: Float[Array, "P S K d"],
   v: Float[Array, "P S K d"],
   prompt_mask: Bool[Array, "P N"],
@@ -49,7 +91,8 @@ def tiled_attention(
   window: int = 0,
   scale: float,
   softcap: float | None = None,
-) -> Float[Array, "P S H d"]:
+  shard: tuple[Array | int, int] = (0, 1),
+) -> Float[Array, "P Q H d"]:
   """Computes attention over whole rows: a prompt followed by its completions, S = N + G T'.
 
   A prompt is left-padded and attends to itself causally. A completion attends to the whole prompt
@@ -63,10 +106,14 @@ def tiled_attention(
     window: number of real tokens that a query of a local layer sees, including itself.
     scale: factor on `q · k`.
     softcap: soft cap of the scores, as in `group_attention`.
+    shard: (i, count), if `q` is shard number i of `count` shards of the rows, and `k` and `v` are
+      all of them, in the order of `join_rows`. The result is that of the shard.
   """
   n, window_here = prompt_mask.shape[1], layer_window(local, window)
   options = {"scale": scale, "softcap": softcap}
-  prompt_slots = jnp.arange(n)
+  prompt_slots, (number, shards) = jnp.arange(n), shard
+  if shards > 1:
+    k, v = (join_rows(*split_rows(x, n, group, shards)) for x in (k, v))
 
   def attend_prompt(q, index):
     causal = within_window(index[:, None] >= prompt_slots, index, prompt_slots, window_here)
@@ -74,21 +121,23 @@ def tiled_attention(
     own = k[:, None, :n], v[:, None, :n]
     return group_attention(q, own, visible[:, None, None, None], **options)
 
-  of_prompt = tile_queries(attend_prompt, q[:, None, :n], n)[:, 0]
-  if q.shape[1] == n:
+  here = n // shards
+  of_prompt = tile_queries(attend_prompt, q[:, None, :here], n, number * here)[:, 0]
+  if k.shape[1] == n:
     return of_prompt
-  length = (q.shape[1] - n) // group
-  slots, start = jnp.arange(length), prompt_mask.sum(-1)[:, None]
+  slots, start = jnp.arange((k.shape[1] - n) // group), prompt_mask.sum(-1)[:, None]
   positions = prompt_positions(prompt_mask)
-  own_q, *own = (x[:, n:].reshape(x.shape[0], group, length, *x.shape[2:]) for x in (q, k, v))
+  _, own_q = split_rows(q, here, group)
+  own = tuple(split_rows(x, n, group)[1] for x in (k, v))
 
   def attend_completions(q, index):
     causal = within_window(index[:, None] >= slots, index, slots, window_here)
     visible = within_window(prompt_mask[:, None], start + index, positions, window_here)
-    return group_attention(q, tuple(own), causal, (k[:, :n], v[:, :n]), visible, **options)
+    return group_attention(q, own, causal, (k[:, :n], v[:, :n]), visible, **options)
 
-  of_completions = tile_queries(attend_completions, own_q, n + length)
-  return jnp.concatenate([of_prompt, of_completions.reshape(q[:, n:].shape)], axis=1)
+  keys, first = n + len(slots), number * (len(slots) // shards)
+  of_completions = tile_queries(attend_completions, own_q, keys, first)
+  return join_rows(of_prompt, of_completions)
 
 
 def group_attention(
@@ -131,9 +180,12 @@ def group_attention(
 
 
 def tile_queries(
-  attend: Callable[[Array, Array], Array], q: Float[Array, "P G S H d"], keys: int
+  attend: Callable[[Array, Array], Array],
+  q: Float[Array, "P G S H d"],
+  keys: int,
+  first: Array | int = 0,
 ) -> Float[Array, "P G S H d"]:
-  """Computes `attend(q, arange(S))`, for long sequences one tile of queries at a time.
+  """Computes `attend(q, first + arange(S))`, for long sequences one tile of queries at a time.
 
   Each tile sees all keys. The backward pass recomputes the scores of a tile, so that memory grows
   with queries + keys instead of with their product.
@@ -142,18 +194,19 @@ def tile_queries(
     attend: maps queries [P, G, B, H, d] and their indices [B] to attention outputs [P, G, B, H, d].
     q: all queries.
     keys: number of keys that a query meets.
+    first: index of the first query.
 
   References:
     Rabe and Staats 2021, arXiv 2112.05682; here with whole rows of scores.
   """
   length = q.shape[2]
   if length * keys <= UNTILED_SCORES:
-    return attend(q, jnp.arange(length))
+    return attend(q, first + jnp.arange(length))
   size = max(TILE_SCORES // keys, 1)
   count = -(-length // size)
   padded = jnp.pad(q, [(0, 0), (0, 0), (0, count * size - length), (0, 0), (0, 0)])
   tiles = jnp.moveaxis(padded.reshape(*q.shape[:2], count, size, *q.shape[3:]), 2, 0)
-  indices = jnp.minimum(jnp.arange(count * size), length - 1).reshape(count, size)
+  indices = first + jnp.minimum(jnp.arange(count * size), length - 1).reshape(count, size)
   mixed = jax.lax.map(jax.checkpoint(lambda tile: attend(*tile)), (tiles, indices))
   return jnp.moveaxis(mixed, 0, 2).reshape(padded.shape)[:, :, :length]
 

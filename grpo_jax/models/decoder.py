@@ -21,8 +21,10 @@ from jaxtyping import Bool, DTypeLike, Float, Int, Integer
 from grpo_jax.core.checks import Array, lookup
 from grpo_jax.models.attention import (
   cached_attention,
+  join_rows,
   layer_window,
   prompt_positions,
+  split_rows,
   tiled_attention,
   within_window,
 )
@@ -142,6 +144,8 @@ class Decoder:
       `mesh.vocab_shards`.
     prompt_shards: number of shards along P in which the devices hold a batch; see
       `mesh.prompt_shards`.
+    token_shards: number of shards in which the devices hold the tokens of a row while it is scored,
+      in the order of `attention.join_rows`; see `mesh.over_context`, which `attention` then needs.
     attention: computes attention over whole rows, with the signature of
       `attention.tiled_attention`; `build.attention_of` chooses it.
     length: longest sequence in tokens, prompt and completion, that the program computes. A
@@ -168,6 +172,7 @@ class Decoder:
   place: Callable[[str, Array], Array] = lambda kind, array: array
   vocab_shards: int = 1
   prompt_shards: int = 1
+  token_shards: int = 1
   attention: Callable[..., Array] = tiled_attention
   length: int = 0
   form: Form = blocked
@@ -503,6 +508,10 @@ class Decoder:
     hidden state predicts the first token of every completion. The last token of a completion
     predicts nothing and is not an input.
 
+    With several `token_shards`, N and T are padded to multiples of them, and the last token of a
+    prompt is computed with each completion instead of once: hidden states then lie as the
+    completions do.
+
     Args:
       params: parameters, layers stacked or unstacked.
       prompts: left-padded prompts.
@@ -515,33 +524,37 @@ class Decoder:
       ValueError: `remat` is not a key of `REMAT`, or the routes are of another model.
     """
     policy = lookup("remat", REMAT, self.remat)
+    group, length = completions.shape[1:]
+    shards, inputs = self.token_shards, completions[..., :-1]
+    if shards > 1:
+      prompts, inputs = _with_last(prompts, completions, shards)
+      prompt_mask = _pad(prompt_mask[:, :-1], shards, axis=1, front=True)
+      if routes is not None:
+        routes = _with_last(*routes, shards)
+    elif routes is not None:
+      routes = routes[0], routes[1][:, :, :-1]
     count, n = prompts.shape
-    group, length = completions.shape[1], completions.shape[2] - 1
     in_prompt = prompt_positions(prompt_mask)
-    in_completion = prompt_mask.sum(-1)[:, None] + jnp.arange(length)
+    in_completion = prompt_mask.sum(-1)[:, None, None] + jnp.arange(inputs.shape[2])
     options = {"group": group, "window": self.config.window, **self._score_options}
 
     def attend(q, k, v, local, *_):
       return self.attention(q, k, v, prompt_mask, local, **options), (None, None)
 
-    def grouped(x):  # [P, N + G T', ...] -> [P, G, T', ...]
-      return x[:, n:].reshape(count, group, length, *x.shape[2:])
-
-    def flat(x):  # [P, G, T', ...] -> [P, G T', ...]
-      return x.reshape(count, group * length, *x.shape[3:])
-
-    tokens = jnp.concatenate([prompts, flat(completions[..., :length])], axis=1)
-    positions = jnp.concatenate([in_prompt, jnp.tile(in_completion, (1, group))], axis=1)
-    chosen = None if routes is None else self._chosen(routes[0], flat(routes[1][:, :, :length]))
+    tokens = join_rows(prompts, inputs, shards)
+    in_completion = jnp.broadcast_to(in_completion, inputs.shape)
+    positions = join_rows(in_prompt, in_completion, shards)
+    chosen = None if routes is None else self._chosen(join_rows(*routes, shards))
     hidden, *_ = self._layers(params, tokens, positions, attend, policy=policy, chosen=chosen)
+    _, own = split_rows(hidden, n, group, shards)
+    if shards > 1:
+      return own[:, :, :length]
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
-    return jnp.concatenate([first, grouped(hidden)], axis=2)
+    return jnp.concatenate([first, own], axis=2)
 
-  def _chosen(
-    self, of_prompts: Integer[Array, "P N C"], of_completions: Integer[Array, "P GT C"]
-  ) -> Int[Array, "L P S k"]:
+  def _chosen(self, routes: Integer[Array, "P S C"]) -> Int[Array, "L P S k"]:
     """Returns the routes of whole rows, layer by layer."""
-    c, routes = self.config, jnp.concatenate([of_prompts, of_completions], axis=1)
+    c = self.config
     if routes.shape[-1] != c.layers * c.experts_per_token:
       raise ValueError(
         f"the routes have {routes.shape[-1]} experts a token, and the model chooses "
@@ -549,6 +562,29 @@ class Decoder:
       )
     routes = routes.astype(jnp.int32).reshape(*routes.shape[:2], c.layers, -1)
     return jnp.moveaxis(routes, 2, 0)
+
+
+def _with_last(prompts: Array, completions: Array, shards: int) -> tuple[Array, Array]:
+  """Moves the last token of each prompt before its completions, which lose theirs; pads both.
+
+  Args:
+    prompts, completions: [P, N, ...] and [P, G, T, ...].
+    shards: the padded lengths are multiples of it.
+  """
+  last = jnp.broadcast_to(prompts[:, None, -1:], completions[:, :, :1].shape)
+  completions = jnp.concatenate([last, completions[:, :, :-1]], axis=2)
+  return (
+    _pad(prompts[:, :-1], shards, axis=1, front=True),
+    _pad(completions, shards, axis=2),
+  )
+
+
+def _pad(x: Array, multiple: int, *, axis: int, front: bool = False) -> Array:
+  """Pads an axis with zeros at its end, or at its front, to a multiple, at least one of it."""
+  missing = multiple * max(-(-x.shape[axis] // multiple), 1) - x.shape[axis]
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (missing, 0) if front else (0, missing)
+  return jnp.pad(x, widths)
 
 
 def route_dtype(experts: int) -> DTypeLike:

@@ -350,8 +350,7 @@ class Programs:
     """Keys and values of prompts and completions, sharded by prompts and key-value heads."""
     c, r = self.model.config, self.config.rollout
     mesh = self.mesh_of("sample")
-    tensor = mesh.shape["tensor"]
-    heads = "tensor" if c.kv_heads % tensor == 0 else None
+    heads = meshes.cache_axes(mesh, c.kv_heads)
 
     def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # [..., rows, K, _, _]
       leading = [None] * (leaf.ndim - 4)
@@ -505,10 +504,12 @@ def open_programs(
     raise configs.ConfigError(problems)
   longest = prompts.length + c.rollout.completion_length
   model = attempt(lambda: build.make_model(c, shape, mesh, longest))
-  rollout_mesh, sampler_model = mesh, model
+  rollout_mesh = mesh
   if c.mesh.rollout_devices:
     _, rollout_mesh = build.make_meshes(c, topology.devices)
-    sampler_model = attempt(lambda: build.make_model(c, shape, rollout_mesh, longest))
+  sampler_model = model and attempt(
+    lambda: build.make_sampler_model(c, model, mesh, rollout_mesh, longest)
+  )
   attempt(lambda: build.cache_rows(c, model, rollout_mesh, prompts.length))
   teachers = [
     attempt(lambda shape=shape: build.make_model(c, shape, mesh, longest)) for shape in teachers

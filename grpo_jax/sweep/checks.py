@@ -55,7 +55,7 @@ def value_problems(path: str, runs: Mapping[str, Sequence[str]]) -> dict[str, li
     config = configs.load(path, list(overrides))
     mesh = config.mesh
     count = 1
-    for size in (mesh.data, mesh.fsdp, mesh.tensor):
+    for size in (mesh.data, mesh.fsdp, mesh.tensor, mesh.expert, mesh.context):
       count *= max(size, 1)  # -1 takes the rest: as few as possible
     if wrong := configs.check(config, count + mesh.rollout_devices):
       problems[name] = wrong

@@ -98,7 +98,7 @@ with hosts.session(heartbeat=10):
 def test_two_processes_share_values_and_errors():
   (first, output), (second, other) = run(["-c", SHORT], 2, devices=2)
   assert "the config differs between process 0 and [1]" in output
-  assert "mesh.tensor must divide the devices of a host" in output
+  assert "mesh.tensor x mesh.context must divide the devices of a host" in output
   message = "a hard thing failed on process 1 of 2: LookupError: no such judge"
   assert f"HostError: {message}" in output, output
   assert "LookupError: no such judge" in other

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpo_jax.distributed.mesh import AXES
 from grpo_jax.run.metrics import read_metrics
 
 MESHES = {
@@ -21,6 +22,7 @@ MESHES = {
   "4": (1, 4, 1),
   "8": (8, 1, 1),
   "8 with tensor": (2, 2, 2),
+  "8 with context": (2, 1, 1, 1, 4),
 }
 REWARD = """
 def coarse(prompts, completions, level, **columns):
@@ -91,8 +93,7 @@ OWN = (
 
 def run_all(folder, shape):
   """Runs every option on a mesh, in a process with as many devices; returns option -> workdir."""
-  data, fsdp, tensor = shape
-  place = [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"]
+  place = [f"mesh.{axis}={size}" for axis, size in zip(AXES, shape)]
   settings = [
     f"task.settings.path={folder}/rows.jsonl", f"task.settings.reward={folder}/reward.py:coarse"
   ]  # fmt: skip

@@ -311,12 +311,13 @@ class Device:
     self.platform = platform
 
 
-def choose(platform, shape=MODEL, **fields):
+def choose(platform, shape=MODEL, context=1, **fields):
   c = config.default_config()
   with c.unlocked():
     for name, value in fields.items():
       c[name.split("__")[0]][name.split("__")[1]] = value
-  mesh = dataclasses.make_dataclass("Mesh", ["devices"])(np.array([Device(platform)]))
+  mesh = dataclasses.make_dataclass("Mesh", ["devices", "shape"])
+  mesh = mesh(np.array([Device(platform)]), {"context": context})
   return build.attention_of(c, shape, mesh)
 
 
@@ -326,7 +327,8 @@ def chosen(monkeypatch, *args, slots=4096, **fields):
     monkeypatch.setitem(kernels.KERNELS, name, lambda *a, name=name, **o: name)
   monkeypatch.setattr(kernels, "tiled_attention", lambda *a, **o: "tiled")
   monkeypatch.setattr(build, "tiled_attention", kernels.tiled_attention)
-  monkeypatch.setattr(meshes, "over_mesh", lambda mesh, kernel: kernel)
+  monkeypatch.setattr(meshes, "over_mesh", lambda mesh, kernel, sampling: kernel)
+  monkeypatch.setattr(meshes, "over_context", lambda mesh, kernel: kernel)
   q = jax.ShapeDtypeStruct((1, slots, 4, 4), jnp.float32)
   return choose(*args, **fields)(q, q, q, jax.ShapeDtypeStruct((1, slots), bool), scale=1.0)
 
@@ -343,6 +345,7 @@ def test_auto_is_the_kernel_of_the_platform_where_it_can_run(monkeypatch):
   assert pick("gpu", wide, model__dtype="bfloat16") == "tiled"
   assert pick("tpu", soft, train__reduction="deterministic") == "tiled"
   assert pick("tpu", soft, model__attention="tiled") == "tiled"
+  assert pick("tpu", soft, context=2) == "tiled"  # the axis splits rows, which kernels see whole
 
 
 def test_auto_leaves_short_rows_to_blocks_and_a_named_kernel_does_not(monkeypatch):
