@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.settings import SETTINGS, make_prompts
+from benchmarks.settings import ADAPTED, SETTINGS, make_prompts
 from benchmarks.worker import Channel, clock, since
 from grpo_jax import config as configs
 from grpo_jax.build import build, to_sampling_params
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.learning.step import Batch, TrainState
 from grpo_jax.learning.updates import make_update
+from grpo_jax.models import lora
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.load import open_weights
+from grpo_jax.models.quantized import quantized_weights
 from grpo_jax.rollout import collect
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks.rewards.workers import score_in_process
@@ -141,15 +143,16 @@ def endless(sampler: Sampler) -> Sampler:
 
 
 def make_sampler(
-  source: str, prompts: Sequence[Any], tokens: int, dtype: str
-) -> tuple[Sampler, Any]:
-  """Returns a sampler on one device and its parameters, in a run's layout.
+  source: str, prompts: Sequence[Any], tokens: int, dtype: str, form: str = "trained"
+) -> tuple[Sampler, Any, Any]:
+  """Returns a sampler on one device, its parameters in a run's layout, and those that are scored.
 
   Args:
     source: source of the model, as in `model.source`.
     prompts: prompts, for the largest length.
     tokens: completion length in tokens.
     dtype: type of the activations.
+    form: one of `settings.FORMS`.
   """
   weights, tokenizer = open_weights(source), load_tokenizer(source)
   mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
@@ -160,8 +163,16 @@ def make_sampler(
     prompt_length=max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
     completion_length=tokens,
   )
+  if form.startswith(ADAPTED):
+    adapters = lora.init(jax.random.key(0), weights.shapes, "|".join(lora.MATRICES), rank=16)
+    weights = quantized_weights(weights, form.removeprefix(ADAPTED))
+    base = weights.read(meshes.param_shardings(mesh, weights.shapes))
+    params = lora.with_adapters(base, adapters)
+    return sampler, params, params
   params = weights.read(meshes.param_shardings(mesh, weights.shapes))
-  return sampler, jax.jit(partial(to_sampling_params, model, mesh, None))(params)
+  convert = jax.jit(partial(to_sampling_params, model, mesh, None), static_argnames="int8")
+  scored = convert(params)
+  return sampler, convert(params, int8=True) if form == "int8" else scored, scored
 
 
 def about() -> dict[str, Any]:

@@ -10,6 +10,10 @@ vocabulary in float32. With `--group 1` each row has its own prompt, so nothing 
 once. The rate of reading is that of a sum over all weights on all cores, measured in the engine's
 process before each round. At larger batches compute is the limit, not memory. `of products` is the
 share of the time of all weight matmuls with this number of rows on this backend.
+
+`--form int8` adds an engine of ours with `rollout.weights=int8`, and `--form adapters-nf4` one with
+adapters beside a base of `lora.quantize=nf4`. `mismatch` is the mean of |log-prob of the sampler -
+log-prob of the update| in nats, in each quarter of the completions.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import alternate
+from benchmarks.settings import FORMS
 from benchmarks.step import same_tokens
 
 PEER_MODULES = {"transformers": "benchmarks.peers.transformers_generate"}
@@ -35,12 +40,17 @@ COLUMNS = (
   ("of_products", "of products", ".2f"),
   ("peak_gib", "peak GiB", ".2f"),
   ("first_seconds", "first s", ".1f"),
+  ("mismatch", "mismatch", ""),
   ("other_cores", "other cores", ".2f"),
 )
 
 
-def serve() -> None:
-  """Serves grpo_jax's sampler as an engine: a unit of work is a batch of completions."""
+def serve(form: str) -> None:
+  """Serves grpo_jax's sampler as an engine: a unit of work is a batch of completions.
+
+  Args:
+    form: of the weights, one of `settings.FORMS`.
+  """
   import jax
   import numpy as np
 
@@ -51,22 +61,51 @@ def serve() -> None:
   channel = Channel()
   s = channel.settings
   prompts = make_prompts(s["kind"], s["prompts"])
-  sampler, params = ours.make_sampler(s["model"], prompts, s["tokens"], s["dtype"])
+  sampler, params, scored = ours.make_sampler(s["model"], prompts, s["tokens"], s["dtype"], form)
   sampler = ours.endless(sampler)
-  read, multiply = reader(params), multiplier(params, s["prompts"] * s["group"])
-  weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-  channel.ready(ours.about() | {"weight_bytes": weight_bytes})
+  gap = mismatch(sampler, params, scored, prompts, s["group"])
+  about = {"mismatch": " ".join(f"{nats:.2g}" for nats in gap)}
+  about["weight_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  del scored
+  has_floors = form == "trained"  # the time of reading all weights, and of all products
+  if has_floors:
+    read, multiply = reader(params), multiplier(params, s["prompts"] * s["group"])
+  channel.ready(ours.about() | about)
   number = 0
   while channel.wait():
     number += 1
     before = clock()
-    floors = {"read_seconds": best(read), "product_seconds": best(multiply)}
+    floors = {"read_seconds": best(read), "product_seconds": best(multiply)} if has_floors else {}
     floors["aside_cpu_seconds"] = since(before)["cpu_seconds"]
     with channel.measure() as record:
       out = sampler(params, prompts, jax.random.key(number), group=s["group"], temperature=1.0)
       record["prompt_tokens"] = int(out.prompt_mask.sum())
       record["completion_tokens"] = int(np.sum(out.lengths))
       record |= floors
+
+
+def mismatch(sampler: Any, params: Any, scored: Any, prompts: Any, group: int) -> list[float]:
+  """Returns the mean |log-prob while sampling - log-prob when scored| in each quarter, in nats.
+
+  Args:
+    sampler: samples with `params`.
+    scored: the parameters of the update.
+    prompts, group: the prompts, and completions of each.
+  """
+  import jax
+  import numpy as np
+
+  from grpo_jax.core.logprobs import head_logprobs
+
+  out, model = sampler(params, prompts, jax.random.key(0), group=group), sampler.model
+
+  @jax.jit
+  def score(params, prompts, mask, tokens):
+    hidden = model.score(params, prompts, mask, tokens)
+    return head_logprobs(hidden, model.head(params), tokens, softcap=model.config.softcap)[0]
+
+  gap = np.abs(score(scored, out.prompts, out.prompt_mask, out.tokens) - out.logp)
+  return [float(quarter.mean()) for quarter in np.array_split(gap, 4, axis=-1)]
 
 
 def reader(params: Any) -> Callable[[], Any]:
@@ -123,9 +162,11 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--tokens", type=int, default=64, help="new tokens per row, T")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                       help="type of grpo_jax's activations")  # fmt: skip
+  parser.add_argument("--form", choices=FORMS, action="append", default=[],
+                      help="also measure ours with weights of this form")  # fmt: skip
   a = parser.parse_args(argv)
   if a.worker:
-    serve()
+    serve(*a.form)
     return
   settings: dict[str, Any] = {
     "model": alternate.model_for(a.model, a.peer),
@@ -136,6 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     "dtype": a.dtype,
   }
   commands = alternate.commands_for("benchmarks.sampling", {p: PEER_MODULES[p] for p in a.peer})
+  ours = commands[alternate.OURS]
+  commands[alternate.OURS] = [*ours, "--form", "trained"]
+  commands |= {form: [*ours, "--form", form] for form in a.form}
   results = alternate.alternate(commands, settings, rounds=a.rounds, warmup=a.warmup)
   same_tokens(results)
   tokens = a.prompts * a.group * a.tokens

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Prompt = str | list[dict[str, str]]
+# Forms of the weights while sampling: as trained, with `rollout.weights=int8`, and with adapters of
+# rank 16 beside a base of each `lora.quantize`.
+ADAPTED = "adapters-"
+FORMS = ("trained", "int8", *(ADAPTED + scheme for scheme in ("int8", "nf4", "file")))
 
 
 class Setting(NamedTuple):

@@ -151,7 +151,7 @@ def measured_cost(a: argparse.Namespace) -> dict[int, float]:
   from grpo_jax.tokens import encode_prompts
 
   prompts = make_prompts("chat", 1)
-  sampler, params = ours.make_sampler(a.model, prompts, a.measure_tokens, "float32")
+  sampler, params, _ = ours.make_sampler(a.model, prompts, a.measure_tokens, "float32")
   tokens, mask, _ = encode_prompts(sampler.tokenizer, prompts, sampler.prompt_length)
   endless = jnp.zeros((2, sampler.model.config.vocab_size), jnp.int32)
   cost = {}

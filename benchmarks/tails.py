@@ -79,7 +79,7 @@ class Variants:
 
   def __init__(self, a: argparse.Namespace) -> None:
     prompts = make_prompts("chat", a.prompts)
-    sampler, params = ours.make_sampler(a.model, prompts, a.tokens, "float32")
+    sampler, params, _ = ours.make_sampler(a.model, prompts, a.tokens, "float32")
     tokens, mask, _ = encode_prompts(sampler.tokenizer, prompts, sampler.prompt_length)
     vocab = sampler.model.config.vocab_size
     table = jnp.asarray(lognormal_stops(a.median, a.sigma, a.tokens, vocab))

@@ -105,12 +105,12 @@ class Rollouts:
     if self._pool is not None:
       return self._pool.take(step, state, self.scorer(step))
     if not self._ahead:
-      params, examples = run.to_sampling_params(state.params), run.examples(step, state.counts)
+      params, examples = run.to_rollout_params(state.params), run.examples(step, state.counts)
       config = run.rollout_at(step)
       return collect(run.sampler, params, examples, self.scorer(step), run.key(step), config)
     due = range(step, step + self._ahead + 1)
     if new := [number for number in due if number not in self._rollouts]:
-      params = run.to_sampling_params(state.params)
+      params = run.to_rollout_params(state.params)
       for number in new:
         self._begin(number, Ahead(step, run.examples(number, state.counts), state.counts), params)
     start = time.monotonic()

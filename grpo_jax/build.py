@@ -42,6 +42,7 @@ from grpo_jax.models.attention import tiled_attention
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.models.experts import grouping_of
+from grpo_jax.models.int8 import Int8Matrix, with_int8_matrices
 from grpo_jax.models.io.weights import Weights
 from grpo_jax.models.kernels import KERNELS, by_layer, for_long_rows
 from grpo_jax.models.load import open_weights
@@ -191,6 +192,18 @@ class Run:
   def to_sampling_params(self, params: Params) -> Params:
     """Returns the trained parameters in the sampler's layout, whole over `fsdp`."""
     return self._to_sampling_params(self.base_params, params)
+
+  def to_rollout_params(self, params: Params) -> Params:
+    """Returns the same for rollouts, whose matrices `rollout.weights` may round."""
+    return self._to_rollout_params(self.base_params, params)
+
+  @functools.cached_property
+  def _to_rollout_params(self) -> Callable[[Params | None, Params], Params]:
+    if self.config.rollout.weights == "trained":
+      return self._to_sampling_params
+    return make_to_sampling_params(
+      self.model, self.mesh, self.weights.shapes, self.chunks, self.rollout_mesh, int8=True
+    )
 
   @functools.cached_property
   def _to_sampling_params(self) -> Callable[[Params | None, Params], Params]:
@@ -685,6 +698,8 @@ def make_to_sampling_params(
   shapes: Params,
   chunks: Chunks | None = None,
   rollout_mesh: Mesh | None = None,
+  *,
+  int8: bool = False,
 ) -> Callable[[Params | None, Params], Params]:
   """Returns the jitted `to_sampling_params`, `(base_params, params) -> params`.
 
@@ -692,8 +707,9 @@ def make_to_sampling_params(
     model, mesh, chunks: as in `Run`.
     shapes: shapes of all parameters of the model.
     rollout_mesh: where the result lies, if not on `mesh`: it is copied there, after the program.
+    int8: as in `to_sampling_params`.
   """
-  convert = partial(to_sampling_params, model, mesh)
+  convert = partial(to_sampling_params, model, mesh, int8=int8)
   converted = jax.eval_shape(partial(convert, None), shapes)
   layout = meshes.param_shardings(mesh, converted, sampling=True)
   if chunks:
@@ -706,18 +722,22 @@ def make_to_sampling_params(
 
 
 def to_sampling_params(
-  model: Decoder, mesh: Mesh, base_params: Params | None, params: Params
+  model: Decoder, mesh: Mesh, base_params: Params | None, params: Params, *, int8: bool = False
 ) -> Params:
   """Returns the trained parameters in the sampler's form: adapters merged, fastest to decode.
 
   On CPUs the layers are unstacked. Elsewhere they stay stacked, in the dtype of the activations, to
   which the model casts them anyway; norms stay in float32, as the model reads them.
+
+  Args:
+    int8: rounds the matrices of the layers, see `models.int8`.
   """
   params = params if base_params is None else lora.merge(base_params, params, model.lora_scale)
+  params = with_int8_matrices(params) if int8 else params
   if mesh.devices.flat[0].platform == "cpu":
     return unstack(params)
 
-  return jax.tree_util.tree_map_with_path(partial(_in_dtype_of, model), params)
+  return as_held(model, params)
 
 
 def beside_quantized(
@@ -747,14 +767,19 @@ def beside_quantized(
 
 def as_held(model: Decoder, params: Params) -> Params:
   """Returns parameters, or their shapes, that are never trained in the dtype they are used in."""
-  convert = partial(jax.tree_util.tree_map_with_path, partial(_in_dtype_of, model))
+  convert = partial(
+    jax.tree_util.tree_map_with_path,
+    partial(_in_dtype_of, model),
+    is_leaf=lambda leaf: isinstance(leaf, Int8Matrix),
+  )
   leaf = jax.tree.leaves(params)[0]
   return convert(params) if isinstance(leaf, jax.Array) else jax.eval_shape(convert, params)
 
 
-def _in_dtype_of(model: Decoder, path: tuple, leaf: jax.Array) -> jax.Array:
+def _in_dtype_of(model: Decoder, path: tuple, leaf: jax.Array | Int8Matrix) -> Any:
   """Returns a parameter in the dtype of the activations, to which the model casts it anyway."""
-  return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(model.dtype)
+  stays = isinstance(leaf, Int8Matrix) or "norm" in jax.tree_util.keystr(path)
+  return leaf if stays else leaf.astype(model.dtype)
 
 
 def tokenizer_of(c: ConfigDict, model: ModelConfig) -> tokens.AnyTokenizer:

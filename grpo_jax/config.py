@@ -33,6 +33,7 @@ VALUES = {
   "model.attention": ("auto", "tiled", "splash", "cudnn"),
   "data.seeding": ("auto", "hashed", "added"),
   "rollout.overlong": ("error", "drop"),
+  "rollout.weights": ("trained", "int8"),
   "teacher.shows": ("sibling", "answer"),
   "rewards.on_error": ("raise", "skip"),
   "lora.quantize": ("none", "int8", "nf4", "file"),
@@ -301,6 +302,9 @@ def default_config() -> ConfigDict:
   # completions. See docs/scale.md.
   c.rollout.partial_tokens = 0
   c.rollout.partial_prompts = 0  # with it: prompts under way beyond those of a step
+  # Matrices of the layers while sampling: trained, or int8: rounded after each update, and
+  # multiplied in 8-bit integers with rounded activations; needs a correction. See docs/scale.md.
+  c.rollout.weights = "trained"
 
   c.episode = Section()  # of tasks with tools or an environment; completion_length is its budget
   c.episode.turns = 4  # turns of the policy at most

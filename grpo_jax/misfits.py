@@ -97,7 +97,7 @@ def run_misfits(
       "data.curriculum to 'off'"
     )
   if algorithm:
-    problems += teacher_misfits(c, algorithm) + ahead_misfits(c, algorithm)
+    problems += teacher_misfits(c, algorithm) + sampler_misfits(c, algorithm)
   taught = configs.own_teacher(c) == "reference"
   if algorithm and algorithm.beta == 0 and c.reference.sync_every and not taught:
     problems.append(
@@ -188,19 +188,28 @@ def check_observations(task: Task, tokenizer: tokens.AnyTokenizer) -> None:
   ObservationEncoder(tokenizer)(answer, last=-1, chat=True)
 
 
-def ahead_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:
-  """Checks that the loss makes up for rollouts of earlier parameters, or leaves it out by name."""
-  named = c.algorithm.correction == "none"
-  fields = [name for name in ("ahead", "partial_tokens") if c.rollout[name]]
-  if algorithm.compares_with_sampler or named:
-    return []
-  return [
-    f"rollout.{name} is {c.rollout[name]}, but algorithm {c.algorithm.name!r} takes rollouts to be "
-    "from the policy it updates: set algorithm.correction='token_truncate' with "
-    "algorithm.correction_max=2.0; or algorithm.anchor='sampler', which compares with the policy "
-    "that sampled; or algorithm.correction='none', by name, to learn from them as they are"
-    for name in fields
-  ]
+def sampler_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:
+  """Checks that the loss makes up for rollouts of another policy, or leaves it out by name.
+
+  They are of earlier parameters, or of rounded ones.
+  """
+  problems, named = [], c.algorithm.correction == "none"
+  if c.rollout.weights == "int8" and c.lora.quantize != "none":
+    problems.append(
+      f"rollout.weights is 'int8', but lora.quantize is {c.lora.quantize!r}: the sampler reads the "
+      "matrices of a quantized base as they are; set one of them to its default"
+    )
+  for name in ("ahead", "partial_tokens", "weights"):
+    usual = c.rollout[name] == configs.default_config().rollout[name]
+    if usual or algorithm.compares_with_sampler or named:
+      continue
+    problems.append(
+      f"rollout.{name} is {c.rollout[name]!r}, but algorithm {c.algorithm.name!r} takes rollouts "
+      "to be from the policy it updates: set algorithm.correction='token_truncate' with "
+      "algorithm.correction_max=2.0; or algorithm.anchor='sampler', which compares with the policy "
+      "that sampled; or algorithm.correction='none', by name, to learn from them as they are"
+    )
+  return problems
 
 
 def partial_misfits(c: ConfigDict, model: ModelConfig, task: Task) -> list[str]:

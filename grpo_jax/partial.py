@@ -76,7 +76,7 @@ class Pool:
         scored again.
     """
     run, sampler = self._run, self._run.sampler
-    params = run.to_sampling_params(state.params)
+    params = run.to_rollout_params(state.params)
     jax.block_until_ready(params)  # or the update before would count as sampling
     start, rounds = time.monotonic(), 0
     begun = step * self._count + len(self._groups.number)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from grpo_jax.core.checks import Array
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.experts import Form, Routing, blocked, route
+from grpo_jax.models.int8 import Int8Matrix, int8_matmul
 from grpo_jax.models.quantized import Quantized, quantized_matmul
 from grpo_jax.models.rope import Rotation, rotate
 
@@ -127,10 +128,11 @@ class Block(nn.Module):
 
   def project(self, h: Float[Array, "... I"], name: str, size: int) -> Float[Array, "... O"]:
     """Multiplies by the weight `name`, and adds its bias and its low-rank pair if it has them."""
-    if self.has_variable("params", name) and isinstance(
-      weight := self.get_variable("params", name), Quantized
-    ):
-      out = quantized_matmul(h, weight)
+    held = self.get_variable("params", name) if self.has_variable("params", name) else None
+    if isinstance(held, Quantized):
+      out = quantized_matmul(h, held)
+    elif isinstance(held, Int8Matrix):
+      out = int8_matmul(h, held)
     else:
       init = nn.initializers.normal(h.shape[-1] ** -0.5)
       out = matmul(h, self.param(name, init, (h.shape[-1], size)).astype(h.dtype))

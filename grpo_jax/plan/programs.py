@@ -289,9 +289,14 @@ class Programs:
     if self.quantized:
       shapes = lora.with_adapters(self.base_params, self.state.params)
     else:
-      make = partial(build.to_sampling_params, self.model, self.mesh)
+      make = partial(build.to_sampling_params, self.model, self.mesh, int8=self.samples_in_int8)
       shapes = jax.eval_shape(make, self.base_params, self.state.params)
     return put(shapes, meshes.param_shardings(self.mesh_of("sample"), shapes, sampling=True))
+
+  @property
+  def samples_in_int8(self) -> bool:
+    """True if rollouts are sampled with rounded matrices."""
+    return self.config.rollout.weights == "int8"
 
   @property
   def copied_for_sampling(self) -> Params:
@@ -415,7 +420,9 @@ class Programs:
 
   def to_sampling_params(self) -> Program:
     """Returns the conversion from trained to sampling parameters."""
-    convert = build.make_to_sampling_params(self.model, self.mesh, self.weights)
+    convert = build.make_to_sampling_params(
+      self.model, self.mesh, self.weights, int8=self.samples_in_int8
+    )
     return Program(convert, (self.base_params, self.state.params))
 
   def sample(self) -> Program:
@@ -474,7 +481,7 @@ def open_programs(
     values = attempt(lambda: config_of(configs.critic_source(c)))
   teachers = [attempt(lambda source=s: config_of(source)) for s in configs.teacher_sources(c)]
   if algorithm:
-    problems += misfits.teacher_misfits(c, algorithm) + misfits.ahead_misfits(c, algorithm)
+    problems += misfits.teacher_misfits(c, algorithm) + misfits.sampler_misfits(c, algorithm)
   prompts = prompts or attempt(lambda: read_prompts(c))
   problems += misfits.expert_misfits(c, shape) if shape else []
   if prompts and shape and prompts.length + c.rollout.completion_length > shape.context:

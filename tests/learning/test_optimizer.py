@@ -175,6 +175,17 @@ def test_muon_by_hand():
   np.testing.assert_allclose(actual["layers"]["q"], w, rtol=1e-4, atol=1e-4)
 
 
+def test_muon_makes_each_expert_orthogonal_alone():
+  """Experts are [L, E, in, out]; the scale of the update is that of one expert's matrix."""
+  (w,), (g,) = (matrices(seed, (2, 3, 6, 4)) for seed in (0, 1))
+  actual, _ = two_updates("muon", {"layers": {"experts_up": w}}, [{"layers": {"experts_up": g}}])
+  ahead = 0.95 * 0.05 * g / (1 - 0.95**2) + 0.05 * g / (1 - 0.95)
+  update = [orthogonalized(matrix) for matrix in ahead.reshape(6, 6, 4)]
+  update = 0.2 * math.sqrt(6) * np.reshape(update, g.shape)
+  expected = w - RATE * (update + 0.1 * w)
+  np.testing.assert_allclose(actual["layers"]["experts_up"], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_tables_and_vectors_have_two_moments_in_muon():
   shapes = {"embed": (8, 4), "head": (8, 4), "layers": {"q": (2, 4, 4), "attn_norm": (2, 4)}}
   params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
