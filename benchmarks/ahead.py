@@ -1,15 +1,19 @@
 """Measures the time of a step with rollouts ahead of the updates, and draws when each part works.
 
-    python -m benchmarks.ahead --seconds 2 --steps 8
+    python -m benchmarks.ahead --seconds 2 --steps 8 --rounds 3
 
 Rewards take `--seconds` a step. Each form is a run in a process of its own with `--devices` CPU
 devices; in the last ones half of them only sample. `sum` and `max` are of the parts as the form
-without `rollout.ahead` measures them: sampling, rewards, and the rest of the step. A form in which
-nothing waits has a step of `max`; on one set of devices, sampling and the update are one part.
-`--timeline` draws the first steps of each form, from the times at which parts began and ended.
+without `rollout.ahead` measures them in the same round: sampling, rewards, and the rest of the
+step. A form in which nothing waits has a step of `max`; on one set of devices, sampling and the
+update are one part. Numbers are medians over the steps of a run, then over rounds, in which the
+forms take turns; `range` holds the smallest and the largest `step / max` of a round.
+`--timeline` draws the first steps of each form in the last round, from the times at which parts
+began and ended.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import alternate
 
@@ -39,6 +45,7 @@ COLUMNS = (
   ("max", "max", ".2f"),
   ("of_sum", "step / sum", ".2f"),
   ("of_max", "step / max", ".2f"),
+  ("range", "range", ""),
   ("staleness", "staleness", ".1f"),
 )
 REWARD = """
@@ -89,18 +96,21 @@ def work(workdir: str, overrides: Sequence[str], events: str) -> None:
 
 def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
   """Returns one row per form."""
-  rows: list[dict[str, Any]] = []
+  rounds: list[list[dict[str, Any]]] = []
   with tempfile.TemporaryDirectory() as folder:
     reward = Path(folder) / "reward.py"
     reward.write_text(REWARD.format(seconds=a.seconds), encoding="utf-8")
     data = Path(folder) / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}:"}) + "\n" for i in range(64)), "utf-8")
-    for form, (ahead, apart) in FORMS.items():
-      workdir, events = Path(folder) / form, Path(folder) / f"{form}.json"
+    for number, form in itertools.product(range(a.rounds), a.forms):
+      ahead, apart = FORMS[form]
+      if form == a.forms[0]:
+        rounds.append([])
+      workdir, events = Path(folder) / str(number) / form, Path(folder) / f"{form}.json"
       overrides = [
         "task.name=jsonl", f"task.settings.path={data}", f"task.settings.reward={reward}:late",
         "task.settings.eval_fraction=0.0", f"steps={a.steps}", "log.samples=0", "log.trackers=()",
-        "checkpoint.every=10000", "compilation_cache=off", "rewards.workers=1",
+        "checkpoint.every=10000", f"compilation_cache={folder}/programs", "rewards.workers=1",
         "algorithm.correction=token_truncate", "algorithm.correction_max=2.0",
         f"rollout.prompts_per_step={a.prompts}", f"rollout.completion_length={a.tokens}",
         f"rollout.ahead={ahead}", f"mesh.rollout_devices={a.devices // 2 if apart else 0}",
@@ -115,16 +125,29 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()},
         stdout=subprocess.DEVNULL, check=True,
       )  # fmt: skip
-      rows.append({"benchmark": "ahead", "form": form, **vars(a), **_row(workdir, rows)})
-      if a.timeline:
+      rounds[-1].append(_row(workdir, rounds[-1]))
+      if a.timeline and number == a.rounds - 1:
         print(f"{form}\n{timeline(json.loads(events.read_text(encoding='utf-8')))}\n")
-  return rows
+  return [
+    {"benchmark": "ahead", "form": form, **vars(a), **_over_rounds(rows)}
+    for form, rows in zip(a.forms, zip(*rounds))
+  ]
 
 
-def _row(workdir: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Returns the medians of a run over its steps, without the first ones, which compile."""
-  import numpy as np
+def _over_rounds(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+  """Returns the medians of a form over the rounds."""
+  of_max = [row["of_max"] for row in rows]
+  medians = {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
+  return medians | {"range": f"{min(of_max):.2f} to {max(of_max):.2f}"}
 
+
+def _row(workdir: Path, rows: Sequence[dict[str, float]]) -> dict[str, float]:
+  """Returns the medians of a run over its steps, without the first ones, which compile.
+
+  Args:
+    workdir: of the run.
+    rows: of the forms before it in the round.
+  """
   from grpo_jax.run.metrics import read_metrics
 
   metrics = [row for row in read_metrics(workdir) if "loss" in row][3:]
@@ -179,6 +202,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   parser.add_argument("--seconds", type=float, default=2.0, help="time of the rewards of a step")
   parser.add_argument("--steps", type=int, default=10)
+  parser.add_argument(
+    "--forms", nargs="+", choices=FORMS, default=[*FORMS], metavar="FORM",
+    help=f"the first one measures the parts; of: {', '.join(FORMS)}",
+  )  # fmt: skip
+  parser.add_argument("--rounds", type=int, default=1, help="runs of each form, in turn")
   parser.add_argument("--devices", type=int, default=2, help="CPU devices of each process")
   parser.add_argument("--prompts", type=int, default=16, help="number of prompts, P")
   parser.add_argument("--tokens", type=int, default=64, help="completion length, T")
