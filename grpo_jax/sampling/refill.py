@@ -6,8 +6,8 @@ once. When the queue is empty and at most half of the rows are live, they move i
 as many rows, again and again (`compaction` does the same without a queue).
 
 The random stream of a completion and the slots of its tokens in the cache do not depend on when its
-row was free, so completions are those of `generate`. Log-probs agree to rounding: products of other
-sizes round otherwise.
+row was free, so completions are those of `generate`. Log-probs agree to rounding: XLA sums products
+with weights in another order for another number of rows.
 
 Axes: S shards, R rows of a shard, n completions of a shard. Programs hold rows as [S·R, 1].
 """
