@@ -917,6 +917,7 @@ def rollout_config(
     reward_weights=tuple(weight for _, weight in task.rewards.values()) + of_environment,
     step_rewards=task.step_rewards if "steps" in algorithm.rewards else None,
     max_resamples=c.rollout.max_resamples,
+    given=c.rollout.given,
     mask_truncated=c.rollout.mask_truncated,
     demonstrations=demonstrations,
     batch_sharding=meshes.batch_sharding(mesh),

@@ -289,6 +289,9 @@ def default_config() -> ConfigDict:
   c.rollout.overlong = "error"  # a prompt of more than prompt_length tokens: error or drop
   c.rollout.stop = ()  # strings that end a completion, besides the task's own
   c.rollout.stop_ids = ()  # token ids that end a completion, besides the tokenizer's
+  # Column of the problems with a completion of each, which is learned from in place of samples, as
+  # in pretraining (a list of them for groups); empty: completions are sampled.
+  c.rollout.given = ""
   c.rollout.max_resamples = 0  # dynamic sampling: further draws to replace zero-variance groups
   c.rollout.mask_truncated = False  # leave completions that ran into the budget out of the loss
   # Steps that sampling is ahead of the updates: the rollout of step n has the parameters after step

@@ -75,7 +75,12 @@ def closed_thought(run: Run) -> Finding | None:
 def no_groups(run: Run) -> Finding | None:
   """Finds groups that are too small to have two different rewards."""
   size, c = run.config.rollout.group_size, run.config
-  if size >= 4 or run.algorithm.of_token_rewards or run.algorithm.every_group_learns:
+  if (
+    size >= 4
+    or c.rollout.given
+    or run.algorithm.of_token_rewards
+    or run.algorithm.every_group_learns
+  ):
     return None
   return Finding(
     "no_groups",

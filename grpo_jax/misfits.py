@@ -35,7 +35,32 @@ def expert_misfits(c: ConfigDict, model: ModelConfig) -> list[str]:
 
 def replays_routes(c: ConfigDict, model: ModelConfig) -> bool:
   """Tells whether the update uses the experts that were chosen while sampling."""
-  return model.experts > 0 and c.train.routes == "sampled"
+  return model.experts > 0 and c.train.routes == "sampled" and not c.rollout.given
+
+
+def given_misfits(c: ConfigDict, task: Task) -> list[str]:
+  """Checks given completions against the settings that sample them, or sample more."""
+  column, problems = c.rollout.given, []
+  if not column:
+    return problems
+  first = next(iter(task.splits["train"]), None)
+  if first is not None and column not in first.columns:
+    problems.append(
+      f"rollout.given is {column!r}, and the problems of task {task.name!r} have no such column: "
+      f"they have {', '.join(first.columns) or 'none'}"
+    )
+  if task.environment is not None:
+    problems.append(
+      f"rollout.given is {column!r}, and episodes of several turns are played, not given: leave it "
+      "empty, or take a task without an environment"
+    )
+  problems += [
+    f"rollout.given is {column!r}, and rollout.{name} is {c.rollout[name]}, which is for samples: "
+    "set it to 0"
+    for name in ("ahead", "max_resamples", "cache_gib", "partial_tokens")
+    if c.rollout[name]
+  ]
+  return problems
 
 
 def run_misfits(
@@ -46,7 +71,7 @@ def run_misfits(
   prompt_length: int,
 ) -> list[str]:
   """Checks settings that are valid alone but not together."""
-  problems = expert_misfits(c, model)
+  problems = expert_misfits(c, model) + given_misfits(c, task)
   if replays_routes(c, model) and c.rollout.cache_gib:
     problems.append(
       "train.routes is 'sampled', and sampling within rollout.cache_gib records no routes: "

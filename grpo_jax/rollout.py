@@ -67,6 +67,8 @@ class RolloutConfig:
     batch_sharding: sharding of the batch; None is that of the sampler's prompts. It differs where
       some devices sample and others learn.
     replay_routes: the update uses the experts that were chosen while sampling.
+    given: column of the examples whose text is the completion of each, in place of samples; a list
+      of G texts where the group is larger than one. Empty: completions are sampled.
 
   Raises:
     ValueError: the group size is below 1, or 1 with a built-in advantage, which would be 0.
@@ -83,6 +85,7 @@ class RolloutConfig:
   tokens: bool = False
   batch_sharding: Sharding = None
   replay_routes: bool = False
+  given: str = ""
 
   def __post_init__(self) -> None:
     check_group_size(self.row, self.group_size)
@@ -202,6 +205,32 @@ def generate(
     return sampler(params, examples, key, group=group_size, first_prompt=first_prompt, **how)
   prompts = [example.prompt for example in examples]
   return sampler(params, prompts, key, group=group_size, first_prompt=first_prompt, **how)
+
+
+def given(sampler: Sampler, examples: Sequence[Example], column: str, group_size: int) -> Generated:
+  """Returns the completions that a column of the examples holds, in place of samples.
+
+  Args:
+    column: holds the text of one completion, or a list of `group_size` texts.
+
+  Raises:
+    ValueError: an example lacks the column, or it holds another number of texts.
+  """
+  texts = []
+  for example in examples:
+    if column not in example.columns:
+      raise ValueError(
+        f"the problem {example.key!r} has no column {column!r} with a completion: its columns are "
+        f"{', '.join(example.columns) or 'none'}; set rollout.given to one of them"
+      )
+    value = example.columns[column]
+    texts.append([str(text) for text in value] if isinstance(value, list | tuple) else [str(value)])
+    if len(texts[-1]) != group_size:
+      raise ValueError(
+        f"the column {column!r} of the problem {example.key!r} holds {len(texts[-1])} completions, "
+        f"and rollout.group_size is {group_size}: they must be the same"
+      )
+  return sampler.given([example.prompt for example in examples], texts)
 
 
 def begin(
@@ -449,7 +478,11 @@ def _generate_and_score(
   first = number * len(examples) * hosts.own_shard()[1]
   jax.block_until_ready(params)  # or the update before would count as sampling
   start = time.monotonic()
-  out = generate(sampler, params, examples, key, group_size=config.group_size, first_prompt=first)
+  if config.given:
+    with hosts.together("reading the given completions"):
+      out = given(sampler, examples, config.given, config.group_size)
+  else:
+    out = generate(sampler, params, examples, key, group_size=config.group_size, first_prompt=first)
   sampled = time.monotonic()
   with hosts.together("scoring the completions"):
     scored = score(

@@ -24,7 +24,7 @@ from grpo_jax.errors import first_line
 from grpo_jax.models.io.gguf import open_gguf
 from grpo_jax.models.io.gguf_tokenizer import read_gguf_tokenizer
 from grpo_jax.models.io.json_files import read_json
-from grpo_jax.models.io.sources import resolve
+from grpo_jax.models.io.sources import Source, resolve
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -602,7 +602,7 @@ def load_tokenizer(
 
   Args:
     source: as in `models.load_model`: a folder, a .gguf file, 'package:NAME', 'random:NAME' or a
-      hub id.
+      hub id. A random model has the tokenizer beside its config.json, or one of bytes.
     date: day that the chat template sees, YYYY-MM-DD; None: the day of this call.
     arguments: variables of the chat template, such as {"enable_thinking": False}.
 
@@ -616,7 +616,10 @@ def load_tokenizer(
   """
   resolved = resolve(source)
   if resolved.kind == "random":
-    return ByteTokenizer()
+    folder = Path(resolved.location).parent
+    if not (folder / "tokenizer.json").is_file():
+      return ByteTokenizer()
+    resolved = Source("folder", str(folder))
   load = _load_gguf if resolved.kind == "gguf" else _load_folder
   fast, eos_ids = load(Path(resolved.location))
   return Tokenizer(fast, eos_ids, resolved.location, date=date, arguments=arguments)

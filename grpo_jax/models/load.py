@@ -7,7 +7,8 @@ import numpy as np
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
-from grpo_jax.models.io.sources import RANDOM_MODELS, resolve
+from grpo_jax.models.io.presets import config_of
+from grpo_jax.models.io.sources import resolve
 from grpo_jax.models.io.weights import Weights, open_files, shapes_of
 
 
@@ -31,7 +32,7 @@ def open_weights(source: str, *, seed: int = 0) -> Weights:
   resolved = resolve(source)
   if resolved.kind != "random":
     return open_files(resolved)
-  config = RANDOM_MODELS[resolved.location]
+  config = config_of(source)
   values = jax.tree.map(np.array, Decoder(config).init(jax.random.key(seed)))
   parts = jax.tree.map(lambda value: lambda index: np.array(value[index]), values)
   return Weights(config, shapes_of(config), parts)

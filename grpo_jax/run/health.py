@@ -111,8 +111,8 @@ def examine(rows: Sequence[dict[str, Any]], config: ConfigDict) -> list[Finding]
     >>> [f.name for f in examine(rows, default_config())]
     ['no_signal', 'flat_reward']
   """
-  history = History(rows, config)
-  return by_confidence(check(history) for check in CHECKS.values()) if history.steps else []
+  history, names = History(rows, config), OF_GIVEN if config.rollout.given else CHECKS
+  return by_confidence(CHECKS[name](history) for name in names) if history.steps else []
 
 
 class Watcher:
@@ -507,6 +507,9 @@ CHECKS: dict[str, Callable[[History], Finding | None]] = {
     longer_not_better, low_entropy, no_gradient, far_clipped, skipped, no_movement, slow_rewards,
   )
 } | {name: partial(_beyond, name) for name in LIMITS}  # fmt: skip
+
+# The checks that hold for completions that were given, not sampled.
+OF_GIVEN = ("lost_rewards", "no_gradient", "skipped", "slow_rewards")
 
 # The metric on whose curve a finding is seen.
 CURVES: dict[str, str] = {

@@ -207,6 +207,47 @@ class Sampler:
 
     return finish
 
+  def given(self, prompts: Sequence[str | Messages], texts: Sequence[Sequence[str]]) -> Generated:
+    """Returns completions that were written elsewhere, as if they had been sampled.
+
+    Each ends with the tokenizer's end of text. Their log-probs and entropies are 0: whoever wrote
+    them would write nothing else.
+
+    Args:
+      prompts: text or chat messages, of this host.
+      texts: G completions of each.
+
+    Raises:
+      ValueError: a prompt or a completion is too long, or the tokenizer has no end of text.
+    """
+    if not self.tokenizer.eos_ids:
+      raise ValueError(
+        f"the tokenizer {self.tokenizer.name!r} has no end of text for the end of given completions"
+      )
+    encoded = self.encode(prompts)
+    shape = (len(texts), len(texts[0]), self.completion_length)
+    tokens, mask = np.full(shape, self.tokenizer.pad_id, np.int32), np.zeros(shape, bool)
+    for p, group in enumerate(texts):
+      for g, text in enumerate(group):
+        ids = [*self.tokenizer.encode_plain(text), self.tokenizer.eos_ids[0]]
+        if len(ids) > self.completion_length:
+          raise ValueError(
+            f"the given completion {text[:80]!r} has {len(ids)} tokens with the end of text, more "
+            f"than the completion length of {self.completion_length}"
+          )
+        tokens[p, g, : len(ids)], mask[p, g, : len(ids)] = ids, True
+    certain = np.zeros(shape, np.float32)
+    return Generated(
+      *encoded,
+      tokens=tokens,
+      mask=mask,
+      ended=np.ones(shape[:2], bool),
+      logp=certain,
+      entropy=certain,
+      texts=[[*group] for group in texts],
+      temperature=self.temperature,
+    )
+
   def prepare(
     self,
     prompts: Sequence[str | Messages],

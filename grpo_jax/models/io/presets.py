@@ -104,7 +104,7 @@ def config_of(source: str) -> ModelConfig:
   if path.exists() or ":" in source or source.count("/") != 1:
     location = resolve(source)
     if location.kind == "random":
-      return RANDOM_MODELS[location.location]
+      return RANDOM_MODELS.get(location.location) or _read(Path(location.location))
     return open_files(location).config
   return _read(_download(source))
 

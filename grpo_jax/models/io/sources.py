@@ -14,7 +14,8 @@ from grpo_jax.models.config import ModelConfig
 
 SOURCES = (
   "a folder with config.json and *.safetensors, a .gguf file, 'package:NAME' (the .gguf file in an "
-  "installed Python package), 'random:NAME', or a Hugging Face hub id 'org/name'"
+  "installed Python package), 'random:NAME', 'random:PATH' (a config.json whose model gets random "
+  "weights), or a Hugging Face hub id 'org/name'"
 )
 
 ADAPTER = "adapter_config.json"  # of a folder of adapters
@@ -54,7 +55,7 @@ class Source:
 
   Attributes:
     kind: "folder" (Hugging Face), "gguf" (a file) or "random".
-    location: a path, or a key of RANDOM_MODELS for "random".
+    location: a path; for "random" a key of RANDOM_MODELS, or the path of a config.json.
   """
 
   kind: Literal["folder", "gguf", "random"]
@@ -76,9 +77,16 @@ def resolve(source: str) -> Source:
     raise ValueError(f"the model source is {source!r}: use {SOURCES}")
   scheme, _, name = source.partition(":")
   if scheme == "random":
-    if name not in RANDOM_MODELS:
-      raise ValueError(f"unknown random model {name!r}; known: {', '.join(RANDOM_MODELS)}")
-    return Source("random", name)
+    if name in RANDOM_MODELS:
+      return Source("random", name)
+    path = Path(name).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if path.name != "config.json" or not path.is_file():
+      raise ValueError(
+        f"unknown random model {name!r}; known: {', '.join(RANDOM_MODELS)}, or the path of a "
+        "config.json, or of the folder that holds one"
+      )
+    return Source("random", str(path))
   if scheme == "package":
     return Source("gguf", str(_packaged_gguf(name)))
   path = Path(source).expanduser()
