@@ -36,9 +36,11 @@ RULES: tuple[tuple[str, P], ...] = (
   (r"layers/(o|down)$", P(None, "tensor", "fsdp")),
   (r"layers/(q|k|v|gate|up)_bias$", P(None, "tensor")),
   (r"layers/(o|down)_bias$", P()),
-  (r"layers/router$", P()),
+  (r"layers/(sinks|router|router_bias)$", P()),
   (r"layers/experts_(gate|up)$", P(None, "expert", "fsdp", "tensor")),
   (r"layers/experts_down$", P(None, "expert", "tensor", "fsdp")),
+  (r"layers/experts_(gate|up)_bias$", P(None, "expert", "tensor")),
+  (r"layers/experts_down_bias$", P(None, "expert")),
   # LoRA pairs [in, r] and [r, out]: split like their matrix, replicated along the rank.
   (r"layers/(q|k|v|gate|up)_lora_a$", P(None, "fsdp", None)),
   (r"layers/(q|k|v|gate|up)_lora_b$", P(None, None, "tensor")),

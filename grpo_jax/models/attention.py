@@ -5,10 +5,11 @@ and GPUs. Axes: P prompts, G completions per prompt, S queries, N prompt tokens,
 completion, H query heads, K key-value heads, d head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, DTypeLike, Float, Int, Shaped
 
 from grpo_jax.core.checks import Array
@@ -91,6 +92,7 @@ def tiled_attention(
   window: int = 0,
   scale: float,
   softcap: float | None = None,
+  sinks: Float[Array, "H"] | None = None,
   shard: tuple[Array | int, int] = (0, 1),
 ) -> Float[Array, "P Q H d"]:
   """Computes attention over whole rows: a prompt followed by its completions, S = N + G T'.
@@ -105,12 +107,12 @@ def tiled_attention(
     group: completions per prompt, G; 0 if the rows are prompts only.
     window: number of real tokens that a query of a local layer sees, including itself.
     scale: factor on `q · k`.
-    softcap: soft cap of the scores, as in `group_attention`.
+    softcap, sinks: as in `group_attention`.
     shard: (i, count), if `q` is shard number i of `count` shards of the rows, and `k` and `v` are
       all of them, in the order of `join_rows`. The result is that of the shard.
   """
   n, window_here = prompt_mask.shape[1], layer_window(local, window)
-  options = {"scale": scale, "softcap": softcap}
+  options = {"scale": scale, "softcap": softcap, "sinks": sinks}
   prompt_slots, (number, shards) = jnp.arange(n), shard
   if shards > 1:
     k, v = (join_rows(*split_rows(x, n, group, shards)) for x in (k, v))
@@ -149,6 +151,7 @@ def group_attention(
   *,
   scale: float,
   softcap: float | None = None,
+  sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "P G S H d"]:
   """Computes attention of each sequence to its own keys [P, G, S', K, d] and its prompt's keys.
 
@@ -162,18 +165,22 @@ def group_attention(
     prefix_mask: true where a query sees a prompt token.
     scale: factor on `q · k`.
     softcap: soft cap of the scores, `logprobs.soft_cap`; None disables it.
+    sinks: a score of each head that takes part in its softmax and has no value (Xiao et al. 2023,
+      arXiv 2309.17453, as gpt-oss learns it); None: the weights of the keys sum to one.
   """
   k, v = own
   prompts, group, length, heads, dim = q.shape
   q = q.reshape(prompts, group, length, k.shape[-2], heads // k.shape[-2], dim) * scale
   to_own = _scores("pgtkrd,pgskd->pgkrts", q, k, own_mask, softcap)
+  if sinks is not None:
+    sinks = sinks.astype(to_own.dtype).reshape(k.shape[-2], -1, 1, 1)
   if prefix is None:
-    weights = jax.nn.softmax(to_own, axis=-1).astype(v.dtype)
+    [weights] = _joint_softmax([to_own], sinks, v.dtype)
     mixed = jnp.einsum("pgkrts,pgskd->pgtkrd", weights, v)
   else:
     visible = prefix_mask[:, None, None, None]
     to_prefix = _scores("pgtkrd,pnkd->pgkrtn", q, prefix[0], visible, softcap)
-    to_prefix, to_own = _joint_softmax(to_prefix, to_own, v.dtype)
+    to_prefix, to_own = _joint_softmax([to_prefix, to_own], sinks, v.dtype)
     mixed = jnp.einsum("pgkrtn,pnkd->pgtkrd", to_prefix, prefix[1])
     mixed += jnp.einsum("pgkrts,pgskd->pgtkrd", to_own, v)
   return mixed.reshape(prompts, group, length, heads, dim)
@@ -220,6 +227,7 @@ def cached_attention(
   *,
   scale: float,
   softcap: float | None = None,
+  sinks: Float[Array, "K q"] | None = None,
 ) -> Float[Array, "P G H d"]:
   """Computes `group_attention` of one token per sequence, with the cache layout of decoding.
 
@@ -235,6 +243,7 @@ def cached_attention(
       sequence by sequence.
     scale: factor on `q · k`.
     softcap: soft cap of the scores, as in `group_attention`.
+    sinks: the same for each query of a key head.
   """
   prompts, group, heads, dim = q.shape
   kv_heads = own[0].shape[1]
@@ -253,9 +262,14 @@ def cached_attention(
   to_own = _scores("akrd,akdt->akrt", rows, own[0], own_mask, softcap)
   # One softmax over both sources, without concatenating them.
   top = jnp.maximum(by_row(to_prefix.max(-1)), to_own.max(-1))
+  if sinks is not None:
+    sinks = sinks.astype(to_own.dtype)
+    top = jnp.maximum(top, sinks)
   to_prefix = jnp.exp(to_prefix - by_prompt(top)[..., None])
   to_own = jnp.exp(to_own - top[..., None])
   total = by_row(to_prefix.sum(-1)) + to_own.sum(-1)
+  if sinks is not None:
+    total += jnp.exp(sinks - top)
   mixed = by_row(jnp.einsum("pkqn,pknd->pkqd", to_prefix.astype(q.dtype), prefix[1]))
   mixed += jnp.einsum("akrt,aktd->akrd", to_own.astype(q.dtype), own[1])
   return (mixed / total[..., None]).astype(q.dtype).reshape(prompts, group, heads, dim)
@@ -268,10 +282,18 @@ def _scores(equation: str, q: Array, keys: Array, mask: Array, softcap: float | 
   return jnp.where(mask, soft_cap(scores, softcap), MASKED)
 
 
-def _joint_softmax(to_prefix: Array, to_own: Array, dtype: DTypeLike) -> list[Array]:
-  """Returns one softmax over the scores of both sources, split into its two parts."""
-  weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
-  return jnp.split(weights.astype(dtype), [to_prefix.shape[-1]], axis=-1)
+def _joint_softmax(
+  scores: Sequence[Array], sinks: Float[Array, "K r 1 1"] | None, dtype: DTypeLike
+) -> list[Array]:
+  """Returns one softmax over the scores of all sources, split into its parts, without the sinks."""
+  if sinks is not None:
+    scores = [*scores, jnp.broadcast_to(sinks, (*scores[0].shape[:-1], 1))]
+  if len(scores) == 1:
+    return [jax.nn.softmax(scores[0], axis=-1).astype(dtype)]
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+  ends = np.cumsum([part.shape[-1] for part in scores[:-1]])
+  parts = jnp.split(weights.astype(dtype), ends, axis=-1)
+  return parts if sinks is None else parts[:-1]
 
 
 def within_window(

@@ -21,8 +21,9 @@ from grpo_jax.models.quantized import Quantized, quantized_matmul
 from grpo_jax.models.rope import Rotation, rotate
 
 Output = TypeVar("Output")
-# Maps q [P, S, H, Dh], k and v [P, S, K, Dh] to attention outputs [P, S, H, Dh] and another value.
-Attend = Callable[[Array, Array, Array], tuple[Array, Output]]
+# Maps q [P, S, H, Dh], k and v [P, S, K, Dh], and the sinks [H] of a model that has them, to
+# attention outputs [P, S, H, Dh] and another value.
+Attend = Callable[..., tuple[Array, Output]]
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
@@ -59,7 +60,7 @@ class Block(nn.Module):
     Args:
       x: hidden states.
       rotation: rotary embedding of the tokens' positions.
-      attend: computes attention from rotated queries, rotated keys and values.
+      attend: computes attention from rotated queries, rotated keys, values, and sinks if any.
       chosen: experts that were chosen before; None chooses the most probable ones.
 
     Returns:
@@ -72,7 +73,8 @@ class Block(nn.Module):
     if c.qk_norm is True:
       q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
     q, k = (rotate(part, rotation, c.interleaved) for part in (q, k))
-    mixed, output = attend(q, k, v)
+    sinks = [self.param("sinks", nn.initializers.zeros, (c.heads,))] if c.sinks else []
+    mixed, output = attend(q, k, v, *sinks)
     h = self.project(mixed.reshape(*h.shape[:-1], c.heads * c.head_dim), "o", c.width)
     x = self.add(x, h, "attn_post_norm")
     h = self.norm(x, "mlp_norm") if c.pre_norm else x
@@ -99,12 +101,24 @@ class Block(nn.Module):
     def project(rows: Array, name: str, size: int) -> Array:
       shape = (c.experts, rows.shape[-1], size)
       init = nn.initializers.normal(rows.shape[-1] ** -0.5)
-      return group.product(rows, self.param(name, init, shape))
+      out = group.product(rows, self.param(name, init, shape))
+      if name in c.biases:
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, (c.experts, size))
+        out = out + group.biases(bias).astype(out.dtype)
+      return out
 
     rows = group.spread(tokens)
     gate, up = (project(rows, f"experts_{name}", c.mlp) for name in ("gate", "up"))
-    rows = project(ACTIVATIONS[c.activation](gate) * up, "experts_down", c.width)
+    rows = project(self.gated(gate, up), "experts_down", c.width)
     return group.combine(rows).reshape(h.shape), routing
+
+  def gated(self, gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """Combines the two projections of an expert."""
+    c = self.config
+    if not c.swiglu_alpha:
+      return ACTIVATIONS[c.activation](gate) * up
+    gate, up = jnp.minimum(gate, c.swiglu_limit), jnp.clip(up, -c.swiglu_limit, c.swiglu_limit)
+    return gate * nn.sigmoid(c.swiglu_alpha * gate) * (up + 1)
 
   def heads(self, h: Float[Array, "P S D"], name: str) -> Float[Array, "P S h d"]:
     """Returns the queries, keys or values before rotation, and before a norm of each head."""

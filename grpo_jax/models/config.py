@@ -57,7 +57,8 @@ class ModelConfig:
     rope_scaling: scaling of the rotary frequencies for longer contexts.
     labels: outputs of a sequence classifier, which has a `score` matrix [labels, D] instead of a
       head; 0 for a language model.
-    biases: projections (of q k v o gate up down) that add a bias.
+    biases: projections (of q k v o gate up down router experts_gate experts_up experts_down) that
+      add a bias.
     qk_norm: apply an RMS norm to queries and keys: over the head size, or over all heads together
       ("all").
     pre_norm: apply an RMS norm to the inputs of attention and MLP.
@@ -86,6 +87,10 @@ class ModelConfig:
       without a router.
     experts_per_token: number of experts of a token, k.
     router_normalized: the weights of a token's experts sum to one.
+    swiglu_alpha: if above 0, experts compute `g sigmoid(alpha g) (u + 1)` of their gate g and their
+      other factor u.
+    swiglu_limit: with an alpha, the largest g, and the largest absolute value of u.
+    sinks: each head has a learned score that takes part in its softmax, of no token.
     names: names of the tensors in Hugging Face files, a key of `weights.NAMES`.
   """
 
@@ -125,6 +130,9 @@ class ModelConfig:
   experts: int = 0
   experts_per_token: int = 0
   router_normalized: bool = False
+  swiglu_alpha: float = 0.0
+  swiglu_limit: float = 0.0
+  sinks: bool = False
   names: str = "llama"
 
 
@@ -140,7 +148,7 @@ _LIMITS = {
 
 _MAY_BE_ZERO = (
   "labels", "window", "norm_eps", "norm_offset", "rotary", "query_growth", "experts",
-  "experts_per_token",
+  "experts_per_token", "swiglu_alpha", "swiglu_limit",
   "rope_scaling.original",
 )  # fmt: skip
 

@@ -61,6 +61,11 @@ def unstack(params: Params) -> Params:
   return params | {"layers": tuple(jax.tree.map(lambda a: a[i], layers) for i in range(count))}  # noqa: B023
 
 
+def _if_any(sinks: Array | None) -> dict[str, Array]:
+  """Returns the keyword arguments for sinks; kernels do not take them."""
+  return {} if sinks is None else {"sinks": sinks}
+
+
 def _run_layers(body: Callable, carry: Any, layers: Params, flags: Any, per_layer: Any) -> tuple:
   """Runs `lax.scan` over stacked layers, or straight-line code over a tuple of them.
 
@@ -186,7 +191,7 @@ class Decoder:
     unrotated = (jnp.zeros((1, 1, (c.rotary or c.head_dim) // 2)),) * 2
 
     def init_layer(key):
-      return Block(c).init(key, x, unrotated, lambda q, k, v: (q, None))["params"]
+      return Block(c).init(key, x, unrotated, lambda q, *_: (q, None))["params"]
 
     params = {
       "embed": jax.random.normal(embed_key, (c.vocab_size, c.width)) * c.width**-0.5,
@@ -219,9 +224,10 @@ class Decoder:
     Args:
       tokens: input tokens.
       positions: position of each token in its own sequence.
-      attend: maps (q, k, v, local, entry of per_layer, cache, layer index) to
+      attend: maps (q, k, v, local, entry of per_layer, cache, layer index, sinks) to
         (attention outputs, (cache, output)). `local` says whether the layer is local; it is None
-        for a model without local layers. The cache is passed from layer to layer.
+        for a model without local layers, and the sinks are None for one without sinks. The cache
+        is passed from layer to layer.
       per_layer: a tree with one entry per layer.
       cache: the cache given to the first layer.
       policy: what a layer saves for its backward pass, a value of `REMAT`.
@@ -257,9 +263,9 @@ class Decoder:
         cos, sin = layer_by
         layer_by = jnp.where(is_unrotated, 1.0, cos), jnp.where(is_unrotated, 0.0, sin)
 
-      def attend_here(q, k, v):
+      def attend_here(q, k, v, sinks=None):
         q = q if factor is None else q * factor
-        return attend(q, k, v, is_local, entry, cache, index)
+        return attend(q, k, v, is_local, entry, cache, index, sinks)
 
       block = Block(c, self.lora_scale, self.form)
       x, (cache, output), routing = block.apply(
@@ -312,9 +318,9 @@ class Decoder:
       mask: true on prompt tokens, false on padding.
     """
 
-    def attend(q, k, v, local, *_):
+    def attend(q, k, v, local, entry, cache, layer, sinks):
       prefix = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-      options = {"window": self.config.window, **self._score_options}
+      options = {"window": self.config.window, **self._score_options, **_if_any(sinks)}
       return self.attention(q, k, v, mask, local, **options), (None, prefix)
 
     hidden, prefix, _, routing = self._layers(params, tokens, prompt_positions(mask), attend)
@@ -467,7 +473,7 @@ class Decoder:
       x = x.reshape(count, group, c.kv_heads, length, repeats, c.head_dim).swapaxes(2, 3)
       return x.reshape(count, group * length, c.heads, c.head_dim)
 
-    def attend(q, k, v, local, shared, cache, layer):
+    def attend(q, k, v, local, shared, cache, layer, sinks):
       window = layer_window(local, c.window)
       new = tuple(x.reshape(-1, length, *x.shape[2:]) for x in (k, v))
       cache, (keys, values) = write(cache, layer, index.reshape(-1) if index.ndim else index, new)
@@ -477,9 +483,11 @@ class Decoder:
         visible = jnp.repeat(visible, repeats, axis=-2)
       if prefix_mask.shape[1] > 1:
         prefix_mask = jnp.repeat(prefix_mask, repeats, axis=1)
-      mixed = cached_attention(
-        by_head(q), (keys, values), visible, shared, prefix_mask, **self._score_options
-      )
+      if sinks is not None:  # [H] -> [K, M r]
+        by_kv_head = sinks.reshape(c.kv_heads, 1, repeats)
+        sinks = jnp.broadcast_to(by_kv_head, (c.kv_heads, length, repeats)).reshape(c.kv_heads, -1)
+      options = self._score_options | _if_any(sinks)
+      mixed = cached_attention(by_head(q), (keys, values), visible, shared, prefix_mask, **options)
       return by_token(mixed), (cache, None)
 
     all_positions = jnp.broadcast_to(positions, (count, group * length))
@@ -523,8 +531,19 @@ class Decoder:
     Raises:
       ValueError: `remat` is not a key of `REMAT`, or the routes are of another model.
     """
+    return self.score_with_routing(params, prompts, prompt_mask, completions, routes)[0]
+
+  def score_with_routing(
+    self,
+    params: Params,
+    prompts: Int[Array, "P N"],
+    prompt_mask: Bool[Array, "P N"],
+    completions: Int[Array, "P G T"],
+    routes: tuple[Integer[Array, "P N C"], Integer[Array, "P G T C"]] | None = None,
+  ) -> tuple[Float[Array, "P G T D"], Routing | None]:
+    """Returns what `score` returns, and the routing of all layers, [L, P, N + G (T - 1), ...]."""
     policy = lookup("remat", REMAT, self.remat)
-    group, length = completions.shape[1:]
+    full, (group, length) = prompts.shape[1], completions.shape[1:]
     shards, inputs = self.token_shards, completions[..., :-1]
     if shards > 1:
       prompts, inputs = _with_last(prompts, completions, shards)
@@ -538,19 +557,29 @@ class Decoder:
     in_completion = prompt_mask.sum(-1)[:, None, None] + jnp.arange(inputs.shape[2])
     options = {"group": group, "window": self.config.window, **self._score_options}
 
-    def attend(q, k, v, local, *_):
-      return self.attention(q, k, v, prompt_mask, local, **options), (None, None)
+    def attend(q, k, v, local, entry, cache, layer, sinks):
+      mixed = self.attention(q, k, v, prompt_mask, local, **options, **_if_any(sinks))
+      return mixed, (None, None)
 
     tokens = join_rows(prompts, inputs, shards)
     in_completion = jnp.broadcast_to(in_completion, inputs.shape)
     positions = join_rows(in_prompt, in_completion, shards)
     chosen = None if routes is None else self._chosen(join_rows(*routes, shards))
-    hidden, *_ = self._layers(params, tokens, positions, attend, policy=policy, chosen=chosen)
+    hidden, _, _, routing = self._layers(
+      params, tokens, positions, attend, policy=policy, chosen=chosen
+    )
     _, own = split_rows(hidden, n, group, shards)
+
+    def whole(layer):  # [P, S, ...] -> [P, N + G (T - 1), ...]
+      of_prompts, of_completions = split_rows(layer, n, group, shards)
+      last = of_completions[:, 0, :1]
+      of_prompts = jnp.concatenate([of_prompts[:, n + 1 - full :], last], axis=1)
+      return join_rows(of_prompts, of_completions[:, :, 1:length])
+
     if shards > 1:
-      return own[:, :, :length]
+      return own[:, :, :length], jax.tree.map(jax.vmap(whole), routing)
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
-    return jnp.concatenate([first, own], axis=2)
+    return jnp.concatenate([first, own], axis=2), routing
 
   def _chosen(self, routes: Integer[Array, "P S C"]) -> Int[Array, "L P S k"]:
     """Returns the routes of whole rows, layer by layer."""

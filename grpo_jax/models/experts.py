@@ -38,11 +38,13 @@ class Grouping(NamedTuple):
   Attributes:
     spread: maps tokens [n, D] to rows, an array [..., D] whose other axes are the form's own.
     product: maps rows [..., I] and matrices [E, I, O] to rows [..., O], each by its expert's.
+    biases: maps [E, O] to what is added to rows [..., O], each its expert's.
     combine: maps rows [..., D] to tokens [n, D], the weighted sums of their k experts.
   """
 
   spread: Callable[[Array], Array]
   product: Callable[[Array, Array], Array]
+  biases: Callable[[Array], Array]
   combine: Callable[[Array], Array]
 
 
@@ -82,24 +84,6 @@ def route(
   return Routing(chosen, weights, probs)
 
 
-def dense(routing: Routing, count: int) -> Grouping:
-  """Passes all tokens through all experts: E / k times the products, for tests and few experts.
-
-  Rows are [E, n, ...].
-  """
-  shares = jnp.zeros(routing.probs.shape, routing.weights.dtype)
-  shares = shares.at[jnp.arange(len(shares))[:, None], routing.experts].add(routing.weights)
-
-  def combine(rows: Array) -> Array:
-    return jnp.einsum("end,ne->nd", rows, shares.astype(rows.dtype))
-
-  return Grouping(
-    spread=lambda h: jnp.broadcast_to(h, (count, *h.shape)),
-    product=lambda rows, matrices: jnp.einsum("eni,eio->eno", rows, matrices.astype(rows.dtype)),
-    combine=combine,
-  )
-
-
 def blocked(routing: Routing, count: int) -> Grouping:
   """Sorts the rows by expert into blocks of one expert each, and multiplies block by block.
 
@@ -134,7 +118,7 @@ def blocked(routing: Routing, count: int) -> Grouping:
     rows = rows.reshape(blocks * size, -1)[place].reshape(tokens, k, -1)
     return jnp.einsum("nkd,nk->nd", rows, routing.weights.astype(rows.dtype))
 
-  return Grouping(spread, product, combine)
+  return Grouping(spread, product, lambda biases: biases[expert][:, None], combine)
 
 
 def ragged(routing: Routing, count: int) -> Grouping:
@@ -154,6 +138,7 @@ def ragged(routing: Routing, count: int) -> Grouping:
   return Grouping(
     spread=lambda h: h[order // k],
     product=lambda rows, matrices: jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), counts),
+    biases=lambda biases: biases[flat[order]],
     combine=combine,
   )
 

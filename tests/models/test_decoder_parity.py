@@ -107,6 +107,26 @@ def test_a_family_computes_what_transformers_computes(name):
     np.testing.assert_allclose(actual, expected, atol=2e-5, err_msg=path)
 
 
+def test_several_tokens_at_once_see_the_sinks():
+  """Episodes go on after observations of several tokens: as one token after another."""
+  config, params = load(str(FAMILIES / "gpt_oss"))
+  fixture = np.load(FAMILIES / "gpt_oss" / "expected.npz")
+  prompts, prompt_mask, completions = (
+    fixture[name] for name in ("prompts", "prompt_mask", "completions")
+  )
+  model, params = Decoder(config), unstack(params)
+
+  @jit
+  def run(params):
+    _, prefix = model.prefill(params, prompts, prompt_mask)
+    cache = model.empty_cache(params, *completions.shape)
+    mask = jnp.ones(completions.shape, bool)
+    hidden, _ = model.extend(params, completions, jnp.int32(0), mask, prefix, prompt_mask, cache)
+    return logits_of(model, params, hidden)
+
+  np.testing.assert_allclose(run(params)[:, :, :-1], fixture["logits"][:, :, 1:], atol=2e-5)
+
+
 @pytest.mark.slow
 @needs_real_model
 def test_smollm2_knows_the_capital_of_france():

@@ -11,8 +11,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.models import experts
+from tests.helpers.dense_experts import dense
 
-FORMS = {"dense": experts.dense, "blocked": experts.blocked, "ragged": experts.ragged}
+FORMS = {"dense": dense, "blocked": experts.blocked, "ragged": experts.ragged}
 D, F = 6, 5
 # Tokens, experts, experts of a token: even and uneven blocks, one token, more experts than rows.
 SIZES = {"many": (50, 8, 3), "few": (2, 8, 3), "one": (1, 4, 1), "all": (7, 3, 3)}
@@ -79,7 +80,7 @@ def test_gradients_of_all_arguments_equal_those_of_the_dense_form(form, size):
   def gradients(form):
     return jax.jit(jax.grad(lambda a: (mixture(a, k, form) * dy).sum()))(a)
 
-  expected, actual = gradients(experts.dense), gradients(FORMS[form])
+  expected, actual = gradients(dense), gradients(FORMS[form])
   for name in a:
     np.testing.assert_allclose(actual[name], expected[name], atol=2e-5, err_msg=name)
   # With one expert of weight one, the router has no gradient.
@@ -93,7 +94,7 @@ def test_gradients_of_the_dense_form_are_those_of_differences():
   def loss(a):
     return (definition(a, 2, chosen=chosen) ** 2).sum()
 
-  actual = jax.grad(lambda a: (mixture(a, 2, experts.dense, chosen=chosen) ** 2).sum())(a)
+  actual = jax.grad(lambda a: (mixture(a, 2, dense, chosen=chosen) ** 2).sum())(a)
   rng = np.random.default_rng(2)
   for name, value in a.items():
     direction = rng.normal(size=value.shape)

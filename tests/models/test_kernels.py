@@ -375,6 +375,14 @@ def test_unsupported_settings_are_errors_with_a_remedy(platform, fields, words):
   assert "set it to 'auto' or 'tiled'" in str(error.value)
 
 
+@pytest.mark.parametrize(("platform", "kernel"), [("tpu", "splash"), ("gpu", "cudnn")])
+def test_kernels_refuse_sinks(monkeypatch, platform, kernel):
+  shape = dataclasses.replace(MODEL, attn_softcap=None, sinks=True)
+  assert chosen(monkeypatch, platform, shape, model__dtype="bfloat16") == "tiled"
+  with pytest.raises(ValueError, match=f"'{kernel}', which has no attention sinks"):
+    choose(platform, shape, model__attention=kernel, model__dtype="bfloat16")
+
+
 def test_a_config_names_the_field():
   c = config.override(config.default_config(), ["--config.model.attention=flash"])
   (problem,) = config.check(c, 1)

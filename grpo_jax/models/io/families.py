@@ -28,6 +28,8 @@ class Family:
     overrides: computes the ModelConfig fields that differ from Llama from the fields of the file.
     defaults: values of fields that the file may omit.
     wraps: whether the language model is a part of a larger model, described under `text_config`.
+    unpacks: values of `quant_method` in `quantization_config` whose files are read; their matrices
+      become wide.
     describes: computes fields of config.json from a ModelConfig, for those that do not have the
       names of `writer`.
   """
@@ -37,6 +39,7 @@ class Family:
   overrides: Callable[[Fields], dict[str, Any]]
   defaults: Mapping[str, Any] = field(default_factory=dict)
   wraps: bool = False
+  unpacks: tuple[str, ...] = ()
   describes: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
 
 
@@ -192,6 +195,20 @@ def _mixtral(f: Fields) -> dict[str, Any]:
   return _mistral(f) | experts | {"router_normalized": True}
 
 
+def _gpt_oss(f: Fields) -> dict[str, Any]:
+  biases = ("q", "k", "v", "o") if f.flag("attention_bias") else ()
+  layers = _layer_types(f) or [i % 2 == 0 for i in range(f.layers)]
+  return {
+    **(_local(f, layers) if f.get("sliding_window") is not None else {}),
+    **_experts(f, f.integer("num_local_experts", f.get("num_experts", 128)), "gpt_oss"),
+    "biases": (*biases, "router", "experts_gate", "experts_up", "experts_down"),
+    "router_normalized": True,
+    "swiglu_alpha": f.positive("swiglu_alpha", 1.702),
+    "swiglu_limit": f.positive("swiglu_limit", 7.0),
+    "sinks": True,
+  }
+
+
 def _experts(f: Fields, count: int, names: str) -> dict[str, Any]:
   """Returns the fields that all mixtures of experts share."""
   used = f.integer("num_experts_per_tok")
@@ -307,6 +324,17 @@ def _describe_ministral3(c: ModelConfig) -> dict[str, Any]:
   return {"rope_scaling": {"llama_4_scaling_beta": c.query_growth}} if c.query_growth else {}
 
 
+def _describe_gpt_oss(c: ModelConfig) -> dict[str, Any]:
+  plain = {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+  return {
+    **_describe_mixtral(c),
+    **_describe_exaone4(c),
+    "swiglu_alpha": c.swiglu_alpha,
+    "swiglu_limit": c.swiglu_limit,
+    **({} if c.rope_scaling else plain),
+  }
+
+
 _QWEN = {
   "max_position_embeddings": 32768,
   "sliding_window": 4096,
@@ -343,6 +371,26 @@ _OLMO3 = {
   "rope_theta": 5e5,
   "rope_local_base_freq": 5e5,
   "sliding_window": 4096,
+}
+_GPT_OSS = {
+  "num_attention_heads": 64,
+  "num_key_value_heads": 8,
+  "head_dim": 64,
+  "max_position_embeddings": 131072,
+  "rms_norm_eps": 1e-5,
+  "sliding_window": 128,
+  "num_experts_per_tok": 4,
+  "attention_bias": True,
+  "rope_theta": 150000.0,
+  "rope_parameters": {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+  },
 }
 _GEMMA3 = _GEMMA | {
   "vocab_size": 262208,
@@ -394,6 +442,8 @@ FAMILIES: dict[str, Family] = {
   "olmoe": Family("OlmoeForCausalLM", None, _olmoe,
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts_per_tok": 8},
     describes=_describe_olmoe),
+  "gpt_oss": Family("GptOssForCausalLM", "GptOssForSequenceClassification", _gpt_oss, _GPT_OSS,
+    unpacks=("mxfp4",), describes=_describe_gpt_oss),
   "mixtral": Family("MixtralForCausalLM", "MixtralForSequenceClassification", _mixtral,
     {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
      "num_experts_per_tok": 2, "sliding_window": None}, describes=_describe_mixtral),
@@ -426,7 +476,9 @@ def parse(raw: Mapping[str, Any], where: str) -> ModelConfig:
   top = Fields(raw, {}, where)
   language_model = top.group("text_config") if family.wraps else raw
   f = Fields(language_model, family.defaults, where)
-  top.refuse("quantization_config", "weights are trained in float; use the unquantized checkpoint")
+  if Fields(top.group("quantization_config"), {}, where).get("quant_method") not in family.unpacks:
+    reason = "weights are trained in float; use the unquantized checkpoint"
+    top.refuse("quantization_config", reason)
   activation = f.get("hidden_activation", f.get("hidden_act", "silu"))
   if not isinstance(activation, str) or activation not in _ACTIVATIONS:
     raise ValueError(

@@ -60,6 +60,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
     "norm_topk_prob": False, "tie_word_embeddings": False, "rope_theta": 10_000,
     "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+  "openai/gpt-oss-20b": {
+    "architectures": ["GptOssForCausalLM"], "vocab_size": 201088, "hidden_size": 2880,
+    "num_hidden_layers": 24, "intermediate_size": 2880, "num_local_experts": 32,
+    "tie_word_embeddings": False},
   "HuggingFaceTB/SmolLM3-3B": {
     "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
     "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,

@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.io import mxfp4
 from grpo_jax.models.io.gguf import read_gguf
 from grpo_jax.models.io.gguf_blocks import Stored
 from grpo_jax.models.io.safetensors import Index, Tensor, read_folder
@@ -35,11 +36,13 @@ class Row(NamedTuple):
       layer are stacked on leading axes of layers and experts in the tree.
     gguf: name in GGUF files.
     dims: shape in the files, one letter per axis: V vocabulary, D hidden size, Q query heads x head
-      size, K key-value heads x head size, H head size, F hidden size of the MLP, C labels, E
-      experts. Matrices of a layer are [out, in] in the files and [in, out] in the tree.
+      size, K key-value heads x head size, A query heads, H head size, F hidden size of the MLP, C
+      labels, E experts. Matrices of a layer are [out, in] in the files and [in, out] in the tree.
     fused: first axes of all parameters that one tensor holds, one above the other, where it holds
       several.
     place: index of this parameter among them.
+    as_is: the axes of a layer's tensor are in the order of the tree: of all experts, [E, in, out].
+    every: number of parameters that take turns along the last axis of one tensor, `place` first.
   """
 
   path: str
@@ -48,6 +51,8 @@ class Row(NamedTuple):
   dims: str
   fused: str = ""
   place: int = 0
+  as_is: bool = False
+  every: int = 1
 
   @property
   def in_layer(self) -> bool:
@@ -130,6 +135,17 @@ def _experts(prefix: str, names: tuple[str, str, str]) -> tuple[Row, ...]:
   )
 
 
+def _together(name: str, hf: str, dims: str, place: int = 0, every: int = 1) -> tuple[Row, ...]:
+  """Returns the rows of a matrix and a bias of all experts of a layer, in one tensor each."""
+  path, hf = f"layers/experts_{name}", f"{_MLP}experts.{hf}"
+  gguf = f"blk.{{}}.ffn_{name}_exps."
+  return (
+    Row(path, hf, gguf + "weight", f"E{dims}", place=place, as_is=True, every=every),
+    Row(f"{path}_bias", f"{hf}_bias", gguf + "bias", f"E{dims[1]}", place=place, as_is=True,
+        every=every),
+  )
+
+
 NAMES: dict[str, tuple[Row, ...]] = {
   "llama": (),
   "gemma": (
@@ -147,6 +163,14 @@ NAMES: dict[str, tuple[Row, ...]] = {
     *_FUSED_MLP,
   ),
   "qwen_moe": _experts(_MLP, ("gate_proj", "up_proj", "down_proj")),
+  "gpt_oss": (
+    Row("layers/sinks", _ATTENTION + "sinks", "blk.{}.attn_sinks.weight", "A"),
+    Row("layers/router", _MLP + "router.weight", "blk.{}.ffn_gate_inp.weight", "ED"),
+    Row("layers/router_bias", _MLP + "router.bias", "blk.{}.ffn_gate_inp.bias", "E"),
+    *_together("gate", "gate_up_proj", "DF", place=0, every=2),
+    *_together("up", "gate_up_proj", "DF", place=1, every=2),
+    *_together("down", "down_proj", "FD"),
+  ),
   "mixtral": _experts(_LAYER + "block_sparse_moe.", ("w1", "w3", "w2")),
 }
 # fmt: on
@@ -279,6 +303,7 @@ def open_files(source: Source) -> Weights:
   """
   read = read_gguf if source.kind == "gguf" else read_folder
   config, tensors = read(Path(source.location))
+  tensors = mxfp4.joined(tensors, source.location)
   names = "gguf" if source.kind == "gguf" else "hf"
   parts = _parts(config, tensors, names, source.location)
   stored = _stored(config, tensors) if source.kind == "gguf" else {}
@@ -303,6 +328,7 @@ def rows_of(config: ModelConfig) -> list[Row]:
     "layers/mlp_norm": config.pre_norm,
     "layers/attn_post_norm": config.post_norm,
     "layers/mlp_post_norm": config.post_norm,
+    "layers/sinks": config.sinks,
   }
   optional |= {
     path: path.removeprefix("layers/").removesuffix("_bias") in config.biases
@@ -327,7 +353,8 @@ def shapes_of(config: ModelConfig) -> Params:
     shape = file_shape(row, config)
     if row.in_layer:
       leading = (config.layers, *((config.experts,) if row.by_expert else ()))
-      stacked = jax.ShapeDtypeStruct((*leading, *reversed(shape)), np.float32)
+      own = shape if row.as_is else tuple(reversed(shape))
+      stacked = jax.ShapeDtypeStruct((*leading, *own), np.float32)
       shapes["layers"][row.path.removeprefix("layers/")] = stacked
     else:
       shapes[row.path] = jax.ShapeDtypeStruct(shape, np.float32)
@@ -343,6 +370,7 @@ def file_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
 def _sizes(c: ModelConfig) -> dict[str, int]:
   """Returns the sizes that the letters of `Row.dims` stand for."""
   sizes = {"V": c.vocab_size, "D": c.width, "Q": c.heads * c.head_dim, "K": c.kv_heads * c.head_dim}
+  sizes |= {"A": c.heads}
   return sizes | {"H": c.head_dim, "F": c.mlp, "C": c.labels, "E": c.experts}
 
 
@@ -374,6 +402,10 @@ def _parts(
       ]
       expected |= dict.fromkeys((each for names in table for each in names), shape)
       parts["layers"][row.path.removeprefix("layers/")] = _by_expert(table, tensors, shape)
+    elif row.as_is:
+      names = [name.format(layer) for layer in range(config.layers)]
+      expected |= dict.fromkeys(names, (*shape[:-1], shape[-1] * row.every))
+      parts["layers"][row.path.removeprefix("layers/")] = _as_is(names, tensors, shape, row)
     elif row.in_layer:
       names = [name.format(layer) for layer in range(config.layers)]
       first, rows = fused_rows(row, config)
@@ -418,6 +450,20 @@ def _layered(
     for layer, name in enumerate(names[index[0]]):
       value[layer] = tensors[name].read(part).T
     return value
+
+  return read
+
+
+def _as_is(
+  names: list[str], tensors: Mapping[str, Tensor], shape: tuple[int, ...], row: Row
+) -> Part:
+  """Returns a reader of all layers of a tensor whose axes are those of the tree."""
+
+  def read(index: Index) -> np.ndarray:
+    last = range(shape[-1])[index[-1]]
+    part = *index[1:-1], slice(last.start * row.every, last.stop * row.every)
+    layers = [tensors[name].read(part) for name in names[index[0]]]
+    return np.stack([layer[..., row.place :: row.every].astype(np.float32) for layer in layers])
 
   return read
 

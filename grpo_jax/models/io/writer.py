@@ -186,19 +186,27 @@ class _Tensor(NamedTuple):
     size: number of elements.
     parameters: the parameters in the tree that the tensor holds, one above the other.
     layer: index into stacked parameters, of the layer or of layer and expert; None for the others.
+    as_is: the tensor has the axes of the tree, and its parameters take turns along the last one.
   """
 
   name: str
   size: int
   parameters: tuple[Array, ...]
   layer: int | tuple[int, int] | None
+  as_is: bool = False
 
   def cast(self, dtype: np.dtype) -> np.ndarray:
     """Returns the values in `dtype`, transposed as in the files; ValueError if not finite."""
-    parts = [p if self.layer is None else p[self.layer].T for p in self.parameters]
+    parts = [p if self.layer is None else p[self.layer] for p in self.parameters]
+    if self.layer is not None and not self.as_is:
+      parts = [part.T for part in parts]
     with np.errstate(over="ignore"):
       parts = [np.asarray(part).astype(dtype) for part in parts]
-    value = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+    if self.as_is:
+      value = np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
+    else:
+      value = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    value = np.ascontiguousarray(value)
     if not np.isfinite(value).all():
       raise ValueError(f"{self.name} holds NaN or infinity as {dtype}: train on, or use float32")
     return value
@@ -227,7 +235,9 @@ def _tensors(config: ModelConfig, params: Params) -> list[_Tensor]:
     if row is together[0]:
       size = sum(math.prod(file_shape(part, config)) for part in together)
       stacked = tuple(params["layers"][part.path.removeprefix("layers/")] for part in together)
-      tensors += [_Tensor(row.hf.format(i), size, stacked, i) for i in range(config.layers)]
+      tensors += [
+        _Tensor(row.hf.format(i), size, stacked, i, row.as_is) for i in range(config.layers)
+      ]
   return tensors
 
 

@@ -22,6 +22,77 @@ MOE = {"architectures": ["Qwen3MoeForCausalLM"]}
 GEMMA_LOCAL = (True, True, True, True, True, False)
 
 PUBLISHED = {
+  "gpt-oss-20b": (
+    {
+      "architectures": ["GptOssForCausalLM"],
+      "attention_bias": True,
+      "eos_token_id": 200002,
+      "experts_per_token": 4,
+      "head_dim": 64,
+      "hidden_act": "silu",
+      "hidden_size": 2880,
+      "initial_context_length": 4096,
+      "intermediate_size": 2880,
+      "layer_types": ["sliding_attention", "full_attention"] * 12,
+      "max_position_embeddings": 131072,
+      "model_type": "gpt_oss",
+      "num_attention_heads": 64,
+      "num_experts_per_tok": 4,
+      "num_hidden_layers": 24,
+      "num_key_value_heads": 8,
+      "num_local_experts": 32,
+      "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+        "quant_method": "mxfp4",
+      },
+      "rms_norm_eps": 1e-05,
+      "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+      },
+      "rope_theta": 150000,
+      "sliding_window": 128,
+      "swiglu_limit": 7.0,
+      "tie_word_embeddings": False,
+      "vocab_size": 201088,
+    },
+    ModelConfig(
+      vocab_size=201088,
+      width=2880,
+      layers=24,
+      heads=64,
+      kv_heads=8,
+      head_dim=64,
+      mlp=2880,
+      rope_theta=150000.0,
+      norm_eps=1e-5,
+      tied=False,
+      context=131072,
+      rope_scaling=RopeScaling(
+        "yarn",
+        32.0,
+        original=4096,
+        low=1.0,
+        high=32.0,
+        amplitude=1.3465735902799727,
+        rounded=False,
+      ),
+      biases=("q", "k", "v", "o", "router", "experts_gate", "experts_up", "experts_down"),
+      window=128,
+      local_layers=(True, False) * 12,
+      experts=32,
+      experts_per_token=4,
+      router_normalized=True,
+      swiglu_alpha=1.702,
+      swiglu_limit=7.0,
+      sinks=True,
+      names="gpt_oss",
+    ),
+  ),
   "Llama-3.2-1B": (
     {
       "architectures": ["LlamaForCausalLM"],
@@ -463,6 +534,11 @@ def test_the_model_type_is_used_without_architectures():
     ({"partial_rotary_factor": 0.5, "rope_theta": 1e4}, "partial_rotary_factor is not supported"),
     ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported, known: silu"),
     ({"quantization_config": {"bits": 4}}, "quantization_config .* use the unquantized"),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config .* use the unquan"),
+    (
+      {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "gptq"}},
+      "quantization_config .* use the unquantized",
+    ),
     ({"hidden_size": None}, "hidden_size must be given as a positive integer, got None"),
     ({"vocab_size": "128"}, "vocab_size must be given as a positive integer, got '128'"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide num_attention_heads 4"),
@@ -490,4 +566,4 @@ def test_remote_code_of_a_known_architecture_is_ignored():
 def test_the_table_names_everything_once():
   names = [name for row in FAMILIES.values() for name in (row.language_model, row.classifier)]
   names = [name for name in names if name is not None]
-  assert len(set(names)) == len(names) == 35
+  assert len(set(names)) == len(names) == 37

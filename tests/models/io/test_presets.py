@@ -20,6 +20,7 @@ from grpo_jax.models.io.weights import shapes_of
     ("HuggingFaceTB/SmolLM3-3B", 3_075_098_624),
     ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
     ("allenai/OLMoE-1B-7B-0924", 6_919_161_856),
+    ("openai/gpt-oss-20b", 20_914_757_184),
     ("allenai/OLMo-2-0425-1B-Instruct", 1_484_916_736),
     ("microsoft/phi-4", 14_659_507_200),
     ("zai-org/GLM-4-9B-0414", 9_400_279_040),
