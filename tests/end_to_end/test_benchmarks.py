@@ -27,6 +27,7 @@ from benchmarks import (
   pass_rates,
   plans,
   problems,
+  routes,
   sampling,
   settings,
   slots,
@@ -425,3 +426,12 @@ def test_sandbox(run):
   rows = run("sandbox", "--seconds", "0.3", "--parallel", "1")
   assert [row["what"] for row in rows] == ["programs", "functions", "outputs"]
   assert all(row["per_second"] > 0 for row in rows)
+
+
+def test_routes_are_compared_by_depth():
+  rows = routes.measure("random:tiny_moe", "float32", ["1 + 2 =", "34 + 5 ="], 2, 3)
+  assert [row["layers"] for row in rows] == [1, 2]
+  assert all(0 < row["tokens"] <= 12 for row in rows)
+  # In float32 without near ties, only rounding is left.
+  assert max(row["replayed_max"] for row in rows) < 2e-5
+  assert max(row["other"] for row in rows) == 0
