@@ -419,7 +419,8 @@ def build(config: ConfigDict) -> Run:
     attempt(lambda: learned.tokenizer.encode_exchange(prompts[0].prompt, ""))
   if c.stop.when and algorithm:
     routes = misfits.replays_routes(c, weights.config)
-    names = metric_names(c, task, algorithm, routes=routes)
+    experts = bool(weights.config.experts)
+    names = metric_names(c, task, algorithm, experts=experts, routes=routes)
     attempt(lambda: check_condition(c.stop.when, names))
   if c.epochs:
     size = len(task.splits["train"])
@@ -680,6 +681,8 @@ def _lacks(kernel: str, c: ConfigDict, shape: ModelConfig, platform: str) -> str
   """Returns the reason why a kernel is impossible, "" if it is possible."""
   if (needed := {"splash": "tpu", "cudnn": "gpu"}[kernel]) != platform:
     return f"which runs on a {needed}, and the devices are of platform {platform!r}"
+  if shape.sinks:
+    return f"which has no attention sinks, and {c.model.source} has them"
   if kernel == "cudnn" and c.model.dtype != "bfloat16":
     return f"which needs model.dtype 'bfloat16', and that is {c.model.dtype!r}"
   if kernel == "cudnn" and shape.attn_softcap is not None:
@@ -877,6 +880,7 @@ def update_config(c: ConfigDict) -> UpdateConfig:
     sync_every=c.reference.sync_every,
     sync_share=c.reference.sync_share,
     own_teacher=configs.own_teacher(c),
+    balance=c.train.balance,
     seed=c.seed,
   )
 

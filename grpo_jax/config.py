@@ -105,6 +105,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
   "train.micro_batches": (1, LARGEST, "at least 1"),
   "train.micro_batch_tokens": (0, LARGEST, "at least 0"),
   "train.chunks": (1, LARGEST, "at least 1"),
+  "train.balance": (0, LARGEST, "at least 0"),
   "train.max_skipped": (1, LARGEST, "at least 1"),
   "train.spike": (0, LARGEST, "0 (off) or above 1"),
   "mesh.rollout_devices": (0, LARGEST, "at least 0"),
@@ -420,6 +421,7 @@ def default_config() -> ConfigDict:
   c.train.chunks = 8  # with deterministic: equal parts of an update, whatever the devices
   c.train.routes = "sampled"  # experts in the update: those chosen while sampling, or fresh ones
   c.train.freeze_router = False  # whether the router of a mixture of experts stays as it is
+  c.train.balance = 0.0  # coefficient of the load-balance loss of a mixture of experts; 0 = off
   c.train.max_skipped = 5  # non-finite updates skipped in a row after which the run stops
   c.train.spike = (
     0.0  # skip an update whose gradient norm exceeds this multiple of the mean; 0 = off

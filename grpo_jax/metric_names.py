@@ -13,12 +13,13 @@ from grpo_jax.core.algorithms import Algorithm
 from grpo_jax.core.losses import policy_loss
 from grpo_jax.episodes import EPISODE_METRICS
 from grpo_jax.evaluate import metric_names as evaluation_names
+from grpo_jax.learning.balance import ROUTER_METRICS
 from grpo_jax.learning.critic import CRITIC_METRICS, VALUE_METRICS
 from grpo_jax.learning.skipping import SKIPPED
 from grpo_jax.learning.step import STALENESS
 from grpo_jax.run.ending import Condition
 from grpo_jax.sampling import partial
-from grpo_jax.statistics import ROUTER_METRICS, rollout_metrics
+from grpo_jax.statistics import ROUTE_METRICS, rollout_metrics
 from grpo_jax.tasks.base import Task, unknown_name
 
 # Of a rollout, an update and the clock of a step, besides those that depend on the run.
@@ -31,7 +32,12 @@ _RESAMPLING = ("dynamic_sampling/kept", "dynamic_sampling/resamples")
 
 
 def metric_names(
-  c: ConfigDict, task: Task, algorithm: Algorithm, *, routes: bool = False
+  c: ConfigDict,
+  task: Task,
+  algorithm: Algorithm,
+  *,
+  experts: bool = False,
+  routes: bool = False,
 ) -> set[str]:
   """Returns the names of all metrics that a run with this config writes.
 
@@ -41,6 +47,7 @@ def metric_names(
     c: the config.
     task: with the learned reward, if there is one.
     algorithm: the row, with the changes of the config.
+    experts: whether the model is a mixture of experts.
     routes: whether the sampler records the experts of a mixture.
   """
   one = np.zeros((1, 2))
@@ -51,8 +58,10 @@ def metric_names(
     names.update(_RESAMPLING)
   if c.rollout.cache_gib:
     names.add("sampling/live")
-  if routes:
+  if experts:
     names.update(ROUTER_METRICS)
+  if routes:
+    names.update(ROUTE_METRICS)
   if c.rollout.ahead:
     names.update(STALENESS, ["time/waiting"])
   if c.rollout.partial_tokens:

@@ -24,6 +24,14 @@ def expert_misfits(c: ConfigDict, model: ModelConfig) -> list[str]:
   axis, count = c.mesh.expert, model.experts
   if c.train.freeze_router and not count:
     return [f"train.freeze_router is true, and {c.model.source} has no router: set it to false"]
+  if c.train.balance and not count:
+    return [f"train.balance is {c.train.balance}, and {c.model.source} has no router: set it to 0"]
+  if c.train.balance and (c.train.freeze_router or c.lora.rank):
+    frozen = "train.freeze_router is true" if c.train.freeze_router else "adapters are trained"
+    return [
+      f"train.balance is {c.train.balance}, and {frozen}: the router that it would balance stays "
+      "as it is; set it to 0"
+    ]
   if axis in (1, -1) or (count and count % axis == 0):
     return []
   has = f"{count} experts, which that does not divide" if count else "no experts"

@@ -90,7 +90,7 @@ def _mean(values: Any) -> float:
   return float(np.mean(values)) if np.size(values) else math.nan
 
 
-ROUTER_METRICS = ("router/max_load", "router/unused")
+ROUTE_METRICS = ("router/max_load", "router/unused")
 
 
 def count_routes(

@@ -23,6 +23,7 @@ from grpo_jax.sampling.generate import generate, row_keys
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tasks import Example, score_with
 from grpo_jax.tokens import ByteTokenizer
+from tests.helpers.dense_experts import dense
 
 CONFIG = ModelConfig(
   vocab_size=257, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=12, tied=False,
@@ -80,8 +81,6 @@ def test_recorded_routes_are_those_of_the_update_through_compactions(params, lay
   seen = []
 
   def spy(routing, count):
-    from grpo_jax.models.experts import dense
-
     jax.debug.callback(
       lambda chosen: seen.append(np.asarray(chosen)), routing.experts, ordered=True
     )

@@ -52,6 +52,8 @@ class Batch:
       same.
     routes, prompt_routes: [P, G, T, C] and [P, N, C], the experts that were chosen while sampling,
       which the update then uses; None chooses them again.
+    balance: [P, L, E], or [P, 1, 1] without routes: weights of the router's probabilities in the
+      load-balance loss, the same for all prompts, which the step fills in; None without that loss.
     temperature: the sampling temperature, at which log-probs are scored; None if it is unknown.
       It is static: a step compiles once for each value.
   """
@@ -77,6 +79,7 @@ class Batch:
   staleness: Float[Array, "P ..."] | None = None
   routes: Integer[Array, "P G T C"] | None = None
   prompt_routes: Integer[Array, "P N C"] | None = None
+  balance: Float[Array, "P ..."] | None = None
   temperature: float | None = dataclasses.field(default=None, metadata={"static": True})
 
   def arrays(self) -> dict[str, jax.Array]:

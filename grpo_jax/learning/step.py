@@ -28,6 +28,7 @@ from grpo_jax.core.masks import masked_mean
 from grpo_jax.core.values import value_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.learning import deterministic
+from grpo_jax.learning.balance import balance_loss, with_balance
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.entropy import EntropyControl
@@ -253,10 +254,15 @@ def score_batch(
 
 
 def _hidden(model: Model, params: Params, batch: Batch) -> Float[Array, "P G T D"]:
+  return _scores(model.score, params, batch)
+
+
+def _scores(score: Callable, params: Params, batch: Batch) -> Any:
+  """Calls `Model.score`, or a method with its arguments, with the routes of the batch if any."""
   rows = (batch.prompts, batch.prompt_mask, batch.completions)
   if batch.routes is None:
-    return model.score(params, *rows)
-  return model.score(params, *rows, routes=(batch.prompt_routes, batch.routes))
+    return score(params, *rows)
+  return score(params, *rows, routes=(batch.prompt_routes, batch.routes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,13 +403,15 @@ def make_loss(
   with_adapters: WithAdapters = only_trained,
   teachers: Sequence[Model] = (),
   value_head: ValueHead | None = None,
+  balance: float = 0.0,
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Returns the loss `(params, batch, base_params) -> (loss, metrics)`.
 
   The losses of the micro-batches of a batch add up to its loss.
 
   Args:
-    temperature, with_adapters, teachers, value_head: as in `make_train_step`.
+    temperature, with_adapters, teachers, value_head, balance: as in `make_train_step`. With a
+      `balance`, the batch must have been through `fill_of(model, balance)` before it was split.
   """
   row = lookup_algorithm(algorithm)
 
@@ -412,7 +420,12 @@ def make_loss(
     if teachers:
       base_params, teacher_params = base_params
     params = with_adapters(base_params, params)
-    hidden, head, divergence = _hidden(model, params, batch), model.head(params), None
+    routing = None
+    if has_experts(model):
+      hidden, routing = _scores(model.score_with_routing, params, batch)
+    else:
+      hidden = _hidden(model, params, batch)
+    head, divergence = model.head(params), None
     options, rows = _head_options(model, batch, temperature), RowOrder.of(model, batch)
     mine, tokens = rows.split(hidden), rows.split(batch.completions)
     logp, entropy = map(rows.join, head_logprobs(mine, head, tokens, **options))
@@ -448,6 +461,9 @@ def make_loss(
     )
     if batch.staleness is not None:
       metrics |= staleness_metrics(batch, logp)
+    if routing is not None:
+      own, more = balance_loss(routing.probs, routing.experts, batch)
+      total, metrics = total if own is None else total + balance * own, metrics | more
     if value_head is not None:
       values = values_of(params, hidden, batch)
       own, more = clipped_value_loss(values, batch, value_head.clip)
@@ -455,6 +471,27 @@ def make_loss(
     return total, metrics
 
   return loss
+
+
+def has_experts(model: Model) -> bool:
+  """Tells whether a model is a mixture of experts that gives its routing."""
+  return bool(getattr(model.config, "experts", 0)) and hasattr(model, "score_with_routing")
+
+
+def fill_of(model: Model, balance: float) -> Callable[[Batch], Batch]:
+  """Returns the function that gives a whole batch what a loss with this `balance` needs.
+
+  Raises:
+    ValueError: there is a coefficient, and the model is not a mixture of experts.
+  """
+  if not balance:
+    return lambda batch: batch
+  if not has_experts(model):
+    raise ValueError(
+      f"balance is {balance}, and the model is not a mixture of experts: set it to 0"
+    )
+  c = model.config
+  return jax.jit(partial(with_balance, layers=c.layers, experts=c.experts))
 
 
 # Metrics of a rollout whose parameters are not those before the updates.
@@ -487,6 +524,7 @@ def make_train_step(
   with_adapters: WithAdapters = only_trained,
   teachers: Sequence[Model] = (),
   value_head: ValueHead | None = None,
+  balance: float = 0.0,
   chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step `(state, batch, base_params=None) -> (state, metrics)`.
@@ -513,11 +551,12 @@ def make_train_step(
     teachers: models of the teachers of a row with a `teacher_divergence`, whose mean enters the
       loss. The third argument is then `(base_params, [parameters of each teacher])`.
     value_head: a critic on the policy's trunk, whose `values` and `returns` the batch holds.
+    balance: coefficient of the load-balance loss of a mixture of experts, see `balance`. 0: none.
     chunks: computes the gradient in these instead of in micro-batches, so that the new state has
       the same bits on any number of devices; see `deterministic`.
   """
   options = {"with_adapters": with_adapters, "teachers": teachers, "value_head": value_head}
-  loss = make_loss(model, algorithm, temperature=temperature, **options)
+  loss = make_loss(model, algorithm, temperature=temperature, balance=balance, **options)
   return make_step(
     loss,
     optimizer,
@@ -526,6 +565,7 @@ def make_train_step(
     spike=spike,
     chunks=chunks,
     algorithm=lookup_algorithm(algorithm),
+    fill=fill_of(model, balance),
   )
 
 
@@ -538,6 +578,7 @@ def make_step(
   spike: float = 0.0,
   chunks: Chunks | None = None,
   algorithm: Algorithm | None = None,
+  fill: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted step `(state, batch, base_params=None) -> (state, metrics)` of any loss.
 
@@ -546,14 +587,16 @@ def make_step(
       batch add up to its loss.
     optimizer, schedule, micro_batches, spike, chunks: as in `make_train_step`.
     algorithm: the row of a policy's loss, whose entropy bonus may adapt; None for other losses.
+    fill: adds to the whole batch what the loss of each of its micro-batches needs.
   """
   apply = make_apply(optimizer, schedule, spike, algorithm)
   if chunks:
-    return _in_chunks(deterministic.make_gradient(loss, chunks), apply)
+    return _in_chunks(deterministic.make_gradient(loss, chunks), apply, fill)
   gradient = make_gradient(loss, micro_batches)
 
   def step(state: TrainState, batch: Batch, base_params: Params = None):
-    return apply(state, *gradient(state.params, with_entropy_coef(state, batch), base_params))
+    batch = fill(with_entropy_coef(state, batch))
+    return apply(state, *gradient(state.params, batch, base_params))
 
   def outputs(state: TrainState, batch: Batch, base_params: Params = None) -> Any:
     return layout_of(state), None
@@ -561,7 +604,7 @@ def make_step(
   return Jitted(step, outputs, donate_argnums=0)
 
 
-def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
+def _in_chunks(gradient: Callable, apply: Callable, fill: Callable[[Batch], Batch]) -> Callable:
   """Returns a step of two programs: in one, XLA would fuse the optimizer into the gradient."""
 
   def finish(state: TrainState, grads: Any, losses: Any, metrics: dict, tokens: Any):
@@ -571,7 +614,7 @@ def _in_chunks(gradient: Callable, apply: Callable) -> Callable:
   finish = Jitted(finish, lambda state, *_: (layout_of(state), None), donate_argnums=0)
 
   def step(state: TrainState, batch: Batch, base_params: Params = None):
-    batch = with_entropy_coef(state, batch)
+    batch = fill(with_entropy_coef(state, batch))
     return finish(state, *gradient(state.params, batch, base_params))
 
   return step

@@ -22,6 +22,7 @@ from grpo_jax.learning.step import (
   TrainState,
   ValueHead,
   WithAdapters,
+  fill_of,
   make_loss,
   make_score,
   make_train_step,
@@ -51,6 +52,7 @@ class UpdateConfig:
     own_teacher: "policy" or "reference", whose log-probs after `Batch.teacher_prompts` are those of
       the teacher: the parameters before the updates, or `TrainState.reference`, which may follow
       them slowly. Empty: neither.
+    balance: coefficient of the load-balance loss of a mixture of experts; 0 is none.
     seed: seed of the order of prompts in mini-batches.
   """
 
@@ -64,6 +66,7 @@ class UpdateConfig:
   sync_every: int = 0
   sync_share: float = 1.0
   own_teacher: str = ""
+  balance: float = 0.0
   seed: int = 0
 
 
@@ -96,6 +99,7 @@ def make_update(
       with_adapters=with_adapters,
       teachers=teachers,
       value_head=value_head,
+      balance=config.balance,
       chunks=chunks,
     )
 
@@ -114,10 +118,15 @@ def make_gradients(
 ) -> Callable[..., tuple]:
   """Returns the jitted gradient of an update, `(params, batch, base_params) -> (gradient, ...)`."""
   options = {"with_adapters": with_adapters, "teachers": teachers, "value_head": value_head}
-  loss = make_loss(model, algorithm, temperature=config.temperature, **options)
+  options |= {"temperature": config.temperature, "balance": config.balance}
+  loss, fill = make_loss(model, algorithm, **options), fill_of(model, config.balance)
   if chunks:
-    return deterministic.make_gradient(loss, chunks)
-  return _within_budget(model, config, lambda count: jax.jit(reduction.make_gradient(loss, count)))
+    gradient = deterministic.make_gradient(loss, chunks)
+  else:
+    gradient = _within_budget(
+      model, config, lambda count: jax.jit(reduction.make_gradient(loss, count))
+    )
+  return lambda params, batch, *rest: gradient(params, fill(batch), *rest)
 
 
 def make_scoring(

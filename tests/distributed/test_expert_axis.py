@@ -20,6 +20,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, unstack
 from grpo_jax.sampling.sampler import Sampler
 from grpo_jax.tokens import ByteTokenizer
+from tests.helpers.dense_experts import dense
 
 CONFIG = ModelConfig(
   vocab_size=264, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=24, tied=False,
@@ -77,7 +78,7 @@ def step_on(shape, form):
 @pytest.mark.parametrize("form", [experts.blocked, experts.ragged], ids=lambda form: form.__name__)
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_a_step_is_the_same_as_on_one_device(shape, form):
-  expected, expected_metrics = step_on((1, 1, 1), experts.dense)
+  expected, expected_metrics = step_on((1, 1, 1), dense)
   actual, metrics = step_on(shape, form)
   np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], atol=1e-5)
   for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
@@ -120,19 +121,29 @@ def test_experts_and_prompts_are_split_over_the_axis():
 
 def test_the_axis_must_divide_the_experts():
   c = configs.default_config()
-  dense = ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1, head_dim=2, mlp=6)
-  assert misfits.expert_misfits(c, dense) == []
+  dense_model = ModelConfig(vocab_size=8, width=4, layers=1, heads=2, kv_heads=1, head_dim=2, mlp=6)
+  assert misfits.expert_misfits(c, dense_model) == []
   c.mesh.expert, c.model.source = 3, "a/b"
   assert misfits.expert_misfits(c, CONFIG) == [
     "mesh.expert is 3, and a/b has 8 experts, which that does not divide: set it to a divisor of 8"
   ]
-  assert misfits.expert_misfits(c, dense) == [
+  assert misfits.expert_misfits(c, dense_model) == [
     "mesh.expert is 3, and a/b has no experts: set it to 1, and use mesh.fsdp or mesh.data"
   ]
   c.train.freeze_router = True
-  assert misfits.expert_misfits(c, dense) == [
+  assert misfits.expert_misfits(c, dense_model) == [
     "train.freeze_router is true, and a/b has no router: set it to false"
   ]
+  c.train.freeze_router, c.train.balance = False, 0.01
+  assert misfits.expert_misfits(c, dense_model) == [
+    "train.balance is 0.01, and a/b has no router: set it to 0"
+  ]
+  c.train.freeze_router = True
+  assert misfits.expert_misfits(c, CONFIG) == [
+    "train.balance is 0.01, and train.freeze_router is true: the router that it would balance "
+    "stays as it is; set it to 0"
+  ]
+  c.train.freeze_router, c.train.balance = False, 0.0
   c.mesh.expert = 4
   assert misfits.expert_misfits(c, CONFIG) == []
   assert configs.mesh_shape(c.mesh, 8) == (2, 1, 1, 4)

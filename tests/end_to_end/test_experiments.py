@@ -106,6 +106,8 @@ def test_an_experiment_takes_a_step(path, tmp_path, data_dir, reward_model, mode
     sizes.append(f"--config.task.settings.data_dir={data_dir}")
   if task.settings.get("tool_settings", {}).get("format") == "hermes":
     sizes.append(f"--config.model.source={model_with_tools}")
+  if experiment.rollout.given:
+    sizes.append("--config.rollout.group_size=1")  # the column holds one completion
   if experiment.episode.turn_length:
     sizes += ["--config.episode.turn_length=0", "--config.episode.observation_length=0"]
   if experiment.reward_model.source:
