@@ -32,6 +32,7 @@ def get_config():
   c.rollout.group_size = 16
   c.rollout.completion_length = 4
   c.algorithm.name = "dapo"
-  c.optimizer.learning_rate = 1e-3
-  c.optimizer.warmup_steps = 3
+  c.optimizer.learning_rate = 2e-4
+  c.optimizer.schedule = "linear"
+  c.optimizer.warmup_steps = 10
   return c

@@ -62,13 +62,14 @@ def candidates(config: ConfigDict, plan: Plan, kv_heads: int) -> Iterator[list[s
   data = c.mesh.slices  # each slice holds whole copies of the weights
   for tensor in (1, 2, 4, 8):
     fsdp = plan.devices // (data * tensor)
-    changed = (mesh["data"], mesh["tensor"]) != (data, tensor)
+    changed = (mesh["data"], mesh["tensor"], c.mesh.expert) != (data, tensor, 1)
     divides = plan.devices % (data * tensor) == 0 == kv_heads % tensor
     shards = data * fsdp
     if changed and divides and c.rollout.prompts_per_step % (shards * c.train.mini_batches) == 0:
       yield [
         f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}",
         f"--config.mesh.tensor={tensor}",
+        *(["--config.mesh.expert=1"] if c.mesh.expert != 1 else []),
         "--config.model.remat=layers",
         f"--config.train.micro_batches={_most_micro_batches(c, shards)}",
       ]  # fmt: skip

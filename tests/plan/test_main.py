@@ -91,6 +91,16 @@ def test_remat_comes_before_the_mesh(monkeypatch):
   assert fitting.fits()
 
 
+def test_a_mesh_with_an_axis_for_experts_is_changed_to_one_without(monkeypatch):
+  def by_mesh(c, name):
+    return 5 if c.mesh.tensor == 2 else 30
+
+  experts = ("model.source=random:tiny_moe", "mesh.data=1", "mesh.expert=8")
+  tried, fitting, _ = first_change(by_mesh, monkeypatch, *experts)
+  assert "--config.mesh.tensor=2 --config.mesh.expert=1" in tried[-1]
+  assert fitting.mesh["tensor"] == 2
+
+
 def test_the_mesh_comes_first_if_nothing_else_can_help(monkeypatch):
   def by_mesh(c, name):
     return 5 if c.mesh.tensor == 2 else 30
