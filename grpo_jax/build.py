@@ -664,6 +664,11 @@ def attention_of(
   platform, choice = mesh.devices.flat[0].platform, c.model.attention
   over_mesh = partial(meshes.over_mesh, mesh, sampling=sampling)
   if meshes.token_shards(mesh) > 1 and not sampling:
+    if shape.sinks:
+      raise ValueError(
+        f"mesh.context is {meshes.token_shards(mesh)}, and {c.model.source} has attention sinks, "
+        "which are not computed for parts of rows: set mesh.context to 1"
+      )
     return meshes.over_context(mesh, tiled_attention)
   if choice == "auto":
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)

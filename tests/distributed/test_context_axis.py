@@ -93,7 +93,13 @@ def step_on(shape, lengths, config=CONFIG):
   params = jax.device_put(init(config), table)
   optimizer = optax.sgd(1.0)
   step = make_train_step(
-    model, ALGORITHMS["dapo"], optimizer, lambda count: 1.0, temperature=0.7, micro_batches=MICRO
+    model,
+    ALGORITHMS["dapo"],
+    optimizer,
+    lambda count: 1.0,
+    temperature=0.7,
+    micro_batches=MICRO,
+    balance=0.5 if config.experts else 0.0,
   )
   batch = jax.device_put(make_batch(lengths, config), meshes.batch_sharding(mesh))
   zero = jax.device_put(jnp.int32(0), meshes.replicated(mesh))

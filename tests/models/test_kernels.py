@@ -381,6 +381,8 @@ def test_kernels_refuse_sinks(monkeypatch, platform, kernel):
   assert chosen(monkeypatch, platform, shape, model__dtype="bfloat16") == "tiled"
   with pytest.raises(ValueError, match=f"'{kernel}', which has no attention sinks"):
     choose(platform, shape, model__attention=kernel, model__dtype="bfloat16")
+  with pytest.raises(ValueError, match=r"mesh\.context is 2, and .* has attention sinks"):
+    choose(platform, shape, context=2)
 
 
 def test_a_config_names_the_field():
