@@ -880,6 +880,7 @@ def update_config(c: ConfigDict) -> UpdateConfig:
     mini_batches=c.train.mini_batches,
     micro_batches=c.train.micro_batches,
     micro_batch_tokens=c.train.micro_batch_tokens,
+    sort_by_length=c.train.sort_by_length,
     spike=c.train.spike,
     max_skipped=c.train.max_skipped,
     sync_every=c.reference.sync_every,

@@ -144,6 +144,7 @@ AUTO = {"data.seeding": "hashed"}
 FREE = (
   *("steps", "epochs", "stop.", "eval.", "checkpoint.", "log.", "mesh.", "hosts."),
   *("compilation_cache", "model.remat", "train.micro_batches", "train.micro_batch_tokens"),
+  "train.sort_by_length",
   *("train.max_skipped", "rewards.workers", "rewards.timeout", "rewards.isolate"),
   *("rollout.cache_gib", "rewards.on_error", "rewards.allow_unscored", "optimizer.schedule_steps"),
 )
@@ -417,6 +418,7 @@ def default_config() -> ConfigDict:
   c.train.mini_batches = 1  # updates per pass, on equal parts of the prompts in a new order
   c.train.micro_batches = 1  # gradient accumulation: equal parts of an update; memory only
   c.train.micro_batch_tokens = 0  # most tokens a device computes at once; 0 = no limit
+  c.train.sort_by_length = False  # micro-batches of similar lengths, each cut to its own; work only
   c.train.reduction = "fast"  # deterministic: the same bits on any number of devices
   c.train.chunks = 8  # with deterministic: equal parts of an update, whatever the devices
   c.train.routes = "sampled"  # experts in the update: those chosen while sampling, or fresh ones
@@ -859,7 +861,7 @@ def _check_chunks(c: ConfigDict, width: int, tensor: int) -> list[str]:
     for axis in ("expert", "context")
     if c.mesh[axis] != 1
   ]
-  for name, off in (("micro_batches", 1), ("micro_batch_tokens", 0)):
+  for name, off in (("micro_batches", 1), ("micro_batch_tokens", 0), ("sort_by_length", False)):
     if c.train[name] != off:
       problems.append(
         f"train.{name} is {c.train[name]}, it must be {off} with train.reduction='deterministic': "

@@ -18,6 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from grpo_jax.distributed import hosts
 from grpo_jax.distributed.mesh import Sharding
 
+# Arrays of a batch with several axes, but none of completions.
+PER_PROMPT = frozenset((
+  "prompts", "prompt_mask", "teacher_prompts", "teacher_prompt_mask", "prompt_routes", "balance",
+))  # fmt: skip
 SHORTEST = 16  # tokens; `trim` does not make an axis shorter
 
 
@@ -153,12 +157,14 @@ def sizes(full: int) -> list[int]:
 def _trim(batch: Batch, n: int, t: int, layout: Sharding) -> Batch:
   trimmed = {"prompts": batch.prompts[:, -n:], "prompt_mask": batch.prompt_mask[:, -n:]}
   if batch.routes is not None:
-    trimmed["routes"] = batch.routes[:, :, :t]
     trimmed["prompt_routes"] = batch.prompt_routes[:, -n:]
-  for name, array in batch.arrays().items():
-    if name not in trimmed and array.ndim == 3:
-      trimmed[name] = array[..., :t]
-  return laid_out(dataclasses.replace(batch, **trimmed), layout)
+  return laid_out(dataclasses.replace(shorten(batch, t), **trimmed), layout)
+
+
+def shorten(batch: Batch, t: int) -> Batch:
+  """Returns the batch with the first `t` tokens of each completion; inside a jitted function."""
+  arrays = {k: v for k, v in batch.arrays().items() if v.ndim >= 3 and k not in PER_PROMPT}
+  return dataclasses.replace(batch, **{name: array[:, :, :t] for name, array in arrays.items()})
 
 
 def mini_batches(batch: Batch, count: int, epochs: int, seed: Sequence[int]) -> Iterator[Batch]:

@@ -75,30 +75,40 @@ def token_values(model: Model, params: Params, batch: Batch) -> Float[Array, "P 
 
 
 def make_values(
-  model: Model, *, micro_batches: int = 1, chunks: Chunks | None = None
+  model: Model,
+  *,
+  micro_batches: int = 1,
+  sort_by_length: bool = False,
+  chunks: Chunks | None = None,
 ) -> Callable[..., Float[Array, "P G T"]]:
   """Returns the jitted values `(params, batch, base_params=None) -> values` of a rollout.
 
   Args:
     model: the critic's, or the policy's if it has a value head.
-    micro_batches, chunks: as in `make_score`.
+    micro_batches, sort_by_length, chunks: as in `make_score`.
   """
 
   def values(params: Params, batch: Batch, base_params: Params):
     return token_values(model, params, batch)
 
-  return make_per_token(values, micro_batches=micro_batches, chunks=chunks)
+  options = {"micro_batches": micro_batches, "sort_by_length": sort_by_length}
+  return make_per_token(values, **options, chunks=chunks)
 
 
 def make_critic_step(
-  critic: Critic, *, micro_batches: int = 1, spike: float = 0.0, chunks: Chunks | None = None
+  critic: Critic,
+  *,
+  micro_batches: int = 1,
+  sort_by_length: bool = False,
+  spike: float = 0.0,
+  chunks: Chunks | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted update of a critic, `(state, batch, base_params=None) -> (state, metrics)`.
 
   Its tokens have the weights of the policy's loss. Its state is donated.
 
   Args:
-    micro_batches, spike, chunks: as in `make_train_step`.
+    micro_batches, sort_by_length, spike, chunks: as in `make_train_step`.
   """
 
   def loss(params: Params, batch: Batch, base_params: Params = None):
@@ -106,7 +116,7 @@ def make_critic_step(
 
   return make_step(
     loss, critic.optimizer, critic.schedule,
-    micro_batches=micro_batches, spike=spike, chunks=chunks,
+    micro_batches=micro_batches, sort_by_length=sort_by_length, spike=spike, chunks=chunks,
   )  # fmt: skip
 
 

@@ -1,15 +1,17 @@
 """Adds up gradients and metrics over micro-batches, whose number follows a budget of tokens."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.core.masks import count_tokens
-from grpo_jax.learning.batch import Batch
+from grpo_jax.learning.batch import PER_PROMPT, Batch, shorten, sizes
 from grpo_jax.learning.skipping import SKIPPED
 
 # (params, batch, base_params) -> (gradient, loss, metrics)
@@ -25,13 +27,94 @@ def split(batch: Batch, count: int) -> Batch:
   return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1), batch)
 
 
-def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
+def group_parts(prompt: int, group: int, length: int) -> int:
+  """Returns the number of parts, 4, 2 or 1, that `by_length` cuts a group into.
+
+  Each part computes the prompt again, which may cost 1 / parts of the completions at most.
+
+  Args:
+    prompt, group, length: N, G and T of the batch.
+
+  Example:
+    >>> group_parts(256, 8, 4096), group_parts(512, 6, 4096), group_parts(2048, 8, 512)
+    (4, 2, 1)
+  """
+  fits = (p for p in (4, 2) if group % p == 0 and p * p * prompt <= group * length)
+  return next(fits, 1)
+
+
+def by_length(batch: Batch, count: int) -> tuple[Batch, Callable[[Array], Array]]:
+  """Puts completions of similar lengths together, in a group and in the micro-batches of `split`.
+
+  A group is cut into parts, the shortest completions first, each with a copy of its prompt; the
+  first micro-batch has the shortest parts. A length reaches up to the last unmasked token.
+
+  Args:
+    count: number of micro-batches, which divides P.
+
+  Returns:
+    The batch, of `group_parts` times as many prompts, and a function that brings a number per token
+    back into the order of the batch that was given.
+  """
+  prompts, group, length = batch.mask.shape
+  # The load-balance loss counts the tokens of prompts: copies would change it.
+  copies = batch.balance is None
+  parts = group_parts(batch.prompts.shape[1], group, length) if copies else 1
+  in_group = jnp.argsort(_lengths(batch.mask), axis=1)
+
+  def in_order(name: str, array: Array) -> Array:
+    if array.ndim == 1 or name in PER_PROMPT:
+      return jnp.repeat(array, parts, axis=0)
+    return _along_group(array, in_group).reshape(-1, group // parts, *array.shape[2:])
+
+  arrays = {name: in_order(name, array) for name, array in batch.arrays().items()}
+  longest = _lengths(arrays["mask"]).max(1)
+  order = jnp.argsort(longest).reshape(count, -1).T.reshape(-1)  # row i of part j to i * count + j
+  arrays = {name: array[order] for name, array in arrays.items()}
+
+  def restore(numbers: Array) -> Array:
+    numbers = numbers[jnp.argsort(order)].reshape(prompts, group, length)
+    return _along_group(numbers, jnp.argsort(in_group, axis=1))
+
+  return dataclasses.replace(batch, **arrays), restore
+
+
+def _along_group(array: Array, index: Int[Array, "P G"]) -> Array:
+  return jnp.take_along_axis(array, index.reshape(index.shape + (1,) * (array.ndim - 2)), axis=1)
+
+
+def _lengths(mask: Bool[Array, "P G T"]) -> Int[Array, "P G"]:
+  """Returns the number of tokens of each completion, up to the last unmasked one."""
+  return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[2] + 1), 0), axis=2)
+
+
+def at_own_length(function: Callable[[Batch], Any]) -> Callable[[Batch], Any]:
+  """Calls `function(batch)` with completions cut to the shortest of `batch.sizes` that holds them.
+
+  One program holds the function for each of these lengths, and chooses when it runs.
+  """
+
+  def call(batch: Batch):
+    lengths = sizes(batch.mask.shape[2])
+    longest = _lengths(batch.mask).max()
+    index = jnp.sum(longest <= jnp.array(lengths[1:], jnp.int32))
+    branches = [lambda batch, t=t: function(shorten(batch, t)) for t in lengths]
+    return jax.lax.switch(index, branches, batch)
+
+  return call
+
+
+def make_gradient(
+  loss: Callable, micro_batches: int = 1, *, sort_by_length: bool = False
+) -> Gradient:
   """Returns the gradient of a loss over a batch, accumulated over micro-batches.
 
   Args:
     loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of the micro-batches of a
       batch add up to its loss.
     micro_batches: number of gradient accumulation steps; changes memory, not the result.
+    sort_by_length: puts completions of similar lengths together (`by_length`), and computes each
+      micro-batch at its own length; changes work, not the result.
   """
   gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -41,9 +124,12 @@ def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
 
   def accumulated(params: Any, batch: Batch, base_params: Any):
     total = jnp.maximum(count_tokens(batch.mask), 1)
+    compute = partial(whole, params, base_params=base_params)
+    if sort_by_length:
+      (batch, _), compute = by_length(batch, micro_batches), at_own_length(compute)
 
     def add(grads, part):
-      new, value, metrics = whole(params, part, base_params)
+      new, value, metrics = compute(part)
       return jax.tree.map(jnp.add, grads, new), (value, metrics, count_tokens(part.mask) / total)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -51,6 +137,35 @@ def make_gradient(loss: Callable, micro_batches: int = 1) -> Gradient:
     return grads, losses.sum(), combine(metrics, shares)
 
   return whole if micro_batches == 1 else accumulated
+
+
+def map_micro_batches(
+  function: Callable[[Batch], Float[Array, "p G t"]],
+  batch: Batch,
+  micro_batches: int,
+  *,
+  sort_by_length: bool = False,
+) -> Float[Array, "P G T"]:
+  """Returns a number per token, computed one micro-batch after another.
+
+  Args:
+    function: micro-batch -> a number for each of its tokens.
+    micro_batches, sort_by_length: as in `make_gradient`.
+  """
+  if micro_batches == 1:
+    return function(batch)
+  length = batch.mask.shape[2]
+
+  def padded(part: Batch) -> Float[Array, "p g T"]:
+    numbers = function(part)
+    return jnp.pad(numbers, [(0, 0), (0, 0), (0, length - numbers.shape[2])])
+
+  compute, restore = function, None
+  if sort_by_length:
+    (batch, restore), compute = by_length(batch, micro_batches), at_own_length(padded)
+  numbers = jax.lax.map(compute, split(batch, micro_batches))
+  numbers = numbers.swapaxes(0, 1).reshape(batch.mask.shape)
+  return restore(numbers) if restore else numbers
 
 
 def combine(

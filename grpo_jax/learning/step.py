@@ -32,7 +32,7 @@ from grpo_jax.learning.balance import balance_loss, with_balance
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.entropy import EntropyControl
-from grpo_jax.learning.reduction import combine, make_gradient, split
+from grpo_jax.learning.reduction import combine, make_gradient, map_micro_batches
 from grpo_jax.learning.skipping import SKIPPED, History, accept_update
 from grpo_jax.models.protocol import Model, Params, score_of
 
@@ -332,6 +332,7 @@ def make_score(
   *,
   temperature: float | None = None,
   micro_batches: int = 1,
+  sort_by_length: bool = False,
   with_adapters: WithAdapters = only_trained,
   chunks: Chunks | None = None,
 ) -> Callable[..., Float[Array, "P G T"]]:
@@ -344,6 +345,7 @@ def make_score(
       differ, tracing raises a ValueError.
     micro_batches: number of equal parts of the prompts that are computed one after another;
       changes memory, not the result.
+    sort_by_length: as in `reduction.make_gradient`.
     with_adapters: combines base and trained parameters into the model's.
     chunks: computes in these instead; see `deterministic`.
   """
@@ -351,13 +353,15 @@ def make_score(
   def logp(params: Params, batch: Batch, base_params: Params):
     return score_batch(model, with_adapters(base_params, params), batch, temperature)[0]
 
-  return make_per_token(logp, micro_batches=micro_batches, chunks=chunks)
+  options = {"micro_batches": micro_batches, "sort_by_length": sort_by_length}
+  return make_per_token(logp, **options, chunks=chunks)
 
 
 def make_per_token(
   function: Callable[..., Float[Array, "P G T"]],
   *,
   micro_batches: int = 1,
+  sort_by_length: bool = False,
   chunks: Chunks | None = None,
 ) -> Callable[..., Float[Array, "P G T"]]:
   """Returns `(params, batch, base_params=None) -> function(...)`, jitted, part by part.
@@ -365,17 +369,14 @@ def make_per_token(
   Args:
     function: `(params, batch, base_params)` -> a number per token; each prompt depends on itself
       alone.
-    micro_batches, chunks: as in `make_score`.
+    micro_batches, sort_by_length, chunks: as in `make_score`.
   """
   if chunks:
     return deterministic.make_score(function, chunks)
 
   def call(params: Params, batch: Batch, base_params: Params = None):
-    if micro_batches == 1:
-      return function(params, batch, base_params)
-    parts = split(batch, micro_batches)
-    numbers = jax.lax.map(lambda part: function(params, part, base_params), parts)
-    return numbers.swapaxes(0, 1).reshape(batch.mask.shape)
+    compute = partial(function, params, base_params=base_params)
+    return map_micro_batches(compute, batch, micro_batches, sort_by_length=sort_by_length)
 
   return Jitted(call, lambda params, batch, base_params=None: layout_of(batch.mask))
 
@@ -520,6 +521,7 @@ def make_train_step(
   *,
   temperature: float | None = None,
   micro_batches: int = 1,
+  sort_by_length: bool = False,
   spike: float = 0.0,
   with_adapters: WithAdapters = only_trained,
   teachers: Sequence[Model] = (),
@@ -545,6 +547,7 @@ def make_train_step(
     temperature: the sampling temperature; None takes `batch.temperature`. If both are known and
       differ, tracing the step raises a ValueError.
     micro_batches: number of gradient accumulation steps.
+    sort_by_length: as in `reduction.make_gradient`.
     spike: also skip an update whose gradient norm exceeds `spike` times its running mean, after
       `WARM_UP` accepted updates; needs `state.history`. 0 disables.
     with_adapters: combines base and trained parameters into the model's.
@@ -562,6 +565,7 @@ def make_train_step(
     optimizer,
     schedule,
     micro_batches=micro_batches,
+    sort_by_length=sort_by_length,
     spike=spike,
     chunks=chunks,
     algorithm=lookup_algorithm(algorithm),
@@ -575,6 +579,7 @@ def make_step(
   schedule: optax.Schedule | None = None,
   *,
   micro_batches: int = 1,
+  sort_by_length: bool = False,
   spike: float = 0.0,
   chunks: Chunks | None = None,
   algorithm: Algorithm | None = None,
@@ -585,14 +590,14 @@ def make_step(
   Args:
     loss: `(params, batch, base_params) -> (loss, metrics)`; the losses of the micro-batches of a
       batch add up to its loss.
-    optimizer, schedule, micro_batches, spike, chunks: as in `make_train_step`.
+    optimizer, schedule, micro_batches, sort_by_length, spike, chunks: as in `make_train_step`.
     algorithm: the row of a policy's loss, whose entropy bonus may adapt; None for other losses.
     fill: adds to the whole batch what the loss of each of its micro-batches needs.
   """
   apply = make_apply(optimizer, schedule, spike, algorithm)
   if chunks:
     return _in_chunks(deterministic.make_gradient(loss, chunks), apply, fill)
-  gradient = make_gradient(loss, micro_batches)
+  gradient = make_gradient(loss, micro_batches, sort_by_length=sort_by_length)
 
   def step(state: TrainState, batch: Batch, base_params: Params = None):
     batch = fill(with_entropy_coef(state, batch))

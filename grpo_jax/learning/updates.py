@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,6 +45,7 @@ class UpdateConfig:
     micro_batches: number of gradient accumulation steps per update, at least.
     micro_batch_tokens: tokens per device in one accumulation step; more micro-batches are used
       where they are needed. 0 is no limit.
+    sort_by_length: puts completions of similar lengths together; see `reduction.make_gradient`.
     spike: also skip an update whose gradient norm exceeds `spike` times its running mean; 0
       disables.
     max_skipped: number of updates skipped in a row after which `Learner.trouble` is set.
@@ -61,6 +63,7 @@ class UpdateConfig:
   mini_batches: int = 1
   micro_batches: int = 1
   micro_batch_tokens: int = 0
+  sort_by_length: bool = False
   spike: float = 0.0
   max_skipped: int = 5
   sync_every: int = 0
@@ -95,6 +98,7 @@ def make_update(
       schedule,
       temperature=config.temperature,
       micro_batches=micro_batches,
+      sort_by_length=config.sort_by_length,
       spike=config.spike,
       with_adapters=with_adapters,
       teachers=teachers,
@@ -123,9 +127,8 @@ def make_gradients(
   if chunks:
     gradient = deterministic.make_gradient(loss, chunks)
   else:
-    gradient = _within_budget(
-      model, config, lambda count: jax.jit(reduction.make_gradient(loss, count))
-    )
+    make = partial(reduction.make_gradient, loss, sort_by_length=config.sort_by_length)
+    gradient = _within_budget(model, config, lambda count: jax.jit(make(count)))
   return lambda params, batch, *rest: gradient(params, fill(batch), *rest)
 
 
@@ -146,6 +149,7 @@ def make_scoring(
       model,
       temperature=config.temperature,
       micro_batches=micro_batches,
+      sort_by_length=config.sort_by_length,
       with_adapters=with_adapters,
       chunks=chunks,
     )
@@ -159,7 +163,13 @@ def make_critic_update(
   """Returns the jitted update of a critic, with as many micro-batches as the batch needs."""
 
   def make(micro_batches: int) -> Callable:
-    return make_critic_step(critic, micro_batches=micro_batches, spike=config.spike, chunks=chunks)
+    return make_critic_step(
+      critic,
+      micro_batches=micro_batches,
+      sort_by_length=config.sort_by_length,
+      spike=config.spike,
+      chunks=chunks,
+    )
 
   return make(1) if chunks else _within_budget(critic.model, config, make)
 
@@ -170,7 +180,8 @@ def make_valuation(
   """Returns the jitted values of a rollout, which take no more memory than an update."""
 
   def make(micro_batches: int) -> Callable:
-    return make_values(model, micro_batches=micro_batches, chunks=chunks)
+    options = {"micro_batches": micro_batches, "sort_by_length": config.sort_by_length}
+    return make_values(model, **options, chunks=chunks)
 
   return make(1) if chunks else _within_budget(model, config, make, config.mini_batches)
 

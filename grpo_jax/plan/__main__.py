@@ -60,10 +60,11 @@ def candidates(config: ConfigDict, plan: Plan, kv_heads: int) -> Iterator[list[s
       if most > c.train.micro_batches:
         yield [f"--config.model.remat={policy}", f"--config.train.micro_batches={most}"]
   data = c.mesh.slices  # each slice holds whole copies of the weights
+  devices = plan.devices // mesh.get("context", 1)  # that axis stays: it is for long rows
   for tensor in (1, 2, 4, 8):
-    fsdp = plan.devices // (data * tensor)
+    fsdp = devices // (data * tensor)
     changed = (mesh["data"], mesh["tensor"], c.mesh.expert) != (data, tensor, 1)
-    divides = plan.devices % (data * tensor) == 0 == kv_heads % tensor
+    divides = devices % (data * tensor) == 0 == kv_heads % tensor
     shards = data * fsdp
     if changed and divides and c.rollout.prompts_per_step % (shards * c.train.mini_batches) == 0:
       yield [

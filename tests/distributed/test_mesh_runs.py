@@ -56,6 +56,7 @@ OPTIONS = {
   "orthogonal updates": ["optimizer.name=muon"],
   "micro-batches": ["train.micro_batches=2"],
   "micro-batches by tokens": ["train.micro_batch_tokens=40"],
+  "micro-batches of similar lengths": ["train.micro_batches=2", "train.sort_by_length=true"],
   "resampling": ["rollout.max_resamples=2"],
   "KL to a moving reference": [
     "algorithm.name=grpo", "reference.sync_every=2", "reference.sync_share=0.5"

@@ -4,6 +4,7 @@ Peers need environments of their own and do not run here; a stand-in engine spea
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from benchmarks import (
   alternate,
   cost,
   learning,
+  lengths,
   logprobs,
   pass_rates,
   plans,
@@ -105,6 +107,28 @@ def test_matmuls_of_unstacked_and_stacked_layers():
   expected = np.ones((3, 6)) @ np.asarray(stacked["embed"]).T
   for actual in (logits, other_logits):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_lengths(run):
+  small = "--prompts 4 --group 2 --tokens 64 --median 8 --micro-batches 4 --rounds 1"
+  plain, by_length = run("lengths", *small.split())
+  assert plain["computed"] == plain["gain"] == 1
+  assert by_length["computed"] < 1
+  assert by_length["padded"] < plain["padded"]
+  assert by_length["difference"] < 1e-5
+
+
+def test_computed_tokens():
+  """Groups of two in one part: lengths up to 16 in one micro-batch, up to 40 in the other."""
+  longest = np.array([40, 3, 33, 16])
+  batch = lengths.make_batch(argparse.Namespace(
+    prompts=4, group=2, tokens=64, prompt_tokens=40, median=8, sigma=1.0, seed=0
+  ))  # fmt: skip
+  mask = np.arange(64) < np.stack([longest, np.ones(4)], 1)[..., None]
+  batch = dataclasses.replace(batch, mask=mask)
+  assert lengths.computed_tokens(batch, 2, False) == 4 * (40 + 2 * 64)
+  assert lengths.computed_tokens(batch, 2, True) == 2 * (40 + 2 * 16) + 2 * (40 + 2 * 64)
 
 
 @pytest.mark.slow

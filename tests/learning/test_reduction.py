@@ -1,6 +1,8 @@
 """Tests gradient accumulation, the metrics of parts, and micro-batches by a budget of tokens."""
 
+import dataclasses
 import types
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,19 @@ import numpy as np
 import pytest
 
 from grpo_jax.core.algorithms import ALGORITHMS
+from grpo_jax.core.masks import token_weights
+from grpo_jax.learning import batch as batches
+from grpo_jax.learning.batch import PER_PROMPT
 from grpo_jax.learning.reduction import (
   WithinBudget,
+  at_own_length,
   average,
+  by_length,
   combine,
   count_micro_batches,
+  group_parts,
   make_gradient,
+  map_micro_batches,
   split,
 )
 from tests.helpers.learning import MODEL, assert_trees_close, make_batch, step_once
@@ -65,6 +74,84 @@ def test_the_accumulated_gradient_by_hand():
   # Rows 0 and 2 have 3 tokens, rows 1 and 3 have 1; their first entries are 1 and 2.
   assert float(metrics["first"]) == 0.75 * 1 + 0.25 * 2
   assert float(metrics["first/max"]) == 2.0
+
+
+def make_long_tailed():
+  """Returns four prompts with four completions of 0 to 5 tokens."""
+  lengths = np.array([[5, 1, 2, 5], [1, 2, 1, 1], [0, 3, 5, 3], [1, 1, 3, 1]])
+  batch = make_batch(ref=True)
+  arrays, other = batch.arrays(), {}
+  for name in arrays.keys() - PER_PROMPT:
+    fourth = jnp.roll(arrays[name][:, :1], 1, axis=-1)
+    other[name] = jnp.concatenate([arrays[name], fourth], axis=1)
+  other["mask"] = jnp.asarray(np.arange(5) < lengths[..., None])
+  other["weights"] = token_weights(other["mask"], "token")
+  return dataclasses.replace(batch, **other)
+
+
+def test_groups_are_cut_into_parts_of_similar_lengths():
+  """Two parts each. In order of their longest: 1, 1, 2, 2, 3, 3, 5, 5."""
+  batch = make_long_tailed()
+  assert group_parts(4, 4, 5) == 2
+  ordered, restore = by_length(batch, 4)
+  parts = split(ordered, 4)
+  assert parts.mask.shape == (4, 2, 2, 5)
+  assert parts.mask.sum(-1).max(2).tolist() == [[1, 1], [2, 2], [3, 3], [5, 5]]
+  np.testing.assert_array_equal(restore(ordered.sampler_logp), batch.sampler_logp)
+  # Every part has its own prompt and advantages.
+  rows = {tuple(row): number for number, row in enumerate(batch.prompts.tolist())}
+  for prompt, advantages in zip(ordered.prompts.tolist(), ordered.advantages.tolist(), strict=True):
+    assert set(advantages) <= set(batch.advantages[rows[tuple(prompt)]].tolist())
+
+
+def test_the_fields_without_an_axis_of_completions():
+  """A new field of a batch must be sorted like its kind."""
+  kinds = {f.name: get_args(f.type) or (f.type,) for f in dataclasses.fields(batches.Batch)}
+  axes = {n: [k.dim_str for k in kind if hasattr(k, "dim_str")] for n, kind in kinds.items()}
+  assert axes.pop("temperature") == []
+  without = {name for name, (dims,) in axes.items() if not dims.startswith("P G")}
+  # One number per prompt, or one per token.
+  assert without == PER_PROMPT | {"entropy_coef", "staleness"}
+
+
+def test_micro_batches_of_similar_lengths_change_nothing(monkeypatch):
+  monkeypatch.setattr(batches, "SHORTEST", 1)
+  assert batches.sizes(5) == [5, 3, 2, 1]
+  params, algorithm, batch = MODEL.init(jax.random.key(0)), ALGORITHMS["dapo"], make_long_tailed()
+  expected, metrics = step_once(params, batch, algorithm)
+  updated, others = step_once(params, batch, algorithm, 4, sort_by_length=True)
+  assert_trees_close(updated, expected, 1e-6)
+  for key, value in metrics.items():
+    np.testing.assert_allclose(others[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_log_probs_come_back_in_the_order_of_the_prompts(monkeypatch):
+  monkeypatch.setattr(batches, "SHORTEST", 1)
+  batch, shapes = make_long_tailed(), []
+
+  def numbers(part):
+    shapes.append(part.mask.shape)
+    return jnp.where(part.mask, part.sampler_logp, 0)
+
+  expected = jnp.where(batch.mask, batch.sampler_logp, 0)
+  for count in (1, 2, 4):
+    actual = map_micro_batches(numbers, batch, count, sort_by_length=True)
+    np.testing.assert_array_equal(actual, expected)
+  assert set(shapes) == {(4, 4, 5), *((p, 2, t) for p in (2, 4) for t in (5, 3, 2, 1))}
+
+
+@pytest.mark.parametrize(
+  ("longest", "expected"), [(64, 64), (33, 64), (32, 32), (17, 32), (16, 16), (1, 16), (0, 16)]
+)
+def test_a_micro_batch_is_computed_at_the_shortest_length_that_holds_it(longest, expected):
+  batch = make_batch()
+  mask = jnp.zeros((4, 3, 64), bool).at[2, 1].set(jnp.arange(64) < longest)
+  # A gap, such as an observation of an episode, does not end a completion.
+  mask = mask.at[2, 1, : longest - 1].set(False) if longest else mask
+  shapes = {name: array for name, array in batch.arrays().items() if array.ndim == 3}
+  long = {name: jnp.zeros((4, 3, 64), array.dtype) for name, array in shapes.items()}
+  batch = dataclasses.replace(batch, **{**long, "mask": mask})
+  assert int(at_own_length(lambda part: jnp.int32(part.completions.shape[2]))(batch)) == expected
 
 
 # --- metrics --------------------------------------------------------------------------------------

@@ -100,6 +100,10 @@ def test_micro_batches_follow_the_budget(params):
   parts, _ = learner(config=UpdateConfig(micro_batch_tokens=19))(state_of(params), batch(), 0)
   assert bits(whole.params) != bits(parts.params)
   assert_trees_close(parts.params, whole.params, 1e-6)
+  config = UpdateConfig(micro_batch_tokens=19, sort_by_length=True)
+  by_length, _ = learner(config=config)(state_of(params), batch(), 0)
+  assert bits(by_length.params) != bits(parts.params)
+  assert_trees_close(by_length.params, whole.params, 1e-6)
 
 
 def test_a_fixed_reference_and_one_in_the_state_are_the_same(params):
