@@ -29,6 +29,9 @@ pytestmark = pytest.mark.slow
 COUNT = 4
 VICTIM = 2
 STEPS = 6
+# How a host ends when another one died. Gloo: "collective mismatch" is of a host that still waited
+# for numbers when one whose collective was cut off had begun the next exchange.
+ENDS = ("another task died", "failed", "collective mismatch")
 
 # Trains with a process that dies, or is slow, in one phase of the step or of the evaluation after
 # step 2. What it patches is how the loop is put together, not what is tested.
@@ -160,7 +163,7 @@ def test_when_a_host_dies_the_others_end_and_the_same_command_continues(whole, t
   for index, (code, output) in enumerate(results):
     if index != VICTIM:
       assert code != 0, output
-      assert "another task died" in output or "failed" in output, output
+      assert any(text in output for text in ENDS), output
   for code, output in run(program(workdir), COUNT, devices=2):
     assert code == 0, output
   check_bits(workdir, whole)
