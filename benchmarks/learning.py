@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import alternate, problems
+from grpo_jax.run import style
 
 PEER_MODULES = {"trl": "benchmarks.peers.trl_learning"}
 LEVELS = (0.7, 0.8)
@@ -171,14 +172,15 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
   figure = Figure(figsize=(7, 4), layout="constrained")
   axes = figure.subplots()
   engines = list(dict.fromkeys((run["engine"], run["learning_rate"]) for run in runs))
+  colors = (style.BLUE, style.ORANGE, style.GREEN, style.RED, style.PURPLE, style.GREY)
   for run in runs:
     number = engines.index((run["engine"], run["learning_rate"]))
     xs = [point["seconds"] for point in run["curve"]]
     ys = [point["accuracy"] for point in run["curve"]]
     label = f"{run['engine']}, learning rate {run['learning_rate']:g}, seed {run['seed']}"
-    axes.plot(xs, ys, color=f"C{number}", marker=".", label=label)
+    axes.plot(xs, ys, color=colors[number % len(colors)], marker=".", label=label)
   for level in LEVELS:
-    axes.axhline(level, color="0.8", linewidth=0.8, zorder=0)
+    axes.axhline(level, color=style.GREY, linewidth=0.8, zorder=0)
   axes.set(xlabel="wall time of the steps in seconds", ylabel="accuracy, held-out, greedy")
   axes.set_xscale("symlog", linthresh=30)
   axes.legend(fontsize="small")
@@ -260,7 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   runs = [run for run in runs if run["task"] == options.task]
   print(table(runs))
   if options.figure:
-    draw(runs, options.figure)
+    with style.use():
+      draw(runs, options.figure)
 
 
 if __name__ == "__main__":

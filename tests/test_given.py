@@ -123,6 +123,7 @@ def test_no_finding_about_samples():
   assert examine(rows, c) == []
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_shape_is_pretrained_and_exported(tmp_path, capsys):
   """A config.json is enough: random weights, training, and a folder to go on from."""
   shape = read_json(Path("experiments/sums_moe/config.json"))

@@ -187,12 +187,13 @@ def _clip(limit: float) -> optax.GradientTransformation:
 def _is_matrix(params: dict) -> dict:
   """Returns a tree that is true for matrices and false for vectors.
 
-  Norm weights and biases of stacked layers are [L, D], so their names tell them from matrices.
+  Norm weights, biases and attention sinks of stacked layers are [L, D] or longer, so their names
+  tell them from matrices.
   """
 
   def one(path: tuple, leaf: jax.Array) -> bool:
     name = jax.tree_util.keystr(path)
-    return leaf.ndim > 1 and "norm" not in name and "bias" not in name
+    return leaf.ndim > 1 and not any(vector in name for vector in ("norm", "bias", "sinks"))
 
   return jax.tree_util.tree_map_with_path(one, params)
 

@@ -452,6 +452,7 @@ def test_sandbox(run):
   assert all(row["per_second"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_routes_are_compared_by_depth():
   rows = routes.measure("random:tiny_moe", "float32", ["1 + 2 =", "34 + 5 ="], 2, 3)
   assert [row["layers"] for row in rows] == [1, 2]
