@@ -18,6 +18,7 @@ References:
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,37 @@ def with_balance(batch: Batch, layers: int, experts: int) -> Batch:
   return dataclasses.replace(batch, balance=jnp.broadcast_to(weights, (len(real), *weights.shape)))
 
 
+class RouterSums(NamedTuple):
+  """Holds sums over the real tokens of one layer; those of all layers have a leading axis.
+
+  Attributes:
+    probs: probabilities of each expert, summed over the tokens of each prompt.
+    shares: share of the tokens that choose each expert.
+    entropy: of the router's choices in nats, without a gradient.
+  """
+
+  probs: Float[Array, "*L P E"]
+  shares: Float[Array, "*L E"]
+  entropy: Float[Array, "*L"]
+
+
+def router_sums(
+  probs: Float[Array, "P S E"], chosen: Int[Array, "P S k"], real: Bool[Array, "P S"]
+) -> RouterSums:
+  """Returns the sums of a layer, so that no array of all tokens, layers and experts exists.
+
+  Args:
+    probs: probabilities of all experts for the tokens of `Decoder.score`, S = N + G (T - 1).
+    chosen: experts of each token.
+    real: those that count, of `tokens_read`.
+  """
+  probs = jnp.where(real[..., None], probs, 0.0)
+  [shares], fixed = shares_of(chosen[None], real, probs.shape[-1]), jax.lax.stop_gradient(probs)
+  return RouterSums(probs.sum(1), shares, -xlogy(fixed, fixed).sum())
+
+
 def balance_loss(
-  probs: Float[Array, "L P S E"], chosen: Int[Array, "L P S k"], batch: Batch
+  sums: RouterSums, batch: Batch
 ) -> tuple[Float[Array, ""] | None, dict[str, jax.Array]]:
   """Returns the load-balance loss of a micro-batch, None without `batch.balance`, and metrics.
 
@@ -56,22 +86,18 @@ def balance_loss(
   router in nats.
 
   Args:
-    probs: probabilities of all experts for the tokens of `Decoder.score`, S = N + G (T - 1).
-    chosen: experts of each token.
+    sums: of all layers.
   """
-  real, experts = tokens_read(batch), probs.shape[-1]
-  probs = jnp.where(real[..., None], probs, 0.0)
-  shares, count = shares_of(chosen, real, experts), jnp.maximum(real.sum(), 1)
-  fixed = jax.lax.stop_gradient(probs)
-  mean = fixed.sum((1, 2)) / count
+  count, experts = jnp.maximum(tokens_read(batch).sum(), 1), sums.probs.shape[-1]
+  mean = jax.lax.stop_gradient(sums.probs).sum(1) / count
   metrics = {
-    "router/balance": experts * (shares * mean).sum(-1).mean(),
-    "router/entropy": -xlogy(fixed, fixed).sum((1, 2, 3)).mean() / count,
+    "router/balance": experts * (sums.shares * mean).sum(-1).mean(),
+    "router/entropy": sums.entropy.mean() / count,
   }
   if batch.balance is None:
     return None, metrics
-  weights = batch.balance if batch.routes is not None else batch.balance * shares
-  return jnp.einsum("lpe,ple->", probs.sum(2), weights), metrics
+  weights = batch.balance if batch.routes is not None else batch.balance * sums.shares
+  return jnp.einsum("lpe,ple->", sums.probs, weights), metrics
 
 
 def shares_of(

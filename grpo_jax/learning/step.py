@@ -28,7 +28,7 @@ from grpo_jax.core.masks import masked_mean
 from grpo_jax.core.values import value_loss
 from grpo_jax.distributed.mesh import Jitted, layout_of
 from grpo_jax.learning import deterministic
-from grpo_jax.learning.balance import balance_loss, with_balance
+from grpo_jax.learning.balance import balance_loss, router_sums, tokens_read, with_balance
 from grpo_jax.learning.batch import Batch
 from grpo_jax.learning.deterministic import Chunks
 from grpo_jax.learning.entropy import EntropyControl
@@ -421,9 +421,13 @@ def make_loss(
     if teachers:
       base_params, teacher_params = base_params
     params = with_adapters(base_params, params)
-    routing = None
+    sums = None
     if has_experts(model):
-      hidden, routing = _scores(model.score_with_routing, params, batch)
+      real = tokens_read(batch)
+      score = partial(
+        model.score_with_routing, summarize=lambda r: router_sums(r.probs, r.experts, real)
+      )
+      hidden, sums = _scores(score, params, batch)
     else:
       hidden = _hidden(model, params, batch)
     head, divergence = model.head(params), None
@@ -462,8 +466,8 @@ def make_loss(
     )
     if batch.staleness is not None:
       metrics |= staleness_metrics(batch, logp)
-    if routing is not None:
-      own, more = balance_loss(routing.probs, routing.experts, batch)
+    if sums is not None:
+      own, more = balance_loss(sums, batch)
       total, metrics = total if own is None else total + balance * own, metrics | more
     if value_head is not None:
       values = values_of(params, hidden, batch)

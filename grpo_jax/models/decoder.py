@@ -218,7 +218,8 @@ class Decoder:
     cache: Cache = None,
     policy: Callable | None = None,
     chosen: Int[Array, "L P S k"] | None = None,
-  ) -> tuple[Float[Array, "P S D"], Any, Cache, Routing | None]:
+    summarize: Callable[[Routing], Any] = lambda routing: routing,
+  ) -> tuple[Float[Array, "P S D"], Any, Cache, Any]:
     """Runs all layers and the final norm.
 
     Args:
@@ -232,10 +233,11 @@ class Decoder:
       cache: the cache given to the first layer.
       policy: what a layer saves for its backward pass, a value of `REMAT`.
       chosen: experts of each token that were chosen before; None chooses them here.
+      summarize: maps the routing of a layer, with axes [P, S, ...], to what is kept of it.
 
     Returns:
-      Final hidden states, the outputs of `attend` for all layers, the new cache, and the routing of
-      all layers with axes [L, P, S, ...]; None for a model without experts.
+      Final hidden states, the outputs of `attend` for all layers, the new cache, and what is kept
+      of the routing, with an axis of layers in front; None for a model without experts.
     """
     c = self.config
     scaling, rotary = c.rope_scaling, c.rotary or c.head_dim
@@ -271,6 +273,8 @@ class Decoder:
       x, (cache, output), routing = block.apply(
         {"params": layer}, x, layer_by, attend_here, experts
       )
+      if routing is not None:
+        routing = summarize(jax.tree.map(lambda a: a.reshape(*tokens.shape, -1), routing))
       return (self.place("hidden", x), cache), (output, routing)
 
     if policy is not None:
@@ -284,7 +288,6 @@ class Decoder:
       routing = jax.tree.map(lambda *each: jnp.stack(each), *routings)
     else:
       outputs, routing = outputs
-    routing = jax.tree.map(lambda a: a.reshape(len(a), *tokens.shape, -1), routing)
     x = rms_norm(x, params["final_norm"], c.norm_eps, c.norm_offset)
     return (x if c.hidden_divisor == 1 else x / c.hidden_divisor), outputs, cache, routing
 
@@ -540,8 +543,15 @@ class Decoder:
     prompt_mask: Bool[Array, "P N"],
     completions: Int[Array, "P G T"],
     routes: tuple[Integer[Array, "P N C"], Integer[Array, "P G T C"]] | None = None,
-  ) -> tuple[Float[Array, "P G T D"], Routing | None]:
-    """Returns what `score` returns, and the routing of all layers, [L, P, N + G (T - 1), ...]."""
+    summarize: Callable[[Routing], Any] = lambda routing: routing,
+  ) -> tuple[Float[Array, "P G T D"], Any]:
+    """Returns the hidden states of `score`, and the routing of all layers.
+
+    Args:
+      params, prompts, prompt_mask, completions, routes: as in `score`.
+      summarize: maps the routing of a layer, [P, N + G (T - 1), ...], to what is kept of it; by
+        default all of it. Layers are stacked on the first axis.
+    """
     policy = lookup("remat", REMAT, self.remat)
     full, (group, length) = prompts.shape[1], completions.shape[1:]
     shards, inputs = self.token_shards, completions[..., :-1]
@@ -565,19 +575,22 @@ class Decoder:
     in_completion = jnp.broadcast_to(in_completion, inputs.shape)
     positions = join_rows(in_prompt, in_completion, shards)
     chosen = None if routes is None else self._chosen(join_rows(*routes, shards))
-    hidden, _, _, routing = self._layers(
-      params, tokens, positions, attend, policy=policy, chosen=chosen
-    )
-    _, own = split_rows(hidden, n, group, shards)
 
     def whole(layer):  # [P, S, ...] -> [P, N + G (T - 1), ...]
+      if shards == 1:
+        return layer
       of_prompts, of_completions = split_rows(layer, n, group, shards)
       last = of_completions[:, 0, :1]
       of_prompts = jnp.concatenate([of_prompts[:, n + 1 - full :], last], axis=1)
       return join_rows(of_prompts, of_completions[:, :, 1:length])
 
+    hidden, _, _, routing = self._layers(
+      params, tokens, positions, attend, policy=policy, chosen=chosen,
+      summarize=lambda routing: summarize(jax.tree.map(whole, routing)),
+    )  # fmt: skip
+    _, own = split_rows(hidden, n, group, shards)
     if shards > 1:
-      return own[:, :, :length], jax.tree.map(jax.vmap(whole), routing)
+      return own[:, :, :length], routing
     first = jnp.broadcast_to(hidden[:, None, n - 1 : n], (count, group, 1, hidden.shape[-1]))
     return jnp.concatenate([first, own], axis=2), routing
 

@@ -10,7 +10,13 @@ import pytest
 
 from grpo_jax.core.masks import token_weights
 from grpo_jax.distributed import mesh as meshes
-from grpo_jax.learning.balance import balance_loss, shares_of, with_balance
+from grpo_jax.learning.balance import (
+  balance_loss,
+  router_sums,
+  shares_of,
+  tokens_read,
+  with_balance,
+)
 from grpo_jax.learning.batch import Batch, select
 from grpo_jax.learning.step import TrainState, make_loss, make_train_step
 from grpo_jax.learning.updates import UpdateConfig, make_gradients
@@ -87,19 +93,25 @@ def routing_of(params, batch):
   return jax.jit(MODEL.score_with_routing)(params, *rows, routes=routes)[1]
 
 
+def balance_of(probs, chosen, batch):
+  """Returns the loss and the metrics of the probabilities and experts of all layers."""
+  real = tokens_read(batch)
+  return balance_loss(jax.vmap(lambda *layer: router_sums(*layer, real))(probs, chosen), batch)
+
+
 @pytest.mark.parametrize("with_routes", [True, False], ids=["recorded", "fresh"])
 def test_the_loss_is_its_definition(params, with_routes):
   batch = make_batch(with_routes)
   batch = dataclasses.replace(batch, mask=batch.mask.at[1].set(False))  # an empty prompt
   routing = routing_of(params, batch)
   expected = definition(routing.probs, np.asarray(routing.experts), batch)
-  loss, metrics = balance_loss(routing.probs, routing.experts, with_balance(batch, 2, 4))
+  loss, metrics = balance_of(routing.probs, routing.experts, with_balance(batch, 2, 4))
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
   np.testing.assert_allclose(metrics["router/balance"], expected, rtol=1e-6)
   if with_routes:
     chosen = np.moveaxis(np.asarray(batch.prompt_routes).reshape(P, N, 2, 2), 2, 0)
     np.testing.assert_array_equal(routing.experts[:, :, :N], chosen)
-  assert balance_loss(routing.probs, routing.experts, batch)[0] is None
+  assert balance_of(routing.probs, routing.experts, batch)[0] is None
 
 
 def test_a_layer_is_that_of_transformers():
@@ -117,23 +129,23 @@ def test_a_layer_is_that_of_transformers():
   chosen = jax.lax.top_k(probs, 2)[1]
   for layer in range(3):
     own = probs[layer : layer + 1], chosen[layer : layer + 1]
-    loss, _ = balance_loss(*own, with_balance(batch, layers=1, experts=4))
+    loss, _ = balance_of(*own, with_balance(batch, layers=1, experts=4))
     np.testing.assert_allclose(loss, expected[layer], rtol=1e-6)
-  loss, _ = balance_loss(probs, chosen, with_balance(batch, layers=3, experts=4))
+  loss, _ = balance_of(probs, chosen, with_balance(batch, layers=3, experts=4))
   np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-6)
 
 
 def test_even_and_uneven_routers_by_hand():
-  """Of 4 experts and 2 a token: k = 2 where all is even, E = 4 where two experts get all."""
+  """Checks 4 experts, 2 a token: k = 2 where all is even, E = 4 where two experts get all."""
   batch = make_batch()
   even = jnp.full((1, P, N + G * (T - 1), 4), 0.25)
   chosen = jnp.broadcast_to(jnp.array([0, 1]), (1, P, even.shape[2], 2))
-  loss, metrics = balance_loss(even, chosen, dataclasses.replace(batch, balance=None))
+  loss, metrics = balance_of(even, chosen, dataclasses.replace(batch, balance=None))
   assert loss is None
   np.testing.assert_allclose(metrics["router/balance"], 2, rtol=1e-6)
   np.testing.assert_allclose(metrics["router/entropy"], np.log(4), rtol=1e-6)
   sure = jnp.broadcast_to(jnp.array([0.5, 0.5, 0, 0]), even.shape)
-  _, metrics = balance_loss(sure, chosen, batch)
+  _, metrics = balance_of(sure, chosen, batch)
   np.testing.assert_allclose(metrics["router/balance"], 4, rtol=1e-6)
   np.testing.assert_allclose(metrics["router/entropy"], np.log(2), rtol=1e-6)
   np.testing.assert_allclose(shares_of(chosen, jnp.ones(even.shape[1:3], bool), 4), [[1, 1, 0, 0]])
@@ -148,7 +160,7 @@ def test_padding_may_hold_anything(params):
   chosen = jnp.where(real[..., None], routing.experts, 3)
 
   def loss(probs, chosen):
-    return balance_loss(probs, chosen, batch)[0]
+    return balance_of(probs, chosen, batch)[0]
 
   expected, gradient = jax.value_and_grad(loss)(routing.probs, routing.experts)
   actual, spoiled_gradient = jax.value_and_grad(loss)(spoiled, chosen)
@@ -228,6 +240,17 @@ def test_it_spreads_the_tokens_of_a_router_that_prefers_two_experts(params):
     values.append(float(metrics["router/balance"]))
   assert values[0] > 3
   assert values[-1] < 2.5
+
+
+def test_no_array_has_all_layers_tokens_and_experts(params):
+  """Its size is that of the activations of all layers for a model with many experts."""
+  batch, tokens = make_batch(), N + G * (T - 1)
+  shapes = [f"f32[2,{P},{tokens},4]", f"f32[2,{P * tokens},4]"]
+  rows = (batch.prompts, batch.prompt_mask, batch.completions)
+  whole = str(jax.make_jaxpr(MODEL.score_with_routing)(params, *rows))
+  assert any(shape in whole for shape in shapes)
+  text = str(jax.make_jaxpr(make_loss(MODEL, "dapo"))(params, batch, None))
+  assert not any(shape in text for shape in shapes)
 
 
 def test_a_model_without_experts_is_refused():
