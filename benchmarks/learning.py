@@ -30,7 +30,6 @@ from grpo_jax.run import style
 PEER_MODULES = {"trl": "benchmarks.peers.trl_learning"}
 LEVELS = (0.7, 0.8)
 AXES = {"seconds": "wall s", "cpu_seconds": "CPU s", "tokens": "tokens"}
-LEARNING_RATES = {"sums": 4e-5, "chat": 2e-5, "smallest": 1e-5}
 
 
 def serve() -> None:
@@ -198,7 +197,7 @@ def measure(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[s
     "model": alternate.model_for(options.model, options.peer),
     "seed": seed,
     "every": options.every,
-    "learning_rate": options.learning_rate or LEARNING_RATES[options.task],
+    "learning_rate": options.learning_rate or task.learning_rate,
     "precision": options.trl_precision,
     "train": str(folder / "train.jsonl"),
     "held_out": str(folder / "held_out.jsonl"),
@@ -248,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if options.out is None:
     parser.error("--out is missing: the file of the curves")
   runs = problems.read(options.out) if options.out.exists() else []
-  rate = options.learning_rate or LEARNING_RATES[options.task]
+  rate = options.learning_rate or problems.TASKS[options.task].learning_rate
   with options.out.open("a", encoding="utf-8") as out:
     for seed in options.seeds:
       wanted = (options.task, seed, rate)

@@ -10,12 +10,12 @@ micro-batches. `computed` is the share of the tokens of the unsorted variant tha
 """
 
 import argparse
-import json
 import math
 
 import jax
 import numpy as np
 
+from benchmarks import alternate
 from benchmarks.worker import clock, since
 from grpo_jax.core.masks import token_weights
 from grpo_jax.learning.batch import Batch, sizes
@@ -27,6 +27,14 @@ from grpo_jax.models.decoder import Decoder
 CONFIG = ModelConfig(
   vocab_size=2048, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=384
 )  # fmt: skip
+COLUMNS = (
+  ("sort_by_length", "sorted", ""),
+  ("computed", "computed", ".2f"),
+  ("padded", "padded", ".2f"),
+  ("cpu_seconds", "CPU s", ".2f"),
+  ("gain", "gain", ".2f"),
+  ("range", "range", ""),
+)
 
 
 def make_batch(a: argparse.Namespace) -> Batch:
@@ -100,17 +108,10 @@ def main(argv: list[str] | None = None) -> None:
       "padded": 1 - real / tokens[is_sorted],
       "cpu_seconds": float(np.median(times)),
       "gain": float(np.median(gains)),
-      "gain_range": [float(gains.min()), float(gains.max())],
+      "range": f"{gains.min():.2f} to {gains.max():.2f}",
       "difference": difference / largest,
     })  # fmt: skip
-  print("| sorted | computed | padded | CPU s | gain | range |\n|---|---|---|---|---|---|")
-  for row in rows:
-    shown = ("computed", "padded", "cpu_seconds", "gain")
-    cells = [str(row["sort_by_length"]), *(f"{row[name]:.2f}" for name in shown)]
-    low, high = row["gain_range"]
-    print(f"| {' | '.join(cells)} | {low:.2f} to {high:.2f} |")
-  for row in rows:
-    print(json.dumps(row))
+  alternate.show(rows, COLUMNS)
 
 
 if __name__ == "__main__":

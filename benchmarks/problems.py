@@ -23,6 +23,7 @@ class Task(NamedTuple):
     prompts, group, tokens: P, G and T of a step.
     steps: of the training, after which the learning rate is 0.
     temperature: of the sampling.
+    learning_rate: of all engines, unless another one is asked for.
     title: description for the output.
   """
 
@@ -32,13 +33,14 @@ class Task(NamedTuple):
   tokens: int
   steps: int
   temperature: float
+  learning_rate: float
   title: str
 
 
 TASKS = {
-  "sums": Task(False, 32, 8, 5, 70, 1.3, "sums after two solved ones, 32 x 8 x 5"),
-  "chat": Task(True, 16, 8, 48, 40, 1.0, "sums in the chat format, 16 x 8 x 48"),
-  "smallest": Task(False, 2, 2, 3, 2, 1.0, "sums, 2 x 2 x 3, a smoke test"),
+  "sums": Task(False, 32, 8, 5, 70, 1.3, 4e-5, "sums after two solved ones, 32 x 8 x 5"),
+  "chat": Task(True, 16, 8, 48, 40, 1.0, 2e-5, "sums in the chat format, 16 x 8 x 48"),
+  "smallest": Task(False, 2, 2, 3, 2, 1.0, 1e-5, "sums, 2 x 2 x 3, a smoke test"),
 }
 
 

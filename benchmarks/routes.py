@@ -11,19 +11,27 @@ is a table, then one JSON line per depth.
 
 import argparse
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import alternate
 from grpo_jax.learning.step import Batch, score_batch
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.load import load
 from grpo_jax.sampling.sampler import Sampler, for_decoding
 from grpo_jax.tokens import load_tokenizer
 
-COLUMNS = ("layers", "tokens", "fresh_mean", "fresh_max", "replayed_mean", "replayed_max", "other")
+COLUMNS = (
+  ("layers", "layers", "d"),
+  ("tokens", "tokens", "d"),
+  ("fresh_mean", "fresh mean", ".2g"),
+  ("fresh_max", "fresh max", ".2g"),
+  ("replayed_mean", "replayed mean", ".2g"),
+  ("replayed_max", "replayed max", ".2g"),
+  ("other", "other", ".2g"),
+)
 
 
 def measure(
@@ -91,11 +99,7 @@ def main() -> None:
   a = parser.parse_args()
   numbers = np.random.default_rng(0).integers(10, 100, (a.prompts, 2))
   rows = measure(a.model, a.dtype, [f"{x} + {y} =" for x, y in numbers], a.group, a.tokens)
-  print("| " + " | ".join(COLUMNS).replace("_", " ") + " |")
-  print("|---" * len(COLUMNS) + "|")
-  for row in rows:
-    print("| " + " | ".join(f"{row[name]:.3g}" for name in COLUMNS) + " |")
-  print(*map(json.dumps, rows), sep="\n")
+  alternate.show(rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ class Rollouts:
     if self._pool is not None:
       return self._pool.take(step, state, self.scorer(step))
     if not self._ahead:
-      params, examples = run.to_rollout_params(state.params), run.examples(step, state.counts)
-      config = run.rollout_at(step)
+      examples, config = run.examples(step, state.counts), run.rollout_at(step)
+      # Given completions need no sampler.
+      params = None if config.given else run.to_rollout_params(state.params)
       return collect(run.sampler, params, examples, self.scorer(step), run.key(step), config)
     due = range(step, step + self._ahead + 1)
     if new := [number for number in due if number not in self._rollouts]:

@@ -232,17 +232,17 @@ def sampler_misfits(c: ConfigDict, algorithm: Algorithm) -> list[str]:
       f"rollout.weights is 'int8', but lora.quantize is {c.lora.quantize!r}: the sampler reads the "
       "matrices of a quantized base as they are; set one of them to its default"
     )
-  for name in ("ahead", "partial_tokens", "weights"):
-    usual = c.rollout[name] == configs.default_config().rollout[name]
-    if usual or algorithm.compares_with_sampler or named:
-      continue
-    problems.append(
-      f"rollout.{name} is {c.rollout[name]!r}, but algorithm {c.algorithm.name!r} takes rollouts "
-      "to be from the policy it updates: set algorithm.correction='token_truncate' with "
-      "algorithm.correction_max=2.0; or algorithm.anchor='sampler', which compares with the policy "
-      "that sampled; or algorithm.correction='none', by name, to learn from them as they are"
-    )
-  return problems
+  if algorithm.compares_with_sampler or named:
+    return problems
+  defaults = configs.default_config().rollout
+  return problems + [
+    f"rollout.{name} is {c.rollout[name]!r}, but algorithm {c.algorithm.name!r} takes rollouts "
+    "to be from the policy it updates: set algorithm.correction='token_truncate' with "
+    "algorithm.correction_max=2.0; or algorithm.anchor='sampler', which compares with the policy "
+    "that sampled; or algorithm.correction='none', by name, to learn from them as they are"
+    for name in ("ahead", "partial_tokens", "weights")
+    if c.rollout[name] != defaults[name]
+  ]
 
 
 def partial_misfits(c: ConfigDict, model: ModelConfig, task: Task) -> list[str]:

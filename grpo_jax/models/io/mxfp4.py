@@ -11,14 +11,13 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from grpo_jax.models.io.safetensors import Index, Tensor
+from grpo_jax.models.io.safetensors import MXFP4_PARTS, Index, Tensor
 
 # Of e2m1: the sign is the highest of the four bits.
 _VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 VALUES = np.concatenate([_VALUES, -_VALUES])
 BIAS = 127  # of the exponent, e8m0
 NO_NUMBER = 255  # the scale that stands for NaN
-PARTS = ("_blocks", "_scales")  # ends of the names of the two tensors of a matrix
 
 
 def dequantize(
@@ -51,10 +50,10 @@ def joined(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
   Raises:
     ValueError: a tensor has no partner, or their shapes do not fit.
   """
-  packed = {name: t for name, t in tensors.items() if name.endswith(PARTS)}
+  packed = {name: t for name, t in tensors.items() if name.endswith(MXFP4_PARTS)}
   plain = {name: t for name, t in tensors.items() if name not in packed}
-  for name in sorted({name[: -len(PARTS[0])] for name in packed}):
-    blocks, scales = (packed.get(name + part) for part in PARTS)
+  for name in sorted({name[: -len(MXFP4_PARTS[0])] for name in packed}):
+    blocks, scales = (packed.get(name + part) for part in MXFP4_PARTS)
     shapes = [None if t is None else list(t.shape) for t in (blocks, scales)]
     if blocks is None or scales is None or (*scales.shape, 16) != blocks.shape:
       raise ValueError(

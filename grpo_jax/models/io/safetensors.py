@@ -21,7 +21,8 @@ from grpo_jax.models.io.json_files import read_json
 # Buffers that old exports store with the weights; the config determines them.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
 _FLOATS = ("F32", "F16", "BF16")
-_PACKED = ("_blocks", "_scales")  # of matrices in MXFP4, see `mxfp4`
+# Ends of the names of the two tensors of a matrix in MXFP4, which `mxfp4` joins.
+MXFP4_PARTS = ("_blocks", "_scales")
 
 
 # In larger models: prefixes of the language model with their replacements, and the other parts.
@@ -121,7 +122,7 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
       if name in tensors:
         raise ValueError(f"{folder}: tensor {name} is in {file.name} and in an earlier shard")
       part = opened.get_slice(name)
-      known = ("U8",) if name.endswith(_PACKED) else _FLOATS
+      known = ("U8",) if name.endswith(MXFP4_PARTS) else _FLOATS
       if part.get_dtype() not in known:
         raise ValueError(f"{file}: {name} is {part.get_dtype()}, known: {', '.join(known)}")
       tensors[name] = Tensor(tuple(part.get_shape()), partial(_read_part, file, name))
