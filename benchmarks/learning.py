@@ -165,24 +165,27 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-  """Draws accuracy by wall seconds, one line per run and one color per engine."""
+  """Draws accuracy by wall time, one line per seed and one color per engine and learning rate."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 4), layout="constrained")
   axes = figure.subplots()
   engines = list(dict.fromkeys((run["engine"], run["learning_rate"]) for run in runs))
   colors = (style.BLUE, style.ORANGE, style.GREEN, style.RED, style.PURPLE, style.GREY)
-  for run in runs:
-    number = engines.index((run["engine"], run["learning_rate"]))
-    xs = [point["seconds"] for point in run["curve"]]
-    ys = [point["accuracy"] for point in run["curve"]]
-    label = f"{run['engine']}, learning rate {run['learning_rate']:g}, seed {run['seed']}"
-    axes.plot(xs, ys, color=colors[number % len(colors)], marker=".", label=label)
+  for number, engine in enumerate(engines):
+    label = "{}, learning rate {:g}".format(*engine)
+    for run in runs:
+      if (run["engine"], run["learning_rate"]) == engine:
+        xs = [point["seconds"] / 60 for point in run["curve"]]
+        ys = [point["accuracy"] for point in run["curve"]]
+        color = colors[number % len(colors)]
+        axes.plot(xs, ys, color=color, marker=".", linewidth=1, label=label)
+        label = None  # in the legend once
   for level in LEVELS:
-    axes.axhline(level, color=style.GREY, linewidth=0.8, zorder=0)
-  axes.set(xlabel="wall time of the steps in seconds", ylabel="accuracy, held-out, greedy")
-  axes.set_xscale("symlog", linthresh=30)
-  axes.legend(fontsize="small")
+    axes.axhline(level, color=style.GREY, linewidth=0.8, linestyle=":", zorder=0)
+  axes.set(xlabel="wall time of the steps in minutes", ylabel="accuracy, held-out, greedy")
+  axes.set_xlim(left=0)
+  axes.legend(loc="lower right")
   figure.savefig(path, dpi=150)
 
 
