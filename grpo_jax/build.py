@@ -53,7 +53,7 @@ from grpo_jax.rollout import Rollout, RolloutConfig
 from grpo_jax.run import trackers
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
-from grpo_jax.sampling.turns import Budget
+from grpo_jax.sampling.turns import PIECE, Budget
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.loading import load_function
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
@@ -449,7 +449,9 @@ def build(config: ConfigDict) -> Run:
         stop_ids=tuple(c.rollout.stop_ids),
         prompt_sharding=meshes.batch_sharding(rollout_mesh),
         chunks=Chunks(c.train.chunks, rollout_mesh) if deterministic_reduction else None,
-        cache_rows=cache_rows(c, model, rollout_mesh, prompt_length),
+        cache_rows=cache_rows(
+          c, model, rollout_mesh, prompt_length, episodes=task.environment is not None
+        ),
       ),
     )
   )
@@ -501,10 +503,21 @@ def make_meshes(c: ConfigDict, devices: Sequence[jax.Device] | None = None) -> t
     raise configs.ConfigError([str(error)]) from error
 
 
-def cache_rows(c: ConfigDict, model: Decoder, mesh: Mesh, prompt_length: int) -> int:
+def cache_slots(c: ConfigDict, *, episodes: bool) -> int:
+  """Returns the tokens that the sampler's cache has room for, of a completion or an episode."""
+  length = c.rollout.completion_length
+  return length + PIECE if episodes else max(length - 1, 1)
+
+
+def cache_rows(
+  c: ConfigDict, model: Decoder, mesh: Mesh, prompt_length: int, *, episodes: bool = False
+) -> int:
   """Returns the completions whose keys and values `rollout.cache_gib` of a device holds; 0: all.
 
   A completion takes room for `rollout.completion_length` tokens, and a copy of its prompt.
+
+  Args:
+    episodes: whether completions are episodes of several turns.
 
   Raises:
     ValueError: the budget holds less than the completions of one prompt.
@@ -512,7 +525,7 @@ def cache_rows(c: ConfigDict, model: Decoder, mesh: Mesh, prompt_length: int) ->
   if not c.rollout.cache_gib:
     return 0
   layers = () if mesh.devices.flat[0].platform == "cpu" else {}
-  length, shape = max(c.rollout.completion_length - 1, 1), model.config
+  length, shape = cache_slots(c, episodes=episodes), model.config
   own = jax.eval_shape(lambda: model.empty_cache({"layers": layers}, 1, 1, length))
   token = 2 * shape.layers * shape.kv_heads * shape.head_dim * jnp.dtype(model.dtype).itemsize
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own))
@@ -552,7 +565,7 @@ def with_episodes(c: ConfigDict, task: Task, sampler: Sampler) -> Sampler | Epis
       task_maker(c), c.rewards.workers, c.rewards.timeout, isolate=c.rewards.isolate
     )
 
-  return EpisodeSampler(sampler, budget, make_runner)
+  return EpisodeSampler(sampler, budget, make_runner, c.episode.in_step)
 
 
 def matmul_precision(c: ConfigDict) -> contextlib.AbstractContextManager[object]:

@@ -315,6 +315,9 @@ def default_config() -> ConfigDict:
   c.episode.turns = 4  # turns of the policy at most
   c.episode.turn_length = 0  # tokens of a turn at most; 0 = completion_length
   c.episode.observation_length = 0  # tokens of an observation at most; 0 = completion_length
+  # Whether all episodes take their turns together, each turn waiting for the slowest environment.
+  # False: an episode waits for its own only, and rows cost until all are over. See docs/scale.md.
+  c.episode.in_step = True
 
   c.rewards = Section()
   c.rewards.workers = 1  # processes that run the reward functions; 0 = this one, unguarded

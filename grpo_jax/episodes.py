@@ -5,6 +5,7 @@ a weight in the loss. Observations lie between them; they are attended to and ne
 """
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from grpo_jax.distributed import hosts
 from grpo_jax.environments.base import EnvironmentFault, EnvironmentRunner, Outcome
+from grpo_jax.environments.workers import warn_of_failures
 from grpo_jax.models.protocol import Params
 from grpo_jax.observations import ObservationEncoder, transcript
 from grpo_jax.sampling.filters import TokenFilter
@@ -23,6 +25,7 @@ from grpo_jax.sampling.turns import Budget, Turn, TurnSampler
 from grpo_jax.tasks.base import Example, Prompt
 from grpo_jax.tokens import AnyTokenizer, Messages, encode_prompt
 
+POLL = 0.05  # seconds between two looks at environments that are slow, at least
 Key = tuple[int, int]  # number of the prompt, number of the completion
 # Metrics of every run with episodes: turns, tokens with observations, and the share of episodes
 # that ran out of a budget, or whose environment failed.
@@ -87,13 +90,19 @@ class EpisodeSampler:
     sampler: samples single turns; its `completion_length` is the budget of an episode in tokens.
     budget: its other limits.
     make_runner: starts the environments of the task, when the first episode needs them.
+    in_step: whether all episodes take their turns together. Otherwise an environment that is slow
+      holds up its own episode only: the others go on once it has taken longer than a turn.
   """
 
   def __init__(
-    self, sampler: Sampler, budget: Budget, make_runner: Callable[[], EnvironmentRunner]
+    self,
+    sampler: Sampler,
+    budget: Budget,
+    make_runner: Callable[[], EnvironmentRunner],
+    in_step: bool = True,
   ) -> None:
     self.budget, self._single, self._make_runner = budget, sampler, make_runner
-    self._turns = TurnSampler(sampler, budget)
+    self.in_step, self._turns = in_step, TurnSampler(sampler, budget, in_step)
     self._encode = ObservationEncoder(sampler.tokenizer)
     self._runner: EnvironmentRunner | None = None
     self.tokenizer: AnyTokenizer = sampler.tokenizer
@@ -133,15 +142,19 @@ class EpisodeSampler:
       params, prompts, key, group=group, first_prompt=first_prompt,
       temperature=temperature, token_filter=token_filter,
     )  # fmt: skip
-    game = _Game(self, self._runner, prompts, group)
-    for number in range(self.budget.turns):
-      turn = session.turn(game.limits())
-      with hosts.together("stepping the environments"):
-        observations = game.play(turn, is_last=number + 1 == self.budget.turns)
-      if not hosts.any_host(bool(observations)):
-        break
-      session.observe(observations)
-    return game.episodes(session.prepared)
+    game, seconds = _Game(self, self._runner, prompts, group), 0.0
+    while hosts.any_host(game.goes_on):
+      session.keep(game.live)
+      limits = game.limits(session.placed)
+      if plays := hosts.any_host(bool(limits.any())):
+        start = time.monotonic()
+        turn = session.turn(limits, game.read())
+        seconds = time.monotonic() - start
+        with hosts.together("stepping the environments"):
+          game.play(turn)
+      with hosts.together("waiting for the environments"):
+        game.wait(None if self.in_step else max(seconds, POLL), for_one=not plays)
+    return game.episodes(session.prepared, session.row_steps)
 
   def _check_prompts(self, prompts: Sequence[Prompt | None]) -> None:
     """Raises EnvironmentFault if the environment returned a prompt that exceeds the budget.
@@ -159,7 +172,13 @@ class EpisodeSampler:
 
 
 class _Row:
-  """Holds one episode while it is played."""
+  """Holds one episode while it is played.
+
+  Attributes:
+    live: whether it may take another turn.
+    waits: whether its environment has not answered yet.
+    unread: observation that the model has not read.
+  """
 
   def __init__(self) -> None:
     self.tokens: list[int] = []
@@ -171,7 +190,8 @@ class _Row:
     self.turns: list[str] = []
     self.observations: list[str | Messages] = []
     self.metrics: dict[str, float] = {}
-    self.live, self.ended, self.failed = True, False, False
+    self.unread: list[int] | None = None
+    self.live, self.waits, self.ended, self.failed = True, False, False, False
 
   def write(self, turn: Turn, place: Key) -> None:
     n = int(turn.mask[place].sum())
@@ -182,7 +202,9 @@ class _Row:
     self.ends.append(len(self.tokens) - 1)
     self.rewards.append(np.nan)
 
-  def read(self, ids: Sequence[int]) -> None:
+  def observe(self, observation: str | Messages, ids: list[int]) -> None:
+    self.observations.append(observation)
+    self.unread = ids
     self.tokens += ids
     self.own += [False] * len(ids)
     self.logp += [0.0] * len(ids)
@@ -196,6 +218,12 @@ class _Row:
       self.metrics[name] = self.metrics.get(name, 0.0) + value
     self.failed = outcome.failure is not None
     self.ended = outcome.done and not self.failed
+    self.live = not outcome.done
+
+  def finish(self, outcome: Outcome) -> None:
+    """Notes the last reward of an episode that ran out of a budget."""
+    if outcome.reward is not None:
+      self.rewards[-1] = np.nansum([self.rewards[-1], outcome.reward])
 
 
 class _Game:
@@ -207,21 +235,42 @@ class _Game:
     self._sampler, self._runner, self._prompts, self._group = sampler, runner, prompts, group
     self._rows = {(p, g): _Row() for p in range(len(prompts)) for g in range(group)}
 
-  def limits(self) -> Int[np.ndarray, "P G"]:
-    """Returns the number of tokens that each row may write in its next turn."""
+  @property
+  def live(self) -> Bool[np.ndarray, "P G"]:
+    """Episodes that may take another turn."""
+    return np.array([row.live for row in self._rows.values()]).reshape(-1, self._group)
+
+  @property
+  def goes_on(self) -> bool:
+    """Whether any episode may take another turn, or waits for its environment."""
+    return any(row.live or row.waits for row in self._rows.values())
+
+  def limits(self, placed: Bool[np.ndarray, "P G"]) -> Int[np.ndarray, "P G"]:
+    """Returns the number of tokens that each row may write in a turn now.
+
+    Args:
+      placed: rows that have a place on the device.
+    """
     limit = np.zeros((len(self._prompts), self._group), np.int64)
     for place, row in self._rows.items():
-      if row.live:
+      if row.live and not row.waits and placed[place]:
         room = self._sampler.completion_length - len(row.tokens)
         limit[place] = min(self._sampler.budget.turn_length, room)
     return limit
 
-  def play(self, turn: Turn, is_last: bool) -> dict[Key, list[int]]:
-    """Adds a turn to each row, steps the environments and returns the observations to add."""
+  def read(self) -> dict[Key, list[int]]:
+    """Returns the observations that rows have not read; from now on, they have."""
+    unread = {place: row.unread for place, row in self._rows.items() if row.unread is not None}
+    for place in unread:
+      self._rows[place].unread = None
+    return unread
+
+  def play(self, turn: Turn) -> None:
+    """Adds a turn to each row that took part, and hands it to the environment."""
     decoded = self._sampler._single.texts(turn.tokens, turn.mask)
-    texts, over_budget, goes_on = {}, [], {}
+    texts, over_budget = {}, []
     for place, row in self._rows.items():
-      if not row.live:
+      if not turn.mask[place].any():
         continue
       row.write(turn, place)
       row.turns.append(decoded[place[0]][place[1]])
@@ -229,25 +278,54 @@ class _Game:
         texts[place] = row.turns[-1]
       else:
         over_budget.append(place)
-    for place, outcome in self._runner.step(texts).items():
-      row = self._rows[place]
-      row.take(outcome)
-      if row.ended or row.failed:
-        continue
-      ids = None if is_last else self._encoded(place, outcome.observation)
-      if ids is None:
-        over_budget.append(place)
-      else:
-        row.read(ids)
-        row.observations.append(outcome.observation)
-        goes_on[place] = ids
-    for place, reward in self._runner.finish(over_budget).items():
-      if reward is not None:
-        rewards = self._rows[place].rewards
-        rewards[-1] = np.nansum([rewards[-1], reward])
-    for place, row in self._rows.items():
-      row.live = place in goes_on
-    return goes_on
+    self._submit(texts, over_budget)
+
+  def wait(self, patience: float | None, *, for_one: bool) -> None:
+    """Waits for the environments.
+
+    Args:
+      patience: seconds after which those that have not answered are left out of the next turn;
+        None waits for all.
+      for_one: whether to wait for one answer at least, since no episode can go on without. On
+        several hosts, those of another may.
+    """
+    end, outcomes = None if patience is None else time.monotonic() + patience, {}
+    while any(row.waits for row in self._rows.values()):
+      timeout = None if end is None else end - time.monotonic()
+      if timeout is not None and timeout <= 0:
+        if outcomes or not for_one or hosts.own_shard()[1] > 1:
+          break
+        timeout = None
+      answers = self._runner.answers(timeout)
+      outcomes |= answers
+      over_budget = [place for place, outcome in answers.items() if self._goes_over(place, outcome)]
+      self._submit({}, over_budget)
+    warn_of_failures(outcomes.values())
+
+  def _submit(self, texts: Mapping[Key, str], over_budget: Sequence[Key]) -> None:
+    for place in (*texts, *over_budget):
+      self._rows[place].waits = True
+    for place in over_budget:
+      self._rows[place].live = False
+    if texts or over_budget:
+      self._runner.submit(texts, over_budget)
+
+  def _goes_over(self, place: Key, outcome: Outcome) -> bool:
+    """Takes an answer; returns whether the episode cannot go on for want of turns or tokens."""
+    row = self._rows[place]
+    row.waits = False
+    if not row.live:
+      row.finish(outcome)
+      return False
+    row.take(outcome)
+    if not row.live:
+      return False
+    is_last = len(row.ends) == self._sampler.budget.turns
+    ids = None if is_last else self._encoded(place, outcome.observation)
+    if ids is None:
+      return True
+    row.observe(outcome.observation, ids)
+    return False
 
   def _encoded(self, place: Key, observation: str | Messages) -> list[int] | None:
     """Returns the tokens of an observation; None if it and one more token exceed a budget.
@@ -270,8 +348,12 @@ class _Game:
     room = sampler.completion_length - len(row.tokens) - 1
     return ids if len(ids) <= min(room, sampler.budget.observation_length) else None
 
-  def episodes(self, prepared: Prepared) -> Episodes:
-    """Returns the rows as arrays."""
+  def episodes(self, prepared: Prepared, row_steps: int | None) -> Episodes:
+    """Returns the rows as arrays.
+
+    Args:
+      row_steps: tokens that all seats could have written; None if they are not counted.
+    """
     shape = (len(self._prompts), self._group)
     length, turns = self._sampler.completion_length, self._sampler.budget.turns
     tokens = np.full((*shape, length), self._sampler.tokenizer.pad_id, np.int32)
@@ -296,6 +378,7 @@ class _Game:
       entropy=entropy,
       texts=[[row.turns[-1] for row in line] for line in grid],
       temperature=prepared.how["temperature"],
+      row_steps=None if row_steps is None else np.full(shape[0], row_steps / shape[0], np.float32),
       attended=attended,
       turn_rewards=rewards,
       turn_ends=ends,

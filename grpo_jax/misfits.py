@@ -152,9 +152,10 @@ def _episode_misfits(c: ConfigDict, task: Task) -> list[str]:
       "environment; set task.settings.tools or task.settings.environment, or leave it out"
     ]
   problems = [
-    f"rollout.cache_gib is {c.rollout.cache_gib:g}, it must be 0 for the episodes of task "
-    f"{task.name!r}: their rows go on together, turn by turn"
-  ] * bool(c.rollout.cache_gib)
+    "episode.in_step is False, so that no episode waits for the environment of another, but "
+    "rewards.workers is 0: this process calls them one after another; set rewards.workers to as "
+    "many as may be slow at once, or in_step=True"
+  ] * (not c.episode.in_step and c.rewards.workers == 0)
   problems += [
     f"episode.{name} is {c.episode[name]}, it must be at most rollout.completion_length="
     f"{c.rollout.completion_length}, the budget of the whole episode in tokens"

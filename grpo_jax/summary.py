@@ -38,7 +38,8 @@ def describe(config: ConfigDict, run: Run, start: int) -> str:
     hardware += f" in {c.mesh.slices} slices"
   rows = "completions of up to"
   if run.task.environment is not None:
-    rows = f"episodes of up to {c.episode.turns} turns and"
+    apart = "" if c.episode.in_step else ", each for itself,"
+    rows = f"episodes of up to {c.episode.turns} turns{apart} and"
   return "\n".join(
     [
       f"model      {c.model.source}: {count_parameters(run.weights) / 1e6:.1f} M parameters, "

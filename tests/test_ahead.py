@@ -334,13 +334,6 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_compiles(c
   assert REFUSED[changes] in str(caught.value)
 
 
-def test_episodes_have_no_budget_of_the_cache():
-  changes = [c for c in SMALL if not c.startswith("task.settings")]
-  changes += ["task.name=guess_number", "rollout.cache_gib=1.0"]
-  with pytest.raises(ConfigError, match="it must be 0 for the episodes of task"):
-    build(load(TINY, [f"--config.{change}" for change in changes]))
-
-
 @pytest.mark.parametrize(
   "changes",
   [

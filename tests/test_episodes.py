@@ -1,11 +1,15 @@
 """Tests whole episodes: budgets, rewards, failures, and a batch that is the trainer's."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
+import time
 import warnings
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,7 @@ from grpo_jax.config import ConfigError, load
 from grpo_jax.core.algorithms import ALGORITHMS, advantages
 from grpo_jax.distributed import mesh as meshes
 from grpo_jax.environments.base import Step
-from grpo_jax.environments.workers import run_in_process
+from grpo_jax.environments.workers import EnvironmentWorkers, run_in_process
 from grpo_jax.episodes import Episodes, EpisodeSampler, with_environment_rewards
 from grpo_jax.evaluate import evaluate
 from grpo_jax.learning.deterministic import Chunks
@@ -71,12 +75,12 @@ def params():
   return params | {"embed": params["embed"] * 0.3}
 
 
-def make_sampler(task=TASK, **options):
+def make_sampler(task=TASK, make_runner=None, in_step=True, **options):
   sampler = Sampler(
     MODEL, ByteTokenizer(), prompt_length=4, completion_length=30, stop_ids=ENDS, **options
   )
   budget = Budget(turns=4, turn_length=8, observation_length=5)
-  return EpisodeSampler(sampler, budget, lambda: run_in_process(task))
+  return EpisodeSampler(sampler, budget, make_runner or (lambda: run_in_process(task)), in_step)
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +337,113 @@ def test_episodes_in_chunks_have_the_same_bits_on_one_and_eight_devices(params):
   assert one.turns.max() >= 3
   part = generate(chunked, laid_out, examples[:3], jax.random.key(1), group_size=6)  # no chunks
   np.testing.assert_array_equal(part.tokens, whole.tokens[:3])
+
+
+class Late:
+  """Gives answers of a runner in a random order, at least one at a time, as if they took time."""
+
+  def __init__(self, seed):
+    self._runner, self._random, self._kept = run_in_process(TASK), np.random.default_rng(seed), {}
+    self.reset, self.close = self._runner.reset, self._runner.close
+    self.sizes = []
+
+  def submit(self, texts, finish=()):
+    self._runner.submit(texts, finish)
+    self._kept |= self._runner.answers()
+
+  def answers(self, timeout=None):
+    if timeout is not None and self._random.random() < 0.3:
+      time.sleep(timeout)
+      return {}
+    given = [key for key in self._kept if self._random.random() < 0.3] or list(self._kept)[:1]
+    self.sizes.append(len(given))
+    return {key: self._kept.pop(key) for key in given}
+
+
+@pytest.mark.parametrize("cache_rows", [0, 5])
+def test_episodes_for_themselves_have_the_same_bits_whatever_environments_take(
+  params, episodes, cache_rows
+):
+  """The turns are those of episodes in step, within rounding."""
+  found, runners = [], [run_in_process(TASK), Late(1), Late(2)]
+  for runner in runners:
+    sampler = make_sampler(make_runner=lambda r=runner: r, in_step=False, cache_rows=cache_rows)
+    found.append(generate(sampler, params, EXAMPLES, jax.random.key(1), group_size=6))
+  assert max(runners[1].sizes) > 1
+  for other in found[1:]:
+    for name in ("tokens", "mask", "attended", "logp", "entropy", "turn_ends", "turn_rewards"):
+      assert getattr(other, name).tobytes() == getattr(found[0], name).tobytes(), name
+    assert other.transcripts == found[0].transcripts
+    assert other.measured == found[0].measured
+  for name in ("tokens", "attended", "turn_rewards", "ended", "failed"):
+    np.testing.assert_array_equal(getattr(found[0], name), getattr(episodes, name))
+  np.testing.assert_allclose(found[0].logp, episodes.logp, atol=1e-4)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_seats_take_one_episode_after_another(params, shards):
+  """A cache for 3 or 2 x 3 of 24 episodes: the same turns, of which most seats write a token."""
+  examples = [*EXAMPLES, Example("e:", {"word": "e"}, "e")]
+  mesh = meshes.make_mesh((shards, 1, 1), jax.devices()[:shards])
+  layout = meshes.batch_sharding(mesh)
+  laid_out = jax.device_put(params, meshes.replicated(mesh))
+  found = [
+    generate(make_sampler(prompt_sharding=layout, cache_rows=rows), laid_out, examples,
+             jax.random.key(1), group_size=6)
+    for rows in (0, 3)
+  ]  # fmt: skip
+  whole, seated = found
+  for name in ("tokens", "attended", "turn_rewards", "ended"):
+    np.testing.assert_array_equal(getattr(seated, name), getattr(whole, name))
+  np.testing.assert_allclose(seated.logp, whole.logp, atol=1e-4)
+  assert whole.row_steps is None
+  assert whole.lengths.sum() < seated.row_steps.sum()
+  assert seated.row_steps.sum() * 0.3 < whole.lengths.sum()
+  # With all of their turns as long as may be, 24 episodes at once would be 24 x 4 x 8 row-steps.
+  assert seated.row_steps.sum() < 24 * 4 * 8
+
+
+class Patient:
+  """Answers the first turn of the first episode that comes only when all others are over."""
+
+  def __init__(self, folder, others):
+    self._folder, self._others, self._turns, self._is_slow = Path(folder), others, 0, False
+
+  def reset(self, example, seed):
+    pass
+
+  def step(self, text):
+    if self._turns == 0:
+      with contextlib.suppress(FileExistsError):
+        (self._folder / "slow").mkdir()
+        self._is_slow = True
+    while self._is_slow and len(list(self._folder.glob("over-*"))) < self._others:
+      time.sleep(0.01)
+    self._turns += 1
+    return Step("<>", 1.0, self._turns == 3)
+
+  def close(self):
+    (self._folder / f"over-{os.getpid()}").touch()
+
+
+def patient_task(folder, others):
+  make = partial(Patient, folder, others)
+  return Task("patient", {}, {"letters": (letters, 1.0)}, letters, environment=make)
+
+
+@pytest.mark.parametrize("cache_rows", [0, 2])
+def test_a_slow_environment_holds_up_its_own_episode_only(params, tmp_path, cache_rows):
+  """In step, its first turn would take until it is out of time, which fails its episode."""
+  make = partial(patient_task, str(tmp_path), 3)
+
+  def runner():  # one process for each episode
+    return EnvironmentWorkers(make, workers=4, timeout=60, isolate=False)
+
+  sampler = make_sampler(make_runner=runner, in_step=False, cache_rows=cache_rows)
+  e = generate(sampler, params, EXAMPLES[:1], jax.random.key(1), group_size=4)
+  sampler.close()
+  assert not e.failed.any()
+  assert e.turns.max() == 3
 
 
 def test_greedy_episodes_of_a_group_are_equal(params):

@@ -100,11 +100,20 @@ class EnvironmentRunner(Protocol):
       EnvironmentFault: the prompts of a group differ.
     """
 
-  def step(self, texts: Mapping[Key, str]) -> dict[Key, Outcome]:
-    """Passes on the text of one turn of each of these episodes; the others wait."""
+  def submit(self, texts: Mapping[Key, str], finish: Collection[Key] = ()) -> None:
+    """Begins to pass on the text of a turn of some episodes; the others wait.
 
-  def finish(self, keys: Collection[Key]) -> dict[Key, float | None]:
-    """Ends episodes that ran out of their budget; returns the last reward of each."""
+    Args:
+      finish: episodes that ran out of their budget, to be ended. Their outcome has the last reward.
+    """
+
+  def answers(self, timeout: float | None = None) -> dict[Key, Outcome]:
+    """Returns the outcomes that have come since the last call.
+
+    Args:
+      timeout: how long to wait for the first one, in seconds; None waits until it is there. There
+        is none if nothing is under way.
+    """
 
   def close(self) -> None:
     """Ends everything. A later `reset` starts again."""

@@ -9,6 +9,7 @@ playing their texts again.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import time
 import warnings
@@ -76,14 +77,32 @@ class _Runner:
 
   def __init__(self) -> None:
     self._episodes: dict[Key, _Episode] = {}
+    self._arrived: dict[Key, Answer] = {}  # answers that nobody has fetched
 
-  def _run(self, jobs: Sequence[Job]) -> dict[Key, Answer]:
-    """Runs at most one job for each episode, and records the answers in `_episodes`."""
+  def _post(self, jobs: Sequence[Job]) -> None:
+    """Begins at most one job for each episode."""
+    raise NotImplementedError
+
+  def _fetch(self, timeout: float | None) -> None:
+    """Waits for an answer, at most for `timeout` seconds, and takes those that are there."""
+    raise NotImplementedError
+
+  def _is_busy(self) -> bool:
+    """Returns whether any job has no answer yet."""
     raise NotImplementedError
 
   def _clear(self) -> None:
     """Closes all environments."""
     raise NotImplementedError
+
+  def _take(self, job: Job, answer: Answer) -> None:
+    """Records the answer to a job."""
+    episode = self._episodes[job.key]
+    if episode.lost is not None:  # when it was restored: the reason of that is the reason
+      answer = failed(episode.lost)
+    episode.record(job, answer)
+    if job.kind != "restore":
+      self._arrived[job.key] = answer
 
   def reset(
     self, examples: Sequence[Example], group: int, seeds: Sequence[int]
@@ -91,39 +110,64 @@ class _Runner:
     """See `EnvironmentRunner.reset`."""
     if len(seeds) != len(examples):
       raise ValueError(f"{len(examples)} examples but {len(seeds)} seeds: give one seed each")
-    self._episodes = {}
+    self._episodes, self._arrived = {}, {}
     self._clear()
     seeds = [int(seed) for seed in seeds]
     keys = [(p, g) for p in range(len(examples)) for g in range(group)]
     self._episodes = {(p, g): _Episode(examples[p], seeds[p]) for p, g in keys}
-    answers = self._run([Job((p, g), "reset", examples[p], seeds[p]) for p, g in keys])
+    self._post([Job((p, g), "reset", examples[p], seeds[p]) for p, g in keys])
+    answers = self._await(keys)
     return [_agreed(p, [answers[p, g] for g in range(group)]) for p in range(len(examples))]
 
-  def step(self, texts: Mapping[Key, str]) -> dict[Key, Outcome]:
-    """See `EnvironmentRunner.step`."""
-    jobs, outcomes = [], {}
+  def submit(self, texts: Mapping[Key, str], finish: Collection[Key] = ()) -> None:
+    """See `EnvironmentRunner.submit`."""
+    jobs = []
     for key, text in texts.items():
       episode = self._episode(key)
       if episode.lost is not None:  # by `reset`, or with its process, which is told only now
-        outcomes[key] = failed(episode.lost)
+        self._arrived[key] = failed(episode.lost)
       elif episode.over:
         raise ValueError(f"episode {key} is over: it takes no further text")
       else:
         jobs.append(Job(key, "step", texts=(text,)))
-    outcomes |= self._run(jobs)
-    _warn_of_failures(outcomes.values())
-    return {key: outcomes[key] for key in texts}
+    for key in finish:
+      if self._episode(key).over:
+        self._arrived[key] = Outcome("", None, True)
+      else:
+        jobs.append(Job(key, "finish"))
+    self._post(jobs)
+
+  def answers(self, timeout: float | None = None) -> dict[Key, Outcome]:
+    """See `EnvironmentRunner.answers`."""
+    if not self._arrived and self._is_busy():
+      self._fetch(timeout)
+    arrived, self._arrived = self._arrived, {}
+    return arrived
+
+  def step(self, texts: Mapping[Key, str]) -> dict[Key, Outcome]:
+    """Passes on the text of one turn of each of these episodes, and waits for all outcomes."""
+    self.submit(texts)
+    outcomes = self._await(texts)
+    warn_of_failures(outcomes.values())
+    return outcomes
 
   def finish(self, keys: Collection[Key]) -> dict[Key, float | None]:
-    """See `EnvironmentRunner.finish`."""
-    outcomes = self._run([Job(key, "finish") for key in keys if not self._episode(key).over])
-    _warn_of_failures(outcomes.values())
-    return {key: outcomes[key].reward if key in outcomes else None for key in keys}
+    """Ends episodes that ran out of their budget; waits for the last reward of each."""
+    self.submit({}, keys)
+    outcomes = self._await(keys)
+    warn_of_failures(outcomes.values())
+    return {key: outcome.reward for key, outcome in outcomes.items()}
 
   def close(self) -> None:
     """Ends all episodes."""
-    self._episodes = {}
+    self._episodes, self._arrived = {}, {}
     self._clear()
+
+  def _await(self, keys: Collection[Key]) -> dict[Key, Answer]:
+    """Returns the answers to the jobs of these episodes, once all are there."""
+    while not self._arrived.keys() >= set(keys):
+      self._fetch(None)
+    return {key: self._arrived.pop(key) for key in keys}
 
   def _episode(self, key: Key) -> _Episode:
     if key not in self._episodes:
@@ -150,7 +194,8 @@ def _agreed(p: int, answers: Sequence[Answer]) -> Prompt | None:
   return prompts[0] if prompts else None
 
 
-def _warn_of_failures(outcomes: Collection[Outcome]) -> None:
+def warn_of_failures(outcomes: Collection[Outcome]) -> None:
+  """Warns of the episodes that were lost, once for each reason."""
   reasons = [outcome.failure for outcome in outcomes if outcome.failure]
   for reason in dict.fromkeys(reasons):
     count = f"{reasons.count(reason)} of {len(outcomes)}"
@@ -170,11 +215,15 @@ class _InProcess(_Runner):
       raise ValueError(f"task {task.name!r} has no environment")
     self._session = Session(task.environment, timeout=None)
 
-  def _run(self, jobs: Sequence[Job]) -> dict[Key, Answer]:
-    answers = {job.key: self._session.run(job) for job in jobs}
+  def _post(self, jobs: Sequence[Job]) -> None:
     for job in jobs:
-      self._episodes[job.key].record(job, answers[job.key])
-    return answers
+      self._take(job, self._session.run(job))
+
+  def _fetch(self, timeout: float | None) -> None:
+    pass  # all answers are there when `_post` returns
+
+  def _is_busy(self) -> bool:
+    return False
 
   def _clear(self) -> None:
     self._session.close()
@@ -239,7 +288,7 @@ class EnvironmentWorkers(_Runner):
 
   def close(self) -> None:
     """Ends the processes. A later `reset` starts new ones."""
-    self._episodes = {}
+    self._episodes, self._arrived = {}, {}
     for worker in self._workers:
       worker.kill()
 
@@ -247,34 +296,36 @@ class EnvironmentWorkers(_Runner):
     for worker in self._workers:
       worker.clear()
 
-  def _run(self, jobs: Sequence[Job]) -> dict[Key, Answer]:
-    answers: dict[Key, Answer] = {}
+  def _post(self, jobs: Sequence[Job]) -> None:
     try:
       for n, worker in enumerate(self._workers):
         worker.assign([job for job in jobs if self._number(job.key) == n])
+    except BaseException:
+      self.close()
+      raise
+
+  def _fetch(self, timeout: float | None) -> None:
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    try:
       while busy := [n for n, worker in enumerate(self._workers) if worker.pending]:
-        _wait([self._workers[n] for n in busy])
+        _wait([self._workers[n] for n in busy], end)
         for n in busy:
           for job, answer in self._workers[n].receive():
-            self._take(job, answer, answers)
+            self._take(job, answer)
           if self._workers[n].connection is None:
             self._restart(n)
+        if self._arrived or time.monotonic() >= end:
+          break
     except BaseException:
       self.close()  # interrupted in the middle: later answers would belong to nothing
       raise
-    return answers
+
+  def _is_busy(self) -> bool:
+    return any(worker.pending for worker in self._workers)
 
   def _number(self, key: Key) -> int:
     """Returns the number of the worker that has an episode; a group is spread over the workers."""
     return sum(key) % len(self._workers)
-
-  def _take(self, job: Job, answer: Answer, answers: dict[Key, Answer]) -> None:
-    episode = self._episodes[job.key]
-    if episode.lost is not None:  # when it was restored: the reason of that is the reason
-      answer = failed(episode.lost)
-    episode.record(job, answer)
-    if job.kind != "restore":
-      answers[job.key] = answer
 
   def _restart(self, n: int) -> None:
     """Starts a worker that ended, with the episodes that it had."""
@@ -284,7 +335,9 @@ class EnvironmentWorkers(_Runner):
       if self._number(key) == n and episode.answers and not episode.over
     ]
     worker = self._workers[n]
-    worker.assign([*restored, *(job for job in worker.pending if job.kind != "restore")])
+    pending = [job for job in worker.pending if job.kind != "restore"]
+    worker.pending = []
+    worker.assign([*restored, *pending])
 
 
 class _Worker(WorkerProcess):
@@ -305,24 +358,27 @@ class _Worker(WorkerProcess):
     self._unexplained = 0  # ends of the process between two jobs, while the same jobs are pending
 
   def assign(self, jobs: Sequence[Job]) -> None:
-    """Sends jobs; starts the process if there is none."""
-    self.pending = [*jobs]
+    """Sends jobs, behind those that are pending; starts the process if there is none."""
     if not jobs:
       return
     if self.connection is None:
       self.start()
     try:
-      self._send(pickle.dumps(self.pending))
+      message = pickle.dumps(jobs)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
       raise EnvironmentFault(
         f"an example cannot be sent to another process: {error}. Leave out columns that are not "
         "plain data, or have environments called in this process: rewards.workers=0"
       ) from error
-    if self._ready:
+    self._send(message)
+    self.pending += jobs
+    if self._ready and self.current is None:
       self.deadline = time.monotonic() + PAUSE
 
   def clear(self) -> None:
-    """Has it close all its environments."""
+    """Has it close all its environments; ends it if a call is under way."""
+    if self.pending:
+      self.kill()
     self.pending = []
     if self.connection is not None:
       self._send(pickle.dumps([]))
@@ -399,7 +455,7 @@ class _Worker(WorkerProcess):
     return [(other, failed(f"{verb} {reason}")) for other in lost]
 
 
-def _wait(workers: Sequence[_Worker]) -> None:
-  """Waits for a message of a worker, or the first deadline."""
-  seconds = min(worker.deadline for worker in workers) - time.monotonic()
+def _wait(workers: Sequence[_Worker], end: float) -> None:
+  """Waits for a message of a worker, or the first deadline, or until `end`."""
+  seconds = min(end, *(worker.deadline for worker in workers)) - time.monotonic()
   wait([worker.connection for worker in workers], timeout=max(seconds, 0.0))

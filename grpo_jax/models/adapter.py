@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -81,55 +80,36 @@ class FunctionModel:
     self,
     params: Params,
     tokens: Int[Array, "P G"],
-    index: Int[Array, ""],
+    index: Int[Array, ""] | Int[Array, "P G"],
     prefix: Cache,
     prompt_mask: Bool[Array, "P N"],
     cache: Cache,
   ) -> tuple[Float[Array, "P G D"], Cache]:
     """Returns the hidden states after completion token number `index`, and the tokens so far."""
-    count, group = tokens.shape
-    n = prompt_mask.shape[1]
-    new = tokens.reshape(-1, 1, 1, 1)
-    cache = jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
-    written = cache[:, 0, :, 0]
-    row = jnp.concatenate([self._repeat(prefix[:, 0, :, 0], group), written], 1)
-    real = jnp.broadcast_to(jnp.arange(written.shape[1]) <= index, written.shape)
-    mask = jnp.concatenate([self._repeat(prompt_mask, group), real], 1)
-    hidden = self._hidden_states(params, row, mask)
-    hidden = jax.lax.dynamic_index_in_dim(hidden, n + index, axis=1, keepdims=False)
-    return hidden.reshape(count, group, -1), cache
+    hidden, cache = self.extend(params, tokens[..., None], index, prefix, prompt_mask, cache)
+    return hidden[:, :, 0], cache
 
   def extend(
     self,
     params: Params,
     tokens: Int[Array, "P G M"],
-    index: Int[Array, ""],
-    mask: Bool[Array, "P G S"],
+    index: Int[Array, ""] | Int[Array, "P G"],
     prefix: Cache,
     prompt_mask: Bool[Array, "P N"],
     cache: Cache,
   ) -> tuple[Float[Array, "P G M D"], Cache]:
-    """Returns the hidden states after M more tokens, and the tokens so far.
-
-    A row is made contiguous before it is computed: the tokens that `mask` leaves out come first, as
-    padding on the left.
-    """
+    """Returns the hidden states after M more tokens, and the tokens so far."""
     count, group, length = tokens.shape
-    new = tokens.reshape(-1, 1, length, 1)
-    cache = jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
+    n = prompt_mask.shape[1]
+    slots = jnp.broadcast_to(index, (count, group)).reshape(-1, 1) + jnp.arange(length)
     written = cache[:, 0, :, 0]
-    slots = jnp.arange(written.shape[1])
-    real = jnp.pad(mask, [(0, 0), (0, 0), (0, len(slots) - mask.shape[-1])]).reshape(written.shape)
-    real &= slots < index + length
+    written = written.at[jnp.arange(len(written))[:, None], slots].set(tokens.reshape(-1, length))
     row = jnp.concatenate([self._repeat(prefix[:, 0, :, 0], group), written], 1)
-    real = jnp.concatenate([self._repeat(prompt_mask, group), real], 1)
-    order = jnp.argsort(real, axis=1, stable=True)
-    row, packed = (jnp.take_along_axis(a, order, 1) for a in (row, real))
-    hidden = self._hidden_states(params, row, packed)
-    place = jnp.argsort(order, axis=1)[:, prompt_mask.shape[1] :]  # of each slot in the packed row
-    place = jax.lax.dynamic_slice_in_dim(place, index, length, axis=1)
-    hidden = jnp.take_along_axis(hidden, place[..., None], axis=1)
-    return hidden.reshape(count, group, length, -1), cache
+    real = jnp.arange(written.shape[1]) <= slots[:, -1:]
+    mask = jnp.concatenate([self._repeat(prompt_mask, group), real], 1)
+    hidden = self._hidden_states(params, row, mask)
+    hidden = jnp.take_along_axis(hidden, n + slots[..., None], axis=1)
+    return hidden.reshape(count, group, length, -1), written[:, None, :, None]
 
   def _repeat(self, rows: Array, group: int) -> Array:
     """Returns each prompt's row once per completion, [P, S] -> [P G, S]."""

@@ -120,10 +120,8 @@ def _write_stacked(cache: tuple, layer: Array, index: Array, new: tuple) -> tupl
   one token are contiguous.
   """
   if index.ndim:  # [R]
-    rows = jnp.arange(len(index))
-    cache = tuple(
-      old.at[layer, rows, :, index].set(x[:, 0], mode="drop") for old, x in zip(cache, new)
-    )
+    rows, slots = jnp.arange(len(index))[:, None], index[:, None] + jnp.arange(new[0].shape[1])
+    cache = tuple(old.at[layer, rows, :, slots].set(x, mode="drop") for old, x in zip(cache, new))
   else:
     start = (layer, 0, 0, index, 0)
     cache = tuple(
@@ -391,82 +389,41 @@ class Decoder:
       prompt_mask: true on prompt tokens, false on padding.
       cache: the completions' cache, from `empty_cache` or the step before.
     """
-
-    def own_mask(window: Array | None, slots: Array) -> Array:
-      if index.ndim == 0:
-        return within_window(slots <= index, index[None], slots, window)
-      own = index.reshape(-1, 1)
-      visible = within_window(slots <= own[..., None], own, slots, window)
-      return visible[:, None]  # [R, 1, 1, slots]
-
-    start = prompt_mask.sum(-1)[:, None]
-    hidden, cache = self._decode(
-      params, tokens[..., None], index, start + index, own_mask, prefix, prompt_mask, cache
-    )
+    hidden, cache = self.extend(params, tokens[..., None], index, prefix, prompt_mask, cache)
     return hidden[:, :, 0], cache
 
   def extend(
     self,
     params: Params,
     tokens: Int[Array, "P G M"],
-    index: Int[Array, ""],
-    mask: Bool[Array, "P G S"],
+    index: Int[Array, ""] | Int[Array, "P G"],
     prefix: Cache,
     prompt_mask: Bool[Array, "P N"],
     cache: Cache,
   ) -> tuple[Float[Array, "P G M D"], Cache]:
     """Returns the hidden states after M more tokens of each completion, and the new cache.
 
-    Unlike in `decode`, completions may differ in length: `mask` says which slots of the cache hold
-    a token. The order of the slots is the order of the tokens, and other slots are never seen.
+    A completion that has fewer new tokens is padded with any. What they leave in the cache is seen
+    by nothing: the next tokens are written over it.
 
     Args:
       params: parameters, layers stacked or unstacked.
-      tokens: the new tokens; anything where `mask` is false.
-      index: slot of the first of them, the same for all completions.
-      mask: true on slots that hold a token of the completion, the new ones included.
+      tokens: the new tokens.
+      index: number of tokens before them: one for all completions, or [P, G]. The cache has room
+        for M tokens behind it.
       prefix, prompt_mask, cache: as in `decode`.
     """
-    length = tokens.shape[-1]
-    numbers = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)  # of the token in each slot
-    new = jax.lax.dynamic_slice_in_dim(numbers, index, length, axis=2)
-    until = index + jnp.arange(length)
-
-    def own_mask(window: Array | None, slots: Array) -> Array:
-      padding = [(0, 0), (0, 0), (0, len(slots) - mask.shape[-1])]
-      here, keys = jnp.pad(mask, padding), jnp.pad(numbers, padding)
-      visible = here[:, :, None] & (slots <= until[:, None])
-      visible = within_window(visible, new, keys, window)
-      return visible.reshape(-1, 1, *visible.shape[2:])
-
-    start = prompt_mask.sum(-1)[:, None]
-    positions = start + new.reshape(len(tokens), -1)
-    return self._decode(params, tokens, index, positions, own_mask, prefix, prompt_mask, cache)
-
-  def _decode(
-    self,
-    params: Params,
-    tokens: Int[Array, "P G M"],
-    index: Int[Array, ""] | Int[Array, "P G"],
-    positions: Int[Array, "P #GM"],
-    own_mask: Callable[[Array | None, Array], Array],
-    prefix: Cache,
-    prompt_mask: Bool[Array, "P N"],
-    cache: Cache,
-  ) -> tuple[Float[Array, "P G M D"], Cache]:
-    """Runs M tokens of each completion from slot `index` on.
-
-    Args:
-      index: one for all completions, or one for each.
-      positions: position of each token in its sequence, prompt included.
-      own_mask: maps (window of the layer, slots of the cache) to the mask of the slots that each
-        token sees, broadcastable to [R, 1, M, slots].
-    """
+    # Number of each new token in its completion, [M] or [P, G, M], and row by row, [M] or [R, M].
+    numbers = index[..., None] + jnp.arange(tokens.shape[-1])
+    by_row = numbers.reshape(-1, numbers.shape[-1]) if index.ndim else numbers
     c = self.config
     count, group, length = tokens.shape
     repeats = c.heads // c.kv_heads
     prefix_positions = prompt_positions(prompt_mask)
     write = _write_layer if isinstance(params["layers"], tuple) else _write_stacked
+    positions = prompt_mask.sum(-1)[:, None, None] + numbers
+    all_positions = jnp.broadcast_to(positions, tokens.shape).reshape(count, -1)
+    positions = all_positions if length > 1 else positions.reshape(count, -1)  # [P, #GM]
 
     def by_head(x):  # [P, G M, H, Dh] -> [P, G, K M r, Dh], one query head per token
       x = x.reshape(count, group, length, c.kv_heads, repeats, c.head_dim).swapaxes(2, 3)
@@ -480,7 +437,10 @@ class Decoder:
       window = layer_window(local, c.window)
       new = tuple(x.reshape(-1, length, *x.shape[2:]) for x in (k, v))
       cache, (keys, values) = write(cache, layer, index.reshape(-1) if index.ndim else index, new)
-      visible = own_mask(window, jnp.arange(values.shape[2]))
+      slots = jnp.arange(values.shape[2])
+      visible = within_window(slots <= by_row[..., None], by_row, slots, window)
+      if index.ndim:
+        visible = visible[:, None]  # [R, 1, M, slots]
       prefix_mask = within_window(prompt_mask[:, None], positions, prefix_positions, window)
       if length > 1:
         visible = jnp.repeat(visible, repeats, axis=-2)
@@ -493,7 +453,6 @@ class Decoder:
       mixed = cached_attention(by_head(q), (keys, values), visible, shared, prefix_mask, **options)
       return by_token(mixed), (cache, None)
 
-    all_positions = jnp.broadcast_to(positions, (count, group * length))
     flat = tokens.reshape(count, group * length)
     routes = None
     if self.record_routes:

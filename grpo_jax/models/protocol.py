@@ -82,15 +82,15 @@ class Model(Protocol):
 class EpisodeModel(Model, Protocol):
   """Describes a model that can also go on after tokens that it did not write itself.
 
-  Axes: M new tokens of each completion, S slots of its cache.
+  Its `decode` also takes an `index` [P, G]: completions may differ in length. Axes: M new tokens of
+  each completion.
   """
 
   def extend(
     self,
     params: Params,
     tokens: Int[Array, "P G M"],
-    index: Int[Array, ""],
-    mask: Bool[Array, "P G S"],
+    index: Int[Array, ""] | Int[Array, "P G"],
     prefix: Cache,
     prompt_mask: Bool[Array, "P N"],
     cache: Cache,
@@ -98,10 +98,10 @@ class EpisodeModel(Model, Protocol):
     """Returns the hidden states after M more tokens of each completion, and the new cache.
 
     Args:
-      tokens: the new tokens; anything where `mask` is false.
-      index: slot of the first of them, the same for all completions.
-      mask: true on slots that hold a token of the completion, the new ones included. Other slots
-        are never seen.
+      tokens: the new tokens. A completion with fewer of them is padded with any; a later call with
+        the `index` behind its own tokens writes over the padding, which nothing sees.
+      index: number of tokens before them: one for all completions, or [P, G]. The cache has room
+        for M tokens behind it.
       prefix, prompt_mask, cache: as in `decode`.
     """
 

@@ -92,11 +92,13 @@ class Prompts:
     length: padded length of a prompt, in tokens.
     stop_states: number of states of the stop table, S.
     notes: what is left out, for the report.
+    episodes: whether completions are episodes of several turns.
   """
 
   length: int
   stop_states: int
   notes: tuple[str, ...] = ()
+  episodes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +148,15 @@ class Programs:
     r, mesh = self.config.rollout, self.mesh_of("sample")
     shards = meshes.prompt_shards(meshes.batch_sharding(mesh))
     own = r.prompts_per_step * r.group_size // shards
-    rows = build.cache_rows(self.config, self.model, mesh, self.prompts.length)
-    return shards * min(rows or own, own)
+    return shards * min(self._bounded_rows or own, own)
+
+  @property
+  def _bounded_rows(self) -> int:
+    """Completions of a shard that `rollout.cache_gib` has room for; 0: all of them."""
+    mesh, prompts = self.mesh_of("sample"), self.prompts
+    return build.cache_rows(
+      self.config, self.model, mesh, prompts.length, episodes=prompts.episodes
+    )
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -363,7 +372,7 @@ class Programs:
       spec = jax.sharding.PartitionSpec(*leading, *meshes.batch_sharding(mesh).spec, own)
       return put(leaf, NamedSharding(mesh, spec))
 
-    rows, length = self.cache_rows, max(r.completion_length - 1, 1)
+    rows, length = self.cache_rows, build.cache_slots(self.config, episodes=self.prompts.episodes)
     own = jax.eval_shape(lambda p: self.model.empty_cache(p, rows, 1, length), self.sampling_params)
     # With a budget, each row has a copy of its prompt.
     prompts = r.prompts_per_step + (rows if r.cache_gib else 0)
@@ -430,13 +439,12 @@ class Programs:
     r, vocab = self.config.rollout, self.model.config.vocab_size
     mesh = self.mesh_of("sample")
     layout = meshes.batch_sharding(mesh)
-    rows = build.cache_rows(self.config, self.model, mesh, self.prompts.length)
     sample = make_generate(
       self.sampler_model or self.model,
       length=r.completion_length,
       pad_id=0,
       prompt_sharding=layout,
-      cache_rows=rows,
+      cache_rows=self._bounded_rows,
     )
     keys = self._rows(r.prompts_per_step, r.group_size, dtype=jax.random.key(0).dtype)
     table = jax.ShapeDtypeStruct((self.prompts.stop_states, vocab), jnp.int32)
@@ -517,7 +525,9 @@ def open_programs(
   sampler_model = model and attempt(
     lambda: build.make_sampler_model(c, model, mesh, rollout_mesh, longest)
   )
-  attempt(lambda: build.cache_rows(c, model, rollout_mesh, prompts.length))
+  attempt(
+    lambda: build.cache_rows(c, model, rollout_mesh, prompts.length, episodes=prompts.episodes)
+  )
   teachers = [
     attempt(lambda shape=shape: build.make_model(c, shape, mesh, longest)) for shape in teachers
   ]
@@ -559,9 +569,11 @@ def read_prompts(c: ConfigDict) -> Prompts:
       cannot be opened; or a stop string is empty.
   """
   length, stop, notes = c.rollout.prompt_length, tuple(c.rollout.stop), ()
+  episodes = False
   try:
     task = tasks.make_task(c.task.name, **c.task.settings.to_dict())
     stop = tuple(dict.fromkeys((*task.stop, *stop)))
+    episodes = task.environment is not None
     if not length:
       tokenizer = build.tokenizer_of(c, config_of(c.model.source))
       splits = [rollout.with_system(split, c.chat.system) for split in task.splits.values()]
@@ -575,4 +587,9 @@ def read_prompts(c: ConfigDict) -> Prompts:
     notes = (f"the stop strings of the task are left out, since it cannot be opened: {error}",)
   # Ids that end a completion do not change the number of states.
   states = len(stop_table([], stop, ids=[0], vocab_size=1))
-  return Prompts(length, states, notes)
+  if episodes:
+    notes = (
+      "episodes are counted as completions of rollout.completion_length tokens; the time of "
+      "environments is left out",
+    )
+  return Prompts(length, states, notes, episodes)

@@ -142,14 +142,13 @@ def _read(
   count, group, length = parts.tokens.shape
   slots = max(length - 1, 1)
   size = min(READ, slots)
-  read = (jnp.arange(slots) < (parts.length - 1)[..., None]) & live[..., None]
-  longest = read.sum(-1).max()
+  longest = jnp.where(live, parts.length - 1, 0).max()
 
   def more(carry: tuple) -> tuple:
     start, cache = carry
     at = jnp.minimum(start, slots - size)  # a token that is read again gives the same
     tokens = jax.lax.dynamic_slice_in_dim(parts.tokens, at, size, axis=2)
-    _, cache = model.extend(params, tokens, at, read, prefix, prompt_mask, cache)
+    _, cache = model.extend(params, tokens, at, prefix, prompt_mask, cache)
     return start + size, cache
 
   carry = (jnp.int32(0), model.empty_cache(params, count, group, slots))

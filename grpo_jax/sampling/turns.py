@@ -1,15 +1,22 @@
 """Samples the turns of episodes. Keys and values of earlier turns stay on the device.
 
 An episode is one row of tokens: what the policy writes in its turns, and observations in between.
-Each token passes the model once. A turn is sampled token by token; the observation after it is one
-forward pass of its own tokens, for all rows at once. Rows write into the same slots of the cache,
-so a row with a shorter turn or observation has empty slots, which nothing ever sees.
+Each token passes the model once. A turn is sampled token by token; the observation before it is
+read in pieces of `PIECE` tokens, for all rows at once. Every row fills its own slots of the cache
+one after another, without gaps. So what a row computes does not depend on which other rows take
+part in a turn: a row whose environment has not answered is left out of turns until it has.
 
-Rows whose episode is over stop costing: between turns, the others move into arrays of half as many
-rows (`compaction`).
+There are three ways to place rows:
+
+- in step: all rows that go on take their turns together, and between turns they move into arrays of
+  half as many rows (`compaction`), so that rows whose episode is over stop costing;
+- each for itself: rows keep their places, since the moment of a move would depend on how long
+  environments take, and with it the last bits of log-probs;
+- in seats, for a budget of cache memory: a row whose episode is over gives its place to the next.
 """
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -30,7 +37,7 @@ from grpo_jax.sampling.generate import Rows, no_rows, pick, write_token
 from grpo_jax.sampling.sampler import Prepared, Sampler, for_decoding
 from grpo_jax.tokens import Messages
 
-SHORTEST = 16  # tokens; an observation is padded to at least as many
+PIECE = 16  # tokens of each observation that are read at once
 MAX_COMPACTIONS = 3  # each shape compiles its own programs
 
 
@@ -42,21 +49,19 @@ class State:
   Attributes:
     hidden: [C, g, D], hidden state that predicts the next token of each row.
     keys: [C, g], random key of each row.
-    count: [C, g], tokens of each row so far.
-    mask: [C, g, S], true on slots of the cache that hold a token of the row.
-    cache: keys and values of the rows.
+    count: [C, g], tokens of each row so far. The last one has not passed the model.
+    cache: keys and values of the rows; None before rows have a place.
     prefix, prompt_mask: keys and values of the prompts, and their mask.
-    row_map: the completion that each row holds.
+    row_map: the completion that each row holds; None for seats, which the host assigns.
   """
 
   hidden: Float[Array, "C g D"]
   keys: Any
   count: Int[Array, "C g"]
-  mask: Bool[Array, "C g S"]
-  cache: Cache
+  cache: Cache | None
   prefix: Cache
   prompt_mask: Bool[Array, "C N"]
-  row_map: compaction.RowMap
+  row_map: compaction.RowMap | None
 
 
 def start(
@@ -74,7 +79,7 @@ def start(
   Args:
     prompts, prompt_mask: left-padded.
     keys: typed random keys [P, G], one per completion.
-    slots: room for tokens of each completion.
+    slots: room for tokens of each completion; 0 leaves the cache out.
     prompt_shards: number of equal shards of the prompts.
   """
   count, group = keys.shape
@@ -84,11 +89,65 @@ def start(
     hidden=jnp.broadcast_to(hidden[:, None], (count, group, hidden.shape[-1])),
     keys=keys,
     count=jnp.zeros((count, group), jnp.int32),
-    mask=jnp.zeros((count, group, slots), bool),
-    cache=model.empty_cache(params, count, group, slots),
+    cache=model.empty_cache(params, count, group, slots) if slots else None,
     prefix=prefix,
     prompt_mask=prompt_mask,
     row_map=compaction.start(prompt_shards, shape),
+  )
+
+
+def seats(model: EpisodeModel, params: Params, episodes: State, rows: int, slots: int) -> State:
+  """Returns seats, [S·R, 1], that nobody has taken yet.
+
+  Args:
+    episodes: the state of all completions, without a cache.
+    rows: number of seats of a shard, R.
+    slots: room for tokens of each.
+  """
+  shards = len(episodes.row_map.prompt)
+  nobody = _first_turns(episodes, jnp.zeros((shards, rows), jnp.int32))
+  return dataclasses.replace(nobody, cache=model.empty_cache(params, shards * rows, 1, slots))
+
+
+def seat(
+  episodes: State, state: State, completion: Int[Array, "S R"], fresh: Bool[Array, "S R"]
+) -> State:
+  """Returns the seats with completions that begin their episodes.
+
+  Args:
+    episodes: the state of all completions, without a cache.
+    state: that of the seats.
+    completion: for each seat, index of a completion in its shard.
+    fresh: seats that are given to that completion; the others stay as they are.
+  """
+  new, own = fresh.reshape(-1, 1), _first_turns(episodes, completion)
+
+  def replaced(own: Array, old: Array) -> Array:  # [..., S·R, K, N, Dh]
+    return jnp.where(new[:, :, None, None], own, old)
+
+  return dataclasses.replace(
+    state,
+    hidden=jnp.where(new[..., None], own.hidden, state.hidden),
+    keys=jnp.where(new, own.keys, state.keys),
+    count=jnp.where(new, 0, state.count),
+    prefix=jax.tree.map(replaced, own.prefix, state.prefix),
+    prompt_mask=jnp.where(new, own.prompt_mask, state.prompt_mask),
+  )
+
+
+def _first_turns(episodes: State, completion: Int[Array, "S R"]) -> State:
+  """Returns the state of completions before their first turn, each with a copy of its prompt."""
+  prompt = completion // episodes.keys.shape[1]
+  of_prompts = (episodes.hidden[:, :1], episodes.prompt_mask)
+  hidden, mask = compaction.take(of_prompts, prompt, 0, 1, (-1,))
+  return State(
+    hidden=hidden,
+    keys=compaction.take(episodes.keys.reshape(-1), completion, 0, 1, (-1, 1)),
+    count=jnp.zeros((completion.size, 1), jnp.int32),
+    cache=None,
+    prefix=compaction.take(episodes.prefix, prompt, -4, 1, (-1,)),
+    prompt_mask=mask,
+    row_map=None,
   )
 
 
@@ -96,7 +155,6 @@ def take_turn(
   model: EpisodeModel,
   params: Params,
   state: State,
-  index: Int[Array, ""],
   limit: Int[Array, "C g"],
   stop_table: Int[Array, "V S"],
   *,
@@ -107,12 +165,11 @@ def take_turn(
 ) -> tuple[State, tuple[Array, ...], Bool[Array, "C g"]]:
   """Samples up to `length` tokens of each row.
 
-  The last token of a row is not fed to the model: it is the first token of `observe`. So a turn of
-  n tokens fills n - 1 slots. Token t of a row, observations included, uses `fold_in(key, t)`.
+  The last token of a row is not fed to the model: it is the first one that `read` feeds. So a turn
+  of n tokens fills n - 1 slots. Token t of a row, observations included, uses `fold_in(key, t)`.
 
   Args:
-    index: first empty slot.
-    limit: tokens that each row may write in this turn; 0 for rows whose episode is over.
+    limit: tokens that each row may write in this turn; 0 for rows that take no part.
     stop_table, temperature, pad_id, token_filter: as in `generate.generate`.
 
   Returns:
@@ -133,55 +190,59 @@ def take_turn(
     return (i < length) & ((rows.state != end) & (i < limit)).any()
 
   def step(carry: tuple) -> tuple:
-    i, rows, mask, cache = carry
-    fed = (rows.state != end) & (i < limit)
-    slot = index + i - 1
-    mask = jax.lax.dynamic_update_slice_in_dim(mask, fed[..., None], slot, axis=2)
-    hidden, cache = model.extend(
-      params, rows.token[..., None], slot, mask, state.prefix, state.prompt_mask, cache
-    )
-    return i + 1, next_token(hidden[:, :, 0], i, rows), mask, cache
+    i, rows, cache = carry
+    # Rows that write nothing fill slots behind their own tokens, which are written over.
+    slot = state.count + i - 1
+    hidden, cache = model.decode(params, rows.token, slot, state.prefix, state.prompt_mask, cache)
+    return i + 1, next_token(hidden, i, rows), cache
 
   rows = no_rows(state.keys, length, stop_table.dtype, pad_id)
   rows = next_token(state.hidden, 0, rows)
-  carry = (jnp.int32(1), rows, state.mask, state.cache)
-  _, rows, mask, cache = jax.lax.while_loop(going, step, carry)
+  _, rows, cache = jax.lax.while_loop(going, step, (jnp.int32(1), rows, state.cache))
   count = state.count + rows.written[1].sum(-1, dtype=jnp.int32)
-  state = dataclasses.replace(state, count=count, mask=mask, cache=cache)
+  state = dataclasses.replace(state, count=count, cache=cache)
   return state, rows.written, rows.state == end
 
 
-def observe(
+def read(
   model: EpisodeModel,
   params: Params,
   state: State,
-  index: Int[Array, ""],
-  tokens: Int[Array, "C g M"],
-  real: Bool[Array, "C g M"],
+  tokens: Int[Array, "C g W"],
+  number: Int[Array, "C g"],
 ) -> State:
-  """Computes the last token of each row's turn and the observation after it.
+  """Computes the last token of each row's turn and the observation after it, piece by piece.
 
   Args:
-    index: first empty slot.
-    tokens, real: left-padded; no token at all for rows whose episode is over.
+    tokens: right-padded to a multiple of `PIECE`.
+    number: tokens of each row, its last one included; 0 for rows that take no part.
   """
-  mask = jax.lax.dynamic_update_slice_in_dim(state.mask, real, index, axis=2)
-  hidden, cache = model.extend(
-    params, tokens, index, mask, state.prefix, state.prompt_mask, state.cache
-  )
-  count = state.count + jnp.maximum(real.sum(-1, dtype=jnp.int32) - 1, 0)
-  return dataclasses.replace(state, hidden=hidden[:, :, -1], count=count, mask=mask, cache=cache)
+  start = jnp.maximum(state.count - 1, 0)
+
+  def piece(carry: tuple) -> tuple:
+    at, last, cache = carry
+    new = jax.lax.dynamic_slice_in_dim(tokens, at, PIECE, axis=2)
+    hidden, cache = model.extend(params, new, start + at, state.prefix, state.prompt_mask, cache)
+    place = number - 1 - at  # of a row's last token in this piece
+    own = jnp.clip(place, 0, PIECE - 1)[..., None, None]
+    is_here = (place >= 0) & (place < PIECE)
+    hidden = jnp.take_along_axis(hidden, own, axis=2)[:, :, 0]
+    return at + PIECE, jnp.where(is_here[..., None], hidden, last), cache
+
+  carry = (jnp.int32(0), state.hidden, state.cache)
+  _, hidden, cache = jax.lax.while_loop(lambda carry: carry[0] < number.max(), piece, carry)
+  count = state.count + jnp.maximum(number - 1, 0)
+  return dataclasses.replace(state, hidden=hidden, count=count, cache=cache)
 
 
 def compact(state: State, live: Bool[Array, "C g"], shape: compaction.Shape) -> State:
   """Returns the state of the live rows only, in chunks of `shape`; they have to fit."""
   row_map, gather = compaction.regroup(state.row_map, live, shape)
-  hidden, keys, count, mask = gather.rows((state.hidden, state.keys, state.count, state.mask))
+  hidden, keys, count = gather.rows((state.hidden, state.keys, state.count))
   return State(
     hidden=hidden,
     keys=keys,
     count=count,
-    mask=mask & gather.valid[..., None],
     cache=gather.flat_rows(state.cache, axis=-4),
     prefix=gather.chunks(state.prefix, axis=-4),
     prompt_mask=gather.chunks(state.prompt_mask),
@@ -194,7 +255,7 @@ def compact(state: State, live: Bool[Array, "C g"], shape: compaction.Shape) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """Holds one turn of all rows, [P, G, L]; rows whose episode is over have no token.
+  """Holds one turn of all rows, [P, G, L]; rows that took no part have no token.
 
   Attributes:
     tokens, mask, logp, entropy: as in `generate.Completions`.
@@ -223,31 +284,28 @@ class Budget:
   turn_length: int
   observation_length: int
 
-  @property
-  def slots(self) -> int:
-    """Room for tokens that the cache of a completion needs, gaps included."""
-    return self.turns * self.turn_length + (self.turns - 1) * self.observation_length
-
 
 class TurnSampler:
   """Samples the turns of the episodes of some prompts with the model of a `Sampler`.
 
   Args:
     sampler: model, tokenizer, stops and temperature. With its `chunks`, episodes are sampled chunk
-      by chunk where the number of prompts allows it; see `learning.deterministic`.
+      by chunk where the number of prompts allows it (`learning.deterministic`); with its
+      `cache_rows`, so many seats of a shard take one episode after another.
     budget: limits of an episode.
+    in_step: whether all rows that go on take their turns together.
 
   Raises:
     ValueError: the model cannot go on after an observation.
   """
 
-  def __init__(self, sampler: Sampler, budget: Budget) -> None:
+  def __init__(self, sampler: Sampler, budget: Budget, in_step: bool = True) -> None:
     if not isinstance(sampler.model, EpisodeModel):
       raise ValueError(
         f"{type(sampler.model).__name__} has no method 'extend', which episodes need: see "
         "models.protocol.EpisodeModel"
       )
-    self.sampler, self.budget = sampler, budget
+    self.sampler, self.budget, self.in_step = sampler, budget, in_step
     self._programs = cache(partial(Programs, sampler, budget))
 
   def begin(
@@ -276,8 +334,8 @@ class Programs:
 
   Attributes:
     shards: number of parts; no row leaves its own.
-    start: `(params, prompts, prompt_mask, keys) -> state`.
-    take_turn, observe, compact: the functions of this module; `compact` has no model.
+    start: `(params, prompts, prompt_mask, keys) -> state`, without a cache if there are seats.
+    take_turn, read, seats, seat, compact: the functions of this module; the last two have no model.
     row_map: `state -> [shards, C, g]`, the index of the completion in each place of a part.
   """
 
@@ -285,6 +343,7 @@ class Programs:
     model, layout, pad_id = sampler.model, sampler.prompt_sharding, sampler.tokenizer.pad_id
     self.shards = chunks.count if chunks else meshes.prompt_shards(layout)
     shards_inside = 1 if chunks else self.shards
+    slots = sampler.completion_length + PIECE  # the last piece of an observation may be padded
 
     def over_rows(function: Callable, params: Params, state: Any, rows: tuple, *shared: Any) -> Any:
       """Calls `(params, state, *rows, *shared) -> (state, rows)`, chunk by chunk if need be."""
@@ -293,32 +352,34 @@ class Programs:
       run = deterministic.by_chunk(
         lambda params, own, shared: function(params, own[0], *own[1], *shared), chunks
       )
-      mask = rows[1] if state is None else state.mask
-      state, results = run(params, (state, chunks.deal(rows)), shared, mask)
+      some = rows[1] if state is None else state.count
+      state, results = run(params, (state, chunks.deal(rows)), shared, some)
       return state, chunks.undeal(results)
 
     def begin(params: Params, *rows: Array) -> State:
+      own = 0 if sampler.cache_rows and chunks is None else slots
+
       def first(params: Params, _: None, *rows: Array) -> Any:
-        return start(model, params, *rows, slots=budget.slots, prompt_shards=shards_inside), None
+        return start(model, params, *rows, slots=own, prompt_shards=shards_inside), None
 
       return over_rows(first, params, None, rows)[0]
 
     def turn(
-      params: Params, state: State, index: Array, limit: Array, stop_table: Array, **how: Any
+      params: Params, state: State, limit: Array, stop_table: Array, **how: Any
     ) -> tuple[State, tuple[Array, ...], Array]:
-      def one(params: Params, state: State, limit: Array, index: Array, stop_table: Array) -> Any:
+      def one(params: Params, state: State, limit: Array, stop_table: Array) -> Any:
         options = {"length": budget.turn_length, "pad_id": pad_id, **how}
-        state, *rows = take_turn(model, params, state, index, limit, stop_table, **options)
+        state, *rows = take_turn(model, params, state, limit, stop_table, **options)
         return state, rows
 
-      state, rows = over_rows(one, params, state, (limit,), index, stop_table)
+      state, rows = over_rows(one, params, state, (limit,), stop_table)
       return state, *rows
 
-    def read(params: Params, state: State, index: Array, tokens: Array, real: Array) -> State:
-      def one(params: Params, state: State, tokens: Array, real: Array, index: Array) -> Any:
-        return observe(model, params, state, index, tokens, real), None
+    def go_on(params: Params, state: State, tokens: Array, number: Array) -> State:
+      def one(params: Params, state: State, tokens: Array, number: Array) -> Any:
+        return read(model, params, state, tokens, number), None
 
-      return over_rows(one, params, state, (tokens, real), index)[0]
+      return over_rows(one, params, state, (tokens, number))[0]
 
     def move(state: State, live: Array, shape: compaction.Shape) -> State:
       def one(_: None, state: State, live: Array) -> Any:
@@ -330,6 +391,9 @@ class Programs:
       index = state.row_map.original_index
       return chunks.undeal(index) if chunks else index
 
+    def new_seats(params: Params, episodes: State, rows: int) -> State:
+      return seats(model, params, episodes, rows, slots)
+
     self.start = jax.jit(begin)
     self.take_turn = jax.jit(
       turn,
@@ -337,8 +401,10 @@ class Programs:
       donate_argnums=1,
       out_shardings=(None, layout, layout),
     )
-    self.observe = jax.jit(read, donate_argnums=1)
+    self.read = jax.jit(go_on, donate_argnums=1)
     self.compact = jax.jit(move, static_argnums=2)
+    self.seats = jax.jit(new_seats, static_argnums=2)
+    self.seat = jax.jit(seat, donate_argnums=1)
     self.row_map = jax.jit(row_map, out_shardings=layout)  # each host reads its part
 
 
@@ -347,6 +413,7 @@ class Session:
 
   Attributes:
     prepared: prompts, keys, stops, temperature and filter.
+    row_steps: with seats, tokens that all of them could have written so far; None without.
   """
 
   def __init__(
@@ -357,54 +424,99 @@ class Session:
     prepared: Prepared,
     group: int,
   ) -> None:
-    layout, count = sampler.sampler.prompt_sharding, len(prepared.prompts)
+    single, count = sampler.sampler, len(prepared.prompts)
     self.prepared = prepared
-    self._sampler, self._params, self._layout = sampler, params, layout
-    self._programs = programs
-    self._state = programs.start(params, *prepared.on_device)
-    self._index, self._size = 0, (count, group)
+    self._sampler, self._params, self._layout = sampler, params, single.prompt_sharding
+    self._programs, self._size = programs, (count, group)
     self._last = np.zeros(self._size, np.int64)  # last token of each row's turn
     shards, host_count = programs.shards, hosts.own_shard()[1]
-    self._shapes = compaction.shapes(count * host_count // shards, group, MAX_COMPACTIONS)[1:]
     self._own_shards = max(shards // host_count, 1)
-    self._original = self._read_rows()
+    self._state = programs.start(params, *prepared.on_device)
+    of_shard = count * group // self._own_shards
+    self.row_steps: int | None = None
+    if self._state.cache is None:
+      self.row_steps = 0
+      rows = min(single.cache_rows, of_shard)
+      self._episodes = self._state
+      self._state = programs.seats(params, self._episodes, rows)
+      self._original = np.full((self._own_shards * rows, 1), -1)
+      self._waiting = [deque(of_shard * n + np.arange(of_shard)) for n in range(self._own_shards)]
+      self._seat(np.ones(self._size, bool))
+    else:
+      self._original = self._read_rows()
+    self._shapes = compaction.shapes(count * host_count // shards, group, MAX_COMPACTIONS)[1:]
 
-  def turn(self, limit: Int[np.ndarray, "P G"]) -> Turn:
-    """Samples the next turn of each row.
+  @property
+  def placed(self) -> Bool[np.ndarray, "P G"]:
+    """Rows that have a place on the device; with seats, the others come later."""
+    placed = np.zeros(self._size[0] * self._size[1], bool)
+    placed[self._original[self._original >= 0]] = True
+    return placed.reshape(self._size)
+
+  def keep(self, live: Bool[np.ndarray, "P G"]) -> None:
+    """Frees the places of rows whose episode is over, or moves the others together.
 
     Args:
-      limit: tokens that each row may write; 0 for rows whose episode is over.
+      live: rows whose episode goes on, those without a place yet included.
     """
+    if self._state.row_map is None:
+      self._seat(live)
+    elif self._sampler.in_step:
+      self._compact(live)
+
+  def turn(
+    self,
+    limit: Int[np.ndarray, "P G"],
+    observations: Mapping[tuple[int, int], Sequence[int]] | None = None,
+  ) -> Turn:
+    """Reads observations, and samples the next turn of each row that takes part.
+
+    Args:
+      limit: tokens that each row may write; 0 for rows that take no part.
+      observations: (p, g) -> token ids, for rows that take part in a turn other than their first.
+    """
+    if hosts.any_host(bool(observations)):
+      self._read(observations or {})
     limit, given = self._to_device(limit.astype(np.int32)), self.prepared
     self._state, written, ended = self._programs.take_turn(
-      self._params, self._state, jnp.int32(self._index), limit, given.stop_table, **given.how
+      self._params, self._state, limit, given.stop_table, **given.how
     )
     tokens, mask, logp, entropy, ended = self._from_device((*written, ended))
     lengths = mask.sum(-1)
-    self._index += max(self._agreed(int(lengths.max())) - 1, 0)
     last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[..., None], -1)[..., 0]
     self._last = np.where(lengths > 0, last, self._last)
+    if self.row_steps is not None:
+      self.row_steps += self._original.size * int(lengths.max(initial=0))
     return Turn(tokens, mask, logp, entropy, ended)
 
-  def observe(self, observations: Mapping[tuple[int, int], Sequence[int]]) -> None:
-    """Appends the observation of each row whose episode goes on; the other rows end here.
-
-    Args:
-      observations: (p, g) -> token ids.
-    """
-    live = np.zeros(self._size, bool)
+  def _read(self, observations: Mapping[tuple[int, int], Sequence[int]]) -> None:
     longest = 1 + max((len(ids) for ids in observations.values()), default=0)
-    width = padded_observation(self._agreed(longest), 1 + self._sampler.budget.observation_length)
+    width = padded_observation(self._agreed(longest))
     tokens = np.full((*self._size, width), self._sampler.sampler.tokenizer.pad_id, np.int32)
-    real = np.zeros(tokens.shape, bool)
+    number = np.zeros(self._size, np.int32)
     for (p, g), ids in observations.items():
-      row = [int(self._last[p, g]), *ids]
-      tokens[p, g, width - len(row) :], real[p, g, width - len(row) :] = row, True
-      live[p, g] = True
-    self._compact(live)
-    arrays = (self._to_device(a) for a in (tokens, real))
-    self._state = self._programs.observe(self._params, self._state, jnp.int32(self._index), *arrays)
-    self._index += width
+      number[p, g] = 1 + len(ids)
+      tokens[p, g, : number[p, g]] = [int(self._last[p, g]), *ids]
+    arrays = (self._to_device(a) for a in (tokens, number))
+    self._state = self._programs.read(self._params, self._state, *arrays)
+
+  def _seat(self, live: Bool[np.ndarray, "P G"]) -> None:
+    """Gives the seats of rows whose episode is over to the next of their shard."""
+    flat, seats = live.reshape(-1), self._original.reshape(self._own_shards, -1)
+    completion, fresh = np.zeros(seats.shape, np.int32), np.zeros(seats.shape, bool)
+    rows = len(flat) // self._own_shards
+    for shard, place in np.ndindex(seats.shape):
+      if (held := seats[shard, place]) >= 0 and flat[held]:
+        continue
+      queue, seats[shard, place] = self._waiting[shard], -1
+      if queue:
+        seats[shard, place] = queue.popleft()
+        completion[shard, place] = seats[shard, place] - shard * rows
+        fresh[shard, place] = True
+    self._original = seats.reshape(-1, 1)
+    if hosts.any_host(bool(fresh.any())):
+      arrays = hosts.to_global((completion, fresh), self._layout)
+      self._state = self._programs.seat(self._episodes, self._state, *arrays)
 
   def _compact(self, live: Bool[np.ndarray, "P G"]) -> None:
     """Moves the live rows into the smallest shape that holds them on every shard."""
@@ -437,7 +549,7 @@ class Session:
     return hosts.to_global((placed,), self._layout)[0]
 
   def _from_device(self, arrays: tuple[jax.Array, ...]) -> list[np.ndarray]:
-    """Returns arrays [C, g, ...] as rows [P, G, ...], with zeros for rows that are gone."""
+    """Returns arrays [C, g, ...] as rows [P, G, ...], with zeros for rows that have no place."""
 
     def one(array: np.ndarray) -> np.ndarray:
       flat = np.zeros((self._size[0] * self._size[1], *array.shape[2:]), array.dtype)
@@ -452,14 +564,14 @@ class Session:
     return int(hosts.gathered(number=np.array([number]))["number"].max())
 
 
-def padded_observation(longest: int, limit: int) -> int:
-  """Returns the number of tokens that observations are padded to: a power of 2, or the limit.
+def padded_observation(longest: int) -> int:
+  """Returns the number of tokens that observations are padded to: `PIECE` times a power of 2.
 
   Example:
-    >>> [padded_observation(longest, 100) for longest in (3, 16, 17, 65)]
-    [16, 16, 32, 100]
+    >>> [padded_observation(longest) for longest in (3, 16, 17, 65)]
+    [16, 16, 32, 128]
   """
-  size = SHORTEST
+  size = PIECE
   while size < longest:
     size *= 2
-  return min(size, max(limit, longest))
+  return size

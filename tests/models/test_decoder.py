@@ -189,7 +189,7 @@ def test_a_prompt_passes_through_the_model_once(case):
 
 @pytest.mark.parametrize("name", ["stacked", "unstacked", "window"])
 def test_extending_by_many_tokens_equals_score(name, case):
-  """Feeds completions in pieces, with empty slots between them and other numbers of tokens."""
+  """Feeds completions in pieces of various lengths, with padding that nothing sees."""
   model, params, prompts, mask, completions, _ = case
   if name == "window":
     model = Decoder(
@@ -199,22 +199,19 @@ def test_extending_by_many_tokens_equals_score(name, case):
   layout = params if name == "stacked" else unstack(params)
   _, prefix = jax.jit(model.prefill)(layout, prompts, mask)
   extend = jax.jit(model.extend)
-  # One token of every second completion, then two of the others and one of these, then the rest.
+  # A token of every second completion, another one and two of the others, then one of each.
   pieces = [
-    [[[0], [-1]]] * 3,
-    [[[-1, 1], [0, 1]], [[1, -1], [0, 1]], [[1, -1], [0, 1]]],
-    [[[2, -1], [-1, 2]]] * 3,
+    [[[0, -1], [-1, -1]]] * 3,
+    [[[1, -1], [0, 1]]] * 3,
+    [[[2, -1], [2, -1]]] * 3,
   ]
-  cache, at = model.empty_cache(layout, 3, 2, 5), 0
-  filled = np.zeros((3, 2, 5), bool)
+  cache, index = model.empty_cache(layout, 3, 2, 6), np.zeros((3, 2), int)
   for piece in pieces:
-    numbers = np.array(piece)  # of the token in each new slot; -1: none
-    filled[..., at : at + numbers.shape[-1]] = numbers >= 0
+    numbers = np.array(piece)  # of each new token; -1: padding
     tokens = np.take_along_axis(np.asarray(completions), np.maximum(numbers, 0), 2)
-    hidden, cache = extend(
-      layout, np.where(numbers < 0, 36, tokens), jnp.int32(at), filled, prefix, mask, cache
-    )
-    at += numbers.shape[-1]
+    tokens = np.where(numbers < 0, 36, tokens)
+    hidden, cache = extend(layout, tokens, jnp.asarray(index), prefix, mask, cache)
+    index += (numbers >= 0).sum(-1)
     for p, g, m in np.argwhere(numbers >= 0):
       target = expected[p, g, numbers[p, g, m] + 1]
       np.testing.assert_allclose(hidden[p, g, m], target, atol=1e-5)

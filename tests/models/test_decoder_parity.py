@@ -120,8 +120,7 @@ def test_several_tokens_at_once_see_the_sinks():
   def run(params):
     _, prefix = model.prefill(params, prompts, prompt_mask)
     cache = model.empty_cache(params, *completions.shape)
-    mask = jnp.ones(completions.shape, bool)
-    hidden, _ = model.extend(params, completions, jnp.int32(0), mask, prefix, prompt_mask, cache)
+    hidden, _ = model.extend(params, completions, jnp.int32(0), prefix, prompt_mask, cache)
     return logits_of(model, params, hidden)
 
   np.testing.assert_allclose(run(params)[:, :, :-1], fixture["logits"][:, :, 1:], atol=2e-5)

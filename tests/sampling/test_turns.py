@@ -12,7 +12,7 @@ from grpo_jax.models import FunctionModel
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.sampling import Sampler
-from grpo_jax.sampling.turns import Budget, TurnSampler
+from grpo_jax.sampling.turns import PIECE, Budget, TurnSampler
 from grpo_jax.tokens import ByteTokenizer
 from tests.helpers import plain
 
@@ -61,10 +61,11 @@ def observation(p, g, number):
 def play(sampler, params, seed=0):
   """Returns (rows of tokens, whether each is the policy's, its logp) of each episode, by (p, g)."""
   session = sampler.begin(params, PROMPTS, jax.random.key(seed), group=GROUP)
-  live = np.ones((3, GROUP), bool)
+  live, goes_on = np.ones((3, GROUP), bool), {}
   rows = {(p, g): ([], [], []) for p in range(3) for g in range(GROUP)}
   for number in range(sampler.budget.turns):
-    turn = session.turn(np.where(live, sampler.budget.turn_length, 0))
+    session.keep(live)
+    turn = session.turn(np.where(live, sampler.budget.turn_length, 0), goes_on)
     assert not turn.mask[~live].any()
     goes_on = {}
     for (p, g), (tokens, own, logp) in rows.items():
@@ -82,7 +83,6 @@ def play(sampler, params, seed=0):
         live[p, g] = False
     if not goes_on:
       break
-    session.observe(goes_on)
   return rows
 
 
@@ -152,10 +152,9 @@ class Counting(Decoder):
     jax.debug.callback(lambda n: self.prompts.append(int(n)), mask.sum())
     return super().prefill(params, tokens, mask)
 
-  def extend(self, params, tokens, index, mask, *rest):
-    new = jax.lax.dynamic_slice_in_dim(mask, index, tokens.shape[-1], axis=2)
-    jax.debug.callback(lambda n, size: self.fed.append((int(n), int(size))), new.sum(), new.size)
-    return super().extend(params, tokens, index, mask, *rest)
+  def extend(self, params, tokens, index, *rest):
+    jax.debug.callback(lambda *fed: self.fed.append(fed), tokens, index)
+    return super().extend(params, tokens, index, *rest)
 
 
 @pytest.fixture
@@ -172,11 +171,19 @@ def test_each_token_passes_the_model_once(params, counting):
   jax.effects_barrier()
   assert counting.prompts == [sum(map(len, PROMPTS))]
   assert counting.shapes[0] == (3, 3)  # the prompts, not those of each completion
-  fed = counting.fed
-  assert sum(n for n, _ in fed) == sum(len(tokens) - 1 for tokens, *_ in rows.values())
-  observations = [size for _, size in fed if size > 3 * GROUP]
-  assert len(observations) == 2
-  assert observations[1] < observations[0] / 4  # one row is left, and has moved to a smaller array
+  lengths = []  # of turns and observations in turn, of each row
+  for _, own, _ in rows.values():
+    ends = [i for i in range(1, len(own)) if own[i] != own[i - 1]]
+    lengths.append(np.diff([0, *ends, len(own)]).tolist())
+  longest = [max(row[i] for row in lengths if i < len(row)) for i in range(5)]
+  sizes = [tokens.shape[-1] for tokens, _ in counting.fed]
+  assert (
+    sizes.count(1) == sum(longest[::2]) - 3
+  )  # the last token of a turn is read with what follows
+  assert sizes.count(PIECE) == sum(-(-(1 + n) // PIECE) for n in longest[1::2])
+  rows_read = [tokens.size // PIECE for tokens, _ in counting.fed if tokens.shape[-1] == PIECE]
+  assert rows_read[0] == 3 * GROUP
+  assert rows_read[-1] < rows_read[0] / 4  # one row is left, and has moved to a smaller array
 
 
 def test_each_token_passes_the_model_once_in_an_update(params, counting):
