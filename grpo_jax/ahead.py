@@ -165,6 +165,8 @@ class Rollouts:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if self._pool is not None:
+      self._pool.close()
     # A second Ctrl-C waits for nothing; otherwise the scorer must be free before it is closed.
     for worker in (self._sampling, self._scoring):
       worker.close(wait=kind is not KeyboardInterrupt)

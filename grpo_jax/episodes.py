@@ -8,7 +8,6 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ from grpo_jax.environments.workers import warn_of_failures
 from grpo_jax.models.protocol import Params
 from grpo_jax.observations import ObservationEncoder, transcript
 from grpo_jax.sampling.filters import TokenFilter
-from grpo_jax.sampling.sampler import Generated, Prepared, Sampler
+from grpo_jax.sampling.sampler import Generated, Sampler
 from grpo_jax.sampling.turns import Budget, Turn, TurnSampler
 from grpo_jax.tasks.base import Example, Prompt
 from grpo_jax.tokens import AnyTokenizer, Messages, encode_prompt
@@ -92,6 +91,11 @@ class EpisodeSampler:
     make_runner: starts the environments of the task, when the first episode needs them.
     in_step: whether all episodes take their turns together. Otherwise an environment that is slow
       holds up its own episode only: the others go on once it has taken longer than a turn.
+
+  Attributes:
+    turns: samples the turns.
+    single: the sampler of single turns.
+    encode: encodes observations.
   """
 
   def __init__(
@@ -101,9 +105,9 @@ class EpisodeSampler:
     make_runner: Callable[[], EnvironmentRunner],
     in_step: bool = True,
   ) -> None:
-    self.budget, self._single, self._make_runner = budget, sampler, make_runner
-    self.in_step, self._turns = in_step, TurnSampler(sampler, budget, in_step)
-    self._encode = ObservationEncoder(sampler.tokenizer)
+    self.budget, self.single, self.make_runner = budget, sampler, make_runner
+    self.in_step, self.turns = in_step, TurnSampler(sampler, budget, in_step)
+    self.encode = ObservationEncoder(sampler.tokenizer)
     self._runner: EnvironmentRunner | None = None
     self.tokenizer: AnyTokenizer = sampler.tokenizer
     self.prompt_sharding, self.chunks = sampler.prompt_sharding, sampler.chunks
@@ -132,17 +136,17 @@ class EpisodeSampler:
     of the parameters, the key and its numbers.
     """
     if self._runner is None:
-      self._runner = self._make_runner()
+      self._runner = self.make_runner()
     with hosts.together("starting the environments"):
-      seeds = _seeds(key, first_prompt + hosts.own_shard()[0] * len(examples), len(examples))
+      seeds = episode_seeds(key, first_prompt + hosts.own_shard()[0] * len(examples), len(examples))
       prompts = self._runner.reset(examples, group, seeds)
-      self._check_prompts(prompts)
+      self.check_prompts(prompts)
     prompts = [own if own is not None else e.prompt for own, e in zip(prompts, examples)]
-    session = self._turns.begin(
+    session = self.turns.begin(
       params, prompts, key, group=group, first_prompt=first_prompt,
       temperature=temperature, token_filter=token_filter,
     )  # fmt: skip
-    game, seconds = _Game(self, self._runner, prompts, group), 0.0
+    game, seconds = Game(self, self._runner, prompts, new_rows(len(prompts), group)), 0.0
     while hosts.any_host(game.goes_on):
       session.keep(game.live)
       limits = game.limits(session.placed)
@@ -154,9 +158,12 @@ class EpisodeSampler:
           game.play(turn)
       with hosts.together("waiting for the environments"):
         game.wait(None if self.in_step else max(seconds, POLL), for_one=not plays)
-    return game.episodes(session.prepared, session.row_steps)
+    start = session.prepared
+    return game.episodes(
+      (start.prompts, start.prompt_mask), start.how["temperature"], session.row_steps
+    )
 
-  def _check_prompts(self, prompts: Sequence[Prompt | None]) -> None:
+  def check_prompts(self, prompts: Sequence[Prompt | None]) -> None:
     """Raises EnvironmentFault if the environment returned a prompt that exceeds the budget.
 
     The budget may have been measured on the prompts of the examples.
@@ -171,7 +178,7 @@ class EpisodeSampler:
         )
 
 
-class _Row:
+class Row:
   """Holds one episode while it is played.
 
   Attributes:
@@ -226,14 +233,35 @@ class _Row:
       self.rewards[-1] = np.nansum([self.rewards[-1], outcome.reward])
 
 
-class _Game:
-  """Holds the rows of a call and steps their environments between the turns."""
+def new_rows(prompts: int, group: int) -> list[list[Row]]:
+  """Returns a row for each of `group` episodes of each prompt."""
+  return [[Row() for _ in range(group)] for _ in range(prompts)]
+
+
+class Game:
+  """Holds the rows of some prompts and steps their environments between the turns.
+
+  Args:
+    sampler: tokenizer and budget.
+    runner: has begun an episode of each row.
+    prompts: [P], text or chat messages.
+    rows: [P][G].
+    numbers: [P], number of each prompt in the runner; None numbers them from 0.
+  """
 
   def __init__(
-    self, sampler: EpisodeSampler, runner: EnvironmentRunner, prompts: Sequence[Any], group: int
+    self,
+    sampler: EpisodeSampler,
+    runner: EnvironmentRunner,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Sequence[Row]],
+    numbers: Sequence[int] | None = None,
   ) -> None:
-    self._sampler, self._runner, self._prompts, self._group = sampler, runner, prompts, group
-    self._rows = {(p, g): _Row() for p in range(len(prompts)) for g in range(group)}
+    self._sampler, self._runner, self._prompts = sampler, runner, prompts
+    self._group, numbers = len(rows[0]), numbers or range(len(prompts))
+    self._rows = {(p, g): row for p, line in enumerate(rows) for g, row in enumerate(line)}
+    self._keys = {(p, g): (int(numbers[p]), g) for p, g in self._rows}
+    self._places = {key: place for place, key in self._keys.items()}
 
   @property
   def live(self) -> Bool[np.ndarray, "P G"]:
@@ -267,7 +295,7 @@ class _Game:
 
   def play(self, turn: Turn) -> None:
     """Adds a turn to each row that took part, and hands it to the environment."""
-    decoded = self._sampler._single.texts(turn.tokens, turn.mask)
+    decoded = self._sampler.single.texts(turn.tokens, turn.mask)
     texts, over_budget = {}, []
     for place, row in self._rows.items():
       if not turn.mask[place].any():
@@ -296,7 +324,7 @@ class _Game:
         if outcomes or not for_one or hosts.own_shard()[1] > 1:
           break
         timeout = None
-      answers = self._runner.answers(timeout)
+      answers = {self._places[key]: o for key, o in self._runner.answers(timeout).items()}
       outcomes |= answers
       over_budget = [place for place, outcome in answers.items() if self._goes_over(place, outcome)]
       self._submit({}, over_budget)
@@ -308,7 +336,8 @@ class _Game:
     for place in over_budget:
       self._rows[place].live = False
     if texts or over_budget:
-      self._runner.submit(texts, over_budget)
+      texts = {self._keys[place]: text for place, text in texts.items()}
+      self._runner.submit(texts, [self._keys[place] for place in over_budget])
 
   def _goes_over(self, place: Key, outcome: Outcome) -> bool:
     """Takes an answer; returns whether the episode cannot go on for want of turns or tokens."""
@@ -335,7 +364,7 @@ class _Game:
     row, sampler = self._rows[place], self._sampler
     chat = not isinstance(self._prompts[place[0]], str)
     try:
-      ids = sampler._encode(observation, last=row.tokens[-1], chat=chat)
+      ids = sampler.encode(observation, last=row.tokens[-1], chat=chat)
       if max(ids, default=0) >= sampler.tokenizer.vocab_size:
         raise ValueError(
           f"the observation {observation!r:.200} has the id {max(ids)}, and the model has only ids "
@@ -348,10 +377,17 @@ class _Game:
     room = sampler.completion_length - len(row.tokens) - 1
     return ids if len(ids) <= min(room, sampler.budget.observation_length) else None
 
-  def episodes(self, prepared: Prepared, row_steps: int | None) -> Episodes:
+  def episodes(
+    self,
+    prompts: tuple[Int[np.ndarray, "P N"], Bool[np.ndarray, "P N"]],
+    temperature: float,
+    row_steps: int | None = None,
+  ) -> Episodes:
     """Returns the rows as arrays.
 
     Args:
+      prompts: their tokens, left-padded, and the mask.
+      temperature: at which turns were sampled.
       row_steps: tokens that all seats could have written; None if they are not counted.
     """
     shape = (len(self._prompts), self._group)
@@ -369,15 +405,15 @@ class _Game:
     flags = {name: np.array([[getattr(row, name) for row in line] for line in grid])
              for name in ("ended", "failed")}  # fmt: skip
     return Episodes(
-      prompts=prepared.prompts,
-      prompt_mask=prepared.prompt_mask,
+      prompts=prompts[0],
+      prompt_mask=prompts[1],
       tokens=tokens,
       mask=mask,
       ended=flags["ended"],
       logp=logp,
       entropy=entropy,
       texts=[[row.turns[-1] for row in line] for line in grid],
-      temperature=prepared.how["temperature"],
+      temperature=temperature,
       row_steps=None if row_steps is None else np.full(shape[0], row_steps / shape[0], np.float32),
       attended=attended,
       turn_rewards=rewards,
@@ -415,7 +451,7 @@ def with_environment_rewards(
   return both, values, np.where(np.isnan(both)[..., None], np.nan, turns)
 
 
-def _seeds(key: jax.Array, first: int, count: int) -> list[int]:
+def episode_seeds(key: jax.Array, first: int, count: int) -> list[int]:
   """Returns one seed per prompt, folded from the key and the number of the prompt."""
   if not count:
     return []

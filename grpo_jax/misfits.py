@@ -256,7 +256,7 @@ def partial_misfits(c: ConfigDict, model: ModelConfig, task: Task) -> list[str]:
       "completions: set it to the tokens of a round, or partial_prompts to 0"
     ] * bool(prompts)
   problems, shown = [], f"rollout.partial_tokens is {tokens}"
-  if tokens >= r.completion_length:
+  if tokens >= r.completion_length and task.environment is None:
     problems.append(
       f"{shown}, it must be below rollout.completion_length={r.completion_length}, or every round "
       "samples whole completions; lower it, or set it to 0"
@@ -284,10 +284,15 @@ def partial_misfits(c: ConfigDict, model: ModelConfig, task: Task) -> list[str]:
       "other experts: set --config.train.routes=fresh, or partial_tokens=0"
     )
   if task.environment is not None:
-    problems.append(
-      f"{shown}, it must be 0 for the episodes of task {task.name!r}: an environment plays them to "
-      "their end"
-    )
+    turn = c.episode.turn_length or r.completion_length
+    problems += [
+      f"{shown}, it must be {turn} for the episodes of task {task.name!r}, whose rounds are turns: "
+      "set it to episode.turn_length, or to 0"
+    ] * (tokens != turn)
+    problems += [
+      f"{shown}, and episode.in_step is False: which episodes are over would depend on how long "
+      "their environments take; set --config.episode.in_step=True, or partial_tokens=0"
+    ] * (not c.episode.in_step)
   if (count := hosts.own_shard()[1]) > 1:
     problems.append(
       f"{shown}, it must be 0 on several hosts ({count} here): the prompts of a host would not be "

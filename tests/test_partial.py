@@ -302,10 +302,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_compiles(c
   assert REFUSED[change] in str(caught.value)
 
 
-def test_episodes_and_several_hosts_are_refused(monkeypatch, one_device):
-  changes = [c for c in SMALL if not c.startswith("task.settings")]
-  with pytest.raises(ConfigError, match="it must be 0 for the episodes of task 'guess_number"):
-    build(load(TINY, [f"--config.{c}" for c in (*changes, "task.name=guess_number")]))
+def test_several_hosts_are_refused(monkeypatch, one_device):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(ConfigError, match=r"it must be 0 on several hosts \(2 here\)"):
     build(load(TINY, options("rollout.ahead=1")))

@@ -100,6 +100,18 @@ class EnvironmentRunner(Protocol):
       EnvironmentFault: the prompts of a group differ.
     """
 
+  def begin(
+    self, examples: Sequence[Example], group: int, seeds: Sequence[int], first: int = 0
+  ) -> list[Prompt | None]:
+    """Does the same beside the episodes that are going on.
+
+    Args:
+      first: number of the first prompt; no episode has its number, or one of the next.
+    """
+
+  def forget(self, prompts: Collection[int]) -> None:
+    """Drops episodes that are over, by the numbers of their prompts."""
+
   def submit(self, texts: Mapping[Key, str], finish: Collection[Key] = ()) -> None:
     """Begins to pass on the text of a turn of some episodes; the others wait.
 

@@ -108,16 +108,32 @@ class _Runner:
     self, examples: Sequence[Example], group: int, seeds: Sequence[int]
   ) -> list[Prompt | None]:
     """See `EnvironmentRunner.reset`."""
-    if len(seeds) != len(examples):
-      raise ValueError(f"{len(examples)} examples but {len(seeds)} seeds: give one seed each")
     self._episodes, self._arrived = {}, {}
     self._clear()
-    seeds = [int(seed) for seed in seeds]
-    keys = [(p, g) for p in range(len(examples)) for g in range(group)]
-    self._episodes = {(p, g): _Episode(examples[p], seeds[p]) for p, g in keys}
-    self._post([Job((p, g), "reset", examples[p], seeds[p]) for p, g in keys])
-    answers = self._await(keys)
-    return [_agreed(p, [answers[p, g] for g in range(group)]) for p in range(len(examples))]
+    return self.begin(examples, group, seeds)
+
+  def begin(
+    self, examples: Sequence[Example], group: int, seeds: Sequence[int], first: int = 0
+  ) -> list[Prompt | None]:
+    """See `EnvironmentRunner.begin`."""
+    if len(seeds) != len(examples):
+      raise ValueError(f"{len(examples)} examples but {len(seeds)} seeds: give one seed each")
+    jobs = [
+      Job((first + p, g), "reset", example, int(seed))
+      for p, (example, seed) in enumerate(zip(examples, seeds))
+      for g in range(group)
+    ]
+    self._episodes |= {job.key: _Episode(job.example, job.seed) for job in jobs}
+    self._post(jobs)
+    answers = self._await([job.key for job in jobs])
+    numbers = range(first, first + len(examples))
+    return [_agreed(p, [answers[p, g] for g in range(group)]) for p in numbers]
+
+  def forget(self, prompts: Collection[int]) -> None:
+    """See `EnvironmentRunner.forget`."""
+    over = {key: episode for key, episode in self._episodes.items() if key[0] in prompts}
+    for key in over:
+      del self._episodes[key]
 
   def submit(self, texts: Mapping[Key, str], finish: Collection[Key] = ()) -> None:
     """See `EnvironmentRunner.submit`."""

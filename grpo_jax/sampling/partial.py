@@ -207,12 +207,12 @@ class PartialSampler:
     own, layout = self._sampler, self._sampler.prompt_sharding
     rows = hosts.to_global((*own.encode(prompts), numbers, parts), layout)
     tokens, mask, numbers, parts = rows
-    keys = _row_keys(keys, numbers, parts.length.shape[1])
+    keys = row_keys_of(keys, numbers, parts.length.shape[1])
     arguments = (tokens, mask, keys, own.table, parts)
     return hosts.to_local(self._program(params, *arguments, temperature=own.temperature))
 
 
 @partial(jax.jit, static_argnums=2)
-def _row_keys(keys: jax.Array, numbers: jax.Array, group: int) -> jax.Array:
+def row_keys_of(keys: jax.Array, numbers: jax.Array, group: int) -> jax.Array:
   """Returns `generate.row_keys` of prompts that have a key each."""
   return jax.vmap(lambda key, number: row_keys(key, number[None], group)[0])(keys, numbers)

@@ -19,6 +19,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -213,6 +214,8 @@ def read(
 ) -> State:
   """Computes the last token of each row's turn and the observation after it, piece by piece.
 
+  Rows that have no token yet are fed from their first one on.
+
   Args:
     tokens: right-padded to a multiple of `PIECE`.
     number: tokens of each row, its last one included; 0 for rows that take no part.
@@ -231,7 +234,7 @@ def read(
 
   carry = (jnp.int32(0), state.hidden, state.cache)
   _, hidden, cache = jax.lax.while_loop(lambda carry: carry[0] < number.max(), piece, carry)
-  count = state.count + jnp.maximum(number - 1, 0)
+  count = jnp.where(number > 0, start + number, state.count)
   return dataclasses.replace(state, hidden=hidden, count=count, cache=cache)
 
 
@@ -324,6 +327,29 @@ class TurnSampler:
     chunks = own.chunks if own.chunks and count % own.chunks.count == 0 else None
     params = for_decoding(own.model, params, own.prompt_sharding)
     return Session(self, self._programs(chunks), params, prepared, group)
+
+  def go_on(
+    self,
+    params: Params,
+    prompts: Sequence[str | Messages],
+    keys: jax.Array,
+    rows: Sequence[Sequence[Sequence[int]]],
+  ) -> "Session":
+    """Goes on with episodes that other parameters may have begun, before a turn of each.
+
+    Args:
+      keys: [P, G], random key of each episode.
+      rows: [P][G], its tokens so far; those of episodes that are over may be left out.
+    """
+    own = self.sampler
+    prepared = own.prepare(prompts, jax.random.key(0), len(rows[0]))
+    prepared = dataclasses.replace(prepared, on_device=(*prepared.on_device[:-1], keys))
+    params = for_decoding(own.model, params, own.prompt_sharding)
+    session = Session(self, self._programs(None), params, prepared, len(rows[0]))
+    begun = {(p, g): row for p, line in enumerate(rows) for g, row in enumerate(line) if row}
+    if begun:
+      session.feed(begun)
+    return session
 
 
 class Programs:
@@ -467,7 +493,7 @@ class Session:
   def turn(
     self,
     limit: Int[np.ndarray, "P G"],
-    observations: Mapping[tuple[int, int], Sequence[int]] | None = None,
+    observations: Mapping[tuple[int, int], Sequence[int]] = MappingProxyType({}),
   ) -> Turn:
     """Reads observations, and samples the next turn of each row that takes part.
 
@@ -476,7 +502,7 @@ class Session:
       observations: (p, g) -> token ids, for rows that take part in a turn other than their first.
     """
     if hosts.any_host(bool(observations)):
-      self._read(observations or {})
+      self.feed({place: [int(self._last[place]), *ids] for place, ids in observations.items()})
     limit, given = self._to_device(limit.astype(np.int32)), self.prepared
     self._state, written, ended = self._programs.take_turn(
       self._params, self._state, limit, given.stop_table, **given.how
@@ -489,14 +515,18 @@ class Session:
       self.row_steps += self._original.size * int(lengths.max(initial=0))
     return Turn(tokens, mask, logp, entropy, ended)
 
-  def _read(self, observations: Mapping[tuple[int, int], Sequence[int]]) -> None:
-    longest = 1 + max((len(ids) for ids in observations.values()), default=0)
-    width = padded_observation(self._agreed(longest))
+  def feed(self, rows: Mapping[tuple[int, int], Sequence[int]]) -> None:
+    """Feeds tokens to the model, from the last token of each row on.
+
+    Args:
+      rows: (p, g) -> token ids.
+    """
+    width = padded_observation(self._agreed(max(map(len, rows.values()), default=1)))
     tokens = np.full((*self._size, width), self._sampler.sampler.tokenizer.pad_id, np.int32)
     number = np.zeros(self._size, np.int32)
-    for (p, g), ids in observations.items():
-      number[p, g] = 1 + len(ids)
-      tokens[p, g, : number[p, g]] = [int(self._last[p, g]), *ids]
+    for place, ids in rows.items():
+      number[place] = len(ids)
+      tokens[place][: len(ids)] = ids
     arrays = (self._to_device(a) for a in (tokens, number))
     self._state = self._programs.read(self._params, self._state, *arrays)
 
