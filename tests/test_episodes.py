@@ -171,7 +171,7 @@ def test_an_observation_beyond_the_vocabulary_fails_its_episode(params):
       return [5000] if text == "<2>" else self.encode(text)
 
   sampler = make_sampler()
-  sampler._encode = ObservationEncoder(Wide())
+  sampler.encode = ObservationEncoder(Wide())
   e = generate(sampler, params, EXAMPLES, jax.random.key(1), group_size=6)
   last = [[len(turns[-1]["content"]) for turns in row] for row in e.transcripts]
   assert (e.failed & (np.array(last) == 2)).any()

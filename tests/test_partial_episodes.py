@@ -18,7 +18,7 @@ from grpo_jax.sampling.partial import METRICS
 from tests.helpers.runs import train_on
 
 TINY = "experiments/tiny.py"
-ENDS = tuple(range(160, 257))
+ENDS = tuple(range(192, 257))
 SMALL = (
   "task.name=table",
   "task.settings.environment=tests/helpers/environments.py:Lengths",
@@ -29,7 +29,7 @@ SMALL = (
   "checkpoint.every=1",
   "checkpoint.keep=9",
   "rollout.prompts_per_step=4",
-  "rollout.partial_prompts=4",
+  "rollout.partial_prompts=12",
   "rollout.partial_tokens=6",
   "rollout.group_size=2",
   "rollout.completion_length=60",
@@ -77,7 +77,7 @@ def unchanged(options):
   run = build(load(TINY, options()))
   state, whole = run.initial_state(), []
   params = run.to_sampling_params(state.params)
-  for step in range(6):
+  for step in range(8):
     examples = run.examples(step)(0)
     out = generate(run.sampler, params, examples, run.key(step), group_size=2)
     whole += zip([e.key for e in examples], out.transcripts, out.turns.tolist(), out.logp)
@@ -87,7 +87,7 @@ def unchanged(options):
 def test_with_the_same_parameters_games_are_those_of_whole_episodes(unchanged):
   rollouts, whole = unchanged
   by_key = {key: rest for key, *rest in whole}
-  assert len(by_key) == 24  # no problem twice
+  assert len(by_key) == 32  # no problem twice
   seen, turns = [], set()
   for rollout in rollouts:
     out = rollout.scored.out
@@ -107,7 +107,7 @@ def test_a_step_takes_the_oldest_complete_prompts_after_as_few_turns_as_possible
   rollouts, whole = unchanged
   left, begun, counts = {}, 0, []  # number -> turns to go
   for rollout in rollouts:
-    while len(left) < 8:
+    while len(left) < 16:
       left[begun] = max(whole[begun][2])
       begun += 1
     counts.append(0)
