@@ -53,11 +53,13 @@ class _Episode:
   """Records what an environment was given and has answered, so that it can be played again.
 
   Attributes:
+    place: how many episodes were begun before it. It chooses the worker.
     lost: why the environment failed; None while it has not.
   """
 
   example: Example
   seed: int
+  place: int
   texts: list[str] = field(default_factory=list)
   answers: list[Answer] = field(default_factory=list)
   over: bool = False
@@ -78,6 +80,7 @@ class _Runner:
   def __init__(self) -> None:
     self._episodes: dict[Key, _Episode] = {}
     self._arrived: dict[Key, Answer] = {}  # answers that nobody has fetched
+    self._begun = 0  # number of episodes
 
   def _post(self, jobs: Sequence[Job]) -> None:
     """Begins at most one job for each episode."""
@@ -108,7 +111,7 @@ class _Runner:
     self, examples: Sequence[Example], group: int, seeds: Sequence[int]
   ) -> list[Prompt | None]:
     """See `EnvironmentRunner.reset`."""
-    self._episodes, self._arrived = {}, {}
+    self._episodes, self._arrived, self._begun = {}, {}, 0
     self._clear()
     return self.begin(examples, group, seeds)
 
@@ -123,7 +126,9 @@ class _Runner:
       for p, (example, seed) in enumerate(zip(examples, seeds))
       for g in range(group)
     ]
-    self._episodes |= {job.key: _Episode(job.example, job.seed) for job in jobs}
+    for job in jobs:
+      self._episodes[job.key] = _Episode(job.example, job.seed, self._begun)
+      self._begun += 1
     self._post(jobs)
     answers = self._await([job.key for job in jobs])
     numbers = range(first, first + len(examples))
@@ -341,7 +346,7 @@ class EnvironmentWorkers(_Runner):
 
   def _number(self, key: Key) -> int:
     """Returns the number of the worker that has an episode; a group is spread over the workers."""
-    return sum(key) % len(self._workers)
+    return self._episodes[key].place % len(self._workers)
 
   def _restart(self, n: int) -> None:
     """Starts a worker that ended, with the episodes that it had."""
