@@ -512,7 +512,7 @@ class Session:
     last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[..., None], -1)[..., 0]
     self._last = np.where(lengths > 0, last, self._last)
     if self.row_steps is not None:
-      self.row_steps += self._original.size * int(lengths.max(initial=0))
+      self.row_steps += self._original.size * self._agreed(int(lengths.max()))
     return Turn(tokens, mask, logp, entropy, ended)
 
   def feed(self, rows: Mapping[tuple[int, int], Sequence[int]]) -> None:

@@ -23,16 +23,21 @@ SMALL = [
   "--config.rollout.completion_length=5",
   f"--config.hosts.heartbeat={HEARTBEAT}",
 ]
+# Turns of several lengths, episodes that end early, and environments of each host's own.
+EPISODES = [
+  "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.name=guess_number",
+  "--config.task.settings.games=0", "--config.rollout.completion_length=40",
+  "--config.episode.turns=3", "--config.episode.turn_length=6",
+  "--config.rollout.temperature=0.5", "--config.algorithm.advantage=turn_advantages",
+]  # fmt: skip
 RUNS = {
   "plain": [
     "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.settings.eval_size=5",
   ],
-  # Turns of several lengths, episodes that end early, and environments of each host's own.
-  "episodes": [
-    "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.task.name=guess_number",
-    "--config.task.settings.games=0", "--config.rollout.completion_length=40",
-    "--config.episode.turns=3", "--config.episode.turn_length=6",
-    "--config.rollout.temperature=0.5", "--config.algorithm.advantage=turn_advantages",
+  "episodes": EPISODES,
+  # Each waits for its own environment; of 8 episodes, a device has seats for 5.
+  "episodes for themselves": [
+    *EPISODES, "--config.episode.in_step=false", "--config.rollout.cache_gib=0.00025",
   ],
   # Statistics of the batch, a KL term, resamples, mini- and micro-batches, and all three axes.
   "rich": [
