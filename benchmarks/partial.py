@@ -4,9 +4,10 @@
 
 Lengths are lognormal, as in `tails`. All variants run in one process, step by step in turns, with
 `rollout.partial_prompts` equal to `--prompts`. The first `--warmup` steps are not counted: they
-compile, and take the completions that end early. `rounds` is the mean per step, `carried` the share
-of tokens that were drawn in earlier steps. A gain is a ratio of the CPU times of all steps; with
-partial rollouts, other completions are taken, so tokens per CPU second say more.
+compile, and take the completions that end early. `decode steps` is how often a step decodes one
+token of all rows: the longest completion, or at most the rounds times their tokens. `rounds` is
+their mean, `carried` the share of tokens that were drawn in earlier steps. A gain is a ratio of the
+CPU times of all steps; other completions are taken, so tokens per CPU second say more.
 """
 
 import argparse
@@ -31,6 +32,7 @@ COLUMNS = (
   ("slowest", "slowest step", ".2f"),
   ("tokens_per_cpu_second", "tokens / CPU s", ".1f"),
   ("mean_length", "mean length", ".1f"),
+  ("decode_steps", "decode steps", ".0f"),
   ("rounds", "rounds", ".1f"),
   ("carried", "carried", ".2f"),
 )
@@ -93,6 +95,7 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
       out = variant.step(number)
       carried = 0 if out.staleness is None else int((out.staleness > 0).sum())
       record = since(before) | {"tokens": int(out.mask.sum()), "carried": carried}
+      record["longest"] = int(out.lengths.max())
       if number >= a.warmup:
         records[budget].append(record)
   rows = []
@@ -109,6 +112,7 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
         "slowest": max(seconds),
         "tokens_per_cpu_second": total["tokens"] / total["cpu_seconds"],
         "mean_length": total["tokens"] / (a.steps * a.prompts * a.group),
+        "decode_steps": (variants[budget].rounds * budget or total["longest"]) / a.steps,
         "rounds": variants[budget].rounds / a.steps,
         "carried": total["carried"] / total["tokens"],
       }
