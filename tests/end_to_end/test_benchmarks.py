@@ -119,6 +119,25 @@ def test_lengths(run):
   assert by_length["difference"] < 1e-5
 
 
+@pytest.mark.slow
+def test_partial(run):
+  small = "--model random:tiny --prompts 2 --group 2 --tokens 16 --median 4 --budgets 4"
+  plain, partial = run("partial", *small.split(), "--steps", "3", "--warmup", "1")
+  assert plain["rounds"] == plain["carried"] == 0
+  assert plain["decode_steps"] <= 16
+  assert partial["decode_steps"] == pytest.approx(4 * partial["rounds"], rel=1e-3)
+  assert 0 < partial["carried"] < 1
+
+
+@pytest.mark.slow
+def test_turns(run):
+  """Of two episodes, one is slow in one turn and the other in another."""
+  small = "--model random:tiny --prompts 2 --group 1 --turns 3 --stall 3 --share 0.4 --rounds 1"
+  in_step, apart = run("turns", *small.split(), "--seed", "10")
+  assert in_step["same"] == apart["same"] == 1
+  assert in_step["seconds"] > apart["seconds"] > in_step["alone"]
+
+
 def test_computed_tokens():
   """Groups of two in one part: lengths up to 16 in one micro-batch, up to 40 in the other."""
   longest = np.array([40, 3, 33, 16])
