@@ -7,8 +7,9 @@ bits again.
 
 Two threads wait while the main one goes on: one for completions, which it decodes, and one for
 rewards. Programs are started by the main thread, in a fixed order. Episodes are played turn by
-turn: by the first of these threads if the devices that sample do nothing else, else by the main
-thread.
+turn, by the first of these threads, so that updates run while environments are waited for. Where
+several devices both sample and learn, the main thread plays them: programs that two threads start
+could wait for each other there.
 
 A checkpoint after n steps holds the completions of rollouts n to n + k - 1, not the parameters that
 they are from. A resumed run scores them again. The last steps sample beyond the end, so that a run
@@ -194,7 +195,7 @@ class Rollouts:
     finish = begin(
       run.sampler, params, examples, run.key(step), group_size=group, first_prompt=first
     )
-    plays_here = isinstance(run.sampler, EpisodeSampler) and not self._plays_alone()
+    plays_here = isinstance(run.sampler, EpisodeSampler) and not self._plays_in_thread()
     played = finish() if plays_here else None
 
     def generate() -> Generated:
@@ -204,9 +205,15 @@ class Rollouts:
 
     self._score(step, examples, self._sampling.submit(generate))
 
-  def _plays_alone(self) -> bool:
-    """Returns whether a thread may start programs: no other does, on the same devices."""
-    return self._run.has_rollout_devices and jax.process_count() == 1
+  def _plays_in_thread(self) -> bool:
+    """Returns whether a thread may start programs beside the main one.
+
+    It may on devices of its own, and on a single device. On several, the collectives of two
+    programs would wait for each other if devices began them in different orders.
+    """
+    run = self._run
+    own = run.has_rollout_devices or run.mesh.devices.size == 1
+    return own and jax.process_count() == 1
 
   def _score(self, step: int, examples: list[Example], out: "Future[Generated]") -> None:
     """Scores a draw in a thread, once it is sampled."""

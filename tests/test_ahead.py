@@ -252,6 +252,39 @@ def test_rewards_are_called_while_the_run_goes_on(monkeypatch):
   assert first.metrics["time/waiting"] >= 0
 
 
+def test_episodes_are_played_while_the_run_goes_on(monkeypatch):
+  """Environments that wait until the first rollout was taken would wait for ever in its thread."""
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *_: devices)
+  monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+  changes = [c for c in SMALL if not c.startswith("task.settings")]
+  changes += ["rollout.ahead=1", *KINDS["episodes"], "task.settings.games=0"]
+  run = build(load(TINY, [f"--config.{change}" for change in changes]))
+  taken, resets, make = threading.Event(), [], run.sampler.make_runner
+
+  class Held:
+    def __init__(self):
+      self._runner = make()
+      self.submit, self.answers, self.close = (
+        self._runner.submit, self._runner.answers, self._runner.close,
+      )  # fmt: skip
+
+    def reset(self, *arguments):
+      resets.append(threading.current_thread())
+      if len(resets) == 2:
+        assert taken.wait(60)
+      return self._runner.reset(*arguments)
+
+  run.sampler.make_runner = Held
+  state = run.initial_state()
+  with run.scorer() as scorer, ahead.Rollouts(run, scorer) as rollouts:
+    first = rollouts.take(0, state)
+    taken.set()
+    second = rollouts.take(1, state)
+  assert threading.current_thread() not in resets
+  assert [r.batch.staleness[0] for r in (first, second)] == [0, 1]
+
+
 def test_completions_survive_the_archive_bit_for_bit():
   from grpo_jax.sampling.sampler import Generated
 
