@@ -201,6 +201,7 @@ class Row:
     self.live, self.waits, self.ended, self.failed = True, False, False, False
 
   def write(self, turn: Turn, place: Key) -> None:
+    """Adds what the policy wrote in a turn."""
     n = int(turn.mask[place].sum())
     self.tokens += turn.tokens[place][:n].tolist()
     self.own += [True] * n
@@ -210,6 +211,7 @@ class Row:
     self.rewards.append(np.nan)
 
   def observe(self, observation: str | Messages, ids: list[int]) -> None:
+    """Adds an observation and its tokens, which the model has yet to read."""
     self.observations.append(observation)
     self.unread = ids
     self.tokens += ids
