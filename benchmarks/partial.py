@@ -78,9 +78,9 @@ class Variant:
   def _example(self, number: int) -> Example:
     return Example(self._prompts[number % len(self._prompts)], {}, str(number))
 
-  def _stream(self, number: int) -> tuple[jax.Array, int]:
-    step, row = divmod(int(number), len(self._prompts))
-    return jax.random.key(step), row
+  def _stream(self, numbers: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+    steps, rows = np.divmod(numbers, len(self._prompts))
+    return jax.vmap(jax.random.key)(steps), rows
 
 
 def measure(a: argparse.Namespace) -> list[dict[str, Any]]:

@@ -51,9 +51,10 @@ from grpo_jax.models.quantized import quantized_shapes, quantized_weights
 from grpo_jax.reward_model import RewardModel
 from grpo_jax.rollout import Rollout, RolloutConfig
 from grpo_jax.run import trackers
+from grpo_jax.sampling.episode_state import slots_of
 from grpo_jax.sampling.filters import TokenFilter
 from grpo_jax.sampling.sampler import Sampler
-from grpo_jax.sampling.turns import PIECE, Budget
+from grpo_jax.sampling.turns import Budget
 from grpo_jax.tasks.base import Example, Task
 from grpo_jax.tasks.rewards.loading import load_function
 from grpo_jax.tasks.rewards.workers import RewardWorkers, Scorer, score_in_process
@@ -506,7 +507,7 @@ def make_meshes(c: ConfigDict, devices: Sequence[jax.Device] | None = None) -> t
 def cache_slots(c: ConfigDict, *, episodes: bool) -> int:
   """Returns the tokens that the sampler's cache has room for, of a completion or an episode."""
   length = c.rollout.completion_length
-  return length + PIECE if episodes else max(length - 1, 1)
+  return slots_of(length) if episodes else max(length - 1, 1)
 
 
 def cache_rows(

@@ -138,7 +138,9 @@ class EpisodeSampler:
     if self._runner is None:
       self._runner = self.make_runner()
     with hosts.together("starting the environments"):
-      seeds = episode_seeds(key, first_prompt + hosts.own_shard()[0] * len(examples), len(examples))
+      first = first_prompt + hosts.own_shard()[0] * len(examples)
+      numbers = first + np.arange(len(examples))
+      seeds = episode_seeds(jax.numpy.broadcast_to(key, numbers.shape), numbers)
       prompts = self._runner.reset(examples, group, seeds)
       self.check_prompts(prompts)
     prompts = [own if own is not None else e.prompt for own, e in zip(prompts, examples)]
@@ -178,27 +180,35 @@ class EpisodeSampler:
         )
 
 
+@dataclasses.dataclass
 class Row:
   """Holds one episode while it is played.
 
   Attributes:
+    tokens, own, logp, entropy: of each token; `own` says whether the policy wrote it.
+    ends, rewards: of each turn, index of its last token and the environment's reward.
+    turns, observations: what was written and answered.
+    metrics: what the environment measured, summed.
+    unread: observation that the model has not read.
     live: whether it may take another turn.
     waits: whether its environment has not answered yet.
-    unread: observation that the model has not read.
+    ended, failed: whether the environment ended it, or failed.
   """
 
-  def __init__(self) -> None:
-    self.tokens: list[int] = []
-    self.own: list[bool] = []
-    self.logp: list[float] = []
-    self.entropy: list[float] = []
-    self.ends: list[int] = []
-    self.rewards: list[float] = []
-    self.turns: list[str] = []
-    self.observations: list[str | Messages] = []
-    self.metrics: dict[str, float] = {}
-    self.unread: list[int] | None = None
-    self.live, self.waits, self.ended, self.failed = True, False, False, False
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  own: list[bool] = dataclasses.field(default_factory=list)
+  logp: list[float] = dataclasses.field(default_factory=list)
+  entropy: list[float] = dataclasses.field(default_factory=list)
+  ends: list[int] = dataclasses.field(default_factory=list)
+  rewards: list[float] = dataclasses.field(default_factory=list)
+  turns: list[str] = dataclasses.field(default_factory=list)
+  observations: list[str | Messages] = dataclasses.field(default_factory=list)
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  unread: list[int] | None = None
+  live: bool = True
+  waits: bool = False
+  ended: bool = False
+  failed: bool = False
 
   def write(self, turn: Turn, place: Key) -> None:
     """Adds what the policy wrote in a turn."""
@@ -272,7 +282,7 @@ class Game:
 
   @property
   def goes_on(self) -> bool:
-    """Whether any episode may take another turn, or waits for its environment."""
+    """Tells whether any episode may take another turn, or waits for its environment."""
     return any(row.live or row.waits for row in self._rows.values())
 
   def limits(self, placed: Bool[np.ndarray, "P G"]) -> Int[np.ndarray, "P G"]:
@@ -453,9 +463,11 @@ def with_environment_rewards(
   return both, values, np.where(np.isnan(both)[..., None], np.nan, turns)
 
 
-def episode_seeds(key: jax.Array, first: int, count: int) -> list[int]:
-  """Returns one seed per prompt, folded from the key and the number of the prompt."""
-  if not count:
-    return []
-  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(first, first + count))
-  return [int(bits) & 0x7FFFFFFF for bits in np.asarray(jax.random.key_data(keys))[:, -1]]
+def episode_seeds(keys: jax.Array, numbers: Int[np.ndarray, "P"]) -> list[int]:
+  """Returns one seed per prompt, folded from its random key and its number.
+
+  Args:
+    keys: [P].
+  """
+  folded = jax.vmap(jax.random.fold_in)(keys, numbers)
+  return [int(bits) & 0x7FFFFFFF for bits in np.asarray(jax.random.key_data(folded))[:, -1]]

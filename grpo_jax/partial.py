@@ -21,7 +21,6 @@ from functools import lru_cache
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -36,6 +35,9 @@ from grpo_jax.sampling.sampler import Generated, Sampler
 from grpo_jax.tasks.base import Example
 from grpo_jax.tasks.rewards.workers import Scorer
 
+# Random keys [n] of prompts, and their numbers in their steps.
+Stream = tuple[jax.Array, Int[np.ndarray, "n"]]
+
 
 class UnderWay(Protocol):
   """Holds the prompts that are under way, in the order of their numbers."""
@@ -46,7 +48,7 @@ class UnderWay(Protocol):
 
   @property
   def complete(self) -> Bool[np.ndarray, "C"]:
-    """Whether all completions of a prompt have ended, or are as long as they may be."""
+    """Tells of each prompt whether all completions have ended, or are as long as they may be."""
 
   def begin(self, numbers: Int[np.ndarray, "n"]) -> None:
     """Begins the completions of more prompts."""
@@ -143,10 +145,9 @@ class Pool:
     step, row = divmod(int(number), self._count)
     return self._examples(step)[row]
 
-  def _stream(self, number: int) -> tuple[jax.Array, int]:
-    """Returns the random key of a prompt, and its number in its step."""
-    step, row = divmod(int(number), self._count)
-    return self._run.key(step), row
+  def _stream(self, numbers: Int[np.ndarray, "n"]) -> Stream:
+    steps, rows = np.divmod(numbers, self._count)
+    return jax.vmap(self._run.key)(steps), rows
 
 
 class CompletionsUnderWay:
@@ -156,7 +157,7 @@ class CompletionsUnderWay:
     sampler: samples them.
     group: completions per prompt, G.
     example: number of a prompt -> its example.
-    stream: number of a prompt -> (random key, number of the prompt in its step).
+    stream: numbers of prompts -> their random keys, and their numbers in their steps.
     budget: tokens that a round adds to each completion at most.
   """
 
@@ -165,7 +166,7 @@ class CompletionsUnderWay:
     sampler: Sampler,
     group: int,
     example: Callable[[int], Example],
-    stream: Callable[[int], tuple[jax.Array, int]],
+    stream: Callable[[Int[np.ndarray, "n"]], Stream],
     budget: int,
   ) -> None:
     self._single, self._example, self._stream = sampler, example, stream
@@ -175,32 +176,31 @@ class CompletionsUnderWay:
 
   @property
   def numbers(self) -> Int[np.ndarray, "C"]:
-    """Numbers of the prompts."""
+    """See `UnderWay.numbers`."""
     return self._groups.number
 
   @property
   def complete(self) -> Bool[np.ndarray, "C"]:
-    """Whether all completions of a prompt have ended, or are as long as they may be."""
+    """See `UnderWay.complete`."""
     parts = self._groups.parts
     return (self._ended(parts) | (parts.length >= parts.tokens.shape[-1])).all(-1)
 
   def begin(self, numbers: Int[np.ndarray, "n"]) -> None:
-    """Begins the completions of more prompts."""
+    """See `UnderWay.begin`."""
     new = self._new_groups(numbers)
     self._groups = jax.tree.map(lambda *both: np.concatenate(both), self._groups, new)
 
   def sample(self, step: int, params: Params) -> None:
-    """Runs one round."""
+    """See `UnderWay.sample`."""
     groups = self._groups
     prompts = [self._example(number).prompt for number in groups.number]
-    keys, rows = zip(*map(self._stream, groups.number))
-    parts = self._sampler(params, prompts, jnp.stack(keys), np.array(rows), groups.parts)
+    parts = self._sampler(params, prompts, *self._stream(groups.number), groups.parts)
     is_new = np.arange(parts.tokens.shape[-1]) >= groups.parts.length[..., None]
     steps = np.where(is_new, step, groups.step)
     self._groups = Groups(groups.number, steps.astype(np.int32), parts)
 
   def generated(self, places: Int[np.ndarray, "R"], step: int) -> Generated:
-    """Returns the completions of prompts that are complete."""
+    """See `UnderWay.generated`."""
     groups = jax.tree.map(lambda a: a[places], self._groups)
     sampler, parts = self._single, groups.parts
     prompts, prompt_mask = sampler.encode([self._example(n).prompt for n in groups.number])
@@ -219,16 +219,16 @@ class CompletionsUnderWay:
     )
 
   def drop(self, places: Int[np.ndarray, "R"]) -> None:
-    """Drops prompts."""
+    """See `UnderWay.drop`."""
     self._groups = jax.tree.map(lambda a: np.delete(a, places, axis=0), self._groups)
 
   def saved(self) -> dict[str, np.ndarray]:
-    """Returns the prompts as arrays by name."""
+    """See `UnderWay.saved`."""
     groups = self._groups
     return {"number": groups.number, "step": groups.step} | vars(groups.parts)
 
   def restore(self, saved: Mapping[str, np.ndarray]) -> None:
-    """Takes up the prompts of a checkpoint."""
+    """See `UnderWay.restore`."""
     arrays = dict(saved)
     number, step = arrays.pop("number"), arrays.pop("step")
     self._groups = Groups(number, step, Parts(**arrays))

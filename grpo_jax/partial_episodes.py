@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from grpo_jax.environments.base import EnvironmentRunner
-from grpo_jax.environments.workers import warn_of_failures
 from grpo_jax.episodes import Episodes, EpisodeSampler, Game, Row, episode_seeds, new_rows
 from grpo_jax.models.protocol import Params
 from grpo_jax.sampling.partial import row_keys_of
@@ -49,7 +48,7 @@ class EpisodesUnderWay:
     sampler: of episodes; its environments are others than those of this pool.
     group: episodes per prompt.
     example: number of a prompt -> its example.
-    stream: number of a prompt -> (random key, number of the prompt in its step).
+    stream: numbers of prompts -> their random keys, and their numbers in their steps.
   """
 
   def __init__(
@@ -57,7 +56,7 @@ class EpisodesUnderWay:
     sampler: EpisodeSampler,
     group: int,
     example: Callable[[int], Example],
-    stream: Callable[[int], tuple[jax.Array, int]],
+    stream: Callable[[Int[np.ndarray, "n"]], tuple[jax.Array, Int[np.ndarray, "n"]]],
   ) -> None:
     self._sampler, self._group, self._example, self._stream = sampler, group, example, stream
     self._groups: dict[int, Group] = {}
@@ -71,15 +70,15 @@ class EpisodesUnderWay:
 
   @property
   def complete(self) -> Bool[np.ndarray, "C"]:
-    """Whether all episodes of a prompt are over."""
+    """Tells of each prompt whether all of its episodes are over."""
     groups = self._groups.values()
     return np.array([not any(row.live for row in group.rows) for group in groups], bool)
 
-  def begin(self, numbers: Sequence[int]) -> None:
+  def begin(self, numbers: Int[np.ndarray, "n"]) -> None:
     """Begins the episodes of more prompts."""
-    for number in map(int, numbers):
-      prompt = self._reset(number)
-      self._groups[number] = Group(prompt, new_rows(1, self._group)[0], [[]] * self._group)
+    rows = new_rows(len(numbers), self._group)
+    for number, prompt, own in zip(numbers.tolist(), self._reset(numbers), rows):
+      self._groups[number] = Group(prompt, own, [[]] * self._group)
 
   def sample(self, step: int, params: Params) -> None:
     """Plays a turn of each episode that goes on."""
@@ -88,10 +87,7 @@ class EpisodesUnderWay:
       prompts, rows = [group.prompt for group in groups], [group.rows for group in groups]
       for row in (row for line in rows for row in line):
         row.unread = None  # it is among the tokens that are read now
-      streams = [self._stream(number) for number in self._groups]
-      keys = row_keys_of(
-        jax.numpy.stack([key for key, _ in streams]), np.array([n for _, n in streams]), self._group
-      )
+      keys = row_keys_of(*self._stream(self.numbers), self._group)
       tokens = [[row.tokens * row.live for row in line] for line in rows]
       session = self._sampler.turns.go_on(params, prompts, keys, tokens)
       game = Game(self._sampler, self._environments(), prompts, rows, [*self._groups])
@@ -130,7 +126,7 @@ class EpisodesUnderWay:
     """Returns the episodes as bytes by name."""
     groups = {
       number: {
-        "prompt": group.prompt, "steps": group.steps, "rows": [vars(row) for row in group.rows],
+        "prompt": group.prompt, "steps": group.steps, "rows": list(map(vars, group.rows)),
       }
       for number, group in self._groups.items()
     }  # fmt: skip
@@ -138,15 +134,14 @@ class EpisodesUnderWay:
 
   def restore(self, saved: Mapping[str, np.ndarray]) -> None:
     """Takes up the episodes of a checkpoint, and plays their turns to new environments."""
-    groups: dict[str, Any] = json.loads(saved[_JSON].tobytes())
-    for number, group in groups.items():
-      rows = new_rows(1, self._group)[0]
-      for row, attributes in zip(rows, group["rows"]):
-        vars(row).update(attributes)
+    for number, group in json.loads(saved[_JSON].tobytes()).items():
+      rows = [Row(**row) for row in group["rows"]]
       self._groups[int(number)] = Group(group["prompt"], rows, group["steps"])
-      if self._reset(int(number)) != group["prompt"]:
-        for row in rows:
-          row.live, row.failed = False, True
+    prompts = self._reset(self.numbers) if self._groups else []
+    for prompt, group in zip(prompts, self._groups.values()):
+      if prompt != group.prompt:
+        for row in group.rows:
+          self._lose(row, group.prompt, prompt)
     self._play_again()
 
   def close(self) -> None:
@@ -162,35 +157,39 @@ class EpisodesUnderWay:
       self._runner = self._sampler.make_runner()
     return self._runner
 
-  def _reset(self, number: int) -> Prompt:
-    """Begins the episodes of a prompt in the environments; returns its prompt."""
-    example, (key, index) = self._example(number), self._stream(number)
-    seeds = episode_seeds(key, index, 1)
-    [prompt] = self._environments().begin([example], self._group, seeds, first=number)
-    self._sampler.check_prompts([prompt])
-    return example.prompt if prompt is None else prompt
+  def _reset(self, numbers: Int[np.ndarray, "n"]) -> list[Prompt]:
+    """Begins the episodes of prompts in the environments; returns their prompts."""
+    examples = [self._example(number) for number in numbers]
+    seeds = episode_seeds(*self._stream(numbers)) if examples else []
+    prompts = self._environments().begin(examples, self._group, seeds, numbers.tolist())
+    self._sampler.check_prompts(prompts)
+    return [e.prompt if own is None else own for own, e in zip(prompts, examples)]
 
   def _play_again(self) -> None:
-    """Plays the turns so far of episodes that go on; one that is answered otherwise has failed."""
-    live = {
-      (number, g): row
-      for number, group in self._groups.items()
-      for g, row in enumerate(group.rows)
-      if row.live
-    }
-    for turn in range(max((len(row.turns) for row in live.values()), default=0)):
-      texts = {key: row.turns[turn] for key, row in live.items() if turn < len(row.turns)}
-      self._environments().submit(texts)
-      while texts:
-        for key, outcome in self._environments().answers().items():
-          del texts[key]
-          if outcome.done or outcome.observation != live[key].observations[turn]:
-            row = live.pop(key)
-            row.live, row.failed = False, True
-            warnings.warn(
-              f"lost an episode, which is not scored: its environment had answered "
-              f"{row.observations[turn]!r:.200}, and answers {outcome.observation!r:.200} now that "
-              "it is played again",
-              RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
-            warn_of_failures([outcome])
+    """Plays the turns so far of episodes that go on, and ends the environments of the others."""
+    runner = self._environments()
+    rows = {(n, g): row for n, group in self._groups.items() for g, row in enumerate(group.rows)}
+    over = [key for key, row in rows.items() if not row.live]
+    runner.submit({}, over)
+    waiting = {*over}
+    while waiting:
+      waiting -= runner.answers().keys()
+    for turn in range(max((len(row.turns) for row in rows.values()), default=0)):
+      playing = {key: row for key, row in rows.items() if row.live and turn < len(row.turns)}
+      runner.submit({key: row.turns[turn] for key, row in playing.items()})
+      while playing:
+        for key, outcome in runner.answers().items():
+          row = playing.pop(key)
+          if outcome.done or outcome.observation != row.observations[turn]:
+            answer = outcome.failure or outcome.observation
+            self._lose(row, row.observations[turn], answer)
+
+  def _lose(self, row: Row, before: Any, now: Any) -> None:
+    """Gives up an episode that goes on, if its environment does not answer as before."""
+    if row.live:
+      row.live, row.failed = False, True
+      warnings.warn(
+        f"lost an episode, which is not scored: its environment had answered {before!r:.200}, and "
+        f"answers {now!r:.200} now that it is played again",
+        RuntimeWarning, stacklevel=4,
+      )  # fmt: skip

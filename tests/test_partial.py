@@ -17,6 +17,7 @@ from grpo_jax.rollout import generate
 from grpo_jax.sampling import partial as sampling
 from grpo_jax.sampling.partial import METRICS, PartialSampler
 from tests.helpers.runs import train_on
+from tests.helpers.schedules import partial_schedule
 
 TINY = "experiments/tiny.py"
 LENGTH, ROUND = 40, 7
@@ -123,21 +124,12 @@ def test_with_the_same_parameters_completions_are_those_of_whole_ones(unchanged)
 def test_a_step_takes_the_oldest_complete_prompts_after_as_few_rounds_as_possible(unchanged):
   """Plays the schedule by hand, from the lengths of whole completions."""
   rollouts, whole = unchanged
-  rounds_of = [-(-max(map(len, tokens)) // ROUND) for _, tokens, _ in whole]
-  left, begun, counts = {}, 0, []  # number -> rounds to go
-  for rollout in rollouts:
-    while len(left) < 8:
-      left[begun] = rounds_of[begun]
-      begun += 1
-    counts.append(0)
-    while sum(n <= 0 for n in left.values()) < 4:
-      left = {number: n - 1 for number, n in left.items()}
-      counts[-1] += 1
-    chosen = [number for number in sorted(left) if left[number] <= 0][:4]
-    left = {number: n for number, n in left.items() if number not in chosen}
+  rounds = [-(-max(map(len, tokens)) // ROUND) for _, tokens, _ in whole]
+  schedule = partial_schedule(rounds, steps=5, count=4, size=8)
+  for rollout, (chosen, played) in zip(rollouts, schedule, strict=True):
     assert list(completions_of(rollout)) == [whole[number][0] for number in chosen]
-    assert rollout.metrics[METRICS[1]] == counts[-1]
-  assert len(set(counts)) > 1
+    assert rollout.metrics[METRICS[1]] == played
+  assert len({played for _, played in schedule}) > 1
 
 
 def test_a_reward_that_raises_leaves_the_completions_to_be_saved(one_device, unchanged):

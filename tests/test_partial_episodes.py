@@ -16,6 +16,7 @@ from grpo_jax.learning.step import STALENESS, score_batch
 from grpo_jax.rollout import generate
 from grpo_jax.sampling.partial import METRICS
 from tests.helpers.runs import train_on
+from tests.helpers.schedules import partial_schedule
 
 TINY = "experiments/tiny.py"
 ENDS = tuple(range(192, 257))
@@ -105,20 +106,12 @@ def test_with_the_same_parameters_games_are_those_of_whole_episodes(unchanged):
 def test_a_step_takes_the_oldest_complete_prompts_after_as_few_turns_as_possible(unchanged):
   """Plays the schedule by hand, from the turns of whole episodes."""
   rollouts, whole = unchanged
-  left, begun, counts = {}, 0, []  # number -> turns to go
-  for rollout in rollouts:
-    while len(left) < 16:
-      left[begun] = max(whole[begun][2])
-      begun += 1
-    counts.append(0)
-    while sum(n <= 0 for n in left.values()) < 4:
-      left = {number: n - 1 for number, n in left.items()}
-      counts[-1] += 1
-    chosen = [number for number in sorted(left) if left[number] <= 0][:4]
-    left = {number: n for number, n in left.items() if number not in chosen}
-    assert [e.key for e in rollout.scored.examples] == [whole[n][0] for n in chosen]
-    assert rollout.metrics[METRICS[1]] == counts[-1]
-  assert len(set(counts)) > 1
+  turns = [max(row[2]) for row in whole]
+  schedule = partial_schedule(turns, steps=5, count=4, size=16)
+  for rollout, (chosen, played) in zip(rollouts, schedule, strict=True):
+    assert [e.key for e in rollout.scored.examples] == [whole[number][0] for number in chosen]
+    assert rollout.metrics[METRICS[1]] == played
+  assert len({played for _, played in schedule}) > 1
 
 
 def test_each_token_keeps_the_log_prob_of_the_parameters_that_drew_it(options):

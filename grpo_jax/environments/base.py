@@ -101,12 +101,12 @@ class EnvironmentRunner(Protocol):
     """
 
   def begin(
-    self, examples: Sequence[Example], group: int, seeds: Sequence[int], first: int = 0
+    self, examples: Sequence[Example], group: int, seeds: Sequence[int], numbers: Sequence[int]
   ) -> list[Prompt | None]:
     """Does the same beside the episodes that are going on.
 
     Args:
-      first: number of the first prompt; no episode has its number, or one of the next.
+      numbers: of the prompts; no episode that is going on has them.
     """
 
   def forget(self, prompts: Collection[int]) -> None:

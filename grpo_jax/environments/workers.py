@@ -113,17 +113,17 @@ class _Runner:
     """See `EnvironmentRunner.reset`."""
     self._episodes, self._arrived, self._begun = {}, {}, 0
     self._clear()
-    return self.begin(examples, group, seeds)
+    return self.begin(examples, group, seeds, range(len(examples)))
 
   def begin(
-    self, examples: Sequence[Example], group: int, seeds: Sequence[int], first: int = 0
+    self, examples: Sequence[Example], group: int, seeds: Sequence[int], numbers: Sequence[int]
   ) -> list[Prompt | None]:
     """See `EnvironmentRunner.begin`."""
     if len(seeds) != len(examples):
       raise ValueError(f"{len(examples)} examples but {len(seeds)} seeds: give one seed each")
     jobs = [
-      Job((first + p, g), "reset", example, int(seed))
-      for p, (example, seed) in enumerate(zip(examples, seeds))
+      Job((int(p), g), "reset", example, int(seed))
+      for p, example, seed in zip(numbers, examples, seeds)
       for g in range(group)
     ]
     for job in jobs:
@@ -131,13 +131,11 @@ class _Runner:
       self._begun += 1
     self._post(jobs)
     answers = self._await([job.key for job in jobs])
-    numbers = range(first, first + len(examples))
     return [_agreed(p, [answers[p, g] for g in range(group)]) for p in numbers]
 
   def forget(self, prompts: Collection[int]) -> None:
     """See `EnvironmentRunner.forget`."""
-    over = {key: episode for key, episode in self._episodes.items() if key[0] in prompts}
-    for key in over:
+    for key in [key for key in self._episodes if key[0] in prompts]:
       del self._episodes[key]
 
   def submit(self, texts: Mapping[Key, str], finish: Collection[Key] = ()) -> None:

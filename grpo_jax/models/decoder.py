@@ -413,11 +413,11 @@ class Decoder:
         for M tokens behind it.
       prefix, prompt_mask, cache: as in `decode`.
     """
-    # Number of each new token in its completion, [M] or [P, G, M], and row by row, [M] or [R, M].
-    numbers = index[..., None] + jnp.arange(tokens.shape[-1])
-    by_row = numbers.reshape(-1, numbers.shape[-1]) if index.ndim else numbers
     c = self.config
     count, group, length = tokens.shape
+    # Number of each new token in its completion, [M] or [P, G, M], and row by row, [M] or [R, M].
+    numbers = index[..., None] + jnp.arange(length)
+    by_row = numbers.reshape(-1, length) if index.ndim else numbers
     repeats = c.heads // c.kv_heads
     prefix_positions = prompt_positions(prompt_mask)
     write = _write_layer if isinstance(params["layers"], tuple) else _write_stacked

@@ -131,7 +131,7 @@ def test_partial(run):
 
 @pytest.mark.slow
 def test_turns(run):
-  """Of two episodes, one is slow in one turn and the other in another."""
+  """Plays two episodes, one of which is slow in one turn and the other in another."""
   small = "--model random:tiny --prompts 2 --group 1 --turns 3 --stall 3 --share 0.4 --rounds 1"
   in_step, apart = run("turns", *small.split(), "--seed", "10")
   assert in_step["same"] == apart["same"] == 1

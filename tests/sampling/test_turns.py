@@ -12,7 +12,8 @@ from grpo_jax.models import FunctionModel
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.sampling import Sampler
-from grpo_jax.sampling.turns import PIECE, Budget, TurnSampler
+from grpo_jax.sampling.episode_state import PIECE
+from grpo_jax.sampling.turns import Budget, TurnSampler
 from grpo_jax.tokens import ByteTokenizer
 from tests.helpers import plain
 
